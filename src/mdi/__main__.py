@@ -1,0 +1,5 @@
+"""`python -m mdi` is the `mdi` command."""
+
+from mdi.cli import main
+
+main()

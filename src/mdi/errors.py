@@ -1,0 +1,64 @@
+"""The error tree: every failure a user can cause or meet. Knows nothing about HTTP statuses or exit codes.
+
+    MDIError
+    ├── InputError              the request is wrong; `field` names the part of it
+    │   ├── MediaError          an image or video cannot be fetched, decoded or used
+    │   ├── PromptTooLongError  prompt and answer do not fit the sequence length
+    │   └── ModelNotFoundError  the request names a model that is not served here
+    ├── ConfigError             options contradict each other or this machine
+    ├── CheckpointError         a checkpoint, manifest or chunk cannot be used
+    ├── LinkError               a node cannot be reached, refuses, or died
+    ├── OverloadedError         the queue is full; try again later
+    └── ClosedError             the engine is shutting down
+
+Messages name the cause and the remedy. The edges translate them once: `gateway.guard` into HTTP, `cli` into exit codes.
+"""
+
+from __future__ import annotations
+
+
+class MDIError(Exception):
+    """Root of the tree; catch it to catch everything this project raises on purpose."""
+
+
+class InputError(MDIError):
+    """The request is wrong. `field` is the request's name for the offending part, where there is one."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class MediaError(InputError):
+    """An image or video cannot be fetched, decoded or used."""
+
+    def __init__(self, message: str, field: str | None = "image") -> None:
+        super().__init__(message, field)
+
+
+class PromptTooLongError(InputError):
+    """Prompt and answer do not fit the sequence length; prompts are refused, never cut."""
+
+
+class ModelNotFoundError(InputError):
+    """The request names a model that is not served here."""
+
+
+class ConfigError(MDIError):
+    """Options contradict each other or this machine."""
+
+
+class CheckpointError(MDIError):
+    """A checkpoint, manifest or chunk cannot be used."""
+
+
+class LinkError(MDIError):
+    """A node cannot be reached, refuses, or died."""
+
+
+class OverloadedError(MDIError):
+    """The queue is full; try again later."""
+
+
+class ClosedError(MDIError):
+    """The engine is shutting down."""
