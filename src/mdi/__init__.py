@@ -1,0 +1,21 @@
+"""MDI-LLM: model-distributed inference with Qwen2-VL built in. See README.md for a first run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mdi.params import SamplingParams
+
+if TYPE_CHECKING:
+    from mdi.engine import Completion, Engine
+
+__all__ = ["Completion", "Engine", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # `import mdi` must not cost the seconds that torch takes
+    if name in ("Engine", "Completion"):
+        import mdi.engine
+
+        return getattr(mdi.engine, name)
+    raise AttributeError(f"module 'mdi' has no attribute {name!r}")

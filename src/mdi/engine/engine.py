@@ -1,0 +1,238 @@
+"""The public surface: `Engine` takes messages and gives text. Puts the cluster, the prompt builder and the loop together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mdi.checkpoint.source import Source, locate
+from mdi.cluster.local import Cluster, ClusterConfig, NodeStatus, Progress
+from mdi.engine.loop import Cancel, StepLoop, Submit
+from mdi.engine.outputs import Completion, Piece
+from mdi.engine.prompt import Message, PixelRange, PromptBuilder
+from mdi.engine.scheduler import Scheduler
+from mdi.engine.sequence import Request
+from mdi.engine.stream import Stream
+from mdi.engine.tokenizer import Tokenizer
+from mdi.errors import ClosedError, ConfigError, MDIError, OverloadedError
+from mdi.media import MediaPolicy, PatchSpec
+from mdi.params import SamplingParams
+from mdi.pipeline.stage import MAX_CHUNK
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SEQUENCE_LENGTH = 4096
+MEDIA_THREADS = 2
+
+
+class Engine:
+    """A model, loaded over one or more local nodes and ready for requests from any thread.
+
+    model: a checkpoint's directory in Hugging Face layout, or its name on the hub (downloaded into `ckpt_folder`).
+    n_nodes: processes the decoder's layers are split over; `layers` sets how many each gets.
+    dtype: "float32", "bfloat16" or "float16"; the checkpoint's own if None.
+    sequence_length: most tokens of prompt and answer together. max_sequences: samples that run at once; more wait.
+    max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into.
+    media: where images may come from; by default any local file and any public URL.
+    progress: told (node, done bytes, all bytes) while weights load.
+
+    Raises CheckpointError or ConfigError when the model cannot be served that way.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        n_nodes: int = 1,
+        layers: Sequence[int] | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        sequence_length: int | None = None,
+        max_sequences: int = 16,
+        max_queue: int = 256,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        media: MediaPolicy | None = None,
+        ckpt_folder: Path = Path("checkpoints"),
+        hf_token: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
+        source = Source.open(path)
+        self.model_name = path.resolve().name
+        self.sequence_length = _sequence_length(sequence_length, source.model_config.max_positions)
+        self.max_queue = max_queue
+        self._defaults = generation_defaults(path)
+        tokenizer = Tokenizer(path)
+        spec = _patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
+        policy = media or MediaPolicy(media_dir=None, any_file=True)
+        self._prompts = PromptBuilder(source.model_config, tokenizer, spec, policy, self.sequence_length)
+        self._requests: set[Request] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        config = ClusterConfig(
+            n_nodes=n_nodes,
+            layers=tuple(layers) if layers else None,
+            dtype=dtype,
+            device=device,
+            n_slots=max_sequences,
+            sequence_length=self.sequence_length,
+        )
+        self._cluster = Cluster(source, config, progress)
+        try:
+            self._loop = StepLoop(
+                self._cluster.stage,
+                self._cluster.connect if n_nodes > 1 else None,
+                Scheduler(n_slots=max_sequences, token_budget=MAX_CHUNK, max_in_flight=n_nodes),
+                tokenizer.backend,
+                end_ids(path, source.config),
+                self.sequence_length,
+                self._ended,
+            )
+        except BaseException:
+            self._cluster.close()
+            raise
+        self._media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="mdi-media")
+
+    def submit(
+        self,
+        prompt: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Stream:
+        """Starts a request and gives its stream of pieces.
+
+        prompt: messages in the chat form, or a plain string (one user message where the model has a chat template).
+        Raises InputError for malformed messages, OverloadedError when the queue is full, LinkError when a node is lost;
+        what goes wrong later (media, lengths) is raised by the stream.
+        """
+        self._prompts.check(prompt)
+        params = (params or SamplingParams()).with_defaults(self._defaults)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        stream = Stream(lambda: self._loop.post(Cancel(request)))
+        request = Request(stream, params, seed)
+        self._accept(request)
+        self._media_threads.submit(self._prepare, request, prompt, PixelRange(min_pixels, max_pixels))
+        return stream
+
+    def chat(self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int) -> Completion:
+        """Runs a request to its end. See `submit`."""
+        return self.submit(prompt, params, **pixels).completion()
+
+    def stream(
+        self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int
+    ) -> Iterator[Piece]:
+        """Runs a request, piece by piece; leaving the iteration cancels it. See `submit`."""
+        stream = self.submit(prompt, params, **pixels)
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
+
+    def nodes(self) -> list[NodeStatus]:
+        """What every node holds, in pipeline order."""
+        return self._cluster.nodes()
+
+    @property
+    def error(self) -> MDIError | None:
+        """Why no request is served any more; None while all is well."""
+        return self._loop.error
+
+    def close(self) -> None:
+        """Fails what runs with ClosedError and ends every node. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._media_threads.shutdown(cancel_futures=True)
+        self._loop.close()
+        self._cluster.close()
+        with self._lock:
+            left = list(self._requests)
+        for request in left:
+            request.stream.put(ClosedError("the engine was closed"))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _accept(self, request: Request) -> None:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the engine is closed")
+            if self._loop.error:
+                raise self._loop.error
+            if len(self._requests) >= self.max_queue:
+                raise OverloadedError(f"{self.max_queue} requests are running or waiting already: try again later")
+            self._requests.add(request)
+
+    def _ended(self, request: Request) -> None:
+        with self._lock:
+            self._requests.discard(request)
+
+    def _prepare(self, request: Request, prompt: str | Sequence[Message], pixels: PixelRange) -> None:
+        """In a media thread: from messages to a prompt, then over to the loop."""
+        try:
+            request.prompt = self._prompts.build(prompt, pixels)
+            request.stream.prompt_tokens = len(request.prompt.token_ids)
+            self._loop.post(Submit(request))
+        except MDIError as error:
+            self._refuse(request, error)
+        except Exception:
+            log.exception("a prompt could not be prepared")
+            self._refuse(request, MDIError("the prompt could not be prepared; the server's log has the details"))
+
+    def _refuse(self, request: Request, error: MDIError) -> None:
+        self._ended(request)
+        request.stream.put(error)
+
+
+def generation_defaults(path: Path) -> SamplingParams:
+    """The checkpoint's sampling defaults, from generation_config.json; greedy where it does not ask for sampling."""
+    config = _read_json(path / "generation_config.json")
+    if not config.get("do_sample", False):
+        return SamplingParams(temperature=0.0)
+    return SamplingParams(
+        temperature=config.get("temperature", 1.0),
+        top_k=config.get("top_k", 50),
+        top_p=config.get("top_p", 1.0),
+        min_p=config.get("min_p"),
+    )
+
+
+def end_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
+    """Tokens that end an answer, from generation_config.json or else config.json."""
+    text_config = config.get("text_config", {})
+    for candidate in (_read_json(path / "generation_config.json"), config, text_config):
+        ids = candidate.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def _patch_spec(path: Path, min_pixels: int | None, max_pixels: int | None) -> PatchSpec:
+    config = _read_json(path / "preprocessor_config.json")
+    return PatchSpec.from_hf(config).with_pixels(min_pixels, max_pixels)
+
+
+def _sequence_length(wanted: int | None, limit: int) -> int:
+    if wanted is None:
+        return min(DEFAULT_SEQUENCE_LENGTH, limit)
+    if not 2 <= wanted <= limit:
+        raise ConfigError(f"the sequence length must be between 2 and the model's {limit}, got {wanted}")
+    return wanted
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -1,0 +1,261 @@
+"""The step loop: schedule, run, collect. One thread owns slots, sequences and the first stage; all others talk to its inbox.
+
+Knows batches and links; nothing of messages, media or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mdi.engine.detokenizer import Detokenizer
+from mdi.engine.scheduler import Scheduler, Work
+from mdi.engine.sequence import Request, Sequence
+from mdi.errors import ClosedError, LinkError, MDIError
+from mdi.model.batch import Batch, Slice, Visual
+from mdi.pipeline.link import Deliver, Link, Result
+from mdi.pipeline.stage import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A request whose prompt is ready."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """A request nobody waits for any more."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Close:
+    """End the loop; running requests fail with ClosedError."""
+
+
+Event = Submit | Cancel | Close | Result | LinkError
+
+
+class StepLoop:
+    """Runs requests through the pipeline until closed or until a node is lost.
+
+    connect: given where results go, makes the link to the next node; None when this node is the only one.
+    ended: told of every request that left, for whatever reason.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        connect: Callable[[Deliver], Link] | None,
+        scheduler: Scheduler[Sequence],
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        sequence_length: int,
+        ended: Callable[[Request], None],
+    ) -> None:
+        self.error: MDIError | None = None
+        self._stage = stage
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._sequence_length = sequence_length
+        self._ended = ended
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._live: dict[Request, list[Sequence]] = {}
+        self._in_flight: dict[int, list[Work[Sequence]]] = {}
+        self._to_encode: deque[Request] = deque()
+        self._encoder: Generator[None, None, Tensor] | None = None
+        self._next_batch_id = 0
+        self._link = connect(self._inbox.put) if connect else None
+        self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
+        self._thread.start()
+
+    def post(self, event: Submit | Cancel | Close) -> None:
+        """Hands the loop something to act on, from any thread."""
+        self._inbox.put(event)
+
+    def close(self) -> None:
+        """Ends the loop, failing what runs, and closes the link."""
+        self.post(Close())
+        self._thread.join()
+        if self._link:
+            self._link.close()
+
+    def _run(self) -> None:
+        try:
+            while self.error is None:
+                self._step()
+        except Exception:
+            log.exception("the engine's loop failed")
+            self._fail(LinkError("this node failed while it computed; its log has the details"))
+        while not isinstance(event := self._inbox.get(), Close):  # lost a node: refuse until closed
+            if isinstance(event, Submit):
+                self._end(event.request, self.error)
+
+    def _step(self) -> None:
+        encoded = self._encode()
+        dispatched = self._dispatch()
+        self._receive(wait=not (encoded or dispatched))
+
+    def _encode(self) -> bool:
+        """One block of the image being encoded, if any: decode steps run in between."""
+        if self._encoder is None and not self._next_encode():
+            return False
+        assert self._encoder is not None
+        try:
+            next(self._encoder)
+        except StopIteration as done:
+            self._to_encode[0].embeddings.append(done.value)
+            self._encoder = None
+        return True
+
+    def _next_encode(self) -> bool:
+        while self._to_encode and (self._to_encode[0].encoded or self._to_encode[0].cancelled):
+            self._to_encode.popleft()
+        if not self._to_encode:
+            return False
+        request = self._to_encode[0]
+        assert request.prompt is not None
+        media = request.prompt.media[len(request.embeddings)]
+        self._encoder = self._stage.encode_steps(torch.from_numpy(media.patches.rows), media.patches.grid)
+        return True
+
+    def _dispatch(self) -> bool:
+        """Schedules one batch and runs it through the first stage."""
+        work = self._scheduler.schedule()
+        if not work:
+            return False
+        batch, hidden = self._pack(work)
+        self._in_flight[batch.id] = work
+        out = self._stage.run(batch, hidden)
+        if isinstance(out, Tensor):
+            assert self._link is not None
+            self._link.send(batch, out)
+        else:
+            self._collect(Result(batch.id, out))
+        return True
+
+    def _pack(self, work: list[Work[Sequence]]) -> tuple[Batch, Tensor]:
+        """The batch of this work, and its embeddings: [tokens, hidden_size]."""
+        slices, positions, token_ids, visuals = [], [], list[int](), []
+        for item in work:
+            sequence, start, end = item.sequence, item.start, item.start + item.length
+            assert sequence.slot is not None
+            slices.append(Slice(sequence.slot, start, item.length, sequence.draw() if item.samples else None))
+            positions.append(_positions(sequence, start, end))
+            visuals += _visuals(sequence, start, end, row=len(token_ids))
+            token_ids += sequence.token_ids(start, end)
+        batch = Batch(self._next_batch_id, tuple(slices), torch.cat(positions, dim=1))
+        self._next_batch_id += 1
+        return batch, self._stage.embed(torch.tensor(token_ids), visuals)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Handles what is in the inbox; waits for a first event if asked to."""
+        try:
+            self._handle(self._inbox.get(block=wait))
+            while self.error is None:
+                self._handle(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Submit(request):
+                self._start(request)
+            case Cancel(request):
+                self._cancel(request)
+            case Result():
+                self._collect(event)
+            case LinkError():
+                self._fail(event)
+            case Close():
+                self._fail(ClosedError("the engine was closed"))
+                self._inbox.put(event)
+
+    def _start(self, request: Request) -> None:
+        prompt, params = request.prompt, request.params
+        assert prompt is not None
+        if request.cancelled:
+            self._end(request, None)
+            return
+        room = self._sequence_length - len(prompt.token_ids)
+        max_tokens = min(room, params.max_tokens or room)
+        sequences = [
+            Sequence(request, index, prompt, Detokenizer(self._tokenizer, params.stop), max_tokens)
+            for index in range(params.n)
+        ]
+        self._live[request] = sequences
+        self._to_encode.append(request)
+        self._scheduler.add(sequences)
+
+    def _cancel(self, request: Request) -> None:
+        request.cancelled = True
+        if self._to_encode and self._to_encode[0] is request:
+            self._encoder = None
+        for sequence in list(self._live.get(request, ())):
+            if not sequence.in_flight:
+                self._leave(sequence)
+
+    def _collect(self, result: Result) -> None:
+        """A batch came back: the caches hold its tokens, and every slice that drew has a new one."""
+        work = self._in_flight.pop(result.batch_id)
+        self._scheduler.finish(work)
+        tokens = iter(result.tokens)
+        for item in work:
+            sequence = item.sequence
+            if item.samples and (piece := sequence.append(next(tokens), self._end_ids)):
+                sequence.request.stream.put(piece)
+            if sequence.finished or sequence.request.cancelled:
+                self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        sequences = self._live[sequence.request]
+        sequences.remove(sequence)
+        if not sequences:
+            self._end(sequence.request, None)
+
+    def _end(self, request: Request, error: MDIError | None) -> None:
+        self._live.pop(request, None)
+        request.embeddings.clear()
+        request.stream.put(error)
+        self._ended(request)
+
+    def _fail(self, error: MDIError) -> None:
+        self.error = error
+        for request in list(self._live):
+            self._end(request, error)
+
+
+def _positions(sequence: Sequence, start: int, end: int) -> Tensor:
+    """Rotary positions of a sequence's tokens [start, end): int64 [3, end - start]."""
+    prompt = sequence.prompt
+    if end <= len(prompt.token_ids):
+        return prompt.positions[:, start:end]
+    n_prompt = max(0, len(prompt.token_ids) - start)
+    answer = torch.arange(start + n_prompt, end) + prompt.delta
+    return torch.cat((prompt.positions[:, start : start + n_prompt], answer.expand(3, -1)), dim=1)
+
+
+def _visuals(sequence: Sequence, start: int, end: int, row: int) -> list[Visual]:
+    """The parts of the prompt's media that lie in [start, end), which is packed from `row` on."""
+    visuals = []
+    for media, embeddings in zip(sequence.prompt.media, sequence.request.embeddings, strict=False):
+        first, last = max(start, media.span.start), min(end, media.span.start + media.span.length)
+        if first < last:
+            offset = media.span.start
+            visuals.append(Visual(row + first - start, embeddings[first - offset : last - offset]))
+    return visuals

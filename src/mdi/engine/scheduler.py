@@ -1,0 +1,123 @@
+"""Which sequences the next batch computes, and how many tokens of each. Pure: no torch, no clock, no I/O.
+
+Decode goes first in every batch; prefill chunks fill the rest of its token budget. While several batches are in flight
+(recurrent pipeline parallelism), each takes its share of the decoding sequences, so that every node has work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+
+class Schedulable(Protocol):
+    """What the scheduler sees of a sequence."""
+
+    slot: int | None
+    computed: int
+    in_flight: bool
+
+    @property
+    def remaining(self) -> int: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Schedulable)
+
+
+@dataclass(frozen=True)
+class Work(Generic[S]):
+    """One sequence's part of a batch: its next `length` tokens from `start`. `samples` when none remain after them."""
+
+    sequence: S
+    start: int
+    length: int
+    samples: bool
+
+
+class Scheduler(Generic[S]):
+    """Waiting and running sequences, and the slots they run in.
+
+    n_slots: sequences that run at once. token_budget: most tokens in a batch. max_in_flight: batches in the pipeline at
+    once, at least the number of nodes.
+    """
+
+    def __init__(self, *, n_slots: int, token_budget: int, max_in_flight: int) -> None:
+        self.token_budget = token_budget
+        self.max_in_flight = max_in_flight
+        self.in_flight = 0
+        self._free_slots = deque(range(n_slots))
+        self._waiting: deque[S] = deque()
+        self._running: deque[S] = deque()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequences: Iterable[S]) -> None:
+        """Puts sequences at the end of the queue."""
+        self._waiting.extend(sequences)
+
+    def remove(self, sequence: S) -> None:
+        """Takes a sequence out and frees its slot. Not while it is in flight."""
+        assert not sequence.in_flight
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+            sequence.slot = None
+
+    def schedule(self) -> list[Work[S]]:
+        """The next batch; empty when there is nothing to do or the pipeline is full. Its sequences become in flight."""
+        if self.in_flight >= self.max_in_flight:
+            return []
+        self._admit()
+        work = self._decode()
+        work += self._prefill(self.token_budget - len(work))
+        for item in work:
+            item.sequence.in_flight = True
+            self._running.remove(item.sequence)  # to the back: those that waited longest come first next time
+            self._running.append(item.sequence)
+        self.in_flight += bool(work)
+        return work
+
+    def finish(self, work: Iterable[Work[S]]) -> None:
+        """A batch came back: its tokens are in the cache."""
+        self.in_flight -= 1
+        for item in work:
+            item.sequence.in_flight = False
+            item.sequence.computed = item.start + item.length
+
+    def _admit(self) -> None:
+        while self._free_slots and self._waiting:
+            sequence = self._waiting.popleft()
+            sequence.slot = self._free_slots.popleft()
+            sequence.computed = 0
+            self._running.append(sequence)
+
+    def _decode(self) -> list[Work[S]]:
+        decoding = [sequence for sequence in self._running if sequence.remaining == 1 and sequence.computed > 0]
+        share = min(-(-len(decoding) // self.max_in_flight), self.token_budget)
+        ready = [sequence for sequence in decoding if sequence.ready]
+        return [Work(sequence, sequence.computed, 1, samples=True) for sequence in ready[:share]]
+
+    def _prefill(self, budget: int) -> list[Work[S]]:
+        work = []
+        for sequence in self._running:
+            if budget == 0:
+                break
+            if not sequence.ready or (sequence.remaining == 1 and sequence.computed > 0):
+                continue
+            length = min(sequence.remaining, budget)
+            work.append(Work(sequence, sequence.computed, length, samples=length == sequence.remaining))
+            budget -= length
+        return work

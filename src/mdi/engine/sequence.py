@@ -1,0 +1,102 @@
+"""One sample being generated: all its state in one place. Modules hold weights, a `Sequence` holds state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mdi.engine.detokenizer import Detokenizer
+from mdi.engine.outputs import FinishReason, Piece
+from mdi.engine.prompt import Prompt
+from mdi.engine.stream import Stream
+from mdi.model.batch import Draw, Token
+from mdi.params import SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """What a caller submitted, while it runs. `params` are complete: defaults filled in, seed drawn.
+
+    embeddings: one [tokens, hidden_size] per medium of the prompt, as they get encoded; kept for as long as the request
+    lives, so that its prompt can be prefilled again.
+    """
+
+    stream: Stream
+    params: SamplingParams
+    seed: int
+    prompt: Prompt | None = None
+    embeddings: list[Tensor] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def encoded(self) -> bool:
+        return self.prompt is not None and len(self.embeddings) == len(self.prompt.media)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Sample `index` of a request. `computed` tokens of it are in its slot's cache; `in_flight` while a batch has it."""
+
+    request: Request
+    index: int
+    prompt: Prompt
+    detokenizer: Detokenizer
+    max_tokens: int
+    generated: list[int] = field(default_factory=list)
+    slot: int | None = None
+    computed: int = 0
+    in_flight: bool = False
+    finished: bool = False
+    _unsent: list[Token] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.token_ids) + len(self.generated)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known but not computed: 1 in decode, more in prefill."""
+        return self.length - self.computed
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch may take it."""
+        return not self.in_flight and self.request.encoded
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """The tokens at indices [start, end), of prompt and answer as one."""
+        prompt = self.prompt.token_ids
+        return [*prompt[start:end], *self.generated[max(0, start - len(prompt)) : max(0, end - len(prompt))]]
+
+    def draw(self) -> Draw:
+        """How the token after all known ones is drawn."""
+        params = self.request.params
+        assert params.temperature is not None
+        assert params.top_k is not None
+        assert params.top_p is not None
+        assert params.min_p is not None
+        return Draw(
+            params.temperature, params.top_k, params.top_p, params.min_p, self.request.seed, self.index, position=self.length
+        )
+
+    def append(self, token: Token, end_ids: frozenset[int]) -> Piece | None:
+        """Takes a drawn token; gives the piece that became certain, if any. The last one sets `finished`."""
+        self.generated.append(token.id)
+        self._unsent.append(token)
+        text = self.detokenizer.push(token.id)
+        reason = self._finish_reason(token.id, end_ids)
+        if reason:
+            self.finished = True
+            text += self.detokenizer.finish()
+        elif not text:
+            return None
+        tokens, self._unsent = self._unsent, []
+        return Piece(
+            self.index, text, tuple(token.id for token in tokens), tuple(token.logprob for token in tokens), reason
+        )
+
+    def _finish_reason(self, token_id: int, end_ids: frozenset[int]) -> FinishReason | None:
+        if token_id in end_ids or self.detokenizer.stopped:
+            return "stop"
+        return "length" if len(self.generated) >= self.max_tokens else None

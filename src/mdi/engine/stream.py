@@ -1,0 +1,93 @@
+"""A running request as its caller sees it: an iterator over pieces, for threads and for asyncio. Knows no models."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from mdi.engine.outputs import Completion, Piece, Usage, collect
+from mdi.errors import MDIError
+
+
+class Stream:
+    """Pieces of one request, in order. Iterate it (`for` or `async for`) once, from one place.
+
+    Iteration raises what ended the request early: InputError for media or lengths that do not fit, LinkError where a
+    node was lost, ClosedError at shutdown. A cancelled stream just ends.
+    """
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._cancel = cancel
+        self._items: queue.SimpleQueue[Piece | MDIError | None] = queue.SimpleQueue()
+        self._wake: Callable[[], None] | None = None
+        self._ended = False
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; complete when the stream has ended."""
+        return Usage(self.prompt_tokens, self.completion_tokens)
+
+    def cancel(self) -> None:
+        """Ends the request within one step of the engine. From any thread, at any time, as often as you like."""
+        self._cancel()
+
+    def completion(self) -> Completion:
+        """Waits for the end and gives the whole."""
+        return collect(list(self), self.usage)
+
+    async def acompletion(self) -> Completion:
+        """`completion` for asyncio."""
+        pieces = [piece async for piece in self]
+        return collect(pieces, self.usage)
+
+    def put(self, item: Piece | MDIError | None) -> None:
+        """The engine's side: a piece, the error that ended the request, or None at its end."""
+        if isinstance(item, Piece):
+            self.completion_tokens += len(item.token_ids)
+        self._items.put(item)
+        if wake := self._wake:
+            wake()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        if self._ended:
+            raise StopIteration
+        piece = self._taken(self._items.get())
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._ended:
+            raise StopAsyncIteration
+        piece = self._taken(await self._next_item())
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    async def _next_item(self) -> Piece | MDIError | None:
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
+        try:
+            while True:
+                try:
+                    return self._items.get_nowait()
+                except queue.Empty:
+                    await arrived.wait()
+                    arrived.clear()
+        finally:
+            self._wake = None
+
+    def _taken(self, item: Piece | MDIError | None) -> Piece | None:
+        self._ended = not isinstance(item, Piece)
+        if isinstance(item, MDIError):
+            raise item
+        return item

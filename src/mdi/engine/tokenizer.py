@@ -1,0 +1,85 @@
+"""Text to token ids and back, and the chat template. Text that users wrote never becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from mdi.errors import CheckpointError, InputError
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, loaded by transformers.
+
+    Special tokens are found in what the template writes, and only there: every character in a user's text that could
+    begin one is followed by a random mark while the template is rendered, and plain stretches are encoded by a copy of
+    the tokenizer that has no special tokens at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint has no tokenizer that can be loaded ({error})") from None
+        if loaded.chat_template is None and (path / "chat_template.json").exists():
+            loaded.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
+        self._loaded = loaded
+        self.backend: Backend = loaded.backend_tokenizer
+        added = {token.content: index for index, token in loaded.added_tokens_decoder.items()}
+        self._special_ids = added
+        self._special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+        self._first_characters = re.compile("|".join(map(re.escape, sorted({text[0] for text in added}))) or r"(?!)")
+        self._plain = _without_added_tokens(self.backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._loaded.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; strings that look like special tokens are plain text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Messages through the chat template to ids, ready for the assistant's answer.
+
+        messages: role and content, a string or parts {"type": "text", "text"} or {"type": "image"}; every media part
+        becomes whatever placeholder the template gives it.
+        """
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        guarded = [{**message, "content": self._guard(message["content"], mark)} for message in messages]
+        try:
+            text = self._loaded.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's own errors, and whatever a template raises
+            raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
+        return self._encode_template(text, mark)
+
+    def _guard(self, content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
+        if isinstance(content, str):
+            return self._first_characters.sub(lambda found: found[0] + mark, content)
+        return [
+            {**part, "text": self._guard(part["text"], mark)} if part["type"] == "text" else {"type": part["type"]}
+            for part in content
+        ]
+
+    def _encode_template(self, text: str, mark: str) -> list[int]:
+        ids: list[int] = []
+        end = 0
+        for special in self._special.finditer(text):
+            ids += self.encode(text[end : special.start()].replace(mark, ""))
+            ids.append(self._special_ids[special[0]])
+            end = special.end()
+        return ids + self.encode(text[end:].replace(mark, ""))
+
+
+def _without_added_tokens(backend: Backend) -> Backend:
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = []
+    description["post_processor"] = None
+    return Backend.from_str(json.dumps(description))

@@ -1,0 +1,92 @@
+"""Causal attention of a packed batch over the slots' caches. Knows slices and cache rows, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mdi.model.batch import Slice
+
+
+@dataclass(frozen=True)
+class Part:
+    """One slice's place in the packed rows and in its slot; `mask` where a chunk attends to what came before it."""
+
+    rows: slice
+    slot: int
+    end: int
+    mask: Tensor | None
+
+
+class CausalMasks:
+    """Masks for prefill chunks that start behind position 0, as views of one table made once.
+
+    A chunk of q tokens from position s sees key j in row i where j <= s + i. In a table with 0 where
+    column <= width + i, and -inf elsewhere, that mask is the window of columns [width - s, width + q).
+    """
+
+    def __init__(self, max_chunk: int, sequence_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = sequence_length
+        future = torch.full((max_chunk, sequence_length + max_chunk), float("-inf"), dtype=dtype, device=device)
+        self.table = future.triu_(sequence_length + 1)
+
+    def view(self, start: int, length: int) -> Tensor:
+        """[length, start + length] of 0 and -inf."""
+        return self.table[:length, self.width - start : self.width + length]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a batch's rows go, worked out once and used by every layer. slots, cache_rows: int64 [tokens]."""
+
+    parts: tuple[Part, ...]
+    slots: Tensor
+    cache_rows: Tensor
+
+    @classmethod
+    def of(cls, slices: Sequence[Slice], masks: CausalMasks, device: torch.device) -> Layout:
+        parts, slots, cache_rows, first = [], [], [], 0
+        for part in slices:
+            mask = masks.view(part.start, part.length) if part.length > 1 and part.start > 0 else None
+            parts.append(Part(slice(first, first + part.length), part.slot, part.end, mask))
+            slots += [part.slot] * part.length
+            cache_rows += range(part.start, part.end)
+            first += part.length
+        return cls(tuple(parts), torch.tensor(slots, device=device), torch.tensor(cache_rows, device=device))
+
+
+def attend(queries: Tensor, cache: Tensor, layout: Layout) -> Tensor:
+    """Attention of every slice over its own slot.
+
+    queries: [tokens, n_heads, head_dim]; cache: one layer's [slots, length, 2, n_kv_heads, head_dim], the batch's keys
+    and values already in it. Returns [tokens, n_heads * head_dim]. Query heads share key heads in groups (GQA,
+    arXiv:2305.13245) through views; nothing is copied out of the cache.
+    """
+    if len(layout.parts) == 1:
+        return _attend_part(queries, cache, layout.parts[0])
+    return torch.cat([_attend_part(queries[part.rows], cache, part) for part in layout.parts])
+
+
+def _attend_part(queries: Tensor, cache: Tensor, part: Part) -> Tensor:
+    length, n_heads, head_dim = queries.shape
+    keys, values = cache[part.slot, : part.end].permute(1, 2, 0, 3)  # each [kv_heads, end, head_dim]
+    kv_heads = keys.shape[0]
+    group = n_heads // kv_heads
+    if length == 1:  # a decode step: the group's heads are the rows of one small product
+        grouped = queries.view(1, kv_heads, group, head_dim)
+        out = functional.scaled_dot_product_attention(grouped, keys[None], values[None])
+        return out.view(1, n_heads * head_dim)
+    grouped = queries.view(length, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    shared = (kv_heads, group, part.end, head_dim)
+    out = functional.scaled_dot_product_attention(
+        grouped,
+        keys[:, None].expand(shared),
+        values[:, None].expand(shared),
+        attn_mask=part.mask,
+        is_causal=part.mask is None,
+    )
+    return out.permute(2, 0, 1, 3).reshape(length, n_heads * head_dim)

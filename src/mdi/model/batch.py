@@ -1,0 +1,89 @@
+"""What one step of the pipeline computes: for some sequences, some tokens each, packed end to end without padding.
+
+Knows slots and positions, nothing of requests, texts or networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one token is drawn. (seed, sample, position) decides the random number, whatever the batch or node.
+
+    position: tokens of the sequence before the drawn one. sample: which of a request's n samples this is.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sample: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The part of one sequence that one batch computes: `length` tokens from position `start` of the slot's KV cache.
+
+    draw: how to sample after the slice's last token; None in the middle of a prefill.
+    """
+
+    slot: int
+    start: int
+    length: int
+    draw: Draw | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w)."""
+
+    id: int
+    slices: tuple[Slice, ...]
+    positions: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(part.length for part in self.slices)
+
+    @property
+    def drawn_rows(self) -> list[int]:
+        """Rows of the packed batch whose logits are sampled: the last one of each slice that draws."""
+        rows, end = [], 0
+        for part in self.slices:
+            end += part.length
+            if part.draw is not None:
+                rows.append(end - 1)
+        return rows
+
+    @property
+    def draws(self) -> list[Draw]:
+        return [part.draw for part in self.slices if part.draw is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Visual:
+    """Encoded image or video tokens that replace the placeholders' embeddings from packed row `row` on.
+
+    embeddings: [visual tokens, hidden_size].
+    """
+
+    row: int
+    embeddings: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A drawn token and the natural logarithm of its probability under the model, before temperature and filters."""
+
+    id: int
+    logprob: float

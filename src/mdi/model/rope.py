@@ -1,0 +1,114 @@
+"""Rotary positions: 1-D and multimodal (M-RoPE) for the decoder, 2-D for the vision tower. Pure functions of positions.
+
+M-RoPE: arXiv:2409.12191, section 2.1. Text advances all three axes (t, h, w) together; a picture's tokens carry their
+frame, row and column, offset by where the picture starts; what follows starts one above the highest position so far.
+Video follows transformers 4 (`get_rope_index` there): the frame index counts, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]  # patches of one image or video: frames, rows, columns, before merging
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """Where an image's or a video's tokens stand in a prompt: `length` of them from `start`, in a merged grid."""
+
+    start: int
+    grid: Grid
+    merge_size: int
+
+    @property
+    def merged(self) -> Grid:
+        frames, rows, columns = self.grid
+        return frames, rows // self.merge_size, columns // self.merge_size
+
+    @property
+    def length(self) -> int:
+        frames, rows, columns = self.merged
+        return frames * rows * columns
+
+
+def prompt_positions(length: int, spans: Sequence[MediaSpan]) -> tuple[Tensor, int]:
+    """Positions of a prompt and its rope delta.
+
+    spans: in order of their start, not overlapping. Returns int64 [3, length] and delta, the difference between the
+    next token's position and its index: token i after the prompt has position i + delta on all axes.
+    """
+    pieces: list[Tensor] = []
+    index = position = 0
+    for span in spans:
+        gap = span.start - index
+        pieces += [text_positions(position, gap), _grid_positions(span.merged) + (position + gap)]
+        position = int(pieces[-1].max()) + 1
+        index = span.start + span.length
+    pieces.append(text_positions(position, length - index))
+    next_position = position + length - index
+    return torch.cat(pieces, dim=1), next_position - length
+
+
+def text_positions(start: int, length: int) -> Tensor:
+    """Positions of plain text, where all three axes advance together: int64 [3, length]."""
+    return torch.arange(start, start + length).expand(3, length)
+
+
+def _grid_positions(merged: Grid) -> Tensor:
+    """(t, h, w) of every cell of a grid, row-major: int64 [3, cells]."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in merged)).reshape(-1, 3).T
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Tables that turn queries and keys: cos and signed sin, each [tokens, 1, head_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rotates x: [tokens, heads, head_dim] by halves (the sign of the swapped half is in `sin`)."""
+        half = x.shape[-1] // 2
+        return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin, out=out)
+
+
+class DecoderRope:
+    """Tables for the decoder's positions. `mrope_section`: channels per axis (t, h, w), summing to head_dim / 2."""
+
+    def __init__(
+        self, head_dim: int, theta: float, mrope_section: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
+        self.frequencies = (1.0 / theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
+        sections = mrope_section or (head_dim // 2, 0, 0)
+        self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device)  # [head_dim / 2]
+        self.dtype = dtype
+
+    def __call__(self, positions: Tensor) -> Rotation:
+        """positions: int64 [3, tokens]."""
+        angles = positions.to(torch.float32)[self.axis].T * self.frequencies  # [tokens, head_dim / 2]
+        return _rotation(angles, self.dtype)
+
+
+def vision_rotation(grid: Grid, merge_size: int, head_dim: int, device: torch.device, theta: float = 10000.0) -> Rotation:
+    """Tables for the patches of one image or video, in merge order: half the channels turn by row, half by column.
+
+    Float32, as in the reference (`apply_rotary_pos_emb_vision`).
+    """
+    frames, rows, columns = grid
+    channels = torch.arange(0, head_dim // 2, 2, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (channels / (head_dim // 2))  # [head_dim / 4]
+    cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # row-major (row, column)
+    blocks = cells.view(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
+    merge_order = blocks.transpose(1, 2).reshape(-1, 2).repeat(frames, 1).to(torch.float32)
+    angles = (merge_order[:, :, None] * frequencies).flatten(1)  # [patches, head_dim / 2]
+    return _rotation(angles.to(device), torch.float32)
+
+
+def _rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))

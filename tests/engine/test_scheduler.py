@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from mdi.engine.scheduler import Scheduler, Work
+
+
+@dataclass(eq=False)
+class FakeSequence:
+    prompt: int
+    answer: int
+    drawn: int = 0
+    slot: int | None = None
+    computed: int = 0
+    in_flight: bool = False
+    encoded: bool = True
+
+    @property
+    def remaining(self) -> int:
+        return self.prompt + self.drawn - self.computed
+
+    @property
+    def ready(self) -> bool:
+        return self.encoded and not self.in_flight
+
+
+def finish(scheduler: Scheduler[FakeSequence], work: list[Work[FakeSequence]]) -> None:
+    scheduler.finish(work)
+    for item in work:
+        item.sequence.drawn += item.samples
+        if item.sequence.drawn >= item.sequence.answer:
+            scheduler.remove(item.sequence)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_of_the_token_budget() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
+    scheduler.add([FakeSequence(prompt=20, answer=2)])
+    seen = []
+    while work := scheduler.schedule():
+        seen += [(item.start, item.length, item.samples) for item in work]
+        finish(scheduler, work)
+    assert seen == [(0, 8, False), (8, 8, False), (16, 4, True), (20, 1, True)]
+
+
+def test_decode_goes_first_and_a_prefill_chunk_fills_the_rest() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, token_budget=8, max_in_flight=1)
+    short, long = FakeSequence(prompt=3, answer=9), FakeSequence(prompt=30, answer=1)
+    scheduler.add([short])
+    finish(scheduler, scheduler.schedule())
+    scheduler.add([long])
+    work = scheduler.schedule()
+    assert [(item.sequence, item.length) for item in work] == [(short, 1), (long, 7)]
+
+
+def test_sequences_wait_for_a_slot_in_order_of_arrival() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=1, token_budget=8, max_in_flight=1)
+    first, second = FakeSequence(prompt=2, answer=1), FakeSequence(prompt=2, answer=1)
+    scheduler.add([first, second])
+    work = scheduler.schedule()
+    assert [item.sequence for item in work] == [first]
+    assert scheduler.waiting == 1
+    finish(scheduler, work)
+    assert [item.sequence for item in scheduler.schedule()] == [second]
+
+
+def test_a_sequence_is_in_one_batch_at_a_time() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=3)
+    scheduler.add([FakeSequence(prompt=20, answer=1)])
+    assert scheduler.schedule()
+    assert scheduler.schedule() == []
+
+
+@pytest.mark.parametrize(("n_nodes", "n_sequences"), [(2, 2), (3, 3), (3, 8), (5, 7)])
+def test_every_node_has_work_when_there_are_as_many_sequences_as_nodes(n_nodes: int, n_sequences: int) -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, token_budget=64, max_in_flight=n_nodes)
+    scheduler.add([FakeSequence(prompt=1, answer=99) for _ in range(n_sequences)])
+    finish(scheduler, scheduler.schedule())  # all are prefilled by one batch
+    batches = [scheduler.schedule() for _ in range(n_nodes)]
+    assert all(batches)
+    assert scheduler.schedule() == []
+    assert sum(map(len, batches)) == n_sequences
+
+
+def test_a_sequence_waits_for_its_pictures_and_holds_nobody_up() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
+    blind, plain = FakeSequence(prompt=4, answer=1, encoded=False), FakeSequence(prompt=4, answer=1)
+    scheduler.add([blind, plain])
+    work = scheduler.schedule()
+    assert [item.sequence for item in work] == [plain]
+    finish(scheduler, work)
+    assert scheduler.schedule() == []
+    blind.encoded = True
+    assert [item.sequence for item in scheduler.schedule()] == [blind]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_loads_compute_every_token_once_in_order_and_end(seed: int) -> None:
+    rng = random.Random(seed)
+    n_nodes, n_slots = rng.randint(1, 5), rng.randint(1, 6)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=n_slots, token_budget=rng.randint(n_slots, 40), max_in_flight=n_nodes)
+    sequences = [FakeSequence(rng.randint(1, 90), rng.randint(1, 12)) for _ in range(25)]
+    pending, flying = list(sequences), list[list[Work[FakeSequence]]]()
+    for _ in range(10_000):
+        arrivals = [pending.pop() for _ in range(min(len(pending), rng.randint(0, 2)))]
+        scheduler.add(arrivals)
+        if work := scheduler.schedule():
+            flying.append(work)
+            assert sum(item.length for item in work) <= scheduler.token_budget
+            assert all(item.start == item.sequence.computed for item in work)
+            busy = [item.sequence for batch in flying for item in batch]
+            assert len(set(map(id, busy))) == len(busy)
+            assert len({sequence.slot for sequence in busy}) == len(busy)
+        elif flying:
+            finish(scheduler, flying.pop(0))
+        elif not pending:
+            break
+    assert all(sequence.drawn == sequence.answer for sequence in sequences)
+    assert scheduler.waiting == scheduler.running == scheduler.in_flight == 0

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mdi.model import sampler
+from mdi.model.batch import Draw
+from mdi.model.sampler import sample, uniform
+
+PLAIN = Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, sample=0, position=0)
+
+
+def draws(n: int, **changes: float) -> list[Draw]:
+    return [replace(PLAIN, position=position, **changes) for position in range(n)]  # type: ignore[arg-type]
+
+
+def test_temperature_zero_is_the_likeliest_token() -> None:
+    logits = torch.randn(5, 300)
+    tokens = sample(logits, draws(5, temperature=0.0))
+    assert [token.id for token in tokens] == logits.argmax(-1).tolist()
+    expected = logits.log_softmax(-1).max(-1).values
+    assert torch.allclose(torch.tensor([token.logprob for token in tokens]), expected)
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
+    tokens = sample(probabilities.log().repeat(4000, 1), draws(4000))
+    counts = torch.bincount(torch.tensor([token.id for token in tokens]), minlength=5) / 4000
+    assert torch.allclose(counts, probabilities, atol=0.03)
+
+
+def test_the_uniform_number_depends_on_seed_sample_and_position_only() -> None:
+    base = uniform(PLAIN)
+    assert base == uniform(replace(PLAIN, temperature=0.3, top_k=5))
+    others = [uniform(replace(PLAIN, seed=8)), uniform(replace(PLAIN, sample=1)), uniform(replace(PLAIN, position=1))]
+    assert len({base, *others}) == 4
+    assert 0 <= uniform(replace(PLAIN, seed=-1)) < 1
+    assert 0 <= uniform(replace(PLAIN, seed=2**64 - 1)) < 1
+
+
+def test_a_draw_does_not_depend_on_the_rest_of_the_batch() -> None:
+    logits = torch.randn(8, 5000)
+    wanted = [replace(PLAIN, position=i, seed=i, top_p=0.9) for i in range(8)]
+    together = sample(logits, wanted)
+    assert together == tuple(sample(logits[i : i + 1], wanted[i : i + 1])[0] for i in range(8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 1}, {1}),
+        ({"top_p": 0.75}, {1, 3}),
+        ({"top_p": 0.5}, {1}),
+        ({"min_p": 0.15}, {0, 1, 3}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 3, "top_p": 0.99}, {0, 1, 3}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_filters_keep_what_they_should(changes: dict[str, float], kept: set[int]) -> None:
+    logits = torch.tensor([0.1, 0.5, 0.04, 0.3, 0.06]).log()
+    tokens = sample(logits.repeat(600, 1), draws(600, **changes))
+    assert {token.id for token in tokens} == kept
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.97}, {"top_p": 0.9999}, {"min_p": 0.001}, {"temperature": 3.0}])
+def test_looking_at_the_likeliest_first_changes_no_draw(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(200, 3000) * 2
+    shortcut = sample(logits, draws(200, **changes))
+    monkeypatch.setattr(sampler, "HEAD_SIZE", 10**9)
+    assert sample(logits, draws(200, **changes)) == shortcut
