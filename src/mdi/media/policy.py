@@ -1,0 +1,54 @@
+"""What media may be loaded from where, and how much of it: paths, hosts, bytes, pixels, seconds.
+
+Knows nothing about how bytes are fetched or decoded; `fetch` and `image` ask it before they act.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """Limits on the media of a request. The defaults are those of a server that faces strangers.
+
+    media_dir: files are read only below this directory, symlinks resolved; None refuses every file.
+    any_file: any file this process can read; for the command line and Python, where the user owns the
+        machine.
+    remote: whether http and https URLs are fetched at all.
+    private_hosts: also fetch from loopback, private and other addresses off the public internet.
+    max_bytes: longest file, in bytes as sent.
+    max_image_pixels: largest image (width times height) that is decoded; checked in the header. The default
+        lets the 108-megapixel pictures of phones through.
+    timeout_s: seconds that all of one download may take, name lookup and redirects included.
+    """
+
+    media_dir: Path | None = None
+    any_file: bool = False
+    remote: bool = True
+    private_hosts: bool = False
+    max_bytes: int = 32 * MEBIBYTE
+    max_image_pixels: int = 120_000_000
+    timeout_s: float = 20.0
+
+    def allows_address(self, address: str) -> bool:
+        """Whether a download may connect to this IP address (as text, an IPv6 scope allowed)."""
+        return self.private_hosts or is_public(address)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet.
+
+    Stricter than `is_global` of `ipaddress`: refuses multicast and reserved ranges, and every IPv6 form that
+    carries an IPv4 address inside (mapped, 6to4, Teredo, NAT64), because the inner one escapes the check.
+    """
+    ip = ipaddress.ip_address(address)
+    if not ip.is_global or ip.is_multicast or ip.is_reserved:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return True
+    return not (ip.is_site_local or ip.ipv4_mapped or ip.sixtofour or ip.teredo)
