@@ -89,6 +89,6 @@ def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32
         spec = StageSpec(first, last, **ends)
         decoder = Decoder(config, spec, weights.__getitem__)
         vision = VisionTower(config.vision, weights.__getitem__) if spec.vision and config.vision else None
-        loaded = LoadedStage(config, spec, dtype, torch.device("cpu"), decoder, vision, plan_hash="")
+        loaded = LoadedStage(config, spec, dtype, torch.device("cpu"), decoder, vision)
         stages.append(Stage(loaded, n_slots=n_slots, sequence_length=512))
     return stages

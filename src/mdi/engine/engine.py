@@ -71,7 +71,7 @@ class Engine:
         self.max_queue = max_queue
         self._defaults = generation_defaults(path)
         tokenizer = Tokenizer(path)
-        spec = _patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
+        spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
         policy = media or MediaPolicy(media_dir=None, any_file=True)
         self._prompts = PromptBuilder(source.model_config, tokenizer, spec, policy, self.sequence_length)
         self._requests: set[Request] = set()
@@ -221,7 +221,8 @@ def end_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
     return frozenset()
 
 
-def _patch_spec(path: Path, min_pixels: int | None, max_pixels: int | None) -> PatchSpec:
+def patch_spec(path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> PatchSpec:
+    """How the checkpoint's images are cut, from preprocessor_config.json, with the server's pixel limits."""
     config = _read_json(path / "preprocessor_config.json")
     return PatchSpec.from_hf(config).with_pixels(min_pixels, max_pixels)
 

@@ -106,8 +106,10 @@ class Scheduler(Generic[S]):
 
     def _decode(self) -> list[Work[S]]:
         decoding = [sequence for sequence in self._running if sequence.remaining == 1 and sequence.computed > 0]
-        share = min(-(-len(decoding) // self.max_in_flight), self.token_budget)
         ready = [sequence for sequence in decoding if sequence.ready]
+        fair = _divide_up(len(decoding), self.max_in_flight)
+        left = _divide_up(len(ready), self.max_in_flight - self.in_flight)
+        share = min(fair, left, self.token_budget)
         return [Work(sequence, sequence.computed, 1, samples=True) for sequence in ready[:share]]
 
     def _prefill(self, budget: int) -> list[Work[S]]:
@@ -121,3 +123,7 @@ class Scheduler(Generic[S]):
             work.append(Work(sequence, sequence.computed, length, samples=length == sequence.remaining))
             budget -= length
         return work
+
+
+def _divide_up(total: int, parts: int) -> int:
+    return -(-total // parts)

@@ -1,0 +1,81 @@
+"""What a folder of chunks says about itself: plan, dtype, checksums. One JSON file, unknown keys refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mdi.checkpoint.plan import Plan
+from mdi.errors import CheckpointError
+from mdi.model.config import ModelConfig
+from mdi.model.weights import StageSpec
+
+FILE_NAME = "manifest.json"
+
+
+class ChunkEntry(BaseModel):
+    """One chunk file. sha256: of the whole file, hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: str
+    file: str
+    size_bytes: int
+    sha256: str
+    first_layer: int
+    last_layer: int
+    embedding: bool
+    vision: bool
+    head: bool
+
+    @property
+    def spec(self) -> StageSpec:
+        return StageSpec(self.first_layer, self.last_layer, self.embedding, self.vision, self.head)
+
+
+class Manifest(BaseModel):
+    """A prepared checkpoint. config: the Hugging Face config.json it was made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    model: str
+    dtype: str
+    plan_hash: str
+    config: dict[str, Any]
+    chunks: tuple[ChunkEntry, ...]
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tuple(chunk.spec for chunk in self.chunks))
+
+    def chunk(self, file: str) -> ChunkEntry:
+        """The entry of a file. Raises CheckpointError when there is none."""
+        for chunk in self.chunks:
+            if chunk.file == file:
+                return chunk
+        known = ", ".join(chunk.file for chunk in self.chunks)
+        raise CheckpointError(f"{file} is not in its folder's manifest, which has {known}")
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises CheckpointError when there is none, or none that can be read."""
+        try:
+            return cls.model_validate_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no {FILE_NAME} in {str(folder)!r}: run `mdi prepare`, and keep its folder together") from None
+        except (ValidationError, UnicodeDecodeError):
+            raise CheckpointError(f"{FILE_NAME} in {str(folder)!r} is damaged or of another version: run `mdi prepare` again") from None
+
+
+def plan_hash(config: ModelConfig, plan: Plan, dtype: str) -> str:
+    """Identifies what nodes must agree on to work together: sha256 over model, plan and dtype, hexadecimal."""
+    text = json.dumps([repr(config), [repr(stage) for stage in plan.stages], dtype])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,304 @@
+"""Random checkpoints in Hugging Face layout, tokenizer and chat template included. Knows file formats, computes nothing.
+
+For tests, for benchmarks at full size, and for a first run where no real checkpoint can be had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from mdi.checkpoint.tensorfile import data_bytes, torch_dtype, write_tensors
+from mdi.model.config import QWEN2, QWEN2_VL, ModelConfig
+from mdi.model.weights import Shapes, StageSpec, stage_shapes
+
+QWEN2_VL_2B: dict[str, Any] = {
+    "architectures": [QWEN2_VL],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 151936,
+}
+"""config.json of Qwen/Qwen2-VL-2B-Instruct: 2,208,985,600 parameters."""
+
+_TINY_TEXT: dict[str, Any] = {
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 272,
+}
+
+_TINY_VISION: dict[str, Any] = {
+    "depth": 2,
+    "embed_dim": 32,
+    "mlp_ratio": 4,
+    "num_heads": 2,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}
+
+CHAT_TEMPLATE = """\
+{%- if messages and messages[0].role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.content is string -%}
+        {{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part.type == 'video' or 'video' in part -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- elif 'text' in part -%}
+                {{- part.text -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+"""ChatML with vision parts: writes what the template of Qwen2-VL writes."""
+
+_BLOCK = 1_048_573  # a prime: rows of no width line up when the random block is repeated
+
+
+def tiny_config(**overrides: Any) -> dict[str, Any]:
+    """A Qwen2-VL config of some 0.3 million parameters, in the hub's flat form; byte tokens 0..255, special ids 256..263.
+
+    overrides: replace entries; those of `vision_config` are merged into the tiny tower's.
+    """
+    config = {
+        "architectures": [QWEN2_VL],
+        "model_type": "qwen2_vl",
+        **_TINY_TEXT,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_start_token_id": 259,
+        "vision_end_token_id": 260,
+        "vision_token_id": 261,
+        "image_token_id": 262,
+        "video_token_id": 263,
+        **overrides,
+    }
+    vision = {"hidden_size": config["hidden_size"], **_TINY_VISION, **overrides.get("vision_config", {})}
+    return config | {"vision_config": vision}
+
+
+def tiny_text_config(**overrides: Any) -> dict[str, Any]:
+    """The language model of `tiny_config` alone, as a Qwen2 config."""
+    return {"architectures": [QWEN2], "model_type": "qwen2", **_TINY_TEXT, **overrides}
+
+
+def write_random_checkpoint(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    std: float | None = None,
+    shards: int = 1,
+) -> Path:
+    """Writes a directory that transformers loads as it loads the hub's: weights, configs, tokenizer. Returns `path`.
+
+    config: a hub config.json (`tiny_config()`, `tiny_text_config()`, `QWEN2_VL_2B`). std: of the matrices; by default
+    1/sqrt(inputs), which keeps activations near 1 at any width. Norms are near 1 and biases near 0, none exactly.
+    shards: files the weights are spread over. Needs memory for one tensor, whatever the model's size.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    _write_json(path / "config.json", {**config, "torch_dtype": dtype})
+    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, torch_dtype(dtype), std), shards)
+    _write_generation_config(path, config)
+    _write_tokenizer(path, config)
+    if "vision_config" in config:
+        _write_preprocessor_config(path, config["vision_config"])
+    return path
+
+
+class _RandomTensors:
+    """Random tensors cut from one repeated block of normal numbers: as fast as memory, and never two alike."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, std: float | None) -> None:
+        self.dtype = dtype
+        self.std = std
+        self._generator = torch.Generator().manual_seed(seed)
+        self._block = torch.randn(_BLOCK, generator=self._generator)
+
+    def draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0  # norms scale by about 1
+        spread = 0.1 if len(shape) == 1 else self.std or 1 / math.sqrt(math.prod(shape[1:]))
+        block = (self._block * spread + center).to(self.dtype)
+        start = int(torch.randint(_BLOCK, (), generator=self._generator))
+        return _repeat(block.roll(-start), math.prod(shape)).view(shape)
+
+
+def _repeat(block: Tensor, length: int) -> Tensor:
+    out = torch.empty(length, dtype=block.dtype)
+    for start in range(0, length, len(block)):
+        out[start : start + len(block)] = block[: length - start]
+    return out
+
+
+def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, shards: int) -> None:
+    whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
+    shapes = stage_shapes(config, whole)
+    if shards == 1:
+        return _write_file(path / "model.safetensors", shapes, random)
+    weight_map: dict[str, str] = {}
+    for index, part in enumerate(_split(shapes, shards), start=1):
+        file = f"model-{index:05}-of-{shards:05}.safetensors"
+        _write_file(path / file, part, random)
+        weight_map |= dict.fromkeys(part, file)
+    index_json = {"metadata": {"total_size": data_bytes(shapes, random.dtype)}, "weight_map": weight_map}
+    return _write_json(path / "model.safetensors.index.json", index_json)
+
+
+def _write_file(path: Path, shapes: Shapes, random: _RandomTensors) -> None:
+    with path.open("wb") as file:
+        write_tensors(file, shapes, random.dtype, lambda name: random.draw(name, shapes[name]))
+
+
+def _split(shapes: Shapes, parts: int) -> list[Shapes]:
+    """Cuts where each part's share of the names ends; no part is empty when there are enough names."""
+    names = list(shapes)
+    cuts = [len(names) * part // parts for part in range(parts + 1)]
+    return [{name: shapes[name] for name in names[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _write_generation_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Greedy, as the instruct models are in effect (they ship top_k 1)."""
+    end, padding = config["eos_token_id"], config["bos_token_id"]
+    settings = {
+        "bos_token_id": padding,
+        "pad_token_id": padding,
+        "eos_token_id": [end, padding],
+        "do_sample": False,
+    }
+    _write_json(path / "generation_config.json", settings)
+
+
+def _write_preprocessor_config(path: Path, vision: Mapping[str, Any]) -> None:
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": vision.get("patch_size", 14),
+        "temporal_patch_size": vision.get("temporal_patch_size", 2),
+        "merge_size": vision.get("spatial_merge_size", 2),
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    _write_json(path / "preprocessor_config.json", settings)
+
+
+def _write_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
+    """Byte-level BPE without merges: token 65 is "A". Ids left open below the last special token get filler texts."""
+    special = _special_ids(config)
+    vocabulary = _byte_characters() | special
+    vocabulary |= {
+        f"<{index}>": index for index in set(range(max(special.values()))) - set(vocabulary.values())
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": config["max_position_embeddings"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write_json(path / "tokenizer_config.json", settings)
+
+
+def _byte_characters() -> dict[str, int]:
+    """Byte-level BPE's character for each byte: printable ones stand for themselves, the rest follow from U+0100 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {char: ord(char) for char in alphabet if ord(char) < 256}
+    others = [byte for byte in range(256) if byte not in printable.values()]
+    return printable | dict(zip(alphabet[len(printable) :], others, strict=True))
+
+
+def _special_ids(config: Mapping[str, Any]) -> dict[str, int]:
+    """Where the config puts the special tokens. <|im_start|> precedes <|im_end|>, as in every Qwen vocabulary."""
+    keys = {
+        "<|endoftext|>": "bos_token_id",
+        "<|im_end|>": "eos_token_id",
+        "<|vision_start|>": "vision_start_token_id",
+        "<|vision_end|>": "vision_end_token_id",
+        "<|vision_pad|>": "vision_token_id",
+        "<|image_pad|>": "image_token_id",
+        "<|video_pad|>": "video_token_id",
+    }
+    ids = {text: int(config[key]) for text, key in keys.items() if key in config}
+    return dict(sorted((ids | {"<|im_start|>": ids["<|im_end|>"] - 1}).items(), key=lambda item: item[1]))
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
