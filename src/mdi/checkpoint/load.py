@@ -1,7 +1,8 @@
-"""From a chunk, or straight from a checkpoint, to a stage's weights in memory. Strict: nothing missing, nothing left over.
+"""From a chunk or a checkpoint to a stage's weights in memory. Knows files and weights, nothing of requests.
 
-Tensors are handed out one at a time from short-lived mappings, so what the model copies does not stay resident twice;
-the embedding stays mapped, and only the rows that are looked up become resident.
+Strict: nothing missing, nothing left over. Tensors are handed out one at a time from short-lived mappings, so
+what the model copies does not stay resident twice; the embedding stays mapped, and only rows that are looked up
+become resident.
 """
 
 from __future__ import annotations
@@ -9,24 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mdi.checkpoint.manifest import Manifest
+from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.plan import make_plan
-from mdi.checkpoint.prepare import ByteProgress, check_shapes
+from mdi.checkpoint.prepare import ByteProgress, check_tensors, chunk_metadata, counter, data_bytes
 from mdi.checkpoint.source import Source, parse_dtype
+from mdi.checkpoint.writer import DTYPE_NAMES
 from mdi.errors import CheckpointError, ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.decoder import Decoder, Get
 from mdi.model.vision import VisionTower
-from mdi.model.weights import Shapes, StageSpec, stage_shapes
+from mdi.model.weights import EMBEDDING, Shapes, StageSpec, stage_shapes
 
 HASH_BLOCK = 16 * 2**20
+CODES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,22 @@ def load_chunk(
 ) -> LoadedStage:
     """A stage from the chunk that `mdi prepare` wrote, its checksum verified against the manifest beside it.
 
-    dtype: what the caller expects it in; None takes it as it is. progress counts every byte twice: verified, loaded.
+    dtype: what the caller expects it in; None takes it as it is. progress: told (done, all) bytes, where
+    every byte counts twice: verified, loaded.
     Raises CheckpointError for a damaged chunk, or one of another dtype or plan.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no chunk {str(path)!r}: run `mdi prepare`")
     manifest = Manifest.read(path.parent)
     entry = manifest.chunk(path.name)
-    if dtype and dtype != manifest.dtype:
-        raise CheckpointError(f"{path.name} was prepared in {manifest.dtype}, not {dtype}: run `mdi prepare --dtype {dtype}`")
-    total = 2 * entry.size_bytes
-    count = _counter(progress, total)
-    if path.stat().st_size != entry.size_bytes or _sha256(path, count) != entry.sha256:
-        raise CheckpointError(f"{path.name} is damaged: its checksum is not the manifest's; run `mdi prepare` again")
+    if dtype and parse_dtype(dtype) != parse_dtype(manifest.dtype):
+        raise CheckpointError(
+            f"{path.name} was prepared in {manifest.dtype}, not {dtype}: run `mdi prepare --dtype {dtype}`"
+        )
     config = ModelConfig.from_hf(manifest.config)
     shapes = stage_shapes(config, entry.spec)
-    _check_chunk(path, shapes, parse_dtype(manifest.dtype))
+    count = counter(progress, entry.size_bytes + data_bytes(shapes, manifest.dtype))
+    _check_chunk(path, entry, manifest, shapes, count)
     return _load(config, entry.spec, shapes, manifest.dtype, device, lambda name: _mapped(path, name), count)
 
 
@@ -73,14 +75,17 @@ def load_source(
     device: str = "cpu",
     progress: ByteProgress | None = None,
 ) -> LoadedStage:
-    """A stage (the whole model if no spec is given) straight from a checkpoint, cast to `dtype`; no chunk needed."""
+    """A stage (the whole model without a spec) straight from a checkpoint, cast to `dtype`; no chunk needed.
+
+    Raises CheckpointError for a tensor that is missing or has another shape.
+    """
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
     shapes = stage_shapes(config, spec)
-    check_shapes(source, shapes)
-    total = sum(map(prod, shapes.values())) * parse_dtype(dtype).itemsize
-    return _load(config, spec, shapes, dtype, device, source.tensor, _counter(progress, total))
+    check_tensors(source, shapes)
+    count = counter(progress, data_bytes(shapes, dtype))
+    return _load(config, spec, shapes, dtype, device, source.tensor, count)
 
 
 def parse_device(name: str) -> torch.device:
@@ -114,18 +119,57 @@ def _load(
     vision = VisionTower(config.vision, get) if spec.vision and config.vision else None
     decoder = Decoder(config, spec, get)
     assert not remaining, f"tensors nobody asked for: {remaining}"
+    if decoder.embedding is not None and device.type == "cpu":
+        _release_rows(decoder, read)
     return LoadedStage(config, spec, dtype, device, decoder, vision)
 
 
-def _check_chunk(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
+def _release_rows(decoder: Decoder, read: Get) -> None:
+    """Packing a tied head read every row of the mapped embedding; a fresh mapping has none resident."""
+    if decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
+        return
+    mapped = read(EMBEDDING)
+    if decoder.embedding is not None and mapped.dtype == decoder.embedding.dtype:
+        decoder.embedding = mapped
+
+
+def _check_chunk(
+    path: Path, entry: ChunkEntry, manifest: Manifest, shapes: Shapes, count: Callable[[int], None]
+) -> None:
+    """First what the chunk says it is, then whether it is undamaged, then whether it is complete."""
+    metadata, found = _read_header(path)
+    expected = chunk_metadata(entry.role, manifest.plan_hash)
+    if metadata is not None and metadata != expected:
+        raise CheckpointError(
+            f"{path.name} was prepared for another plan, dtype or node than the manifest beside it says: "
+            "keep the files of one `mdi prepare` together, or run `mdi prepare` again"
+        )
+    whole = metadata is not None and path.stat().st_size == entry.size_bytes
+    if not whole or _sha256(path, count) != entry.sha256:
+        raise CheckpointError(
+            f"{path.name} is damaged: its checksum is not the manifest's; "
+            "copy it again, or run `mdi prepare` again"
+        )
+    if found != {name: (shape, parse_dtype(manifest.dtype)) for name, shape in shapes.items()}:
+        raise CheckpointError(
+            f"{path.name} does not hold the tensors of its layers: it was written by another version; "
+            "run `mdi prepare` again"
+        )
+
+
+Header = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
+
+def _read_header(path: Path) -> tuple[dict[str, str] | None, Header]:
+    """A chunk's metadata, and each tensor's shape and dtype. None where the header cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path.name} is no safetensors file ({error}): run `mdi prepare` again") from None
-    if found != shapes:
-        name = min(found.items() ^ shapes.items())[0]
-        raise CheckpointError(f"{path.name} does not hold what its manifest says (see {name}): run `mdi prepare` again")
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
+            dtypes = {name: CODES.get(entry.get_dtype()) for name, entry in entries.items()}
+            return dict(file.metadata() or {}), {name: (shapes[name], dtypes[name]) for name in shapes}
+    except (SafetensorError, OSError):
+        return None, {}
 
 
 def _mapped(path: Path, name: str) -> Tensor:
@@ -141,15 +185,3 @@ def _sha256(path: Path, count: Callable[[int], None]) -> str:
             digest.update(buffer[:n_bytes])
             count(n_bytes)
     return digest.hexdigest()
-
-
-def _counter(progress: ByteProgress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        done = min(done + n_bytes, total)
-        if progress:
-            progress(done, total)
-
-    return count

@@ -1,4 +1,4 @@
-"""What a folder of chunks says about itself: plan, dtype, checksums. One JSON file, unknown keys refused."""
+"""What a folder of chunks says about itself: plan, dtype, checksums. One JSON file; knows no tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.plan import Plan
-from mdi.errors import CheckpointError
+from mdi.errors import CheckpointError, ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec
 
@@ -59,23 +59,33 @@ class Manifest(BaseModel):
             if chunk.file == file:
                 return chunk
         known = ", ".join(chunk.file for chunk in self.chunks)
-        raise CheckpointError(f"{file} is not in its folder's manifest, which has {known}")
+        raise CheckpointError(
+            f"{file} is not in its folder's manifest, which has {known}: run `mdi prepare` again"
+        )
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises CheckpointError when there is none, or none that can be read."""
+        """Raises CheckpointError when there is none, or none that can be used."""
         try:
-            return cls.model_validate_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+            manifest = cls.model_validate_json((folder / FILE_NAME).read_text(encoding="utf-8"))
+            expected = plan_hash(ModelConfig.from_hf(manifest.config), manifest.plan, manifest.dtype)
         except FileNotFoundError:
-            raise CheckpointError(f"there is no {FILE_NAME} in {str(folder)!r}: run `mdi prepare`, and keep its folder together") from None
-        except (ValidationError, UnicodeDecodeError):
-            raise CheckpointError(f"{FILE_NAME} in {str(folder)!r} is damaged or of another version: run `mdi prepare` again") from None
+            raise CheckpointError(
+                f"there is no {FILE_NAME} in {str(folder)!r}: run `mdi prepare`, and keep its folder together"
+            ) from None
+        except (ValidationError, UnicodeDecodeError, ConfigError, KeyError, TypeError):
+            expected = None
+        if expected is None or expected != manifest.plan_hash:
+            raise CheckpointError(
+                f"{FILE_NAME} in {str(folder)!r} is damaged or of another version: run `mdi prepare` again"
+            )
+        return manifest
 
 
 def plan_hash(config: ModelConfig, plan: Plan, dtype: str) -> str:
-    """Identifies what nodes must agree on to work together: sha256 over model, plan and dtype, hexadecimal."""
+    """What nodes must agree on to work together: sha256 over model, plan and dtype, hexadecimal."""
     text = json.dumps([repr(config), [repr(stage) for stage in plan.stages], dtype])
     return hashlib.sha256(text.encode()).hexdigest()

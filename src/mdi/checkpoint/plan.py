@@ -1,4 +1,4 @@
-"""Which layers go to which node. Pure arithmetic on half-open layer ranges; reads no files and loads nothing."""
+"""Which layers go to which node: arithmetic on half-open layer ranges. Reads no files and loads nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
 
 VISION_SHARE = 0.02
-"""Share of the vision tower's weights a step is charged with: a picture is encoded once, an answer takes tens of steps."""
+"""Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage per node, in pipeline order: every layer exactly once, embedding first, head last."""
+    """One stage per node, in pipeline order: every layer exactly once, embedding first, head last.
+
+    Raises ConfigError for stages that are not that.
+    """
 
     stages: tuple[StageSpec, ...]
+
+    def __post_init__(self) -> None:
+        first = 0
+        for index, stage in enumerate(self.stages):
+            ends = (index == 0, index == self.n_nodes - 1)
+            if stage.first_layer != first or not stage.layers or (stage.embedding, stage.head) != ends:
+                raise ConfigError(
+                    "a plan's stages must hold every layer once, in order, embedding first and head last"
+                )
+            first = stage.last_layer
 
     @property
     def n_nodes(self) -> int:
@@ -33,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Costs:
-    """Weights read in one decode step, in parameters: by a decoder layer, by the LM head, and by what the starter adds."""
+    """Weights read in one decode step, in parameters: by a layer, by the LM head, by the starter's extras."""
 
     layer: int
     head: int
@@ -52,7 +65,8 @@ class StageSummary:
 def costs(config: ModelConfig) -> Costs:
     """Costs of a model's parts. The embedding is a row lookup and costs nothing."""
     vision = _count(vision_shapes(config.vision)) if config.vision else 0
-    return Costs(_count(layer_shapes(config, 0)), config.vocab_size * config.hidden_size, int(vision * VISION_SHARE))
+    head = config.vocab_size * config.hidden_size
+    return Costs(_count(layer_shapes(config, 0)), head, int(vision * VISION_SHARE))
 
 
 def make_plan(config: ModelConfig, n_nodes: int, layers: Sequence[int] | None = None) -> Plan:
@@ -60,8 +74,10 @@ def make_plan(config: ModelConfig, n_nodes: int, layers: Sequence[int] | None = 
 
     Raises ConfigError when the layers cannot be split that way.
     """
+    if n_nodes < 1:
+        raise ConfigError(f"a model needs at least one node, got {n_nodes}")
     if n_nodes > config.n_layers:
-        raise ConfigError(f"{n_nodes} nodes are more than the model's {config.n_layers} layers: use at most {config.n_layers}")
+        raise ConfigError(f"{n_nodes} nodes are more than the model's {config.n_layers} layers: use fewer")
     if layers is not None:
         _check_layers(config, n_nodes, layers)
     return _plan(config, layers or balance(config.n_layers, n_nodes, costs(config)))
@@ -70,9 +86,10 @@ def make_plan(config: ModelConfig, n_nodes: int, layers: Sequence[int] | None = 
 def balance(n_layers: int, n_nodes: int, cost: Costs) -> tuple[int, ...]:
     """Layers per node that minimise the costliest node; among those, the sum of squares. Dynamic programming.
 
-    The starter is charged `cost.start` and the finisher `cost.head` on top of their layers; every node gets a layer.
+    The starter is charged `cost.start` and the finisher `cost.head` on top; every node gets a layer.
     """
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}  # layers placed -> (worst, squares, split)
+    # layers placed -> (worst, squares, split)
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
     for node in range(n_nodes):
         extra = cost.start * (node == 0) + cost.head * (node == n_nodes - 1)
         after: dict[int, tuple[int, int, tuple[int, ...]]] = {}
@@ -105,9 +122,8 @@ def _plan(config: ModelConfig, layers: Sequence[int]) -> Plan:
     stages, first = [], 0
     for index, count in enumerate(layers):
         start, end = index == 0, index == len(layers) - 1
-        stages.append(
-            StageSpec(first, first + count, embedding=start, vision=start and config.vision is not None, head=end)
-        )
+        vision = start and config.vision is not None
+        stages.append(StageSpec(first, first + count, embedding=start, vision=vision, head=end))
         first += count
     return Plan(tuple(stages))
 

@@ -1,16 +1,22 @@
-"""From a checkpoint to one chunk per node. Streams tensor by tensor; what is not finished never looks finished."""
+"""From a checkpoint to one chunk per node, tensor by tensor. Knows files and plans, nothing of running nodes.
+
+What is not finished never looks finished.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, plan_hash
 from mdi.checkpoint.plan import make_plan, role_names
-from mdi.checkpoint.source import Source, parse_dtype
+from mdi.checkpoint.source import STORED_DTYPES, Source, parse_dtype
 from mdi.checkpoint.writer import write_safetensors
 from mdi.errors import CheckpointError
 from mdi.model.weights import Shapes, stage_shapes
@@ -36,74 +42,120 @@ def prepare(
 ) -> Path:
     """Writes `chunks/{n}nodes/` in the checkpoint's folder, replacing what is there, and returns it.
 
-    dtype: the checkpoint's own if None. layers: per node, overriding the plan. Raises CheckpointError for a checkpoint
-    with missing or misshapen tensors or a full disk, ConfigError for an impossible split.
+    dtype: the checkpoint's own if None. layers: per node, overriding the plan. progress: told (written, all)
+    bytes. Needs memory for one tensor. Raises CheckpointError for missing or misshapen tensors and for a full
+    disk, ConfigError for an impossible split.
     """
     config = source.model_config
     dtype = dtype or config.dtype
     plan = make_plan(config, n_nodes, layers)
     shapes = [stage_shapes(config, spec) for spec in plan.stages]
     for stage in shapes:
-        check_shapes(source, stage)
-    total = sum(prod(shape) for stage in shapes for shape in stage.values()) * parse_dtype(dtype).itemsize
+        check_tensors(source, stage)
+    total = sum(data_bytes(stage, dtype) for stage in shapes)
+    count = counter(progress, total)
+    identity = plan_hash(config, plan, dtype)
     folder = chunk_folder(source.path, n_nodes)
     with _new_folder(folder, total) as unfinished:
-        done = 0
-
-        def count(n_bytes: int) -> None:
-            nonlocal done
-            done += n_bytes
-            if progress:
-                progress(done, total)
-
         chunks = []
         for role, spec, stage in zip(role_names(n_nodes), plan.stages, shapes, strict=True):
-            file = f"model_{role}.safetensors"
-            sha256, size = write_safetensors(
-                unfinished / file, stage, parse_dtype(dtype), source.tensor, {"format": "pt", "role": role}, count
-            )
-            chunks.append(ChunkEntry(role=role, file=file, size_bytes=size, sha256=sha256, **vars(spec)))
-        Manifest(
-            model=source.path.resolve().name,
-            dtype=dtype,
-            plan_hash=plan_hash(config, plan, dtype),
-            config=source.config,
-            chunks=tuple(chunks),
-        ).write(unfinished)
+            file = unfinished / f"model_{role}.safetensors"
+            metadata = chunk_metadata(role, identity)
+            sha256, size = write_safetensors(file, stage, parse_dtype(dtype), source.tensor, metadata, count)
+            chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
+        name = source.path.resolve().name
+        manifest = Manifest(
+            model=name, dtype=dtype, plan_hash=identity, config=source.config, chunks=tuple(chunks)
+        )
+        manifest.write(unfinished)
     return folder
 
 
-def check_shapes(source: Source, shapes: Shapes) -> None:
-    """Raises CheckpointError, naming it, for a tensor that is missing or has another shape."""
+def chunk_metadata(role: str, identity: str) -> dict[str, str]:
+    """What a chunk's own header says it is, so that one of another plan is told from a damaged one."""
+    return {"format": "pt", "role": role, "plan_hash": identity}
+
+
+def data_bytes(shapes: Shapes, dtype: str) -> int:
+    """Bytes of these tensors in `dtype`."""
+    return sum(map(prod, shapes.values())) * parse_dtype(dtype).itemsize
+
+
+def counter(progress: ByteProgress | None, total: int) -> Callable[[int], None]:
+    """Adds up bytes and tells `progress` (so many, `total`)."""
+    done = 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress:
+            progress(done, total)
+
+    return count
+
+
+def check_tensors(source: Source, shapes: Shapes) -> None:
+    """Raises CheckpointError, naming it, for a tensor that is missing, misshapen or quantised."""
     for name, shape in shapes.items():
         if (found := source.shape(name)) != shape:
-            raise CheckpointError(f"the tensor {name} has shape {list(found)}, but config.json asks for {list(shape)}")
+            sizes = f"shape {list(found)}, but config.json asks for {list(shape)}"
+            raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
+        if (stored := source.stored_dtype(name)) not in STORED_DTYPES:
+            raise CheckpointError(
+                f"the tensor {name} is stored as {stored}: quantised checkpoints are not supported"
+            )
 
 
-class _new_folder:  # noqa: N801 - a context manager, used like a function
-    """A folder that takes its name only when everything in it is written."""
+@contextmanager
+def _new_folder(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Gives an unfinished folder that takes its name when all is written, and goes when something fails."""
+    unfinished = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(folder)
+        _check_space(folder.parent, size_bytes)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with _lock(unfinished):
+            yield unfinished
+            _put_in_place(unfinished, folder)
+    except OSError as error:
+        raise CheckpointError(f"{str(folder.parent)!r} cannot be written ({error.strerror})") from None
+    finally:
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
-    def __init__(self, folder: Path, size_bytes: int) -> None:
-        self.folder = folder
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder.parent).free
-            if free < size_bytes + RESERVE_BYTES:
-                raise CheckpointError(
-                    f"the chunks take {size_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free"
-                )
-            self.unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        except OSError as error:
-            raise CheckpointError(f"{str(folder.parent)!r} cannot be written ({error.strerror})") from None
 
-    def __enter__(self) -> Path:
-        return self.unfinished
+def _clear_remains(folder: Path) -> None:
+    """Removes what killed writers left; a living one holds its lock."""
+    for remains in folder.parent.glob(f".{folder.name}-*"):
+        with suppress(OSError), _lock(remains):
+            shutil.rmtree(remains)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.unfinished.chmod(0o755)
-            self.unfinished.rename(self.folder)
-        else:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+def _check_space(folder: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes + RESERVE_BYTES:
+        sizes = f"{size_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free"
+        raise CheckpointError(f"the chunks take {sizes}: make room, or use a smaller dtype")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError where another process holds it. The system lets go when a process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    unfinished.chmod(0o755)
+    if not folder.exists():
+        unfinished.rename(folder)
+        return
+    replaced = unfinished.with_name(unfinished.name + "-replaced")
+    folder.rename(replaced)
+    unfinished.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

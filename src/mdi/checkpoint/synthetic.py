@@ -1,6 +1,6 @@
-"""Random checkpoints in Hugging Face layout, tokenizer and chat template included. Knows file formats, computes nothing.
+"""Random checkpoints in Hugging Face layout, tokenizer included: for tests, benchmarks and first runs.
 
-For tests, for benchmarks at full size, and for a first run where no real checkpoint can be had.
+Knows file formats and which tensors a model has; computes nothing with them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from mdi.checkpoint.tensorfile import data_bytes, torch_dtype, write_tensors
+from mdi.checkpoint.source import INDEX, SINGLE, parse_dtype
+from mdi.checkpoint.writer import write_safetensors
 from mdi.model.config import QWEN2, QWEN2_VL, ModelConfig
 from mdi.model.weights import Shapes, StageSpec, stage_shapes
 
@@ -126,9 +128,10 @@ _BLOCK = 1_048_573  # a prime: rows of no width line up when the random block is
 
 
 def tiny_config(**overrides: Any) -> dict[str, Any]:
-    """A Qwen2-VL config of some 0.3 million parameters, in the hub's flat form; byte tokens 0..255, special ids 256..263.
+    """A Qwen2-VL config of some 0.3 million parameters, in the hub's flat form.
 
-    overrides: replace entries; those of `vision_config` are merged into the tiny tower's.
+    Tokens 0..255 are the bytes, 256..263 the special tokens. overrides: replace entries; those of
+    `vision_config` are merged into the tiny tower's.
     """
     config = {
         "architectures": [QWEN2_VL],
@@ -160,15 +163,16 @@ def write_random_checkpoint(
     std: float | None = None,
     shards: int = 1,
 ) -> Path:
-    """Writes a directory that transformers loads as it loads the hub's: weights, configs, tokenizer. Returns `path`.
+    """Writes a folder that transformers loads like the hub's: weights, configs, tokenizer. Returns `path`.
 
-    config: a hub config.json (`tiny_config()`, `tiny_text_config()`, `QWEN2_VL_2B`). std: of the matrices; by default
-    1/sqrt(inputs), which keeps activations near 1 at any width. Norms are near 1 and biases near 0, none exactly.
+    config: a hub config.json (`tiny_config()`, `tiny_text_config()`, `QWEN2_VL_2B`).
+    std: of the matrices; by default 1/sqrt(inputs), which keeps activations near 1 at any width. Norms are
+    near 1 and biases near 0, none exactly, so that a forgotten one shows.
     shards: files the weights are spread over. Needs memory for one tensor, whatever the model's size.
     """
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
-    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, torch_dtype(dtype), std), shards)
+    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, parse_dtype(dtype), std), shards)
     _write_generation_config(path, config)
     _write_tokenizer(path, config)
     if "vision_config" in config:
@@ -177,7 +181,7 @@ def write_random_checkpoint(
 
 
 class _RandomTensors:
-    """Random tensors cut from one repeated block of normal numbers: as fast as memory, and never two alike."""
+    """Random tensors cut from one repeated block of normal numbers: made as fast as memory is written."""
 
     def __init__(self, seed: int, dtype: torch.dtype, std: float | None) -> None:
         self.dtype = dtype
@@ -204,26 +208,27 @@ def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, shar
     whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
     shapes = stage_shapes(config, whole)
     if shards == 1:
-        return _write_file(path / "model.safetensors", shapes, random)
+        return _write_file(path / SINGLE, shapes, random)
     weight_map: dict[str, str] = {}
     for index, part in enumerate(_split(shapes, shards), start=1):
         file = f"model-{index:05}-of-{shards:05}.safetensors"
         _write_file(path / file, part, random)
         weight_map |= dict.fromkeys(part, file)
-    index_json = {"metadata": {"total_size": data_bytes(shapes, random.dtype)}, "weight_map": weight_map}
-    return _write_json(path / "model.safetensors.index.json", index_json)
+    size = sum(map(math.prod, shapes.values())) * random.dtype.itemsize
+    return _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _write_file(path: Path, shapes: Shapes, random: _RandomTensors) -> None:
-    with path.open("wb") as file:
-        write_tensors(file, shapes, random.dtype, lambda name: random.draw(name, shapes[name]))
+    write_safetensors(
+        path, shapes, random.dtype, lambda name: random.draw(name, shapes[name]), {"format": "pt"}
+    )
 
 
 def _split(shapes: Shapes, parts: int) -> list[Shapes]:
-    """Cuts where each part's share of the names ends; no part is empty when there are enough names."""
+    """About as many names for each part; none is empty when there are enough names."""
     names = list(shapes)
     cuts = [len(names) * part // parts for part in range(parts + 1)]
-    return [{name: shapes[name] for name in names[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [{name: shapes[name] for name in names[start:end]} for start, end in pairwise(cuts)]
 
 
 def _write_generation_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -254,12 +259,11 @@ def _write_preprocessor_config(path: Path, vision: Mapping[str, Any]) -> None:
 
 
 def _write_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
-    """Byte-level BPE without merges: token 65 is "A". Ids left open below the last special token get filler texts."""
+    """Byte-level BPE without merges: token 65 is "A". Open ids get filler texts."""
     special = _special_ids(config)
     vocabulary = _byte_characters() | special
-    vocabulary |= {
-        f"<{index}>": index for index in set(range(max(special.values()))) - set(vocabulary.values())
-    }
+    open_ids = set(range(max(special.values()))) - set(vocabulary.values())
+    vocabulary |= {f"<{index}>": index for index in open_ids}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -278,7 +282,7 @@ def _write_tokenizer(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE's character for each byte: printable ones stand for themselves, the rest follow from U+0100 on."""
+    """Byte-level BPE's character for each byte: printable ones are themselves, others from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = {char: ord(char) for char in alphabet if ord(char) < 256}
     others = [byte for byte in range(256) if byte not in printable.values()]
@@ -286,7 +290,7 @@ def _byte_characters() -> dict[str, int]:
 
 
 def _special_ids(config: Mapping[str, Any]) -> dict[str, int]:
-    """Where the config puts the special tokens. <|im_start|> precedes <|im_end|>, as in every Qwen vocabulary."""
+    """Where the config puts the special tokens. <|im_start|> precedes <|im_end|>, as in Qwen."""
     keys = {
         "<|endoftext|>": "bos_token_id",
         "<|im_end|>": "eos_token_id",

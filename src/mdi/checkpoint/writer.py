@@ -1,8 +1,8 @@
-"""Writes safetensors files tensor by tensor. The library's own writer wants all tensors at once, which for a chunk of
-gigabytes means holding it in memory.
+"""Writes safetensors files tensor by tensor. Knows the file format, nothing of models and plans.
 
-Format: eight bytes of header length (little-endian), a JSON header of name -> dtype, shape, offsets, then the raw data
-(github.com/huggingface/safetensors, README).
+The library's own writer wants all tensors at once, which for a chunk of gigabytes means holding it in memory.
+Format: eight bytes of header length (little-endian), a JSON header of name -> dtype, shape, offsets, then the
+raw data (github.com/huggingface/safetensors, README).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def write_safetensors(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[str, int]:
-    """Writes tensors of one dtype in the order of `shapes`, asking `get` for each. Returns (sha256 hex, size in bytes).
+    """Writes tensors of one dtype in the order of `shapes`, asking `get` for each when its turn comes.
 
-    progress: told the bytes of every tensor written.
+    progress: told the bytes of every tensor written. Returns the sha256 (hexadecimal) and size in bytes.
     """
     digest, header = hashlib.sha256(), _header(shapes, dtype, metadata)
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
         for name in shapes:
-            data = get(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy()
+            data = get(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
             file.write(data)
             digest.update(data)
             progress(data.nbytes)

@@ -6,19 +6,121 @@ Knows checkpoints, launchers and links; nothing of requests.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from mdi.checkpoint.load import LoadedStage, load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
-from mdi.checkpoint.plan import make_plan, role_names
-from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.plan import make_plan
+from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
 from mdi.errors import CheckpointError
-from mdi.pipeline.grpc_link import GrpcLink, PipelineSettings
-from mdi.pipeline.link import Deliver, Link
+from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
+from mdi.pipeline.link import Deliver, Link, NodeStatus
 from mdi.pipeline.stage import Stage
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How a model is spread. layers: per node, overriding the plan. dtype: the chunks' or the checkpoint's own if None."""
+
+    n_nodes: int
+    layers: tuple[int, ...] | None
+    dtype: str | None
+    device: str
+    n_slots: int
+    sequence_length: int
+
+
+class Cluster:
+    """The first stage, loaded here, and the processes that hold the others.
+
+    Chunks are prepared when there are none yet. progress: told (node, bytes done, bytes in all).
+    """
+
+    def __init__(self, source: Source, config: ClusterConfig, progress: LoadProgress | None = None) -> None:
+        self._config = config
+        self._progress = progress
+        self._link: GrpcLink | None = None
+        self._launcher: LocalLauncher | None = None
+        with ExitStack() as undo:
+            loaded = self._load_alone(source) if config.n_nodes == 1 else self._load_together(source, undo)
+            self.stage = Stage(loaded, n_slots=config.n_slots, sequence_length=config.sequence_length)
+            self._loaded = loaded
+            undo.pop_all()
+
+    def connect(self, deliver: Deliver) -> Link:
+        """Wires the nodes together once all have loaded. Only where there is more than one."""
+        assert self._launcher is not None
+        settings = PipelineSettings(self._plan_hash, self._config.n_slots, self._config.sequence_length)
+        self._launcher.watch(deliver)
+        self._link = GrpcLink.connect(self._launcher.nodes, settings, deliver, progress=self._progress)
+        return self._link
+
+    def nodes(self) -> list[NodeStatus]:
+        """What every node holds, in pipeline order."""
+        spec = self._loaded.spec
+        here = NodeStatus(
+            name="starter",
+            first_layer=spec.first_layer,
+            last_layer=spec.last_layer,
+            dtype=str(self._loaded.dtype).removeprefix("torch."),
+            device=str(self._loaded.device),
+            resident_bytes=psutil.Process().memory_info().rss,
+            pid=os.getpid(),
+        )
+        return [here, *(self._link.status() if self._link else [])]
+
+    def close(self) -> None:
+        """Ends every process. Safe to call twice; the link is closed by who asked for it."""
+        if self._launcher:
+            self._launcher.close()
+
+    def _load_alone(self, source: Source) -> LoadedStage:
+        return load_source(source, dtype=self._config.dtype, device=self._config.device, progress=self._shown("starter"))
+
+    def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
+        config = self._config
+        folder = self._prepared(source)
+        manifest = Manifest.read(folder)
+        self._plan_hash = manifest.plan_hash
+        chunks = [folder / chunk.file for chunk in manifest.chunks]
+        threads = max(1, torch.get_num_threads() // config.n_nodes)
+        self._launcher = LocalLauncher(chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads)
+        undo.callback(self._launcher.close)
+        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
+
+    def _prepared(self, source: Source) -> Path:
+        """The chunks' folder, written now if it is not there. Chunks of another plan or dtype are refused, not replaced."""
+        config = self._config
+        folder = chunk_folder(source.path, config.n_nodes)
+        if not folder.exists():
+            return prepare(
+                source, config.n_nodes, dtype=config.dtype, layers=config.layers, progress=self._shown("preparing chunks")
+            )
+        manifest = Manifest.read(folder)
+        wanted = make_plan(source.model_config, config.n_nodes, config.layers)
+        if config.layers and manifest.plan != wanted:
+            raise CheckpointError(
+                f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, not {_commas(wanted.layers)}: "
+                f"run `mdi prepare --n-nodes {config.n_nodes} --layers {_commas(wanted.layers)}`"
+            )
+        if config.dtype and manifest.dtype != config.dtype:
+            raise CheckpointError(
+                f"the chunks in {str(folder)!r} are {manifest.dtype}, not {config.dtype}: "
+                f"run `mdi prepare --n-nodes {config.n_nodes} --dtype {config.dtype}`"
+            )
+        return folder
+
+    def _shown(self, name: str) -> ByteProgress | None:
+        progress = self._progress
+        return (lambda done, total: progress(name, done, total)) if progress else None
+
+
+def _commas(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

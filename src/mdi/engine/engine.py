@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from mdi.checkpoint.source import Source, locate
-from mdi.cluster.local import Cluster, ClusterConfig, NodeStatus, Progress
+from mdi.cluster.local import Cluster, ClusterConfig
 from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.outputs import Completion, Piece
 from mdi.engine.prompt import Message, PixelRange, PromptBuilder
@@ -24,6 +24,8 @@ from mdi.engine.tokenizer import Tokenizer
 from mdi.errors import ClosedError, ConfigError, MDIError, OverloadedError
 from mdi.media import MediaPolicy, PatchSpec
 from mdi.params import SamplingParams
+from mdi.pipeline.grpc_link import LoadProgress
+from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.stage import MAX_CHUNK
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class Engine:
         media: MediaPolicy | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
-        progress: Progress | None = None,
+        progress: LoadProgress | None = None,
     ) -> None:
         path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
         source = Source.open(path)

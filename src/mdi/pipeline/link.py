@@ -21,6 +21,19 @@ class Result:
     tokens: tuple[Token, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What a node holds: decoder layers [first_layer, last_layer), and its memory as the operating system counts it."""
+
+    name: str
+    first_layer: int
+    last_layer: int
+    dtype: str
+    device: str
+    resident_bytes: int
+    pid: int
+
+
 Deliver = Callable[[Result | LinkError], None]
 """Takes results, and the error that ends a link; called from the link's thread, in the order batches were sent."""
 

@@ -1,0 +1,266 @@
+"""The server around one stage: batches in, activations or results out. The same for every node but the starter.
+
+asyncio owns the sockets, one thread computes; while a batch is computed, the next is received and the one before sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+import psutil
+import torch
+from torch import Tensor
+
+from mdi.checkpoint.load import LoadedStage, load_chunk
+from mdi.checkpoint.manifest import Manifest
+from mdi.errors import ConfigError, LinkError, MDIError
+from mdi.model.batch import Batch
+from mdi.pipeline import wire, wire_pb2
+from mdi.pipeline.link import Result
+from mdi.pipeline.stage import Stage
+
+log = logging.getLogger(__name__)
+
+Work = tuple[Batch, Tensor] | wire_pb2.Failure | None
+Message = wire_pb2.Piece | wire_pb2.Result
+State = wire_pb2.NodeStatus
+
+
+def serve_node(
+    chunk: Path,
+    *,
+    listen: str,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    with_parent: bool = False,
+    insecure: bool = False,
+) -> None:
+    """Serves a chunk's stage until told to stop (SIGTERM, SIGINT).
+
+    listen: host:port; port 0 picks a free one. One line of JSON on standard output names the port before the chunk is
+    loaded, so that progress can be asked for. with_parent: end as soon as standard input does, which the parent holds.
+    Raises ConfigError when the address cannot be bound, or must not be without `insecure`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if with_parent:
+        threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    asyncio.run(_serve(Node(chunk, device=device, dtype=dtype), listen, insecure))
+
+
+async def _serve(node: Node, listen: str, insecure: bool) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = grpc.aio.server(options=(*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)))
+    server.add_generic_rpc_handlers((node.handlers(),))
+    port = _bind(server, listen, insecure)
+    await server.start()
+    print(json.dumps({"port": port}), flush=True)  # noqa: T201 - what the launcher waits for
+    node.start()
+    await stop.wait()
+    await server.stop(grace=0.2)
+    await node.stop()
+
+
+def _bind(server: grpc.aio.Server, listen: str, insecure: bool) -> int:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{listen!r} is no address to listen at: write host:port")
+    if not insecure and not _is_loopback(host):
+        raise ConfigError(f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it")
+    try:
+        return server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(f"port {port} on {host} cannot be bound: is it in use? Choose another, or 0 for a free one") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return all(ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host.strip("[]"), None))
+    except (OSError, ValueError):
+        raise ConfigError(f"the host {host!r} is not known here") from None
+
+
+def _end_with_standard_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)  # a node holds nothing worth saving, and its parent is gone
+
+
+class Node:
+    """One chunk's stage behind the gRPC service of wire.proto."""
+
+    def __init__(self, chunk: Path, *, device: str, dtype: str | None) -> None:
+        self._chunk = chunk
+        self._device = device
+        self._dtype = dtype
+        self._name = chunk.stem.removeprefix("model_")
+        self._plan_hash = ""
+        self._loaded: LoadedStage | None = None
+        self._error = ""
+        self._progress = (0, 0)
+        self._epoch = 0
+        self._stage: Stage | None = None
+        self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._out: asyncio.Queue[Message] = asyncio.Queue()
+        self._channel: grpc.aio.Channel | None = None
+        self._sender: asyncio.Task[None] | None = None
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """The service's methods."""
+
+        def parser(kind: type[wire.Message]) -> wire.Parser:
+            return lambda data: wire.parse(kind, data)
+
+        return grpc.method_handlers_generic_handler(
+            wire.SERVICE,
+            {
+                "Configure": grpc.unary_unary_rpc_method_handler(
+                    self._configure, parser(wire_pb2.Configuration), wire.serialize
+                ),
+                "Status": grpc.unary_unary_rpc_method_handler(self._status, parser(wire_pb2.StatusRequest), wire.serialize),
+                "Batches": grpc.stream_unary_rpc_method_handler(self._batches, parser(wire_pb2.Piece), wire.serialize),
+                "Results": grpc.unary_stream_rpc_method_handler(
+                    self._results, parser(wire_pb2.ResultsRequest), wire.serialize
+                ),
+            },
+        )
+
+    def start(self) -> None:
+        """Begins to load, and to compute what arrives."""
+        self._asyncio = asyncio.get_running_loop()
+        threading.Thread(target=self._load, name="mdi-load", daemon=True).start()
+        threading.Thread(target=self._compute, name="mdi-compute", daemon=True).start()
+
+    async def stop(self) -> None:
+        """Ends the sending side."""
+        self._work.put(None)
+        await self._unwire()
+
+    def _load(self) -> None:
+        def note(done: int, total: int) -> None:
+            self._progress = (done, total)
+
+        try:
+            self._plan_hash = Manifest.read(self._chunk.parent).plan_hash
+            self._loaded = load_chunk(self._chunk, device=self._device, dtype=self._dtype, progress=note)
+        except MDIError as error:
+            self._error = str(error)
+        except Exception:
+            log.exception("the chunk could not be loaded")
+            self._error = "the chunk could not be loaded; this node's log has the details"
+
+    async def _status(self, _request: wire_pb2.StatusRequest, _context: object) -> wire_pb2.NodeStatus:
+        done, total = self._progress
+        status = State(
+            state=State.FAILED if self._error else State.LOADED if self._loaded else State.LOADING,
+            error=self._error,
+            done_bytes=done,
+            total_bytes=total,
+            name=self._name,
+            device=self._device,
+            resident_bytes=psutil.Process().memory_info().rss,
+            pid=os.getpid(),
+            plan_hash=self._plan_hash,
+        )
+        if self._loaded:
+            status.first_layer, status.last_layer = self._loaded.spec.first_layer, self._loaded.spec.last_layer
+            status.dtype = wire.NAMES[self._loaded.dtype]
+        return status
+
+    async def _configure(self, request: wire_pb2.Configuration, _context: object) -> wire_pb2.Configured:
+        if request.version != wire.VERSION:
+            return wire_pb2.Configured(error=f"speaks protocol {wire.VERSION}, not {request.version}: use one version of mdi")
+        if self._loaded is None:
+            return wire_pb2.Configured(error=self._error or "is still loading")
+        if request.plan_hash != self._plan_hash:
+            return wire_pb2.Configured(
+                error="has a chunk of another plan or dtype: run `mdi prepare` again, and give every node its new chunk"
+            )
+        await self._unwire()
+        self._stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
+        self._epoch = request.epoch
+        self._out = asyncio.Queue()
+        if request.next_address:
+            self._channel = grpc.aio.insecure_channel(request.next_address, options=wire.CHANNEL_OPTIONS)
+            send = self._channel.stream_unary(wire.method("Batches"), request_serializer=wire.serialize)
+            self._sender = asyncio.create_task(self._send(send()))
+        return wire_pb2.Configured()
+
+    async def _unwire(self) -> None:
+        if self._sender:
+            self._sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sender
+        if self._channel:
+            await self._channel.close()
+        self._sender = self._channel = None
+
+    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await call.write(await self._out.get())
+        log.error("the next node is gone")
+
+    async def _batches(self, pieces: AsyncIterator[wire_pb2.Piece], _context: object) -> wire_pb2.Configured:
+        if self._loaded is None:
+            return wire_pb2.Configured(error="is not configured")
+        decoder = wire.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
+        try:
+            async for piece in pieces:
+                if piece.epoch != self._epoch:
+                    continue
+                if piece.HasField("failure"):
+                    self._work.put(piece.failure)
+                elif (work := decoder.add(piece)) is not None:
+                    self._work.put(work)
+        except LinkError as error:
+            self._work.put(self._failure(error))
+        return wire_pb2.Configured()
+
+    async def _results(self, request: wire_pb2.ResultsRequest, _context: object) -> AsyncIterator[wire_pb2.Result]:
+        while request.epoch == self._epoch:
+            message = await self._out.get()
+            assert isinstance(message, wire_pb2.Result)
+            yield message
+
+    def _compute(self) -> None:
+        """The compute thread: one batch after the other, in order of arrival."""
+        while (work := self._work.get()) is not None:
+            for message in self._outcome(work):
+                self._asyncio.call_soon_threadsafe(self._out.put_nowait, message)
+
+    def _outcome(self, work: tuple[Batch, Tensor] | wire_pb2.Failure) -> list[Message]:
+        stage, epoch = self._stage, self._epoch
+        assert stage is not None
+        try:
+            if isinstance(work, tuple):
+                out = stage.run(*work)
+                if isinstance(out, Tensor):
+                    return list(wire.encode_batch(work[0], out, epoch))
+                return [wire.encode_result(Result(work[0].id, out), epoch)]
+            failure = work
+        except Exception as error:
+            log.exception("a batch could not be computed")
+            failure = self._failure(error)
+        if stage.spec.head:
+            return [wire_pb2.Result(epoch=epoch, failure=failure)]
+        return [wire_pb2.Piece(epoch=epoch, failure=failure)]
+
+    def _failure(self, error: Exception) -> wire_pb2.Failure:
+        text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
+        return wire_pb2.Failure(node=self._name, message=text)

@@ -1,0 +1,163 @@
+"""Batches and results to protobuf messages and back. Trusts nothing: what does not add up is a LinkError, never a crash.
+
+The messages are in wire.proto; `make proto` regenerates wire_pb2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from google.protobuf.message import DecodeError, Message
+from torch import Tensor
+
+from mdi.errors import LinkError
+from mdi.model.batch import Batch, Draw, Slice, Token
+from mdi.pipeline import wire_pb2
+from mdi.pipeline.link import Result
+
+M = TypeVar("M", bound=Message)
+Parser = Callable[[bytes], Message]
+
+VERSION = 1
+SERVICE = "mdi.Node"
+PIECE_BYTES = 1_000_000
+MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_BATCH_BYTES = 256 * 2**20
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def method(name: str) -> str:
+    """The full name of one of the service's methods."""
+    return f"/{SERVICE}/{name}"
+
+
+def serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.Piece]:
+    """A batch and its hidden states, [tokens, width], in pieces below 1 MiB."""
+    header = wire_pb2.Header(
+        slices=[_encode_slice(part) for part in batch.slices],
+        positions=batch.positions.flatten().tolist(),
+        dtype=NAMES[hidden.dtype],
+        width=hidden.shape[1],
+    )
+    data = memoryview(hidden.cpu().contiguous().view(torch.uint8).flatten().numpy())
+    for start in range(0, len(data), PIECE_BYTES):
+        end = start + PIECE_BYTES
+        yield wire_pb2.Piece(
+            epoch=epoch,
+            batch_id=batch.id,
+            header=header if start == 0 else None,
+            data=bytes(data[start:end]),
+            last=end >= len(data),
+        )
+
+
+class BatchDecoder:
+    """Puts the pieces of one link's batches together again. Raises LinkError for what does not add up."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._width = width
+        self._dtype = dtype
+        self._header: wire_pb2.Header | None = None
+        self._batch_id = 0
+        self._data = bytearray()
+
+    def add(self, piece: wire_pb2.Piece) -> tuple[Batch, Tensor] | None:
+        """A whole batch with its hidden states when this piece was its last."""
+        if piece.HasField("header"):
+            if self._header is not None:
+                raise LinkError("a batch began before the one before it had ended")
+            self._header, self._batch_id = piece.header, piece.batch_id
+        if self._header is None or piece.batch_id != self._batch_id:
+            raise LinkError("a piece arrived that belongs to no batch")
+        if len(self._data) + len(piece.data) > MAX_BATCH_BYTES:
+            raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
+        self._data += piece.data
+        if not piece.last:
+            return None
+        header, data = self._header, self._data
+        self._header, self._data = None, bytearray()
+        return self._decode(header, data)
+
+    def _decode(self, header: wire_pb2.Header, data: bytearray) -> tuple[Batch, Tensor]:
+        slices = tuple(_decode_slice(part) for part in header.slices)
+        n_tokens = sum(part.length for part in slices)
+        if not n_tokens or min(part.length for part in slices) < 1 or len(header.positions) != 3 * n_tokens:
+            raise LinkError("a batch's slices and positions do not add up")
+        if DTYPES.get(header.dtype) != self._dtype or header.width != self._width:
+            raise LinkError(f"hidden states arrived as {header.dtype} x {header.width}, not as {NAMES[self._dtype]} x {self._width}")
+        if len(data) != n_tokens * self._width * self._dtype.itemsize:
+            raise LinkError(f"{len(data)} bytes of hidden states arrived for {n_tokens} tokens")
+        positions = torch.tensor(header.positions, dtype=torch.int64).view(3, n_tokens)
+        hidden = torch.frombuffer(data, dtype=self._dtype).view(n_tokens, self._width)
+        return Batch(self._batch_id, slices, positions), hidden
+
+
+def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
+    return wire_pb2.Result(
+        epoch=epoch,
+        batch_id=result.batch_id,
+        token_ids=[token.id for token in result.tokens],
+        logprobs=[token.logprob for token in result.tokens],
+    )
+
+
+def decode_result(message: wire_pb2.Result) -> Result | LinkError:
+    """The result, or the error that a node reported instead."""
+    if message.HasField("failure"):
+        return LinkError(f"node {message.failure.node} failed: {message.failure.message}")
+    if len(message.token_ids) != len(message.logprobs):
+        return LinkError("a result's tokens and logprobs do not add up")
+    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs)))
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Parses a message. Raises LinkError for bytes that are none."""
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise LinkError(f"bytes arrived that are no {kind.__name__}: is the other side of the same version?") from None
+    return message
+
+
+def _encode_slice(part: Slice) -> wire_pb2.Slice:
+    draw = part.draw
+    return wire_pb2.Slice(
+        slot=part.slot,
+        start=part.start,
+        length=part.length,
+        draw=draw
+        and wire_pb2.Draw(
+            temperature=draw.temperature,
+            top_k=draw.top_k,
+            top_p=draw.top_p,
+            min_p=draw.min_p,
+            seed=(draw.seed + 2**63) % 2**64 - 2**63,
+            sample=draw.sample,
+            position=draw.position,
+        ),
+    )
+
+
+def _decode_slice(message: wire_pb2.Slice) -> Slice:
+    if not message.HasField("draw"):
+        return Slice(message.slot, message.start, message.length)
+    draw = message.draw
+    return Slice(
+        message.slot,
+        message.start,
+        message.length,
+        Draw(draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.seed, draw.sample, draw.position),
+    )

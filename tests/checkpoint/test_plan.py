@@ -1,0 +1,135 @@
+"""Every layer on exactly one node, whatever the numbers, and no node slower than it must be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+
+from mdi.checkpoint.plan import Costs, Plan, balance, costs, make_plan, role_names, stage_summary
+from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
+from mdi.errors import ConfigError
+from mdi.model.config import ModelConfig
+from mdi.model.weights import StageSpec
+
+FULL_SIZE = ModelConfig.from_hf(QWEN2_VL_2B)
+TEXT_ONLY = ModelConfig.from_hf(tiny_text_config())
+
+
+def test_every_layer_is_on_exactly_one_node_for_all_counts() -> None:
+    for n_layers in range(1, 91):
+        config = replace(FULL_SIZE, n_layers=n_layers)
+        for n_nodes in range(1, min(n_layers, 12) + 1):
+            stages = make_plan(config, n_nodes).stages
+            assert [layer for stage in stages for layer in stage.layers] == list(range(n_layers))
+            assert len(stages) == n_nodes
+            assert all(stage.layers for stage in stages)
+            assert [stage.embedding for stage in stages] == [index == 0 for index in range(n_nodes)]
+            assert [stage.vision for stage in stages] == [index == 0 for index in range(n_nodes)]
+            assert [stage.head for stage in stages] == [index == n_nodes - 1 for index in range(n_nodes)]
+
+
+@pytest.mark.parametrize(
+    "cost", [Costs(10, 50, 3), Costs(10, 0, 0), Costs(7, 1, 40), Costs(10, 500, 20), Costs(3, 7, 7)]
+)
+def test_no_split_has_a_faster_slowest_node_nor_is_any_as_fast_one_more_even(cost: Costs) -> None:
+    for n_layers in range(1, 13):
+        for n_nodes in range(1, n_layers + 1):
+            ours = rating(balance(n_layers, n_nodes, cost), cost)
+            assert ours == min(rating(split, cost) for split in all_splits(n_layers, n_nodes))
+
+
+def rating(split: tuple[int, ...], cost: Costs) -> tuple[int, int]:
+    loads = [count * cost.layer for count in split]
+    loads[0] += cost.start
+    loads[-1] += cost.head
+    return max(loads), sum(load**2 for load in loads)
+
+
+def all_splits(n_layers: int, n_nodes: int) -> list[tuple[int, ...]]:
+    cuts = [(0, *chosen, n_layers) for chosen in combinations(range(1, n_layers), n_nodes - 1)]
+    return [tuple(end - start for start, end in pairwise(cut)) for cut in cuts]
+
+
+def test_the_head_of_the_2b_model_weighs_about_five_layers() -> None:
+    cost = costs(FULL_SIZE)
+    assert 4.5 < cost.head / cost.layer < 5.5
+
+
+def test_the_finisher_of_the_2b_model_gets_fewer_layers_than_the_others() -> None:
+    first, middle, last = make_plan(FULL_SIZE, 3).layers
+    assert first + middle + last == 28
+    assert abs(first - middle) <= 1
+    assert 4 <= middle - last <= 6
+
+
+def test_the_2b_plan_on_three_nodes_accounts_for_every_parameter() -> None:
+    stages = make_plan(FULL_SIZE, 3).stages
+    summaries = [stage_summary(FULL_SIZE, stage, "bfloat16") for stage in stages]
+    stored_twice = (
+        FULL_SIZE.vocab_size * FULL_SIZE.hidden_size
+    )  # the tied matrix, on the first and the last node
+    assert sum(summary.parameters for summary in summaries) == 2_208_985_600 + stored_twice
+    assert [summary.size_bytes for summary in summaries] == [2 * summary.parameters for summary in summaries]
+    assert sum(summary.step_share for summary in summaries) == pytest.approx(1)
+    assert max(summary.step_share for summary in summaries) < 0.36
+
+
+def test_layers_by_hand_are_taken_as_they_are() -> None:
+    plan = make_plan(FULL_SIZE, 3, (10, 10, 8))
+    assert plan.layers == (10, 10, 8)
+    assert [(stage.first_layer, stage.last_layer) for stage in plan.stages] == [(0, 10), (10, 20), (20, 28)]
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "layers", "message"),
+    [
+        (29, None, "29 nodes are more than the model's 28 layers"),
+        (0, None, "at least one node"),
+        (-1, None, "at least one node"),
+        (3, (14, 14), "names 2 nodes, but there are 3"),
+        (3, (10, 10, 9), "add up to 29, but the model has 28"),
+        (3, (14, 14, 0), "at least one layer"),
+        (3, (15, 14, -1), "at least one layer"),
+        (1, (), "names 0 nodes"),
+    ],
+)
+def test_an_impossible_split_is_refused_with_its_reason(
+    n_nodes: int, layers: tuple[int, ...] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(FULL_SIZE, n_nodes, layers)
+
+
+def test_a_text_only_model_has_no_vision_anywhere() -> None:
+    assert not any(stage.vision for stage in make_plan(TEXT_ONLY, 3).stages)
+
+
+FIRST, MIDDLE, LAST = StageSpec(0, 2, embedding=True), StageSpec(2, 4), StageSpec(4, 6, head=True)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (FIRST, LAST),
+        (FIRST, LAST, MIDDLE),
+        (FIRST, FIRST, LAST),
+        (MIDDLE, LAST),
+        (FIRST, MIDDLE),
+        (replace(FIRST, embedding=False), MIDDLE, LAST),
+        (FIRST, replace(MIDDLE, last_layer=2), replace(LAST, first_layer=2)),
+        (FIRST, replace(MIDDLE, head=True), LAST),
+    ],
+)
+def test_a_plan_that_loses_repeats_or_misplaces_anything_cannot_be_made(
+    stages: tuple[StageSpec, ...],
+) -> None:
+    with pytest.raises(ConfigError, match="every layer once"):
+        Plan(stages)
+
+
+def test_roles_run_from_starter_to_finisher() -> None:
+    assert role_names(1) == ("starter",)
+    assert role_names(2) == ("starter", "finisher")
+    assert role_names(4) == ("starter", "secondary0", "secondary1", "finisher")

@@ -1,0 +1,142 @@
+"""The random checkpoints are what transformers takes for the real thing."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
+
+from mdi.checkpoint.plan import make_plan
+from mdi.checkpoint.source import Source
+from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
+from mdi.model.config import ModelConfig
+from mdi.model.weights import stage_shapes
+
+TEXTS = [
+    "Hello",
+    "héllo  世界 🎉\n\n x",
+    " \t\r\n",
+    "".join(map(chr, range(1, 300))),
+    "\x00",
+    "naïve <b> [INST]",
+]
+
+
+def test_the_2b_config_has_exactly_the_published_parameters() -> None:
+    config = ModelConfig.from_hf(QWEN2_VL_2B)
+    shapes = stage_shapes(config, make_plan(config, 1).stages[0])
+    assert sum(map(prod, shapes.values())) == 2_208_985_600
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("tiny", Qwen2VLForConditionalGeneration),
+        ("sharded", Qwen2VLForConditionalGeneration),
+        ("text_only", Qwen2ForCausalLM),
+    ],
+)
+def test_transformers_loads_every_tensor_and_misses_none(
+    name: str, model: Any, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(name)
+    loaded, report = model.from_pretrained(path, output_loading_info=True)
+    assert not any(report.values())
+    source = Source.open(path)
+    theirs = sum(parameter.numel() for parameter in loaded.parameters())
+    assert theirs == sum(prod(source.shape(stored)) for stored in source.names())
+
+
+def test_its_tokenizer_has_one_token_per_byte(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == list(text.encode())
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("config", [tiny_config(), QWEN2_VL_2B])
+def test_special_tokens_have_the_ids_the_config_gives_them(config: dict[str, Any], tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sections = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    vision = {**config["vision_config"], "depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
+    config = {**config, **small, "rope_scaling": sections, "vision_config": vision}
+    tokenizer = AutoTokenizer.from_pretrained(write_random_checkpoint(tmp_path, config))
+    ids = {
+        "<|endoftext|>": config["bos_token_id"],
+        "<|im_start|>": config["eos_token_id"] - 1,
+        "<|im_end|>": config["eos_token_id"],
+        "<|vision_start|>": config["vision_start_token_id"],
+        "<|vision_end|>": config["vision_end_token_id"],
+        "<|vision_pad|>": config["vision_token_id"],
+        "<|image_pad|>": config["image_token_id"],
+        "<|video_pad|>": config["video_token_id"],
+    }
+    assert {text: tokenizer(text).input_ids for text in ids} == {text: [index] for text, index in ids.items()}
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    every_id = range(config["video_token_id"] + 1)
+    assert all(tokenizer.convert_ids_to_tokens(list(every_id)))
+
+
+def rendered(path: Path, messages: list[dict[str, Any]], **options: Any) -> str:
+    text = AutoTokenizer.from_pretrained(path).apply_chat_template(messages, tokenize=False, **options)
+    return str(text)
+
+
+def test_its_chat_template_writes_what_qwen2_vl_s_writes(tiny: Path) -> None:
+    content = [
+        {"type": "image", "image": "cat.png"},
+        {"type": "image_url", "image_url": {"url": "dog.png"}},
+        {"type": "text", "text": " What?\n"},
+        {"type": "video", "video": "film.mp4"},
+        {"type": "text", "text": "{{ 1 }} <b>"},
+    ]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat. "}]
+    image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
+    chat = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{image}{image} What?\n{video}{{{{ 1 }}}} <b><|im_end|>\n"
+        "<|im_start|>assistant\nA cat. <|im_end|>\n"
+    )
+    assert rendered(tiny, messages) == chat
+    assert rendered(tiny, messages, add_generation_prompt=True) == chat + "<|im_start|>assistant\n"
+
+
+def test_its_chat_template_leaves_the_system_message_to_the_user(tiny: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    assert rendered(tiny, messages) == expected
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    first, same, other = (
+        load_file(write_random_checkpoint(tmp_path / name, tiny_config(), seed=seed) / "model.safetensors")
+        for name, seed in (("first", 1), ("same", 1), ("other", 2))
+    )
+    assert all(torch.equal(tensor, same[name]) for name, tensor in first.items())
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_no_two_tensors_are_alike_and_none_is_constant(tiny: Path) -> None:
+    tensors = list(load_file(tiny / "model.safetensors").values())
+    assert len({tuple(tensor.flatten()[:8].tolist()) for tensor in tensors}) == len(tensors)
+    assert all(tensor.std() > 0.01 for tensor in tensors)
+
+
+def test_a_tensor_longer_than_the_random_block_is_filled_to_its_end(tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=20_000)  # 1,280,000 numbers
+    tensors = load_file(write_random_checkpoint(tmp_path, config, std=0.5) / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    assert embedding.std() == pytest.approx(0.5, rel=0.01)
+    assert embedding[-100:].std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_dtype_is_in_the_files_and_in_the_config(tmp_path: Path) -> None:
+    path = write_random_checkpoint(tmp_path, tiny_config(), dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((path / "config.json").read_text())["torch_dtype"] == "bfloat16"
