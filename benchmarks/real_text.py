@@ -37,7 +37,9 @@ console = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--n-nodes", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -50,9 +52,16 @@ def main() -> None:
         table.add_row(question, our_text, "yes" if our_text == their_text else f"NO: {their_text}")
     console.print(table)
     equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    console.print(f"{equal} of {len(QUESTIONS)} texts equal to transformers' (float32, greedy, {options.max_tokens} tokens at most)")
-    console.print(f"transformers {their_rate:.1f} tok/s; here, {options.n_nodes} nodes on this machine: {our_rate:.1f} tok/s one at a time", end="")
-    console.print(f" ({our_rate / their_rate:.2f}x), {together_rate:.1f} tok/s all at once ({together_rate / their_rate:.2f}x)")
+    console.print(
+        f"{equal} of {len(QUESTIONS)} texts equal to transformers' (float32, greedy, {options.max_tokens} tokens at most)"
+    )
+    console.print(
+        f"transformers {their_rate:.1f} tok/s; here, {options.n_nodes} nodes on this machine: {our_rate:.1f} tok/s one at a time",
+        end="",
+    )
+    console.print(
+        f" ({our_rate / their_rate:.2f}x), {together_rate:.1f} tok/s all at once ({together_rate / their_rate:.2f}x)"
+    )
     sys.exit(equal < len(QUESTIONS))
 
 
@@ -63,8 +72,12 @@ def through_transformers(path: Path, max_tokens: int) -> tuple[list[str], float]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     texts, n_tokens, started = [], 0, time.perf_counter()
     for question in QUESTIONS:
-        inputs: Any = tokenizer.apply_chat_template(messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        inputs: Any = tokenizer.apply_chat_template(
+            messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         n_tokens += len(output)
         texts.append(tokenizer.decode(output, skip_special_tokens=True))
     return texts, n_tokens / (time.perf_counter() - started)
@@ -80,7 +93,9 @@ def through_nodes(path: Path, n_nodes: int, max_tokens: int) -> tuple[list[str],
         streams = [engine.submit(messages(question), params) for question in QUESTIONS]
         together = [stream.completion() for stream in streams]
         together_s = time.perf_counter() - started
-    assert [answer.text for answer in alone] == [answer.text for answer in together], "the batch changed an answer"
+    assert [answer.text for answer in alone] == [answer.text for answer in together], (
+        "the batch changed an answer"
+    )
     n_tokens = sum(len(answer.token_ids) for answer in alone)
     return [answer.text for answer in alone], n_tokens / alone_s, n_tokens / together_s
 

@@ -52,7 +52,9 @@ class Report:
         return unequal
 
 
-def verify(source: Source, messages: Sequence[Message], *, dtype: str, n_nodes: int = 1, max_tokens: int = 16) -> Report:
+def verify(
+    source: Source, messages: Sequence[Message], *, dtype: str, n_nodes: int = 1, max_tokens: int = 16
+) -> Report:
     """Runs both and compares. Memory: both models at once, in `dtype`."""
     with torch.inference_mode():
         their_ids, their_logits, theirs = _through_transformers(source, messages, dtype, max_tokens)
@@ -87,7 +89,11 @@ def _through_stages(
     length = len(prompt.token_ids)
     plan = make_plan(source.model_config, n_nodes)
     stages = [
-        Stage(load_source(source, spec, dtype=dtype, device="cpu"), n_slots=1, sequence_length=length + max_tokens)
+        Stage(
+            load_source(source, spec, dtype=dtype, device="cpu"),
+            n_slots=1,
+            sequence_length=length + max_tokens,
+        )
         for spec in plan.stages
     ]
     hidden = stages[0].embed(torch.tensor(prompt.token_ids), _encode_media(stages[0], prompt))
@@ -102,7 +108,9 @@ def _through_stages(
         index = length + len(answer) - 1
         positions = torch.full((3, 1), index + prompt.delta)
         hidden = stages[0].embed(torch.tensor(answer[-1:]))
-        answer.append(int(_last_logits(stages, Batch(index, (Slice(0, index, 1),), positions), hidden)[-1].argmax()))
+        answer.append(
+            int(_last_logits(stages, Batch(index, (Slice(0, index, 1),), positions), hidden)[-1].argmax())
+        )
     return torch.cat(logits), tuple(answer)
 
 
@@ -131,7 +139,9 @@ def _through_transformers(
     """Prompt ids, logits of the prompt (float32 [tokens, vocab_size]) and the greedy answer."""
     model, inputs = _their_model(source.path, dtype), _their_inputs(source, messages, dtype)
     logits = model(**inputs, use_cache=False).logits[0].float()
-    output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None)
+    output = model.generate(
+        **inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None
+    )
     n_prompt = inputs["input_ids"].shape[1]
     return inputs["input_ids"][0].tolist(), logits, tuple(output[0, n_prompt:].tolist())
 
@@ -148,8 +158,12 @@ def _their_inputs(source: Source, messages: Sequence[Message], dtype: str) -> di
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    images = [decode_image(fetch(part["image"], ANY_FILE), ANY_FILE) for part in parts if part["type"] == "image"]
+    parts = [
+        part for message in messages if isinstance(message["content"], list) for part in message["content"]
+    ]
+    images = [
+        decode_image(fetch(part["image"], ANY_FILE), ANY_FILE) for part in parts if part["type"] == "image"
+    ]
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     inputs: dict[str, Tensor] = {}
     if images:
@@ -158,7 +172,9 @@ def _their_inputs(source: Source, messages: Sequence[Message], dtype: str) -> di
         inputs["image_grid_thw"] = features["image_grid_thw"]
         for grid in features["image_grid_thw"]:
             text = text.replace("<|image_pad|>", "<|placeholder|>" * (int(grid.prod()) // 4), 1)
-    ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt", add_special_tokens=False)
+    ids = tokenizer(
+        text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt", add_special_tokens=False
+    )
     inputs["input_ids"] = ids["input_ids"]
     if images:
         inputs["mm_token_type_ids"] = (ids["input_ids"] == source.model_config.image_token_id).int()

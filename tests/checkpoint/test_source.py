@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: one file or many, under old names and new, whole or not; and the hub's refusals."""
+"""Checkpoints as people have them: one file or many, old names and new, whole or not; the hub's refusals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from mdi.checkpoint.source import INDEX, SINGLE, Source, locate
@@ -140,7 +141,7 @@ def test_a_shard_that_was_not_downloaded_is_named(sharded: Path, tmp_path: Path)
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"])
 def test_a_damaged_index_is_refused(own_copy: Path, text: str) -> None:
     (own_copy / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="safetensors.index.json"):
+    with pytest.raises(CheckpointError, match=r"safetensors\.index\.json"):
         Source.open(own_copy)
 
 
@@ -223,7 +224,7 @@ def test_a_download_takes_weights_and_tokenizer_and_no_pickles(hub: Hub, tmp_pat
         "README.md",
     ]
     allow, ignore = options["allow_patterns"], options["ignore_patterns"]
-    wanted = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow, ignore_patterns=ignore)
+    wanted = filter_repo_objects(files, allow_patterns=allow, ignore_patterns=ignore)
     assert list(wanted) == files[:4]
 
 

@@ -89,14 +89,17 @@ def rendered(path: Path, messages: list[dict[str, Any]], **options: Any) -> str:
 
 
 def test_its_chat_template_writes_what_qwen2_vl_s_writes(tiny: Path) -> None:
-    content = [
+    content: list[dict[str, Any]] = [
         {"type": "image", "image": "cat.png"},
         {"type": "image_url", "image_url": {"url": "dog.png"}},
         {"type": "text", "text": " What?\n"},
         {"type": "video", "video": "film.mp4"},
         {"type": "text", "text": "{{ 1 }} <b>"},
     ]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat. "}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "A cat. "},
+    ]
     image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
     chat = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

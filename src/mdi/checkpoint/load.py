@@ -1,8 +1,8 @@
 """From a chunk or a checkpoint to a stage's weights in memory. Knows files and weights, nothing of requests.
 
 Strict: nothing missing, nothing left over. Tensors are handed out one at a time from short-lived mappings, so
-what the model copies does not stay resident twice; the embedding stays mapped, and only rows that are looked up
-become resident.
+what the model copies does not stay resident twice; the embedding stays mapped, and only rows that are looked
+up become resident.
 """
 
 from __future__ import annotations

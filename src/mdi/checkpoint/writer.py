@@ -43,6 +43,7 @@ def write_safetensors(
             file.write(data)
             digest.update(data)
             progress(data.nbytes)
+            del data  # before the next one is made
         return digest.hexdigest(), file.tell()
 
 

@@ -38,7 +38,9 @@ class LocalLauncher:
         try:
             for chunk in chunks:
                 self._start(chunk, dtype, device, threads)
-            self.nodes = [NodeAddress(name, _address(name, process, log)) for name, process, log in self._processes]
+            self.nodes = [
+                NodeAddress(name, _address(name, process, log)) for name, process, log in self._processes
+            ]
         except BaseException:
             self.close()
             raise
@@ -75,7 +77,9 @@ class LocalLauncher:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         self._processes.append((chunk.stem.removeprefix("model_"), process, log))
 
-    def _watch(self, name: str, process: subprocess.Popen[bytes], log: IO[bytes], died: Callable[[LinkError], None]) -> None:
+    def _watch(
+        self, name: str, process: subprocess.Popen[bytes], log: IO[bytes], died: Callable[[LinkError], None]
+    ) -> None:
         process.wait()
         if not self._closing:
             died(_death(name, process, log))
@@ -97,6 +101,11 @@ def _address(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> str
 
 def _death(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> LinkError:
     size = os.fstat(log.fileno()).st_size
-    lines = os.pread(log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").strip().splitlines()
+    lines = (
+        os.pread(log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES))
+        .decode(errors="replace")
+        .strip()
+        .splitlines()
+    )
     last = f": {lines[-1]}" if lines else ""
     return LinkError(f"node {name} ended with exit code {process.returncode}{last}")

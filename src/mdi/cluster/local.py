@@ -82,7 +82,9 @@ class Cluster:
             self._launcher.close()
 
     def _load_alone(self, source: Source) -> LoadedStage:
-        return load_source(source, dtype=self._config.dtype, device=self._config.device, progress=self._shown("starter"))
+        return load_source(
+            source, dtype=self._config.dtype, device=self._config.device, progress=self._shown("starter")
+        )
 
     def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
         config = self._config
@@ -91,9 +93,13 @@ class Cluster:
         self._plan_hash = manifest.plan_hash
         chunks = [folder / chunk.file for chunk in manifest.chunks]
         threads = max(1, torch.get_num_threads() // config.n_nodes)
-        self._launcher = LocalLauncher(chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads)
+        self._launcher = LocalLauncher(
+            chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads
+        )
         undo.callback(self._launcher.close)
-        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
+        return load_chunk(
+            chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter")
+        )
 
     def _prepared(self, source: Source) -> Path:
         """The chunks' folder, written now if it is not there. Chunks of another plan or dtype are refused, not replaced."""
@@ -101,7 +107,11 @@ class Cluster:
         folder = chunk_folder(source.path, config.n_nodes)
         if not folder.exists():
             return prepare(
-                source, config.n_nodes, dtype=config.dtype, layers=config.layers, progress=self._shown("preparing chunks")
+                source,
+                config.n_nodes,
+                dtype=config.dtype,
+                layers=config.layers,
+                progress=self._shown("preparing chunks"),
             )
         manifest = Manifest.read(folder)
         wanted = make_plan(source.model_config, config.n_nodes, config.layers)

@@ -54,7 +54,12 @@ class PromptBuilder:
     """Turns messages into prompts that fit `sequence_length`."""
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer, spec: PatchSpec | None, policy: MediaPolicy, sequence_length: int
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        spec: PatchSpec | None,
+        policy: MediaPolicy,
+        sequence_length: int,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
@@ -67,7 +72,9 @@ class PromptBuilder:
         if not isinstance(prompt, str):
             check_messages(prompt)
             if not self._tokenizer.has_chat_template:
-                raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
+                raise InputError(
+                    "this model has no chat template: send a plain prompt instead of messages", "messages"
+                )
             if self._spec is None and _parts_with(prompt, "image"):
                 raise InputError("this model reads text only: send no images", "messages")
 
@@ -141,7 +148,9 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise InputError(f"{field} must have a role and a content", field)
         if message["role"] not in ROLES:
-            raise InputError(f"unknown role {message['role']!r}: use one of {', '.join(ROLES)}", f"{field}.role")
+            raise InputError(
+                f"unknown role {message['role']!r}: use one of {', '.join(ROLES)}", f"{field}.role"
+            )
         _check_content(message["content"], f"{field}.content")
 
 

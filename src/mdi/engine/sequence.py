@@ -77,7 +77,13 @@ class Sequence:
         assert params.top_p is not None
         assert params.min_p is not None
         return Draw(
-            params.temperature, params.top_k, params.top_p, params.min_p, self.request.seed, self.index, position=self.length
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            self.request.seed,
+            self.index,
+            position=self.length,
         )
 
     def append(self, token: Token, end_ids: frozenset[int]) -> Piece | None:
@@ -93,7 +99,11 @@ class Sequence:
             return None
         tokens, self._unsent = self._unsent, []
         return Piece(
-            self.index, text, tuple(token.id for token in tokens), tuple(token.logprob for token in tokens), reason
+            self.index,
+            text,
+            tuple(token.id for token in tokens),
+            tuple(token.logprob for token in tokens),
+            reason,
         )
 
     def _finish_reason(self, token_id: int, end_ids: frozenset[int]) -> FinishReason | None:

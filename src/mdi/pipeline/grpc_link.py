@@ -116,7 +116,9 @@ class GrpcLink:
             grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in self._nodes
         ]
         deadline = time.monotonic() + timeout_s
-        await asyncio.gather(*(self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))))
+        await asyncio.gather(
+            *(self._await_loaded(index, progress, deadline) for index in range(len(self._nodes)))
+        )
         following = [node.address for node in self._nodes[1:]] + [""]
         for index in reversed(range(len(self._nodes))):
             await self._configure(index, following[index])
@@ -168,7 +170,9 @@ class GrpcLink:
         try:
             return await call(request, timeout=RPC_TIMEOUT_S)  # type: ignore[no-any-return]
         except grpc.aio.AioRpcError as error:
-            raise LinkError(f"node {self._nodes[index].name} does not answer ({error.code().name.lower()})") from None
+            raise LinkError(
+                f"node {self._nodes[index].name} does not answer ({error.code().name.lower()})"
+            ) from None
 
     async def _statuses(self) -> list[NodeStatus]:
         found = await asyncio.gather(*(self._status(index) for index in range(len(self._nodes))))

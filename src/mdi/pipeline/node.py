@@ -82,11 +82,15 @@ def _bind(server: grpc.aio.Server, listen: str, insecure: bool) -> int:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{listen!r} is no address to listen at: write host:port")
     if not insecure and not _is_loopback(host):
-        raise ConfigError(f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it")
+        raise ConfigError(
+            f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it"
+        )
     try:
         return server.add_insecure_port(listen)
     except RuntimeError:
-        raise ConfigError(f"port {port} on {host} cannot be bound: is it in use? Choose another, or 0 for a free one") from None
+        raise ConfigError(
+            f"port {port} on {host} cannot be bound: is it in use? Choose another, or 0 for a free one"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -132,8 +136,12 @@ class Node:
                 "Configure": grpc.unary_unary_rpc_method_handler(
                     self._configure, parser(wire_pb2.Configuration), wire.serialize
                 ),
-                "Status": grpc.unary_unary_rpc_method_handler(self._status, parser(wire_pb2.StatusRequest), wire.serialize),
-                "Batches": grpc.stream_unary_rpc_method_handler(self._batches, parser(wire_pb2.Piece), wire.serialize),
+                "Status": grpc.unary_unary_rpc_method_handler(
+                    self._status, parser(wire_pb2.StatusRequest), wire.serialize
+                ),
+                "Batches": grpc.stream_unary_rpc_method_handler(
+                    self._batches, parser(wire_pb2.Piece), wire.serialize
+                ),
                 "Results": grpc.unary_stream_rpc_method_handler(
                     self._results, parser(wire_pb2.ResultsRequest), wire.serialize
                 ),
@@ -178,13 +186,18 @@ class Node:
             plan_hash=self._plan_hash,
         )
         if self._loaded:
-            status.first_layer, status.last_layer = self._loaded.spec.first_layer, self._loaded.spec.last_layer
+            status.first_layer, status.last_layer = (
+                self._loaded.spec.first_layer,
+                self._loaded.spec.last_layer,
+            )
             status.dtype = wire.NAMES[self._loaded.dtype]
         return status
 
     async def _configure(self, request: wire_pb2.Configuration, _context: object) -> wire_pb2.Configured:
         if request.version != wire.VERSION:
-            return wire_pb2.Configured(error=f"speaks protocol {wire.VERSION}, not {request.version}: use one version of mdi")
+            return wire_pb2.Configured(
+                error=f"speaks protocol {wire.VERSION}, not {request.version}: use one version of mdi"
+            )
         if self._loaded is None:
             return wire_pb2.Configured(error=self._error or "is still loading")
         if request.plan_hash != self._plan_hash:
@@ -232,7 +245,9 @@ class Node:
             self._work.put(self._failure(error))
         return wire_pb2.Configured()
 
-    async def _results(self, request: wire_pb2.ResultsRequest, _context: object) -> AsyncIterator[wire_pb2.Result]:
+    async def _results(
+        self, request: wire_pb2.ResultsRequest, _context: object
+    ) -> AsyncIterator[wire_pb2.Result]:
         while request.epoch == self._epoch:
             message = await self._out.get()
             assert isinstance(message, wire_pb2.Result)
@@ -262,5 +277,9 @@ class Node:
         return [wire_pb2.Piece(epoch=epoch, failure=failure)]
 
     def _failure(self, error: Exception) -> wire_pb2.Failure:
-        text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
+        text = (
+            str(error)
+            if isinstance(error, MDIError)
+            else "it could not compute a batch; its log has the details"
+        )
         return wire_pb2.Failure(node=self._name, message=text)

@@ -30,7 +30,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
 )
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -96,7 +98,9 @@ class BatchDecoder:
         if not n_tokens or min(part.length for part in slices) < 1 or len(header.positions) != 3 * n_tokens:
             raise LinkError("a batch's slices and positions do not add up")
         if DTYPES.get(header.dtype) != self._dtype or header.width != self._width:
-            raise LinkError(f"hidden states arrived as {header.dtype} x {header.width}, not as {NAMES[self._dtype]} x {self._width}")
+            raise LinkError(
+                f"hidden states arrived as {header.dtype} x {header.width}, not as {NAMES[self._dtype]} x {self._width}"
+            )
         if len(data) != n_tokens * self._width * self._dtype.itemsize:
             raise LinkError(f"{len(data)} bytes of hidden states arrived for {n_tokens} tokens")
         positions = torch.tensor(header.positions, dtype=torch.int64).view(3, n_tokens)
@@ -128,7 +132,9 @@ def parse(kind: type[M], data: bytes) -> M:
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise LinkError(f"bytes arrived that are no {kind.__name__}: is the other side of the same version?") from None
+        raise LinkError(
+            f"bytes arrived that are no {kind.__name__}: is the other side of the same version?"
+        ) from None
     return message
 
 

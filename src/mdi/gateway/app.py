@@ -1,0 +1,66 @@
+"""The HTTP server: routes put together, bound to an address, run until told to stop."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from mdi.engine import Engine
+from mdi.errors import ConfigError
+from mdi.gateway import generate, guard, openai
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """api_key: what requests must bring, but to /health; None lets everybody in. max_body_bytes: of one request."""
+
+    api_key: str | None = None
+    max_body_bytes: int = 64 * 2**20
+
+
+def create_app(engine: Engine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
+    """The application, for any ASGI server."""
+    app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
+    guard.install(app, config.api_key, config.max_body_bytes)
+    app.include_router(generate.router(engine))
+    app.include_router(openai.router(engine))
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        """200 while requests can be served; 503 when a node is lost."""
+        if engine.error:
+            return JSONResponse({"status": "unavailable", "detail": str(engine.error)}, 503)
+        return JSONResponse({"status": "ok", "model": engine.model_name})
+
+    return app
+
+
+def serve(engine: Engine, host: str, port: int, config: GatewayConfig = GatewayConfig()) -> None:
+    """Serves until SIGINT or SIGTERM. Port 0 picks a free one. Raises ConfigError when the address cannot be bound."""
+    with _bind(host, port) as bound:
+        address, bound_port = bound.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        print(f"serving {engine.model_name} at http://{shown}:{bound_port}", flush=True)  # noqa: T201
+        server = uvicorn.Server(uvicorn.Config(create_app(engine, config), log_level="warning"))
+        server.run(sockets=[bound])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError:
+        raise ConfigError(f"the host {host!r} is not known here") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"port {port} on {host} cannot be bound ({error.strerror}): choose another with --port"
+        ) from None
+    return bound
