@@ -49,19 +49,11 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("checkpoints"), help="where the random checkpoint is kept"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where the random checkpoint is kept")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself")
     options = parser.parse_args()
-    config, name = (
-        (tiny_config(torch_dtype="bfloat16"), "random-tiny") if options.tiny else (QWEN2_VL_2B, "random-2b")
-    )
+    config, name = (tiny_config(torch_dtype="bfloat16"), "random-tiny") if options.tiny else (QWEN2_VL_2B, "random-2b")
     work = Work(64, 4, 2) if options.tiny else Work(512, 12, 3)
     path = options.folder / name
     if not (path / "config.json").exists():
@@ -136,13 +128,9 @@ def measure_speed(path: Path, work: Work) -> None:
         ids = torch.randint(0, theirs.vocab_size - 1, (work.prompt_tokens,))
         a, b = in_turns(lambda: theirs.prefill(ids), lambda: ours.prefill(ids), work.runs)
         table.add_row(
-            *row(
-                "prefill", a, b, f"{work.prompt_tokens / a:.1f} tok/s", f"{work.prompt_tokens / b:.1f} tok/s"
-            )
+            *row("prefill", a, b, f"{work.prompt_tokens / a:.1f} tok/s", f"{work.prompt_tokens / b:.1f} tok/s")
         )
-        a, b = in_turns(
-            lambda: theirs.decode(work.decode_tokens), lambda: ours.decode(work.decode_tokens), work.runs
-        )
+        a, b = in_turns(lambda: theirs.decode(work.decode_tokens), lambda: ours.decode(work.decode_tokens), work.runs)
         table.add_row(
             *row("decode", a, b, f"{work.decode_tokens / a:.2f} tok/s", f"{work.decode_tokens / b:.2f} tok/s")
         )

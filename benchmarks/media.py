@@ -40,9 +40,7 @@ def seconds(work: Callable[[], object]) -> float:
 def compare(data: bytes, max_pixels: int, runs: int) -> None:
     spec = PatchSpec().with_pixels(None, max_pixels)
     policy = MediaPolicy()
-    processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
-    )
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels})
 
     def ours() -> np.ndarray:
         return load_image(data, policy, spec).rows

@@ -55,9 +55,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = dequantised.config
-    del (
-        config.quantization_config
-    )  # a model read from GGUF calls itself quantised, and then refuses to be saved
+    del config.quantization_config  # a model read from GGUF calls itself quantised, and then refuses to be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     tokenizer.save_pretrained(folder)

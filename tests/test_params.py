@@ -38,7 +38,7 @@ def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None
 
 
 def test_one_stop_string_may_stand_alone() -> None:
-    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    assert SamplingParams(stop="END").stop == ("END",)
 
 
 def test_an_explicit_temperature_switches_the_checkpoints_filters_off() -> None:

@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 for what the caller can mend (input, options, checkpoints)
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from mdi.params import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
     from mdi.engine import Engine
-    from mdi.media import MediaPolicy
 
 app = typer.Typer(
     name="mdi",
@@ -39,15 +37,11 @@ CkptFolder = Annotated[Path, typer.Option(help="Where checkpoints from the hub a
 HfToken = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated checkpoints.")]
 NNodes = Annotated[int, typer.Option("--n-nodes", min=1, help="Nodes the layers are split over.")]
 Layers = Annotated[str | None, typer.Option(help="Layers per node, overriding the plan: 10,10,8.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")
-]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str, typer.Option(help="Where this node computes: cpu, cuda, cuda:1, mps.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
-MaxPixels = Annotated[
-    int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")
-]
+MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
 MinPixels = Annotated[int | None, typer.Option(help="Smallest area an image is given, in pixels.")]
 CHECKPOINTS = Path("checkpoints")
 
@@ -125,14 +119,10 @@ def plan(
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.")] = None,
     ckpt: Annotated[str | None, typer.Option(help="The same as the argument.")] = None,
     host: Annotated[str, typer.Option(help="Address the HTTP server binds.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")
-    ] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
     n_nodes: NNodes = 1,
     layers: Layers = None,
     dtype: Dtype = None,
@@ -142,9 +132,7 @@ def serve(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     media_dir: Annotated[Path | None, typer.Option(help="Requests may name files in this folder.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")
-    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
     ckpt_folder: CkptFolder = CHECKPOINTS,
     hf_token: HfToken = None,
 ) -> None:
@@ -177,16 +165,12 @@ def serve(
 @app.command()
 def secondary(
     chunk: Annotated[Path, typer.Option(help="The node's chunk, as `mdi prepare` wrote it.")],
-    listen: Annotated[
-        str, typer.Option(help="Address to listen at; port 0 picks a free one.")
-    ] = "127.0.0.1:0",
+    listen: Annotated[str, typer.Option(help="Address to listen at; port 0 picks a free one.")] = "127.0.0.1:0",
     dtype: Dtype = None,
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")
-    ] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")] = False,
 ) -> None:
     """Run one node: a secondary, or the finisher, whichever its chunk is."""
     from mdi.pipeline.node import serve_node
@@ -214,9 +198,7 @@ def ask(
     ] = 256,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     layers: Layers = None,
     dtype: Dtype = None,
@@ -265,9 +247,7 @@ def verify(
     from mdi.verify import verify as compare
 
     source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
-    report = compare(
-        source, _messages(prompt, image or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens
-    )
+    report = compare(source, _messages(prompt, image or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens)
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")
         raise typer.Exit(1)
@@ -275,15 +255,14 @@ def verify(
     for position, difference in enumerate(report.differences):
         table.add_row(str(position), f"{difference:.3g}")
     out.print(table)
-    out.print(
-        f"largest difference relative to the largest logit: {report.relative:.3g}; cosine {report.cosine:.7f}"
-    )
+    out.print(f"largest difference relative to the largest logit: {report.relative:.3g}; cosine {report.cosine:.7f}")
     if report.first_difference is None:
         out.print(f"all {len(report.ours)} greedy tokens are equal")
     else:
         index = report.first_difference
         out.print(
-            f"first differing token: {index} (transformers {report.theirs[index : index + 1]}, here {report.ours[index : index + 1]})"
+            f"first differing token: {index} "
+            f"(transformers {report.theirs[index : index + 1]}, here {report.ours[index : index + 1]})"
         )
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ class SamplingParams:
     top_p: draw from the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv:1904.09751).
     min_p: drop tokens less likely than min_p times the likeliest (arXiv:2407.01082).
     seed: with a position it decides each draw; None draws one at submission.
-    stop: strings that end the answer; they are not part of it.
+    stop: a string or strings that end the answer; they are not part of it. Kept as a tuple.
     max_tokens: longest answer in tokens; None is as long as the sequence length allows.
     n: independent samples of the same prompt.
 
@@ -34,14 +35,11 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     n: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif not isinstance(self.stop, tuple):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         _check_int("max_tokens", self.max_tokens, 1, 2**31)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_int("top_k", self.top_k, 0, 2**31)

@@ -108,9 +108,7 @@ def _through_stages(
         index = length + len(answer) - 1
         positions = torch.full((3, 1), index + prompt.delta)
         hidden = stages[0].embed(torch.tensor(answer[-1:]))
-        answer.append(
-            int(_last_logits(stages, Batch(index, (Slice(0, index, 1),), positions), hidden)[-1].argmax())
-        )
+        answer.append(int(_last_logits(stages, Batch(index, (Slice(0, index, 1),), positions), hidden)[-1].argmax()))
     return torch.cat(logits), tuple(answer)
 
 
@@ -158,12 +156,8 @@ def _their_inputs(source: Source, messages: Sequence[Message], dtype: str) -> di
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    parts = [
-        part for message in messages if isinstance(message["content"], list) for part in message["content"]
-    ]
-    images = [
-        decode_image(fetch(part["image"], ANY_FILE), ANY_FILE) for part in parts if part["type"] == "image"
-    ]
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    images = [decode_image(fetch(part["image"], ANY_FILE), ANY_FILE) for part in parts if part["type"] == "image"]
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     inputs: dict[str, Tensor] = {}
     if images:
@@ -172,9 +166,7 @@ def _their_inputs(source: Source, messages: Sequence[Message], dtype: str) -> di
         inputs["image_grid_thw"] = features["image_grid_thw"]
         for grid in features["image_grid_thw"]:
             text = text.replace("<|image_pad|>", "<|placeholder|>" * (int(grid.prod()) // 4), 1)
-    ids = tokenizer(
-        text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt", add_special_tokens=False
-    )
+    ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt", add_special_tokens=False)
     inputs["input_ids"] = ids["input_ids"]
     if images:
         inputs["mm_token_type_ids"] = (ids["input_ids"] == source.model_config.image_token_id).int()

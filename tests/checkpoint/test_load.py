@@ -119,9 +119,7 @@ def flip(path: Path, position: int) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 7, 8, 40, 90, 400, 5000, 200_001, -1])
-def test_one_flipped_bit_anywhere_is_noticed_and_the_chunk_and_remedy_named(
-    position: int, source: Source
-) -> None:
+def test_one_flipped_bit_anywhere_is_noticed_and_the_chunk_and_remedy_named(position: int, source: Source) -> None:
     path = prepare(source, 2) / "model_finisher.safetensors"
     flip(path, position)
     with pytest.raises(CheckpointError, match=r"model_finisher\.safetensors.*run `mdi prepare` again"):
@@ -167,9 +165,7 @@ def test_the_chunk_of_another_node_is_refused(source: Source) -> None:
 
 def test_asking_for_another_dtype_than_the_chunk_s_says_how_to_get_it(source: Source) -> None:
     path = prepare(source, 2) / "model_starter.safetensors"
-    with pytest.raises(
-        CheckpointError, match=r"in float32, not bfloat16: run `mdi prepare --dtype bfloat16`"
-    ):
+    with pytest.raises(CheckpointError, match=r"in float32, not bfloat16: run `mdi prepare --dtype bfloat16`"):
         load_chunk(path, dtype="bfloat16")
     assert load_chunk(path, dtype="float32").dtype == torch.float32
 
@@ -255,9 +251,7 @@ def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -
     source = Source.open(wide)
     shapes = stage_shapes(source.model_config, StageSpec(3, 5))
     tensors = [source.tensor(name) for name in shapes]
-    slack = (
-        len(tensors) * 2 * 65536
-    )  # the kernel maps up to 64 KiB around a page, here a header's and a tensor's
+    slack = len(tensors) * 2 * 65536  # the kernel maps up to 64 KiB around a page, here a header's and a tensor's
     assert resident_bytes(wide / "model.safetensors") < slack  # nothing is read before it is used
     assert all(tensor.float().abs().sum() > 0 for tensor in tensors)
     stage_bytes = sum(tensor.nbytes for tensor in tensors)

@@ -67,9 +67,7 @@ def test_the_finisher_of_the_2b_model_gets_fewer_layers_than_the_others() -> Non
 def test_the_2b_plan_on_three_nodes_accounts_for_every_parameter() -> None:
     stages = make_plan(FULL_SIZE, 3).stages
     summaries = [stage_summary(FULL_SIZE, stage, "bfloat16") for stage in stages]
-    stored_twice = (
-        FULL_SIZE.vocab_size * FULL_SIZE.hidden_size
-    )  # the tied matrix, on the first and the last node
+    stored_twice = FULL_SIZE.vocab_size * FULL_SIZE.hidden_size  # the tied matrix, on the first and the last node
     assert sum(summary.parameters for summary in summaries) == 2_208_985_600 + stored_twice
     assert [summary.size_bytes for summary in summaries] == [2 * summary.parameters for summary in summaries]
     assert sum(summary.step_share for summary in summaries) == pytest.approx(1)

@@ -57,9 +57,7 @@ def test_the_chunks_together_are_the_checkpoint_bit_for_bit(
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["tiny", "sharded", "text_only"])
-def test_a_chunk_holds_its_stage_and_nothing_else(
-    name: str, n_nodes: int, request: pytest.FixtureRequest
-) -> None:
+def test_a_chunk_holds_its_stage_and_nothing_else(name: str, n_nodes: int, request: pytest.FixtureRequest) -> None:
     source = Source.open(request.getfixturevalue(name))
     plan = make_plan(source.model_config, n_nodes)
     for spec, chunk in zip(plan.stages, chunks_of(prepare(source, n_nodes)), strict=True):
@@ -82,9 +80,7 @@ def test_an_untied_head_is_on_the_last_node_only(sharded: Path) -> None:
 def test_tensors_are_cast_as_torch_casts_them(dtype: str, tiny: Path) -> None:
     source = Source.open(tiny)
     for chunk in chunks_of(prepare(source, 2, dtype=dtype)):
-        assert all(
-            bits(tensor) == bits(source.tensor(name).to(DTYPES[dtype])) for name, tensor in chunk.items()
-        )
+        assert all(bits(tensor) == bits(source.tensor(name).to(DTYPES[dtype])) for name, tensor in chunk.items())
 
 
 def test_chunks_have_the_names_of_their_roles_and_lie_in_the_checkpoint_s_folder(source: Source) -> None:
@@ -227,9 +223,7 @@ def test_a_checkpoint_that_cannot_be_prepared_leaves_no_folder(own_copy: Path) -
     assert not (own_copy / "chunks").exists()
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_noticed_before_anything_is_written(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"the disk has 0\.0 GB free: make room"):

@@ -146,9 +146,7 @@ def test_a_damaged_index_is_refused(own_copy: Path, text: str) -> None:
 
 
 def test_a_tensor_the_architecture_does_not_have_is_refused_by_name(own_copy: Path) -> None:
-    change_weights(
-        own_copy, lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}
-    )
+    change_weights(own_copy, lambda weights: weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.0\.self_attn\.q_norm\.weight"):
         Source.open(own_copy)
 
@@ -260,9 +258,7 @@ def test_offline_an_earlier_download_is_used(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "~/models"])
-def test_what_is_neither_a_folder_nor_a_hub_name_is_not_looked_for(
-    model: str, hub: Hub, tmp_path: Path
-) -> None:
+def test_what_is_neither_a_folder_nor_a_hub_name_is_not_looked_for(model: str, hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="owner/name"):
         locate(model, ckpt_folder=tmp_path)
     assert not hub.asked

@@ -42,9 +42,7 @@ def test_the_2b_config_has_exactly_the_published_parameters() -> None:
         ("text_only", Qwen2ForCausalLM),
     ],
 )
-def test_transformers_loads_every_tensor_and_misses_none(
-    name: str, model: Any, request: pytest.FixtureRequest
-) -> None:
+def test_transformers_loads_every_tensor_and_misses_none(name: str, model: Any, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(name)
     loaded, report = model.from_pretrained(path, output_loading_info=True)
     assert not any(report.values())

@@ -100,7 +100,9 @@ def test_a_sequence_waits_for_its_pictures_and_holds_nobody_up() -> None:
 def test_random_loads_compute_every_token_once_in_order_and_end(seed: int) -> None:
     rng = random.Random(seed)
     n_nodes, n_slots = rng.randint(1, 5), rng.randint(1, 6)
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=n_slots, token_budget=rng.randint(n_slots, 40), max_in_flight=n_nodes)
+    scheduler: Scheduler[FakeSequence] = Scheduler(
+        n_slots=n_slots, token_budget=rng.randint(n_slots, 40), max_in_flight=n_nodes
+    )
     sequences = [FakeSequence(rng.randint(1, 90), rng.randint(1, 12)) for _ in range(25)]
     pending, flying = list(sequences), list[list[Work[FakeSequence]]]()
     for _ in range(10_000):

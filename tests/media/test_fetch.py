@@ -65,9 +65,7 @@ def test_a_media_directory_that_is_itself_a_symlink_works(media_dir: Path, tmp_p
 @pytest.mark.parametrize(
     "name", ["../secret.bin", "escape", "/etc/hostname", "../nothing-here", "deep/../../secret.bin"]
 )
-def test_a_file_outside_the_media_directory_is_refused_whether_it_exists_or_not(
-    media_dir: Path, name: str
-) -> None:
+def test_a_file_outside_the_media_directory_is_refused_whether_it_exists_or_not(media_dir: Path, name: str) -> None:
     with pytest.raises(MediaError, match="outside the media directory") as caught:
         fetch(name, MediaPolicy(media_dir=media_dir))
     assert str(media_dir.parent) not in str(caught.value)
@@ -377,9 +375,7 @@ def test_downloads_can_be_switched_off(server: PictureServer) -> None:
     assert not server.seen
 
 
-def test_proxies_of_the_environment_are_ignored(
-    server: PictureServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_of_the_environment_are_ignored(server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert fetch(server.url + "/cat", TRUSTING) == BODY
@@ -473,9 +469,7 @@ def test_one_private_address_among_public_ones_spoils_the_host(
     assert not connections
 
 
-@pytest.mark.parametrize(
-    "target", ["http:~~127.0.0.1:{port}~cat", "http:~~inside.test:{port}~cat", "~~[::1]~"]
-)
+@pytest.mark.parametrize("target", ["http:~~127.0.0.1:{port}~cat", "http:~~inside.test:{port}~cat", "~~[::1]~"])
 def test_a_redirect_from_a_public_to_a_private_host_is_refused(
     server: PictureServer, names: Callable[..., Names], connections: list[str], target: str
 ) -> None:
@@ -494,9 +488,7 @@ def test_an_unknown_host_is_refused_like_a_private_one(monkeypatch: pytest.Monke
     assert "unknown or not on the public internet" in refusal("http://nowhere.test/", MediaPolicy())
 
 
-def test_the_next_address_is_tried_when_one_does_not_answer(
-    server: PictureServer, names: Callable[..., Names]
-) -> None:
+def test_the_next_address_is_tried_when_one_does_not_answer(server: PictureServer, names: Callable[..., Names]) -> None:
     names(two_test=[["127.0.0.2", "127.0.0.1"]])  # the server listens on the second only
     assert fetch(f"http://two.test:{server.server_port}/cat", TRUSTING) == BODY
 

@@ -88,9 +88,7 @@ def test_alpha_is_composited_on_white(kind: str) -> None:
     pixels = np.zeros((4, 3, 4), dtype=np.uint8)
     pixels[..., 0] = 200  # red, over a hidden black
     pixels[:, 0, 3], pixels[:, 1, 3], pixels[:, 2, 3] = 255, 0, 0 if kind == "GIF" else 51
-    data = encoded(
-        Image.fromarray(pixels), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})
-    )
+    data = encoded(Image.fromarray(pixels), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
     faint = (255, 255, 255) if kind == "GIF" else (244, 204, 204)  # a fifth of (200, 0, 0), the rest white
     assert decoded(data)[0].tolist() == [[200, 0, 0], [255, 255, 255], list(faint)]
 
@@ -216,9 +214,7 @@ def test_a_truncated_image_is_refused(kind: str, kept: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
-def test_flipped_bytes_give_an_image_or_a_refusal_and_nothing_else(
-    kind: str, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_flipped_bytes_give_an_image_or_a_refusal_and_nothing_else(kind: str, recwarn: pytest.WarningsRecorder) -> None:
     data = encoded(photograph(), kind)
     random = np.random.default_rng(0)
     for _ in range(60):
@@ -233,12 +229,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(20_000, 6001), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
@@ -307,9 +298,7 @@ def test_smart_resize_gives_the_golden_token_counts(size: tuple[int, int]) -> No
 
 def test_an_aspect_ratio_of_200_is_the_last_one_accepted() -> None:
     assert smart_resize(10, 2000, *CHECKPOINT_LIMITS) == (28, 812)
-    with pytest.raises(
-        MediaError, match="2001 x 10 pixels; one side may be at most 200 times the other: crop"
-    ):
+    with pytest.raises(MediaError, match="2001 x 10 pixels; one side may be at most 200 times the other: crop"):
         smart_resize(10, 2001, *CHECKPOINT_LIMITS)
 
 
@@ -317,9 +306,7 @@ def test_an_image_over_the_pixel_budget_is_resized_to_fit_it() -> None:
     patches = image_patches(photograph(2400, 1600), PatchSpec())
     assert patches.n_tokens <= 1280
     assert patches.rows.shape == (patches.n_tokens * 4, 1176)
-    assert (
-        image_patches(photograph(2400, 1600), PatchSpec().with_pixels(None, 50_000)).n_tokens <= 50_000 // 784
-    )
+    assert image_patches(photograph(2400, 1600), PatchSpec().with_pixels(None, 50_000)).n_tokens <= 50_000 // 784
 
 
 # Patches
@@ -330,9 +317,7 @@ def test_rows_are_in_merge_order_with_the_still_doubled_in_time() -> None:
     patches = image_patches(Image.fromarray(pixels), PatchSpec())
     assert patches.grid == (1, 4, 6)
     assert patches.n_tokens == 6
-    rows = patches.rows.reshape(
-        2, 3, 2, 2, 3, 2, 14, 14
-    )  # token y, x; patch in token y, x; channel; frame; y, x
+    rows = patches.rows.reshape(2, 3, 2, 2, 3, 2, 14, 14)  # token y, x; patch in token y, x; channel; frame; y, x
     mean, std = np.array([PatchSpec().image_mean, PatchSpec().image_std], dtype=np.float32)
     for frame in range(2):
         value = rows[1, 2, 0, 1, :, frame, 3, 5]
@@ -403,9 +388,7 @@ def test_max_pixels_is_the_smaller_of_the_checkpoint_s_and_1280_tokens() -> None
 
 
 def test_other_sizes_and_scales_are_read() -> None:
-    spec = PatchSpec.from_hf(
-        {"patch_size": 16, "merge_size": 1, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    )
+    spec = PatchSpec.from_hf({"patch_size": 16, "merge_size": 1, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
     assert (spec.patch_size, spec.factor) == (16, 16)
     assert (spec.image_mean, spec.image_std) == ((0.5,) * 3, (0.25,) * 3)
 

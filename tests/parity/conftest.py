@@ -1,7 +1,9 @@
-"""The oracle: small random Qwen2-VL and Qwen2 models of transformers, saved as it saves them, and ours loaded from that."""
+"""The oracle: small random models of transformers, saved as it saves them, and ours loaded from that."""
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +80,11 @@ def text_oracle() -> Qwen2ForCausalLM:
 
 def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32, n_slots: int = 8) -> list[Stage]:
     """The checkpoint as stages cut at the given layers: none for one stage of everything."""
-    import json
-
     config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
     weights = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
     cuts = [0, *boundaries, config.n_layers]
     stages = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         ends = {"embedding": first == 0, "vision": first == 0, "head": last == config.n_layers}
         spec = StageSpec(first, last, **ends)
         decoder = Decoder(config, spec, weights.__getitem__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -47,7 +47,10 @@ class Prompt:
 
     def oracle_inputs(self) -> dict[str, Any]:
         ids = torch.tensor([self.ids])
-        inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+        }
         for kind, is_video in (("image", False), ("video", True)):
             chosen = [index for index, span in enumerate(self.spans) if (span.grid[0] > 1) == is_video]
             if chosen:
@@ -68,7 +71,7 @@ def encode(stage: Stage, rows: Tensor, grid: Grid) -> Tensor:
         try:
             next(steps)
         except StopIteration as done:
-            return done.value
+            return cast(Tensor, done.value)
 
 
 TEXT = list(range(1, 40))
@@ -129,8 +132,10 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 def oracle_logits(
     oracle: Qwen2VLForConditionalGeneration, prompt: Prompt, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in prompt.oracle_inputs().items()}
-    return oracle(**inputs, use_cache=False).logits[0].float()
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in prompt.oracle_inputs().items()
+    }
+    return cast(Tensor, oracle(**inputs, use_cache=False).logits[0].float())
 
 
 @pytest.mark.parametrize("grid", [(1, 8, 12), (1, 2, 2), (1, 30, 4), (3, 6, 8)])

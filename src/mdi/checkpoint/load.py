@@ -147,8 +147,7 @@ def _check_chunk(
     whole = metadata is not None and path.stat().st_size == entry.size_bytes
     if not whole or _sha256(path, count) != entry.sha256:
         raise CheckpointError(
-            f"{path.name} is damaged: its checksum is not the manifest's; "
-            "copy it again, or run `mdi prepare` again"
+            f"{path.name} is damaged: its checksum is not the manifest's; copy it again, or run `mdi prepare` again"
         )
     if found != {name: (shape, parse_dtype(manifest.dtype)) for name, shape in shapes.items()}:
         raise CheckpointError(

@@ -59,9 +59,7 @@ class Manifest(BaseModel):
             if chunk.file == file:
                 return chunk
         known = ", ".join(chunk.file for chunk in self.chunks)
-        raise CheckpointError(
-            f"{file} is not in its folder's manifest, which has {known}: run `mdi prepare` again"
-        )
+        raise CheckpointError(f"{file} is not in its folder's manifest, which has {known}: run `mdi prepare` again")
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -29,9 +29,7 @@ class Plan:
         for index, stage in enumerate(self.stages):
             ends = (index == 0, index == self.n_nodes - 1)
             if stage.first_layer != first or not stage.layers or (stage.embedding, stage.head) != ends:
-                raise ConfigError(
-                    "a plan's stages must hold every layer once, in order, embedding first and head last"
-                )
+                raise ConfigError("a plan's stages must hold every layer once, in order, embedding first and head last")
             first = stage.last_layer
 
     @property

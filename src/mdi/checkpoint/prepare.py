@@ -64,9 +64,7 @@ def prepare(
             sha256, size = write_safetensors(file, stage, parse_dtype(dtype), source.tensor, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
         name = source.path.resolve().name
-        manifest = Manifest(
-            model=name, dtype=dtype, plan_hash=identity, config=source.config, chunks=tuple(chunks)
-        )
+        manifest = Manifest(model=name, dtype=dtype, plan_hash=identity, config=source.config, chunks=tuple(chunks))
         manifest.write(unfinished)
     return folder
 
@@ -101,9 +99,7 @@ def check_tensors(source: Source, shapes: Shapes) -> None:
             sizes = f"shape {list(found)}, but config.json asks for {list(shape)}"
             raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
         if (stored := source.stored_dtype(name)) not in STORED_DTYPES:
-            raise CheckpointError(
-                f"the tensor {name} is stored as {stored}: quantised checkpoints are not supported"
-            )
+            raise CheckpointError(f"the tensor {name} is stored as {stored}: quantised checkpoints are not supported")
 
 
 @contextmanager

@@ -65,9 +65,7 @@ class Source:
         try:
             return ModelConfig.from_hf(self.config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(
-                f"config.json lacks an entry or has one of the wrong kind ({error})"
-            ) from None
+            raise CheckpointError(f"config.json lacks an entry or has one of the wrong kind ({error})") from None
 
     def names(self) -> frozenset[str]:
         """Names of all tensors, as on the hub."""
@@ -97,9 +95,7 @@ class Source:
         try:
             return self._files[name]
         except KeyError:
-            raise CheckpointError(
-                f"the checkpoint lacks the tensor {name}: download or convert it again"
-            ) from None
+            raise CheckpointError(f"the checkpoint lacks the tensor {name}: download or convert it again") from None
 
     @cached_property
     def _files(self) -> dict[str, tuple[Path, str]]:
@@ -122,9 +118,7 @@ class Source:
         left_over = sorted(self.names() - set(stage_shapes(config, whole)))
         for name in left_over:
             if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
-                raise CheckpointError(
-                    f"{config.architecture} has no tensor {name}: config.json and weights disagree"
-                )
+                raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")
 
 
 def locate(model: str, *, ckpt_folder: Path, hf_token: str | None = None, download: bool = True) -> Path:
@@ -139,9 +133,7 @@ def locate(model: str, *, ckpt_folder: Path, hf_token: str | None = None, downlo
     if not download or model.count("/") != 1 or model.startswith((".", "/", "~")):
         if kept.is_dir() and model:
             return kept
-        raise CheckpointError(
-            f"there is no checkpoint folder {model!r}; a name on the hub looks like owner/name"
-        )
+        raise CheckpointError(f"there is no checkpoint folder {model!r}; a name on the hub looks like owner/name")
     return _download(model, kept, hf_token)
 
 
@@ -156,9 +148,7 @@ def _download(model: str, folder: Path, hf_token: str | None) -> Path:
 
     wanted, extras = list(HUB_FILES), list(HUB_EXTRAS)
     try:
-        snapshot_download(
-            model, local_dir=folder, token=hf_token, allow_patterns=wanted, ignore_patterns=extras
-        )
+        snapshot_download(model, local_dir=folder, token=hf_token, allow_patterns=wanted, ignore_patterns=extras)
     except GatedRepoError:
         raise CheckpointError(f"{model} is gated: ask for access on its page, then pass --hf-token") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -167,9 +157,7 @@ def _download(model: str, folder: Path, hf_token: str | None) -> Path:
         ) from None
     except LocalEntryNotFoundError:
         if not (folder / "config.json").exists():
-            raise CheckpointError(
-                f"the hub cannot be reached and {model} was not downloaded before"
-            ) from None
+            raise CheckpointError(f"the hub cannot be reached and {model} was not downloaded before") from None
     except Exception as error:  # the hub's own, the HTTP client's, the disk's
         kind = type(error).__name__
         raise CheckpointError(f"{model} could not be downloaded ({kind}): try again, it resumes") from None
@@ -186,9 +174,7 @@ def _hub_name(name: str) -> str:
 def _names_in(path: Path) -> list[str]:
     if not path.exists():
         legacy = any(path.parent.glob("pytorch_model*.bin"))
-        remedy = (
-            "convert its pytorch_model.bin to safetensors first" if legacy else "is the download complete?"
-        )
+        remedy = "convert its pytorch_model.bin to safetensors first" if legacy else "is the download complete?"
         raise CheckpointError(f"{path.parent.name} has no {SINGLE}: {remedy}")
     with _opened(path) as file:
         return list(file.keys())

@@ -219,9 +219,7 @@ def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, shar
 
 
 def _write_file(path: Path, shapes: Shapes, random: _RandomTensors) -> None:
-    write_safetensors(
-        path, shapes, random.dtype, lambda name: random.draw(name, shapes[name]), {"format": "pt"}
-    )
+    write_safetensors(path, shapes, random.dtype, lambda name: random.draw(name, shapes[name]), {"format": "pt"})
 
 
 def _split(shapes: Shapes, parts: int) -> list[Shapes]:

@@ -38,9 +38,7 @@ class LocalLauncher:
         try:
             for chunk in chunks:
                 self._start(chunk, dtype, device, threads)
-            self.nodes = [
-                NodeAddress(name, _address(name, process, log)) for name, process, log in self._processes
-            ]
+            self.nodes = [NodeAddress(name, _address(name, process, log)) for name, process, log in self._processes]
         except BaseException:
             self.close()
             raise
@@ -101,11 +99,6 @@ def _address(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> str
 
 def _death(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> LinkError:
     size = os.fstat(log.fileno()).st_size
-    lines = (
-        os.pread(log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES))
-        .decode(errors="replace")
-        .strip()
-        .splitlines()
-    )
+    lines = os.pread(log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").strip().splitlines()
     last = f": {lines[-1]}" if lines else ""
     return LinkError(f"node {name} ended with exit code {process.returncode}{last}")

@@ -27,7 +27,7 @@ from mdi.pipeline.stage import Stage
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How a model is spread. layers: per node, overriding the plan. dtype: the chunks' or the checkpoint's own if None."""
+    """How a model is spread. layers: per node, overriding the plan. dtype: the checkpoint's own if None."""
 
     n_nodes: int
     layers: tuple[int, ...] | None
@@ -93,16 +93,12 @@ class Cluster:
         self._plan_hash = manifest.plan_hash
         chunks = [folder / chunk.file for chunk in manifest.chunks]
         threads = max(1, torch.get_num_threads() // config.n_nodes)
-        self._launcher = LocalLauncher(
-            chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads
-        )
+        self._launcher = LocalLauncher(chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads)
         undo.callback(self._launcher.close)
-        return load_chunk(
-            chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter")
-        )
+        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
 
     def _prepared(self, source: Source) -> Path:
-        """The chunks' folder, written now if it is not there. Chunks of another plan or dtype are refused, not replaced."""
+        """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced."""
         config = self._config
         folder = chunk_folder(source.path, config.n_nodes)
         if not folder.exists():
@@ -117,7 +113,8 @@ class Cluster:
         wanted = make_plan(source.model_config, config.n_nodes, config.layers)
         if config.layers and manifest.plan != wanted:
             raise CheckpointError(
-                f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, not {_commas(wanted.layers)}: "
+                f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, "
+                f"not {_commas(wanted.layers)}: "
                 f"run `mdi prepare --n-nodes {config.n_nodes} --layers {_commas(wanted.layers)}`"
             )
         if config.dtype and manifest.dtype != config.dtype:

@@ -11,8 +11,8 @@ from tokenizers.decoders import DecodeStream
 class Detokenizer:
     """One sample's text as it grows.
 
-    Text that could be the beginning of a stop string is held back until it is certain; a stop string and what follows it
-    is never shown.
+    Text that could be the beginning of a stop string is held back until it is certain; a stop string and what
+    follows it is never shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The public surface: `Engine` takes messages and gives text. Puts the cluster, the prompt builder and the loop together."""
+"""The public surface: `Engine` takes messages and gives text. Puts cluster, prompt builder and loop together."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ class Engine:
         self._media_threads.submit(self._prepare, request, prompt, PixelRange(min_pixels, max_pixels))
         return stream
 
-    def chat(
-        self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int
-    ) -> Completion:
+    def chat(self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int) -> Completion:
         """Runs a request to its end. See `submit`."""
         return self.submit(prompt, params, **pixels).completion()
 
@@ -180,9 +178,7 @@ class Engine:
             if self._loop.error:
                 raise self._loop.error
             if len(self._requests) >= self.max_queue:
-                raise OverloadedError(
-                    f"{self.max_queue} requests are running or waiting already: try again later"
-                )
+                raise OverloadedError(f"{self.max_queue} requests are running or waiting already: try again later")
             self._requests.add(request)
 
     def _ended(self, request: Request) -> None:
@@ -199,9 +195,7 @@ class Engine:
             self._refuse(request, error)
         except Exception:
             log.exception("a prompt could not be prepared")
-            self._refuse(
-                request, MDIError("the prompt could not be prepared; the server's log has the details")
-            )
+            self._refuse(request, MDIError("the prompt could not be prepared; the server's log has the details"))
 
     def _refuse(self, request: Request, error: MDIError) -> None:
         self._ended(request)

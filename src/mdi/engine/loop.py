@@ -1,4 +1,4 @@
-"""The step loop: schedule, run, collect. One thread owns slots, sequences and the first stage; all others talk to its inbox.
+"""The step loop: schedule, run, collect. Its thread owns slots, sequences and the first stage; others have its inbox.
 
 Knows batches and links; nothing of messages, media or HTTP.
 """

@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that became certain, of sample `index`, and the tokens behind it. The last one of a sample has a finish reason.
+    """Text of sample `index` that became certain, and the tokens behind it. A sample's last has a finish reason.
 
     logprobs: natural logarithm of each token's probability under the model, before temperature and filters.
     """

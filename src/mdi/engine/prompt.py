@@ -19,7 +19,7 @@ from mdi.model.config import ModelConfig
 from mdi.model.rope import MediaSpan, prompt_positions
 
 Message = dict[str, Any]
-"""{"role": ..., "content": text, or parts {"type": "text", "text"} and {"type": "image", "image": path | URL | bytes}}."""
+"""A role and a content: text, or parts {"type": "text", "text"} and {"type": "image", "image": path | URL | bytes}."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -72,9 +72,7 @@ class PromptBuilder:
         if not isinstance(prompt, str):
             check_messages(prompt)
             if not self._tokenizer.has_chat_template:
-                raise InputError(
-                    "this model has no chat template: send a plain prompt instead of messages", "messages"
-                )
+                raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
             if self._spec is None and _parts_with(prompt, "image"):
                 raise InputError("this model reads text only: send no images", "messages")
 
@@ -104,8 +102,8 @@ class PromptBuilder:
         height, width = smart_resize(image.height, image.width, factor, spec.min_pixels, spec.max_pixels)
         if (n_tokens := height * width // factor**2) > room:  # told before any patch is made
             raise PromptTooLongError(
-                f"the image takes {n_tokens} tokens and {max(room, 0)} of the sequence length's {self._sequence_length} "
-                "are left: lower max_pixels, or raise the server's --sequence-length",
+                f"the image takes {n_tokens} tokens, and {max(room, 0)} of the sequence length's "
+                f"{self._sequence_length} are left: lower max_pixels, or raise the server's --sequence-length",
                 "messages",
             )
         return image_patches(image, spec)
@@ -133,7 +131,7 @@ class PromptBuilder:
             raise InputError("the prompt is empty", "prompt")
         if n_tokens >= self._sequence_length:
             raise PromptTooLongError(
-                f"the prompt has {n_tokens} tokens and an answer needs room for at least one more, but the sequence length "
+                f"the prompt has {n_tokens} tokens and an answer needs room for one more, but the sequence length "
                 f"is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
                 "messages",
             )
@@ -148,9 +146,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise InputError(f"{field} must have a role and a content", field)
         if message["role"] not in ROLES:
-            raise InputError(
-                f"unknown role {message['role']!r}: use one of {', '.join(ROLES)}", f"{field}.role"
-            )
+            raise InputError(f"unknown role {message['role']!r}: use one of {', '.join(ROLES)}", f"{field}.role")
         _check_content(message["content"], f"{field}.content")
 
 

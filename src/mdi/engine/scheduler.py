@@ -105,9 +105,7 @@ class Scheduler(Generic[S]):
             self._running.append(sequence)
 
     def _decode(self) -> list[Work[S]]:
-        decoding = [
-            sequence for sequence in self._running if sequence.remaining == 1 and sequence.computed > 0
-        ]
+        decoding = [sequence for sequence in self._running if sequence.remaining == 1 and sequence.computed > 0]
         ready = [sequence for sequence in decoding if sequence.ready]
         fair = _divide_up(len(decoding), self.max_in_flight)
         left = _divide_up(len(ready), self.max_in_flight - self.in_flight)

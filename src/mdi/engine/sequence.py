@@ -36,7 +36,7 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """Sample `index` of a request. `computed` tokens of it are in its slot's cache; `in_flight` while a batch has it."""
+    """Sample `index` of a request. `computed` of its tokens are in its slot's cache; `in_flight`: a batch has it."""
 
     request: Request
     index: int

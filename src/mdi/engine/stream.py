@@ -75,7 +75,11 @@ class Stream:
 
     async def _next_item(self) -> Piece | MDIError | None:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(arrived.set)
+
+        self._wake = wake
         try:
             while True:
                 try:

@@ -35,9 +35,7 @@ class Tokenizer:
         added = {token.content: index for index, token in loaded.added_tokens_decoder.items()}
         self._special_ids = added
         self._special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-        self._first_characters = re.compile(
-            "|".join(map(re.escape, sorted({text[0] for text in added}))) or r"(?!)"
-        )
+        self._first_characters = re.compile("|".join(map(re.escape, sorted({text[0] for text in added}))) or r"(?!)")
         self._plain = _without_added_tokens(self.backend)
 
     @property
@@ -59,18 +57,14 @@ class Tokenizer:
         try:
             text = self._loaded.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja's own errors, and whatever a template raises
-            raise InputError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from None
+            raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
         return self._encode_template(text, mark)
 
     def _guard(self, content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
         if isinstance(content, str):
             return self._first_characters.sub(lambda found: found[0] + mark, content)
         return [
-            {**part, "text": self._guard(part["text"], mark)}
-            if part["type"] == "text"
-            else {"type": part["type"]}
+            {**part, "text": self._guard(part["text"], mark)} if part["type"] == "text" else {"type": part["type"]}
             for part in content
         ]
 

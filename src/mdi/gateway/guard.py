@@ -1,4 +1,4 @@
-"""What stands before and behind every route: the key, the body's size, and the one table from errors to HTTP answers."""
+"""What stands before and behind every route: key, body size, and the one table from errors to HTTP answers."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return JSONResponse(
-        error_body(request.url.path, error.status_code, error.detail), error.status_code, error.headers
-    )
+    return JSONResponse(error_body(request.url.path, error.status_code, error.detail), error.status_code, error.headers)
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:

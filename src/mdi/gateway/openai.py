@@ -1,4 +1,4 @@
-"""OpenAI's routes: chat completions with pictures, completions, models. What the official client sends is what we read."""
+"""OpenAI's routes: chat completions with pictures, completions, models, as the official client uses them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def router(engine: Engine) -> APIRouter:
     async def chat(request: Request, body: ChatRequest) -> Response:
         _check_model(engine, body.model)
         messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
-        stream = engine.submit(
-            messages, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels
-        )
+        stream = engine.submit(messages, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         envelope = _Envelope.new(engine, "chatcmpl")
         if body.stream:
             usage = (lambda: stream.usage) if body.wants_usage else None
@@ -175,6 +173,4 @@ def _chat_chunks() -> Callable[[Piece], list[dict[str, Any]]]:
 
 
 def _text_chunks(piece: Piece) -> list[dict[str, Any]]:
-    return [
-        {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-    ]
+    return [{"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]

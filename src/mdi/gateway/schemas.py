@@ -69,7 +69,7 @@ class StreamOptions(BaseModel):
 
 
 class _OpenAI(_Sampling):
-    """Fields that OpenAI's clients send and that change nothing here are ignored; what would change the answer is not."""
+    """Fields of OpenAI's that change nothing here are ignored; what would change the answer is refused."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -15,7 +15,6 @@ from mdi.engine import Completion, Piece, Stream
 from mdi.errors import InputError, MDIError
 from mdi.gateway.guard import error_body, status_of
 
-
 DONE = "data: [DONE]\n\n"
 
 

@@ -77,9 +77,7 @@ class PatchSpec:
         )
         if spec.min_pixels > spec.max_pixels:
             field = "min_pixels" if max_pixels is None else "max_pixels"
-            raise InputError(
-                f"min_pixels ({spec.min_pixels}) must not be above max_pixels ({spec.max_pixels})", field
-            )
+            raise InputError(f"min_pixels ({spec.min_pixels}) must not be above max_pixels ({spec.max_pixels})", field)
         return spec
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -292,9 +290,7 @@ def _spec_from(defaults: PatchSpec, config: Mapping[str, Any]) -> PatchSpec:
     min_pixels = _first(config, size, "min_pixels", "shortest_edge", defaults.min_pixels)
     max_pixels = _first(config, size, "max_pixels", "longest_edge", ceiling)
     if not 0 < min_pixels <= max_pixels:
-        raise CheckpointError(
-            f"preprocessor_config.json has min_pixels {min_pixels}, max_pixels {max_pixels}"
-        )
+        raise CheckpointError(f"preprocessor_config.json has min_pixels {min_pixels}, max_pixels {max_pixels}")
     return replace(sizes, min_pixels=min_pixels, max_pixels=max(min_pixels, min(max_pixels, ceiling)))
 
 

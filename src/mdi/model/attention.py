@@ -49,7 +49,8 @@ class Layout:
 
     @classmethod
     def of(cls, slices: Sequence[Slice], masks: CausalMasks, device: torch.device) -> Layout:
-        parts, slots, cache_rows, first = [], [], [], 0
+        parts, first = list[Part](), 0
+        slots, cache_rows = list[int](), list[int]()
         for part in slices:
             mask = masks.view(part.start, part.length) if part.length > 1 and part.start > 0 else None
             parts.append(Part(slice(first, first + part.length), part.slot, part.end, mask))

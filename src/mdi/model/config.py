@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about the mathematics. Reads the flat (hub) and the nested (transformers 5) form; opens no files."""
+"""What config.json says about the mathematics, in its flat (hub) and nested (transformers 5) form. Opens no files."""
 
 from __future__ import annotations
 

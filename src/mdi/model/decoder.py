@@ -61,7 +61,9 @@ class DecoderLayer:
         self.config = config
         self.input_norm = get(prefix + "input_layernorm.weight")
         projections = [prefix + f"self_attn.{name}_proj" for name in "qkv"]
-        self.qkv = Linear([get(name + ".weight") for name in projections], [get(name + ".bias") for name in projections])
+        self.qkv = Linear(
+            [get(name + ".weight") for name in projections], [get(name + ".bias") for name in projections]
+        )
         self.out = Linear([get(prefix + "self_attn.o_proj.weight")])
         self.mlp_norm = get(prefix + "post_attention_layernorm.weight")
         self.gate_up = Linear([get(prefix + "mlp.gate_proj.weight"), get(prefix + "mlp.up_proj.weight")])

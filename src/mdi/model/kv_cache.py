@@ -16,7 +16,13 @@ class KVCache:
     """`layers[i]`: [n_slots, sequence_length, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer."""
 
     def __init__(
-        self, config: ModelConfig, n_layers: int, n_slots: int, sequence_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        n_layers: int,
+        n_slots: int,
+        sequence_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (n_slots, sequence_length, 2, config.n_kv_heads, config.head_dim)
         self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]

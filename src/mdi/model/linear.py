@@ -1,8 +1,8 @@
 """Matrix products with weights laid out for the machine. Knows shapes and dtypes, nothing of the model around them.
 
-On CPUs a bfloat16 weight is reordered once into oneDNN's blocked layout: one row then reads 1.3 to 2 times as many bytes
-a second as through `torch.nn.functional.linear`, and many rows are no slower (docs/performance.md). Where the operators
-are missing or give other numbers, the plain product is used.
+On CPUs a bfloat16 weight is reordered once into oneDNN's blocked layout: one row then reads 1.3 to 2 times as many
+bytes a second as through `torch.nn.functional.linear`, and many rows are no slower (docs/performance.md). Where the
+operators are missing or give other numbers, the plain product is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Linear:
         weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         self.bias = torch.cat(list(biases)) if biases else None
         self.packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packing_works()
-        self.weight = cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)) if self.packed else weight
+        self.weight = (
+            cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)) if self.packed else weight
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]."""

@@ -80,7 +80,12 @@ class DecoderRope:
     """Tables for the decoder's positions. `mrope_section`: channels per axis (t, h, w), summing to head_dim / 2."""
 
     def __init__(
-        self, head_dim: int, theta: float, mrope_section: tuple[int, int, int] | None, dtype: torch.dtype, device: torch.device
+        self,
+        head_dim: int,
+        theta: float,
+        mrope_section: tuple[int, int, int] | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
         self.frequencies = (1.0 / theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
@@ -94,7 +99,9 @@ class DecoderRope:
         return _rotation(angles, self.dtype)
 
 
-def vision_rotation(grid: Grid, merge_size: int, head_dim: int, device: torch.device, theta: float = 10000.0) -> Rotation:
+def vision_rotation(
+    grid: Grid, merge_size: int, head_dim: int, device: torch.device, theta: float = 10000.0
+) -> Rotation:
     """Tables for the patches of one image or video, in merge order: half the channels turn by row, half by column.
 
     Float32, as in the reference (`apply_rotary_pos_emb_vision`).

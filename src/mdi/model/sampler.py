@@ -19,7 +19,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Token, ...]:
     logits = logits.float()
     greedy = logits.argmax(-1).tolist()
     picked = [
-        best if draw.temperature == 0 else _draw(row, draw) for best, row, draw in zip(greedy, logits, draws, strict=True)
+        best if draw.temperature == 0 else _draw(row, draw)
+        for best, row, draw in zip(greedy, logits, draws, strict=True)
     ]
     chosen = logits.gather(1, torch.tensor(picked, device=logits.device)[:, None])[:, 0]
     logprobs = (chosen - logits.logsumexp(-1)).tolist()

@@ -30,7 +30,9 @@ class VisionTower:
         self.patch_embed = Linear([kernel.reshape(config.width, config.patch_elements)])
         self.blocks = [VisionBlock(config, f"visual.blocks.{index}.", get) for index in range(config.depth)]
         self.merger_norm = LayerNorm("visual.merger.ln_q", get)
-        self.merger = [Linear([get(f"visual.merger.mlp.{i}.weight")], [get(f"visual.merger.mlp.{i}.bias")]) for i in (0, 2)]
+        self.merger = [
+            Linear([get(f"visual.merger.mlp.{i}.weight")], [get(f"visual.merger.mlp.{i}.bias")]) for i in (0, 2)
+        ]
 
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """Encodes one image or video, yielding before every block so that the caller can do something else in between.

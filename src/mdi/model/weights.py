@@ -1,4 +1,4 @@
-"""Which tensors, of which shapes, each part of the model needs, under the hub's names. Holds no weights and reads no files."""
+"""Which tensors of which shapes each part of the model needs, under the hub's names. Holds no weights."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from torch import Tensor
 
 from mdi.errors import LinkError
@@ -112,13 +113,9 @@ class GrpcLink:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self, progress: LoadProgress | None, timeout_s: float) -> None:
-        self._channels = [
-            grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in self._nodes
-        ]
+        self._channels = [grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in self._nodes]
         deadline = time.monotonic() + timeout_s
-        await asyncio.gather(
-            *(self._await_loaded(index, progress, deadline) for index in range(len(self._nodes)))
-        )
+        await asyncio.gather(*(self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))))
         following = [node.address for node in self._nodes[1:]] + [""]
         for index in reversed(range(len(self._nodes))):
             await self._configure(index, following[index])
@@ -161,7 +158,7 @@ class GrpcLink:
         if answer.error:
             raise LinkError(f"node {self._nodes[index].name} {answer.error}")
 
-    async def _ask(self, index: int, name: str, request: wire.Message, answer: type[wire.M]) -> wire.M:
+    async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M]) -> wire.M:
         call = self._channels[index].unary_unary(
             wire.method(name),
             request_serializer=wire.serialize,
@@ -170,9 +167,7 @@ class GrpcLink:
         try:
             return await call(request, timeout=RPC_TIMEOUT_S)  # type: ignore[no-any-return]
         except grpc.aio.AioRpcError as error:
-            raise LinkError(
-                f"node {self._nodes[index].name} does not answer ({error.code().name.lower()})"
-            ) from None
+            raise LinkError(f"node {self._nodes[index].name} does not answer ({error.code().name.lower()})") from None
 
     async def _statuses(self) -> list[NodeStatus]:
         found = await asyncio.gather(*(self._status(index) for index in range(len(self._nodes))))

@@ -1,4 +1,4 @@
-"""What carries batches from the first stage through the others and their tokens back. The seam between engine and network."""
+"""What carries batches from the first stage to the others and tokens back: the seam between engine and network."""
 
 from __future__ import annotations
 

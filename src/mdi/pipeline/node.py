@@ -22,6 +22,7 @@ from pathlib import Path
 import grpc
 import psutil
 import torch
+from google.protobuf.message import Message
 from torch import Tensor
 
 from mdi.checkpoint.load import LoadedStage, load_chunk
@@ -35,7 +36,7 @@ from mdi.pipeline.stage import Stage
 log = logging.getLogger(__name__)
 
 Work = tuple[Batch, Tensor] | wire_pb2.Failure | None
-Message = wire_pb2.Piece | wire_pb2.Result
+Outgoing = wire_pb2.Piece | wire_pb2.Result
 State = wire_pb2.NodeStatus
 
 
@@ -82,11 +83,9 @@ def _bind(server: grpc.aio.Server, listen: str, insecure: bool) -> int:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{listen!r} is no address to listen at: write host:port")
     if not insecure and not _is_loopback(host):
-        raise ConfigError(
-            f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it"
-        )
+        raise ConfigError(f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it")
     try:
-        return server.add_insecure_port(listen)
+        return int(server.add_insecure_port(listen))
     except RuntimeError:
         raise ConfigError(
             f"port {port} on {host} cannot be bound: is it in use? Choose another, or 0 for a free one"
@@ -120,14 +119,14 @@ class Node:
         self._epoch = 0
         self._stage: Stage | None = None
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        self._out: asyncio.Queue[Message] = asyncio.Queue()
+        self._out: asyncio.Queue[Outgoing] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
         self._sender: asyncio.Task[None] | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The service's methods."""
 
-        def parser(kind: type[wire.Message]) -> wire.Parser:
+        def parser(kind: type[Message]) -> wire.Parser:
             return lambda data: wire.parse(kind, data)
 
         return grpc.method_handlers_generic_handler(
@@ -139,9 +138,7 @@ class Node:
                 "Status": grpc.unary_unary_rpc_method_handler(
                     self._status, parser(wire_pb2.StatusRequest), wire.serialize
                 ),
-                "Batches": grpc.stream_unary_rpc_method_handler(
-                    self._batches, parser(wire_pb2.Piece), wire.serialize
-                ),
+                "Batches": grpc.stream_unary_rpc_method_handler(self._batches, parser(wire_pb2.Piece), wire.serialize),
                 "Results": grpc.unary_stream_rpc_method_handler(
                     self._results, parser(wire_pb2.ResultsRequest), wire.serialize
                 ),
@@ -245,9 +242,7 @@ class Node:
             self._work.put(self._failure(error))
         return wire_pb2.Configured()
 
-    async def _results(
-        self, request: wire_pb2.ResultsRequest, _context: object
-    ) -> AsyncIterator[wire_pb2.Result]:
+    async def _results(self, request: wire_pb2.ResultsRequest, _context: object) -> AsyncIterator[wire_pb2.Result]:
         while request.epoch == self._epoch:
             message = await self._out.get()
             assert isinstance(message, wire_pb2.Result)
@@ -259,7 +254,7 @@ class Node:
             for message in self._outcome(work):
                 self._asyncio.call_soon_threadsafe(self._out.put_nowait, message)
 
-    def _outcome(self, work: tuple[Batch, Tensor] | wire_pb2.Failure) -> list[Message]:
+    def _outcome(self, work: tuple[Batch, Tensor] | wire_pb2.Failure) -> list[Outgoing]:
         stage, epoch = self._stage, self._epoch
         assert stage is not None
         try:
@@ -277,9 +272,5 @@ class Node:
         return [wire_pb2.Piece(epoch=epoch, failure=failure)]
 
     def _failure(self, error: Exception) -> wire_pb2.Failure:
-        text = (
-            str(error)
-            if isinstance(error, MDIError)
-            else "it could not compute a batch; its log has the details"
-        )
+        text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
         return wire_pb2.Failure(node=self._name, message=text)

@@ -1,4 +1,4 @@
-"""One stage at work: a batch in, activations or tokens out. Knows the model and its cache, no network and no requests."""
+"""One stage at work: a batch in, activations or tokens out. Knows the model and its cache, no network, no requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches and results to protobuf messages and back. Trusts nothing: what does not add up is a LinkError, never a crash.
+"""Batches and results to protobuf messages and back. What does not add up is a LinkError, never a crash.
 
 The messages are in wire.proto; `make proto` regenerates wire_pb2.
 """
@@ -30,9 +30,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
 )
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -53,14 +51,14 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.
         dtype=NAMES[hidden.dtype],
         width=hidden.shape[1],
     )
-    data = memoryview(hidden.cpu().contiguous().view(torch.uint8).flatten().numpy())
+    data = hidden.cpu().contiguous().view(torch.uint8).flatten().numpy()
     for start in range(0, len(data), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield wire_pb2.Piece(
             epoch=epoch,
             batch_id=batch.id,
             header=header if start == 0 else None,
-            data=bytes(data[start:end]),
+            data=data[start:end].tobytes(),
             last=end >= len(data),
         )
 
@@ -132,28 +130,24 @@ def parse(kind: type[M], data: bytes) -> M:
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise LinkError(
-            f"bytes arrived that are no {kind.__name__}: is the other side of the same version?"
-        ) from None
+        raise LinkError(f"bytes arrived that are no {kind.__name__}: is the other side of the same version?") from None
     return message
 
 
 def _encode_slice(part: Slice) -> wire_pb2.Slice:
-    draw = part.draw
-    return wire_pb2.Slice(
-        slot=part.slot,
-        start=part.start,
-        length=part.length,
-        draw=draw
-        and wire_pb2.Draw(
-            temperature=draw.temperature,
-            top_k=draw.top_k,
-            top_p=draw.top_p,
-            min_p=draw.min_p,
-            seed=(draw.seed + 2**63) % 2**64 - 2**63,
-            sample=draw.sample,
-            position=draw.position,
-        ),
+    draw = _encode_draw(part.draw) if part.draw else None
+    return wire_pb2.Slice(slot=part.slot, start=part.start, length=part.length, draw=draw)
+
+
+def _encode_draw(draw: Draw) -> wire_pb2.Draw:
+    return wire_pb2.Draw(
+        temperature=draw.temperature,
+        top_k=draw.top_k,
+        top_p=draw.top_p,
+        min_p=draw.min_p,
+        seed=(draw.seed + 2**63) % 2**64 - 2**63,
+        sample=draw.sample,
+        position=draw.position,
     )
 
 
