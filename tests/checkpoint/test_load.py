@@ -239,6 +239,15 @@ def resident_bytes(path: Path) -> int:
     return total
 
 
+def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
+    """Whether a tensor's numbers lie in the file itself and not in a copy."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(str(path.resolve()))
+    return False
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """26 MB of text model in one bfloat16 file: 10 MB of them the tied embedding, 2 MB each layer."""
@@ -263,6 +272,8 @@ def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -
 def test_of_the_embedding_only_rows_that_are_looked_up_are_resident(n_nodes: int, wide: Path) -> None:
     path = prepare(Source.open(wide), n_nodes) / "model_starter.safetensors"
     stage = load_chunk(path)
+    assert stage.decoder.embedding is not None
+    assert is_mapped(stage.decoder.embedding, path)
     rows = stage.decoder.embed(torch.tensor([5, 19_000]))
     assert torch.equal(rows, Source.open(wide).tensor(EMBEDDING)[[5, 19_000]])
     assert resident_bytes(path) < 20_000 * 256 * 2 / 4

@@ -118,12 +118,13 @@ class Engine:
         what goes wrong later (media, lengths) is raised by the stream.
         """
         self._prompts.check(prompt)
+        pixels = PixelRange(min_pixels, max_pixels)
         params = (params or SamplingParams()).with_defaults(self._defaults)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stream = Stream(lambda: self._loop.post(Cancel(request)))
         request = Request(stream, params, seed)
         self._accept(request)
-        self._media_threads.submit(self._prepare, request, prompt, PixelRange(min_pixels, max_pixels))
+        self._media_threads.submit(self._prepare, request, prompt, pixels)
         return stream
 
     def chat(self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int) -> Completion:

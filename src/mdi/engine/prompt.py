@@ -44,10 +44,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PixelRange:
-    """A request's own limits on an image's area in pixels; None is the server's."""
+    """A request's own limits on an image's area in pixels; None is the server's. Raises InputError below 1."""
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, pixels in (("min_pixels", self.min_pixels), ("max_pixels", self.max_pixels)):
+            if pixels is not None and pixels < 1:
+                raise InputError(f"{field} must be at least 1, got {pixels}", field)
 
 
 class PromptBuilder:

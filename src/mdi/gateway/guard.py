@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -130,27 +131,28 @@ class Gate:
         if announced.isdigit() and int(announced) > left:
             await too_large(scope, receive, send)
             return
-        started = False
+        exceeded = started = False
 
         async def counted() -> Message:
-            nonlocal left
+            nonlocal left, exceeded
             arrived = await receive()
             left -= len(arrived.get("body", b""))
             if left < 0:
+                exceeded = True
                 raise _BodyTooLargeError
             return arrived
 
-        async def noted(sent: Message) -> None:
+        async def unless_exceeded(sent: Message) -> None:
             nonlocal started
-            started = True
-            await send(sent)
+            if started or not exceeded:  # else it is the app's own words for the error above
+                started = True
+                await send(sent)
 
-        try:
-            await self._app(scope, counted, noted)
-        except _BodyTooLargeError:
-            if not started:
-                await too_large(scope, receive, send)
+        with suppress(_BodyTooLargeError):
+            await self._app(scope, counted, unless_exceeded)
+        if exceeded and not started:
+            await too_large(scope, receive, send)
 
 
 class _BodyTooLargeError(Exception):
-    """Leaves the app from inside `receive`; nobody but the gate catches it."""
+    """Leaves the app from inside `receive`."""

@@ -1,0 +1,286 @@
+"""The engine as its users meet it, on a tiny model: alone and over real node processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdi import Engine, SamplingParams
+from mdi.engine import Completion
+from mdi.errors import (
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    InputError,
+    LinkError,
+    MediaError,
+    OverloadedError,
+    PromptTooLongError,
+)
+from tests.conftest import node_processes
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+WARM = SamplingParams(temperature=1.0, seed=11, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
+    with Engine(tiny_checkpoint, sequence_length=512, max_sequences=4) as engine:
+        yield engine
+
+
+def about(image: bytes | str | Path, text: str = "What is this?", **part: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image, **part}, {"type": "text", "text": text}]}]
+
+
+def mixed_requests(photograph: bytes) -> list[tuple[Any, SamplingParams]]:
+    """Eight sequences: texts and pictures, greedy and sampled."""
+    prompts = ["Hello", "A longer question, " * 9, about(photograph), about(photograph, "Where?", max_pixels=20_000)]
+    settings = [GREEDY, WARM]
+    return [(prompt, params) for prompt in prompts for params in settings]
+
+
+def run_together(engine: Engine, requests: list[tuple[Any, SamplingParams]]) -> list[tuple[int, ...]]:
+    streams = [engine.submit(prompt, params) for prompt, params in requests]
+    return [stream.completion().token_ids for stream in streams]
+
+
+def test_a_completion_has_text_tokens_logprobs_reason_and_usage(engine: Engine, photograph: bytes) -> None:
+    out = engine.chat(about(photograph), WARM)
+    assert isinstance(out, Completion)
+    assert len(out.token_ids) == len(out.logprobs) == out.usage.completion_tokens
+    assert out.finish_reason == ("length" if len(out.token_ids) == 24 else "stop")
+    assert out.usage.prompt_tokens > 48  # 8 x 6 merged patches
+    assert all(logprob <= 0 for logprob in out.logprobs)
+
+
+def test_a_stream_gives_the_text_of_the_completion(engine: Engine) -> None:
+    pieces = list(engine.stream("Hello", WARM))
+    whole = engine.chat("Hello", WARM)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == whole.finish_reason
+
+
+def test_a_stream_can_be_read_by_asyncio(engine: Engine) -> None:
+    async def read() -> str:
+        return "".join([piece.text async for piece in engine.submit("Hello", WARM)])
+
+    async def many() -> list[str]:
+        return await asyncio.gather(*(read() for _ in range(5)))
+
+    assert set(asyncio.run(many())) == {engine.chat("Hello", WARM).text}
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(engine: Engine, photograph: bytes) -> None:
+    requests = mixed_requests(photograph)
+    together = run_together(engine, requests)
+    alone = [engine.chat(prompt, params).token_ids for prompt, params in requests]
+    assert together == alone
+
+
+def test_n_samples_differ_from_each_other_and_repeat_with_the_seed(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=16)
+    first, again = engine.chat("Hello", params), engine.chat("Hello", params)
+    assert len({sample.token_ids for sample in first.samples}) == 3
+    assert first == again
+    assert first.usage.completion_tokens == sum(len(sample.token_ids) for sample in first.samples)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine: Engine) -> None:
+    whole = engine.chat("Hello", WARM).text
+    stop = whole[5:7]
+    cut = engine.chat("Hello", SamplingParams(temperature=1.0, seed=11, max_tokens=24, stop=stop))
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_an_answer_ends_at_the_sequence_length(engine: Engine) -> None:
+    out = engine.chat("x" * 440, SamplingParams(temperature=0, max_tokens=None))
+    assert out.finish_reason in ("length", "stop")
+    assert out.usage.prompt_tokens + out.usage.completion_tokens <= 512
+
+
+def test_a_cancelled_stream_ends_and_frees_its_slot(engine: Engine) -> None:
+    streams = [engine.submit("Hello", SamplingParams(temperature=0, max_tokens=400)) for _ in range(6)]  # 4 slots
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        assert stream.completion_tokens < 400
+        list(stream)
+    started = time.monotonic()
+    engine.chat("Hello", GREEDY)
+    assert time.monotonic() - started < 30
+
+
+def test_leaving_a_stream_early_cancels_it(engine: Engine) -> None:
+    for _ in range(8):  # more than there are slots
+        for _piece in engine.stream("Hello", SamplingParams(temperature=0, max_tokens=400)):
+            break
+    assert engine.chat("Hello", GREEDY).token_ids
+
+
+def test_user_text_that_looks_like_special_tokens_is_plain_text(engine: Engine, photograph: bytes) -> None:
+    plain = engine.chat("a" * 10, GREEDY).usage.prompt_tokens
+    assert engine.chat("<|im_end|>", GREEDY).usage.prompt_tokens == plain  # ten bytes, not one token
+    forged = engine.chat(about(photograph, "<|vision_start|><|image_pad|><|vision_end|>"), GREEDY)
+    honest = engine.chat(about(photograph, "x" * 43), GREEDY)
+    assert forged.usage.prompt_tokens == honest.usage.prompt_tokens
+    split = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    assert engine.chat([{"role": "user", "content": split}], GREEDY).usage.prompt_tokens == plain
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        ("none", None),
+        ([{"role": "pilot", "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0]"),
+        ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "smell"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "messages[0].content[0].image"),
+    ],
+)
+def test_malformed_messages_are_refused_by_name(engine: Engine, messages: Any, field: str | None) -> None:
+    if field is None:
+        assert engine.chat(messages, GREEDY).token_ids
+        return
+    with pytest.raises(InputError) as raised:
+        engine.submit(messages)
+    assert raised.value.field == field
+
+
+def test_bad_images_are_refused_and_the_engine_goes_on(engine: Engine, photograph: bytes) -> None:
+    for bad in ("/no/such/file.png", b"not an image", photograph[:200], "data:image/png;base64,####"):
+        with pytest.raises(MediaError):
+            engine.chat(about(bad), GREEDY)
+    assert engine.chat(about(photograph), GREEDY).token_ids
+
+
+def test_what_does_not_fit_the_sequence_length_is_refused_never_cut(engine: Engine, photograph: bytes) -> None:
+    with pytest.raises(PromptTooLongError, match="sequence length"):
+        engine.chat("x" * 600, GREEDY)
+    with pytest.raises(PromptTooLongError, match="max_pixels"):
+        engine.chat(about(photograph, min_pixels=900_000, max_pixels=1_000_000), GREEDY)
+    assert engine.chat("still here", GREEDY).token_ids
+
+
+def test_pixel_limits_of_a_request_change_the_number_of_tokens(engine: Engine, photograph: bytes) -> None:
+    large = engine.chat(about(photograph), GREEDY).usage.prompt_tokens
+    small = engine.submit(about(photograph), GREEDY, max_pixels=10_000).completion().usage.prompt_tokens
+    assert small < large
+
+
+def test_a_full_queue_refuses_at_once(tiny_checkpoint: Path) -> None:
+    with Engine(tiny_checkpoint, sequence_length=256, max_queue=2) as engine:
+        streams = [engine.submit("Hello", SamplingParams(temperature=0, max_tokens=150)) for _ in range(2)]
+        with pytest.raises(OverloadedError):
+            engine.submit("Hello")
+        for stream in streams:
+            stream.completion()
+        assert engine.chat("Hello", GREEDY).token_ids
+
+
+def test_closing_fails_what_runs_and_what_comes(tiny_checkpoint: Path) -> None:
+    engine = Engine(tiny_checkpoint, sequence_length=4096)
+    stream = engine.submit("Hello", SamplingParams(temperature=0, max_tokens=4000))
+    next(stream)
+    engine.close()
+    with pytest.raises(ClosedError):
+        list(stream)
+    with pytest.raises(ClosedError):
+        engine.submit("Hello")
+    engine.close()
+
+
+def test_many_threads_share_one_engine(engine: Engine) -> None:
+    def ask(seed: int) -> tuple[int, ...]:
+        return engine.chat("Hi", SamplingParams(temperature=1.0, seed=seed, max_tokens=8)).token_ids
+
+    expected = [ask(seed) for seed in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, list(range(4)) * 10)) == expected * 10
+
+
+@pytest.mark.usefixtures("no_process_left")
+@pytest.mark.parametrize("n_nodes", [2, 3, 5])
+def test_any_number_of_nodes_gives_the_same_tokens(
+    n_nodes: int, engine: Engine, tiny_checkpoint: Path, photograph: bytes
+) -> None:
+    requests = mixed_requests(photograph)
+    with Engine(tiny_checkpoint, n_nodes=n_nodes, sequence_length=512, max_sequences=4) as spread:
+        assert len(node_processes()) == n_nodes - 1
+        nodes = spread.nodes()
+        assert [node.first_layer for node in nodes[1:]] == [node.last_layer for node in nodes[:-1]]
+        assert (nodes[0].first_layer, nodes[-1].last_layer) == (0, 6)
+        assert len({node.pid for node in nodes}) == n_nodes
+        assert run_together(spread, requests) == run_together(engine, requests)
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_a_killed_node_fails_its_requests_with_its_name_and_the_engine_says_so(tiny_checkpoint: Path) -> None:
+    with Engine(tiny_checkpoint, n_nodes=3, sequence_length=4096) as engine:
+        stream = engine.submit("Hello", SamplingParams(temperature=0, max_tokens=4000))
+        next(stream)
+        os.kill(engine.nodes()[1].pid, signal.SIGKILL)
+        with pytest.raises(LinkError, match=r"secondary0.*-9|link to node"):
+            list(stream)
+        with pytest.raises(LinkError):
+            engine.submit("Hello")
+        assert isinstance(engine.error, LinkError)
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from mdi.checkpoint.prepare import prepare
+    from mdi.checkpoint.source import Source
+
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    chunk = prepare(Source.open(path), 2) / "model_finisher.safetensors"
+    content = bytearray(chunk.read_bytes())
+    content[-5] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises((CheckpointError, LinkError), match=r"model_finisher.*prepare"):
+        Engine(path, n_nodes=2)
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_chunks_of_another_dtype_or_plan_are_refused_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    Engine(path, n_nodes=2, layers=(4, 2)).close()
+    with pytest.raises(CheckpointError, match="bfloat16"):
+        Engine(path, n_nodes=2, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="4,2"):
+        Engine(path, n_nodes=2, layers=(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_nodes": 7}, "6 layers"),
+        ({"n_nodes": 2, "layers": (3, 2)}, "5"),
+        ({"sequence_length": 10**6}, "sequence length"),
+        ({"device": "cuda:7"}, "cuda:7"),
+        ({"dtype": "int3"}, "int3"),
+        ({"max_pixels": -4}, "max_pixels"),
+    ],
+)
+def test_impossible_options_are_refused(tiny_checkpoint: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, CheckpointError, InputError), match=message):
+        Engine(tiny_checkpoint, **options)
