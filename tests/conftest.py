@@ -1,4 +1,4 @@
-"""What many rooms' tests share: a tiny checkpoint, real photographs, and a check that no node process is left behind."""
+"""What many rooms' tests share: a tiny checkpoint, a photograph, and a check that no node process is left behind."""
 
 from __future__ import annotations
 

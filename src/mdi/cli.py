@@ -267,6 +267,14 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def demo() -> None:
+    """Three local nodes and a small random model answer questions about a picture; no network needed."""
+    from mdi.demo import run
+
+    run(out)
+
+
 def _engine(model: str, **options: Any) -> Engine:
     """Loads a model, with a bar per node."""
     from mdi.engine import Engine
@@ -285,7 +293,7 @@ def _engine(model: str, **options: Any) -> Engine:
 @contextmanager
 def _bytes_bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         yield progress
 
 

@@ -292,7 +292,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server, stream: bool) ->
     host, port = server.url.removeprefix("http://").split(":")
     for _ in range(6):  # more than there are slots
         with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"  # noqa: E501
             connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             if stream:
                 connection.recv(1)

@@ -53,6 +53,11 @@ class Manifest(BaseModel):
     def plan(self) -> Plan:
         return Plan(tuple(chunk.spec for chunk in self.chunks))
 
+    @property
+    def digest(self) -> str:
+        """Identifies plan, dtype and every chunk's bytes: what nodes compare at connect (sha256, hexadecimal)."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def chunk(self, file: str) -> ChunkEntry:
         """The entry of a file. Raises CheckpointError when there is none."""
         for chunk in self.chunks:

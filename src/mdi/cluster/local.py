@@ -57,7 +57,7 @@ class Cluster:
     def connect(self, deliver: Deliver) -> Link:
         """Wires the nodes together once all have loaded. Only where there is more than one."""
         assert self._launcher is not None
-        settings = PipelineSettings(self._plan_hash, self._config.n_slots, self._config.sequence_length)
+        settings = PipelineSettings(self._manifest_digest, self._config.n_slots, self._config.sequence_length)
         self._launcher.watch(deliver)
         self._link = GrpcLink.connect(self._launcher.nodes, settings, deliver, progress=self._progress)
         return self._link
@@ -90,7 +90,7 @@ class Cluster:
         config = self._config
         folder = self._prepared(source)
         manifest = Manifest.read(folder)
-        self._plan_hash = manifest.plan_hash
+        self._manifest_digest = manifest.digest
         chunks = [folder / chunk.file for chunk in manifest.chunks]
         threads = max(1, torch.get_num_threads() // config.n_nodes)
         self._launcher = LocalLauncher(chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads)

@@ -58,6 +58,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # from here on clients may come, and wait until the routes are up
     except OSError as error:
         bound.close()
         raise ConfigError(

@@ -40,9 +40,9 @@ class NodeAddress:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What all nodes must agree on."""
+    """What all nodes must agree on. manifest_digest: see `Manifest.digest`."""
 
-    plan_hash: str
+    manifest_digest: str
     n_slots: int
     sequence_length: int
     epoch: int = 1
@@ -149,7 +149,7 @@ class GrpcLink:
         request = wire_pb2.Configuration(
             version=wire.VERSION,
             epoch=settings.epoch,
-            plan_hash=settings.plan_hash,
+            manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
             next_address=next_address,

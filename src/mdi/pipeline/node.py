@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mdi.checkpoint.load import LoadedStage, load_chunk
 from mdi.checkpoint.manifest import Manifest
-from mdi.errors import ConfigError, LinkError, MDIError
+from mdi.errors import CheckpointError, ConfigError, LinkError, MDIError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Result
@@ -54,16 +54,20 @@ def serve_node(
 
     listen: host:port; port 0 picks a free one. One line of JSON on standard output names the port before the chunk is
     loaded, so that progress can be asked for. with_parent: end as soon as standard input does, which the parent holds.
+    A chunk that cannot be loaded is told to the parent through Status, and raised as CheckpointError without one.
     Raises ConfigError when the address cannot be bound, or must not be without `insecure`.
     """
     if threads:
         torch.set_num_threads(threads)
     if with_parent:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    asyncio.run(_serve(Node(chunk, device=device, dtype=dtype), listen, insecure))
+    node = Node(chunk, device=device, dtype=dtype)
+    asyncio.run(_serve(node, listen, insecure, stop_if_failed=not with_parent))
+    if node.error and not with_parent:
+        raise CheckpointError(node.error)
 
 
-async def _serve(node: Node, listen: str, insecure: bool) -> None:
+async def _serve(node: Node, listen: str, insecure: bool, stop_if_failed: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -72,7 +76,7 @@ async def _serve(node: Node, listen: str, insecure: bool) -> None:
     port = _bind(server, listen, insecure)
     await server.start()
     print(json.dumps({"port": port}), flush=True)  # noqa: T201 - what the launcher waits for
-    node.start()
+    node.start(stop.set if stop_if_failed else lambda: None)
     await stop.wait()
     await server.stop(grace=0.2)
     await node.stop()
@@ -112,9 +116,9 @@ class Node:
         self._device = device
         self._dtype = dtype
         self._name = chunk.stem.removeprefix("model_")
-        self._plan_hash = ""
+        self._manifest_digest = ""
         self._loaded: LoadedStage | None = None
-        self._error = ""
+        self.error = ""
         self._progress = (0, 0)
         self._epoch = 0
         self._stage: Stage | None = None
@@ -145,10 +149,10 @@ class Node:
             },
         )
 
-    def start(self) -> None:
-        """Begins to load, and to compute what arrives."""
+    def start(self, failed: Callable[[], None]) -> None:
+        """Begins to load, and to compute what arrives. failed: called in the event loop when the chunk is no good."""
         self._asyncio = asyncio.get_running_loop()
-        threading.Thread(target=self._load, name="mdi-load", daemon=True).start()
+        threading.Thread(target=self._load, args=(failed,), name="mdi-load", daemon=True).start()
         threading.Thread(target=self._compute, name="mdi-compute", daemon=True).start()
 
     async def stop(self) -> None:
@@ -156,31 +160,34 @@ class Node:
         self._work.put(None)
         await self._unwire()
 
-    def _load(self) -> None:
+    def _load(self, failed: Callable[[], None]) -> None:
         def note(done: int, total: int) -> None:
             self._progress = (done, total)
 
         try:
-            self._plan_hash = Manifest.read(self._chunk.parent).plan_hash
-            self._loaded = load_chunk(self._chunk, device=self._device, dtype=self._dtype, progress=note)
+            loaded = load_chunk(self._chunk, device=self._device, dtype=self._dtype, progress=note)
+            self._manifest_digest = Manifest.read(self._chunk.parent).digest
+            self._loaded = loaded
         except MDIError as error:
-            self._error = str(error)
+            self.error = str(error)
         except Exception:
             log.exception("the chunk could not be loaded")
-            self._error = "the chunk could not be loaded; this node's log has the details"
+            self.error = "the chunk could not be loaded; this node's log has the details"
+        if self.error:
+            self._asyncio.call_soon_threadsafe(failed)
 
     async def _status(self, _request: wire_pb2.StatusRequest, _context: object) -> wire_pb2.NodeStatus:
         done, total = self._progress
         status = State(
-            state=State.FAILED if self._error else State.LOADED if self._loaded else State.LOADING,
-            error=self._error,
+            state=State.FAILED if self.error else State.LOADED if self._loaded else State.LOADING,
+            error=self.error,
             done_bytes=done,
             total_bytes=total,
             name=self._name,
             device=self._device,
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
-            plan_hash=self._plan_hash,
+            manifest_digest=self._manifest_digest,
         )
         if self._loaded:
             status.first_layer, status.last_layer = (
@@ -196,10 +203,11 @@ class Node:
                 error=f"speaks protocol {wire.VERSION}, not {request.version}: use one version of mdi"
             )
         if self._loaded is None:
-            return wire_pb2.Configured(error=self._error or "is still loading")
-        if request.plan_hash != self._plan_hash:
+            return wire_pb2.Configured(error=self.error or "is still loading")
+        if request.manifest_digest != self._manifest_digest:
             return wire_pb2.Configured(
-                error="has a chunk of another plan or dtype: run `mdi prepare` again, and give every node its new chunk"
+                error="has a chunk of another plan, dtype or checkpoint: "
+                "run `mdi prepare` again, and give every node its new chunk"
             )
         await self._unwire()
         self._stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)

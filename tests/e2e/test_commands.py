@@ -1,0 +1,197 @@
+"""The commands as a user types them: real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from mdi import cli
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def mdi(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mdi", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, errors="replace")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture(photograph: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "cup.png"
+    path.write_bytes(photograph)
+    return path
+
+
+@contextmanager
+def serving(checkpoint: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `mdi serve`, and its URL."""
+    command = [sys.executable, "-m", "mdi", "serve", str(checkpoint), "--port", "0", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
+    ) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            found = re.search(r"http://\S+", line)
+            assert found, line
+            yield process, found[0]
+        finally:
+            process.kill()
+
+
+def wait_until_gone(processes: list[psutil.Process], timeout_s: float = 10) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    assert not alive, f"{len(alive)} node processes outlived their parent"
+
+
+def test_three_nodes_answer_as_one_does(checkpoint: Path, picture: Path) -> None:
+    question = ("What is this?", "--image", picture, "--max-tokens", "8", "--temperature", "1", "--seed", "4")
+    alone, spread = mdi("ask", checkpoint, *question), mdi("ask", checkpoint, *question, "--n-nodes", "3")
+    assert alone.returncode == spread.returncode == 0, spread.stderr
+    assert alone.stdout.strip()
+    assert alone.stdout == spread.stdout
+
+
+def test_a_file_of_questions_is_answered_paragraph_by_paragraph(checkpoint: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("One?\n\nTwo,\nstill two?\n\n\nThree?\n")
+    settings = ("--max-tokens", "3", "--temperature", "1", "--seed", "1")
+    together = mdi("ask", checkpoint, f"FILE:{questions}", *settings)
+    single = [mdi("ask", checkpoint, text, *settings).stdout for text in ("One?", "Two,\nstill two?", "Three?")]
+    assert together.stdout == "".join(single)
+
+
+def test_prepare_and_plan_agree(checkpoint: Path) -> None:
+    prepared = mdi("prepare", checkpoint, "--n-nodes", "4", "--layers", "1,2,2,1", "--dtype", "bfloat16")
+    assert prepared.returncode == 0, prepared.stderr
+    files = {path.name for path in (checkpoint / "chunks" / "4nodes").iterdir()}
+    roles = ("starter", "secondary0", "secondary1", "finisher")
+    assert files == {"manifest.json", *(f"model_{role}.safetensors" for role in roles)}
+    shown = mdi("plan", checkpoint, "--n-nodes", "4", "--layers", "1,2,2,1")
+    for role, layers in zip(roles, ("0-0 (1)", "1-2 (2)", "3-4 (2)", "5-5 (1)"), strict=True):
+        assert re.search(rf"{role}\W+{re.escape(layers)}", shown.stdout)
+
+
+def test_verify_finds_no_difference_to_transformers(checkpoint: Path, picture: Path) -> None:
+    report = mdi("verify", checkpoint, "What is this?", "--image", picture, "--n-nodes", "2", "--max-tokens", "6")
+    assert report.returncode == 0, report.stderr + report.stdout
+    assert "all 6 greedy tokens are equal" in report.stdout
+    found = re.search(r"relative to the largest logit: (\S+);", report.stdout)
+    assert found
+    assert float(found[1]) < 1e-4
+
+
+def test_the_demo_says_that_its_model_is_random() -> None:
+    shown = mdi("demo")
+    assert shown.returncode == 0, shown.stderr
+    assert "random" in shown.stdout
+    assert "secondary0" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no image file"),
+        (("ask", "CHECKPOINT", "x", "--max-tokens", "-1"), "max_tokens"),
+        (("ask", "CHECKPOINT", "x", "--temperature", "nan"), "temperature"),
+        (("ask", "CHECKPOINT", "FILE:/no/such.txt"), "no file"),
+        (("ask", "CHECKPOINT", "x" * 300, "--sequence-length", "200"), "sequence length"),
+        (("ask", "/no/such/checkpoint", "x"), "no checkpoint folder"),
+        (("ask", "CHECKPOINT", "x", "--n-nodes", "7"), "6 layers"),
+        (("prepare", "CHECKPOINT", "--n-nodes", "2", "--layers", "a,b"), "--layers"),
+        (("prepare", "CHECKPOINT", "--dtype", "int4"), "int4"),
+        (("serve", "CHECKPOINT", "--device", "cuda:9"), "cuda:9"),
+        (("serve",), "CHECKPOINT"),
+        (("secondary", "--chunk", "/no/such.safetensors"), "no chunk"),
+        (("secondary", "--chunk", "x", "--listen", "8.8.8.8:0"), "loopback"),
+        (("secondary", "--chunk", "x", "--listen", "nonsense"), "host:port"),
+        (("plan", "CHECKPOINT", "--n-nodes", "0"), "n-nodes"),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
+)
+def test_bad_commands_end_with_exit_code_2_and_the_cause(
+    arguments: tuple[str, ...],
+    message: str,
+    checkpoint: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["mdi", *words])
+    with pytest.raises(SystemExit) as ended:  # in this process: starting one takes seconds
+        cli.main()
+    assert ended.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_bad_command_ends_the_process_with_exit_code_2() -> None:
+    done = mdi("ask", "/no/such/checkpoint", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_port_in_use_is_named(checkpoint: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = mdi("serve", checkpoint, "--port", port)
+        assert (done.returncode, port in done.stderr) == (2, True)
+        done = mdi("secondary", "--chunk", checkpoint / "x", "--listen", f"127.0.0.1:{port}")
+        assert (done.returncode, port in done.stderr) == (2, True)
+
+
+def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Path, picture: Path) -> None:
+    with serving(checkpoint, "--n-nodes", "3") as (process, url):
+        nodes = psutil.Process(process.pid).children(recursive=True)
+        assert len(nodes) == 2
+        upload = {"image": ("cup.png", picture.read_bytes(), "image/png")}
+        answer = httpx.post(
+            f"{url}/generate/multimodal", files=upload, data={"prompt": "?", "max_tokens": "4"}, timeout=60
+        )
+        assert len(answer.json()["samples"]) == 1
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        wait_until_gone(nodes)
+
+
+def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None:
+    with serving(checkpoint, "--n-nodes", "3") as (process, _url):
+        nodes = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(10)
+        wait_until_gone(nodes)
+
+
+def test_a_server_that_lost_a_node_says_so(checkpoint: Path) -> None:
+    with serving(checkpoint, "--n-nodes", "2") as (process, url):
+        [node] = psutil.Process(process.pid).children(recursive=True)
+        assert httpx.get(f"{url}/health").status_code == 200
+        node.kill()
+        deadline = time.monotonic() + 10
+        while httpx.get(f"{url}/health").status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        answer = httpx.post(f"{url}/generate", json={"prompt": "x"})
+        assert answer.status_code == 503
+        assert "finisher" in answer.json()["detail"]
