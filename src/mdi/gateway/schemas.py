@@ -1,20 +1,76 @@
-"""The requests as they come over HTTP, checked in form; ranges are `SamplingParams`' business."""
+"""The requests as they come over HTTP, checked in form; ranges are `SamplingParams`' business. Knows no routes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mdi.errors import InputError
-from mdi.params import SamplingParams
+from mdi.params import MAX_SAMPLES, SamplingParams
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _encodable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON can spell half a surrogate pair, which is no text and which no tokenizer or encoder takes."""
+    left: list[Any] = [messages]
+    while left:
+        match left.pop():
+            case dict() as fields:
+                left += fields.values()
+            case list() as items:
+                left += items
+            case str() as text if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("text holds half of a surrogate pair")
+    return messages
+
 
 Number = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True)]
+Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Messages = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
 
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "reasoning_effort",
+        "verbosity",
+    }
+)
+"""OpenAI's fields that change nothing about an answer here."""
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "moderation": (None,),
+    "web_search_options": (None,),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+}
+"""OpenAI's fields that would change the answer and are not supported, with the values that ask for nothing."""
 
 
 class _Sampling(BaseModel):
@@ -25,31 +81,39 @@ class _Sampling(BaseModel):
     top_p: Number | None = None
     min_p: Number | None = None
     seed: Count | None = None
-    stop: str | list[str] | None = None
+    stop: Strings | None = None
     min_pixels: Count | None = None
     max_pixels: Count | None = None
-    stream: bool = False
+    stream: bool | None = None
 
-    def _params(self, *, max_tokens: int | None, n: int) -> SamplingParams:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=tuple(stop),
-            n=n,
-        )
+    def _params(self, *, max_tokens: int | None, n: int | None, **names: str) -> SamplingParams:
+        """names: what the request calls a setting, where that is not our name."""
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                seed=self.seed,
+                stop=self.stop or (),
+                n=1 if n is None else n,
+            )
+        except InputError as error:
+            if error.field not in names:
+                raise
+            name = names[error.field]
+            raise InputError(str(error).replace(error.field, name, 1), name) from None
 
 
-class _Generate(_Sampling, _Strict):
+class _Generate(_Sampling):
+    model_config = ConfigDict(extra="forbid")
+
     max_tokens: Count | None = None
     n_samples: Count = 1
 
     def params(self) -> SamplingParams:
-        return self._params(max_tokens=self.max_tokens, n=self.n_samples)
+        return self._params(max_tokens=self.max_tokens, n=self.n_samples, n_="", **{"n": "n_samples"})
 
 
 class GenerateRequest(_Generate):
@@ -61,68 +125,59 @@ class GenerateRequest(_Generate):
 class MultimodalRequest(_Generate):
     """POST /generate/multimodal: messages as the engine takes them."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class _OpenAI(_Sampling):
-    """Fields of OpenAI's that change nothing here are ignored; what would change the answer is refused."""
+    """OpenAI's fields: `IGNORED` ones may say anything, `UNSUPPORTED` ones nothing, others are refused by name."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     model: str
+    max_tokens: Count | None = None
     n: Count | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    logit_bias: dict[str, float] | None = None
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _refuse_unsupported(self) -> None:
-        for field in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, field):
-                raise InputError(f"{field} is not supported", field)
+    def _check_extras(self) -> None:
+        for field, value in (self.model_extra or {}).items():
+            if field in IGNORED or value in UNSUPPORTED.get(field, ()):
+                continue
+            raise InputError(f"{field} is not supported" if field in UNSUPPORTED else f"unknown field {field}", field)
 
 
 class ChatRequest(_OpenAI):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_tokens: Count | None = None
+    messages: Messages
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
 
     def params(self) -> SamplingParams:
         """Raises InputError for what is asked for and not supported."""
-        self._refuse_unsupported()
-        for field in ("tools", "logprobs"):
-            if getattr(self, field):
-                raise InputError(f"{field} is not supported", field)
-        if (self.response_format or {}).get("type", "text") != "text":
-            raise InputError("response_format is not supported, but for text", "response_format")
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params(max_tokens=max_tokens, n=1 if self.n is None else self.n)
+        self._check_extras()
+        if self.max_completion_tokens is None:
+            return self._params(max_tokens=self.max_tokens, n=self.n)
+        return self._params(max_tokens=self.max_completion_tokens, n=self.n, max_tokens_="max_completion_tokens")
 
 
 class CompletionRequest(_OpenAI):
     """POST /v1/completions."""
 
-    prompt: str | list[str]
+    prompt: Annotated[Strings, Field(min_length=1, max_length=MAX_SAMPLES)]
     max_tokens: Count | None = 16
-    echo: Literal[False] | None = None
-    suffix: None = None
-    best_of: Count | None = None
 
     def params(self) -> SamplingParams:
         """Raises InputError for what is asked for and not supported."""
-        self._refuse_unsupported()
-        return self._params(max_tokens=self.max_tokens, n=1 if self.n is None else self.n)
+        self._check_extras()
+        return self._params(max_tokens=self.max_tokens, n=self.n)

@@ -55,7 +55,7 @@ class GrpcLink:
         self._nodes = nodes
         self._settings = settings
         self._deliver = deliver
-        self._closing = False
+        self._closing = self._broken = False
         self._channels: list[grpc.aio.Channel] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._outbox: asyncio.Queue[wire_pb2.Piece] = asyncio.Queue()
@@ -125,6 +125,8 @@ class GrpcLink:
             response_deserializer=lambda data: wire.parse(wire_pb2.Result, data),
         )(wire_pb2.ResultsRequest(epoch=self._settings.epoch))
         batches = self._channels[0].stream_unary(wire.method("Batches"), request_serializer=wire.serialize)()
+        # an idle stream of writes alone would not notice that its node is gone
+        batches.add_done_callback(lambda _: self._lost(self._nodes[0].name))
         self._tasks = [asyncio.create_task(self._send(batches)), asyncio.create_task(self._receive(results))]
 
     async def _await_loaded(self, index: int, progress: LoadProgress | None, deadline: float) -> None:
@@ -177,11 +179,9 @@ class GrpcLink:
         ]
 
     async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
-        try:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 await call.write(await self._outbox.get())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            self._lost(self._nodes[0].name)
 
     async def _receive(self, call: grpc.aio.UnaryStreamCall) -> None:
         try:
@@ -193,7 +193,8 @@ class GrpcLink:
         self._lost(self._nodes[-1].name)
 
     def _lost(self, name: str) -> None:
-        if not self._closing:
+        if not self._closing and not self._broken:
+            self._broken = True
             self._deliver(LinkError(f"the link to node {name} broke: did it end?"))
 
     async def _shut(self) -> None:

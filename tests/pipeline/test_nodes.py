@@ -1,0 +1,176 @@
+"""Real node processes on real sockets, spoken to as a starter does."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.manifest import Manifest
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import Source
+from mdi.cluster.launcher import LocalLauncher
+from mdi.errors import LinkError
+from mdi.model.batch import Batch, Draw, Slice
+from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
+from mdi.pipeline.link import LocalLink, Result
+from mdi.pipeline.stage import Stage
+
+Inbox = queue.SimpleQueue[Result | LinkError]
+pytestmark = pytest.mark.usefixtures("no_process_left")
+LENGTH = 128
+GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+
+
+@pytest.fixture(scope="module")
+def chunks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Chunks of a three-node plan, in pipeline order."""
+    path = tmp_path_factory.mktemp("nodes") / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    folder = prepare(Source.open(path), 3)
+    return [folder / chunk.file for chunk in Manifest.read(folder).chunks]
+
+
+@pytest.fixture
+def launcher(chunks: list[Path]) -> Iterator[LocalLauncher]:
+    launcher = LocalLauncher(chunks[1:], dtype="float32", device="cpu", threads=1)
+    yield launcher
+    launcher.close()
+
+
+def settings_of(chunks: list[Path], **changes: int | str) -> PipelineSettings:
+    agreed = {"manifest_digest": Manifest.read(chunks[0].parent).digest, "n_slots": 4, "sequence_length": LENGTH}
+    return PipelineSettings(**{**agreed, **changes})  # type: ignore[arg-type]
+
+
+def stage_of(chunk: Path) -> Stage:
+    return Stage(load_chunk(chunk), n_slots=4, sequence_length=LENGTH)
+
+
+def batches(n_batches: int) -> Iterator[Batch]:
+    """One prefill of ten tokens in every slot, then decode steps of alternating pairs of slots."""
+    yield Batch(0, tuple(Slice(slot, 0, 10, GREEDY) for slot in range(4)), torch.arange(10).repeat(3, 4))
+    for index in range(1, n_batches):
+        step = 10 + (index - 1) // 2
+        pair = (0, 1) if index % 2 else (2, 3)
+        yield Batch(index, tuple(Slice(slot, step, 1, GREEDY) for slot in pair), torch.full((3, 2), step))
+
+
+def test_batches_in_flight_come_back_in_order_with_the_tokens_of_one_process(
+    chunks: list[Path], launcher: LocalLauncher
+) -> None:
+    first = stage_of(chunks[0])
+    remote, local = Inbox(), Inbox()
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), remote.put)
+    reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
+    generator = torch.Generator().manual_seed(0)
+    sent = list(batches(101))
+    for batch in sent:
+        hidden = first.run(batch, first.embed(torch.randint(0, 256, (batch.n_tokens,), generator=generator)))
+        assert isinstance(hidden, torch.Tensor)
+        link.send(batch, hidden)
+        reference.send(batch, hidden)
+    results = [remote.get(timeout=60) for _ in sent]
+    expected = [local.get() for _ in sent]
+    link.close()
+    assert all(isinstance(result, Result) for result in results)
+    assert [result.batch_id for result in results] == [batch.id for batch in sent]  # type: ignore[union-attr]
+    assert [[token.id for token in result.tokens] for result in results] == [  # type: ignore[union-attr]
+        [token.id for token in result.tokens]  # type: ignore[union-attr]
+        for result in expected
+    ]
+
+
+def test_progress_and_status_tell_what_every_node_holds(chunks: list[Path], launcher: LocalLauncher) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    link = GrpcLink.connect(
+        launcher.nodes, settings_of(chunks), Inbox().put, progress=lambda node, *done: seen.update({node: done})
+    )
+    nodes = link.status()
+    link.close()
+    assert {name: done == total > 0 for name, (done, total) in seen.items()} == {"secondary0": True, "finisher": True}
+    assert [(node.name, node.first_layer, node.last_layer) for node in nodes] == [
+        ("secondary0", 2, 4),
+        ("finisher", 4, 6),
+    ]
+    assert all(node.resident_bytes > 10**7 for node in nodes)
+
+
+def test_nodes_of_another_plan_are_refused_by_name(chunks: list[Path], launcher: LocalLauncher) -> None:
+    with pytest.raises(LinkError, match=r"finisher.*another plan.*mdi prepare"):
+        GrpcLink.connect(launcher.nodes, settings_of(chunks, manifest_digest="other"), Inbox().put)
+
+
+def test_a_batch_that_a_node_cannot_compute_is_reported_and_the_node_lives(
+    chunks: list[Path], launcher: LocalLauncher
+) -> None:
+    first, inbox = stage_of(chunks[0]), Inbox()
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    good = next(batches(1))
+    hidden = first.run(good, first.embed(torch.zeros(40, dtype=torch.int64)))
+    assert isinstance(hidden, torch.Tensor)
+    link.send(Batch(5, (Slice(99, 0, 40, GREEDY),), good.positions), hidden)  # there is no slot 99
+    error = inbox.get(timeout=30)
+    assert isinstance(error, LinkError)
+    assert "secondary0" in str(error)
+    link.send(good, hidden)
+    assert isinstance(inbox.get(timeout=30), Result)
+    link.close()
+
+
+def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: LocalLauncher) -> None:
+    first, old_inbox, inbox = stage_of(chunks[0]), Inbox(), Inbox()
+    batch = next(batches(1))
+    hidden = first.run(batch, first.embed(torch.zeros(40, dtype=torch.int64)))
+    assert isinstance(hidden, torch.Tensor)
+    old = GrpcLink.connect(launcher.nodes, settings_of(chunks), old_inbox.put)
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, epoch=2), inbox.put)
+    old.send(batch, hidden)
+    link.send(Batch(77, batch.slices, batch.positions), hidden)
+    result = inbox.get(timeout=30)
+    assert isinstance(result, Result)
+    assert result.batch_id == 77
+    with pytest.raises(queue.Empty):
+        inbox.get(timeout=0.3)
+    old.close()
+    link.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_node_is_noticed_on_the_links(chunks: list[Path], launcher: LocalLauncher, victim: int) -> None:
+    inbox, deaths = Inbox(), Inbox()
+    launcher.watch(deaths.put)
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    _, process, _ = launcher._processes[victim]
+    process.send_signal(signal.SIGKILL)
+    death = deaths.get(timeout=10)
+    assert launcher.nodes[victim].name in str(death)
+    assert "-9" in str(death)
+    assert isinstance(inbox.get(timeout=10), LinkError)
+    link.close()
+
+
+def test_a_node_that_is_not_there_is_named() -> None:
+    settings = PipelineSettings("", n_slots=1, sequence_length=8)
+    with pytest.raises(LinkError, match="node finisher does not answer"):
+        GrpcLink.connect([NodeAddress("finisher", "127.0.0.1:9")], settings, Inbox().put)
+
+
+def test_a_corrupted_chunk_reaches_who_connects(chunks: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(chunks[0].parent, tmp_path / "3nodes")
+    damaged = folder / chunks[2].name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    launcher = LocalLauncher([folder / chunks[1].name, damaged], dtype="float32", device="cpu", threads=1)
+    try:
+        with pytest.raises(LinkError, match=r"finisher.*model_finisher.*mdi prepare"):
+            GrpcLink.connect(launcher.nodes, settings_of(chunks), Inbox().put)
+    finally:
+        launcher.close()

@@ -1,0 +1,170 @@
+"""Messages between nodes: what goes in comes out, and what is broken is a LinkError, never a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mdi.errors import LinkError
+from mdi.model.batch import Batch, Draw, Slice, Token
+from mdi.pipeline import wire, wire_pb2
+from mdi.pipeline.link import Result
+
+SOURCE = Path(wire.__file__).parents[2]
+WIDTH = 8
+
+draws = st.builds(
+    Draw,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 2**31),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    sample=st.integers(0, 63),
+    position=st.integers(0, 2**31 - 1),
+)
+slices = st.builds(
+    Slice, slot=st.integers(0, 999), start=st.integers(0, 2**20), length=st.integers(1, 40), draw=st.none() | draws
+)
+
+
+def batch_of(*parts: Slice, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> tuple[Batch, Tensor]:
+    n_tokens = sum(part.length for part in parts)
+    positions = torch.randint(0, 10**6, (3, n_tokens))
+    return Batch(7, parts, positions), torch.randn(n_tokens, width).to(dtype)
+
+
+def through(batch: Batch, hidden: Tensor) -> tuple[Batch, Tensor]:
+    """Encodes, serialises, parses and decodes."""
+    decoder = wire.BatchDecoder(hidden.shape[1], hidden.dtype)
+    decoded = None
+    for piece in wire.encode_batch(batch, hidden, epoch=3):
+        data = wire.serialize(piece)
+        assert len(data) < 2**20 + 4096
+        assert decoded is None
+        decoded = decoder.add(wire.parse(wire_pb2.Piece, data))
+    assert decoded is not None
+    return decoded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=30, deadline=None)
+@given(parts=st.lists(slices, min_size=1, max_size=6))
+def test_a_batch_survives_the_wire(dtype: torch.dtype, parts: list[Slice]) -> None:
+    batch, hidden = batch_of(*parts, dtype=dtype)
+    got, got_hidden = through(batch, hidden)
+    assert (got.id, got.slices) == (batch.id, batch.slices)
+    assert torch.equal(got.positions, batch.positions)
+    assert got_hidden.dtype == dtype
+    assert torch.equal(got_hidden, hidden)
+
+
+def test_a_large_batch_travels_in_pieces_below_a_mebibyte() -> None:
+    batch, hidden = batch_of(Slice(0, 0, 512), dtype=torch.bfloat16, width=3584)
+    assert len(list(wire.encode_batch(batch, hidden, epoch=0))) == 4
+    assert torch.equal(through(batch, hidden)[1], hidden)
+
+
+def test_a_result_survives_the_wire() -> None:
+    result = Result(9, (Token(151_935, -0.25), Token(0, -17.5)))
+    message = wire.parse(wire_pb2.Result, wire.serialize(wire.encode_result(result, epoch=2)))
+    assert wire.decode_result(message) == result
+
+
+def test_a_failure_names_its_node() -> None:
+    failure = wire_pb2.Failure(node="secondary0", message="out of memory")
+    error = wire.decode_result(wire_pb2.Result(failure=failure))
+    assert isinstance(error, LinkError)
+    assert str(error) == "node secondary0 failed: out of memory"
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.integers(0, 40))
+def test_damaged_bytes_are_refused_or_harmless(position: int, change: int, cut: int) -> None:
+    batch, hidden = batch_of(Slice(1, 2, 3), Slice(4, 5, 6, Draw(1.0, 0, 1.0, 0.0, 1, 2, 3)))
+    [piece] = wire.encode_batch(batch, hidden, epoch=1)
+    data = bytearray(wire.serialize(piece))
+    data[position % len(data)] ^= change
+    try:
+        decoded = wire.BatchDecoder(WIDTH, torch.float32).add(
+            wire.parse(wire_pb2.Piece, bytes(data[: len(data) - cut]))
+        )
+    except LinkError:
+        return
+    if decoded is not None:
+        assert decoded[1].shape == (decoded[0].n_tokens, WIDTH)
+        assert decoded[0].positions.shape == (3, decoded[0].n_tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400))
+def test_random_bytes_are_refused_or_harmless(data: bytes) -> None:
+    try:
+        wire.BatchDecoder(WIDTH, torch.float32).add(wire.parse(wire_pb2.Piece, data))
+        wire.decode_result(wire.parse(wire_pb2.Result, data))
+    except LinkError:
+        pass
+
+
+def broken(change: str) -> wire_pb2.Piece:
+    batch, hidden = batch_of(Slice(0, 0, 4))
+    [piece] = wire.encode_batch(batch, hidden, epoch=1)
+    match change:
+        case "positions":
+            del piece.header.positions[-1]
+        case "length":
+            piece.header.slices[0].length = 2**31
+        case "no tokens":
+            piece.header.slices[0].length = 0
+        case "dtype":
+            piece.header.dtype = "bfloat16"
+        case "width":
+            piece.header.width = 2**30
+        case "data":
+            piece.data = piece.data[:-1]
+        case "header":
+            piece.ClearField("header")
+    return piece
+
+
+@pytest.mark.parametrize("change", ["positions", "length", "no tokens", "dtype", "width", "data", "header"])
+def test_what_does_not_add_up_is_refused(change: str) -> None:
+    with pytest.raises(LinkError):
+        wire.BatchDecoder(WIDTH, torch.float32).add(broken(change))
+
+
+def test_a_batch_that_never_ends_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 10_000)
+    decoder = wire.BatchDecoder(WIDTH, torch.float32)
+    piece = broken("nothing")
+    piece.last = False
+    piece.data = bytes(4000)
+    decoder.add(piece)
+    piece.ClearField("header")
+    decoder.add(piece)
+    with pytest.raises(LinkError, match="larger"):
+        decoder.add(piece)
+
+
+def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{SOURCE}",
+        f"--python_out={tmp_path}",
+        "mdi/pipeline/wire.proto",
+    ]
+    subprocess.run(command, check=True, cwd=SOURCE)
+    made, kept = (path / "mdi/pipeline/wire_pb2.py" for path in (tmp_path, SOURCE))
+    descriptors = [
+        [line for line in path.read_text().splitlines() if "AddSerializedFile" in line] for path in (made, kept)
+    ]
+    assert descriptors[0] == descriptors[1], "run `make proto`"
