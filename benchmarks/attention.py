@@ -1,0 +1,36 @@
+"""Full attention in bfloat16 on this CPU: our blocks against torch's fused kernel, at the vision tower's shape.
+
+python -m benchmarks.attention
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from benchmarks.fullsize import in_turns
+from mdi.model.attention import attend_fully
+
+HEADS, HEAD_DIM = 16, 80
+
+
+def main() -> None:
+    print(f"{'patches':>8} {'fused ms':>9} {'here ms':>9} {'ratio':>6} {'error fused':>12} {'error here':>11}")
+    for patches in (64, 256, 1024, 2048, 5120):
+        queries, keys, values = torch.randn(3, HEADS, patches, HEAD_DIM).bfloat16()
+
+        def fused(q: torch.Tensor = queries, k: torch.Tensor = keys, v: torch.Tensor = values) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+
+        def ours(q: torch.Tensor = queries, k: torch.Tensor = keys, v: torch.Tensor = values) -> torch.Tensor:
+            return attend_fully(q, k, v)
+
+        theirs_s, ours_s = in_turns(fused, ours, runs=5 if patches < 2000 else 2)
+        exact = attend_fully(queries.float(), keys.float(), values.float())
+        errors = [float((out().float() - exact).norm() / exact.norm()) for out in (fused, ours)]
+        ratio = f"{theirs_s / ours_s:5.2f}x"
+        print(f"{patches:8} {theirs_s * 1e3:9.2f} {ours_s * 1e3:9.2f} {ratio} {errors[0]:12.4f} {errors[1]:11.4f}")
+
+
+if __name__ == "__main__":
+    main()

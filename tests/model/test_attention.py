@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mdi.model import attention
+from mdi.model.attention import CausalMasks, attend_fully
+
+
+@pytest.mark.parametrize("tokens", [4, 100, 257])
+@pytest.mark.parametrize("scores", [2**20, 2**12, 1])
+def test_attention_in_blocks_is_attention(tokens: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES", scores)
+    queries, keys, values = torch.randn(3, 6, tokens, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keys += 8  # a common part of all keys: softmax does not notice it, rounding would
+    exact = functional.scaled_dot_product_attention(queries.double(), keys.double(), values.double())
+    ours = attend_fully(queries, keys, values).view(tokens, 6, 16).transpose(0, 1).double()
+    assert (ours - exact).norm() < 0.02 * exact.norm()
+
+
+def test_causal_masks_are_windows_of_one_table() -> None:
+    masks = CausalMasks(8, 32, torch.float32, torch.device("cpu"))
+    for start in (0, 1, 7, 24):
+        for length in (1, 3, 8):
+            view = masks.view(start, length)
+            allowed = torch.arange(start + length) <= torch.arange(start, start + length)[:, None]
+            assert torch.equal(view == 0, allowed)
+            assert torch.isneginf(view[~allowed]).all()
+            assert view.untyped_storage().data_ptr() == masks.table.untyped_storage().data_ptr()
