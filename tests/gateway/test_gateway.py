@@ -168,7 +168,7 @@ def test_the_guides_routes_stream(server: Server) -> None:
 BAD_CHATS = [
     ({"messages": []}, 400, "messages"),
     ({"messages": "hello"}, 400, "messages"),
-    ({"messages": ["hello"]}, 400, "messages.0"),
+    ({"messages": ["hello"]}, 400, "messages[0]"),
     ({"messages": [{"role": "pilot", "content": "x"}]}, 400, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, 400, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].image_url"),

@@ -9,25 +9,37 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
-from mdi.engine import Engine
 from mdi.errors import ConfigError
 from mdi.gateway import generate, guard, openai
+from mdi.gateway.streaming import TextEngine
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """api_key: what requests must bring, but to /health; None lets everybody in. max_body_bytes: of one request."""
+    """How the server guards itself.
+
+    api_key: what requests must bring, but to /health; None lets everybody in.
+    max_body_bytes: largest body of one request.
+    request_timeout_s: longest answer, waiting in the queue included; None is for ever.
+    aliases: names the model answers to besides its own.
+    """
 
     api_key: str | None = None
     max_body_bytes: int = 64 * 2**20
+    request_timeout_s: float | None = 3600.0
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise ConfigError("the API key is empty: give one, or none at all")
 
 
-def create_app(engine: Engine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
+def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
     """The application, for any ASGI server."""
     app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
     guard.install(app, config.api_key, config.max_body_bytes)
-    app.include_router(generate.router(engine))
-    app.include_router(openai.router(engine))
+    app.include_router(generate.router(engine, config.request_timeout_s))
+    app.include_router(openai.router(engine, config.aliases, config.request_timeout_s))
 
     @app.get("/health")
     def health() -> JSONResponse:
@@ -39,7 +51,7 @@ def create_app(engine: Engine, config: GatewayConfig = GatewayConfig()) -> FastA
     return app
 
 
-def serve(engine: Engine, host: str, port: int, config: GatewayConfig = GatewayConfig()) -> None:
+def serve(engine: TextEngine, host: str, port: int, config: GatewayConfig = GatewayConfig()) -> None:
     """Serves until SIGINT or SIGTERM. Port 0 picks a free one. Raises ConfigError when the address cannot be bound."""
     with _bind(host, port) as bound:
         address, bound_port = bound.getsockname()[:2]
@@ -58,6 +70,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen()  # two sockets may bind the same port as long as neither listens
         bound.listen()  # from here on clients may come, and wait until the routes are up
     except OSError as error:
         bound.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
@@ -11,40 +12,43 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response
 
-from mdi.engine import Engine, Piece
+from mdi.engine import Piece
 from mdi.engine.prompt import Message
 from mdi.errors import InputError
+from mdi.gateway.guard import refusal
 from mdi.gateway.schemas import GenerateRequest, MultimodalRequest
-from mdi.gateway.streaming import events, whole
+from mdi.gateway.streaming import TextEngine, events, whole
 
 R = TypeVar("R", bound=BaseModel)
 UPLOAD_FIELDS = ("image", "images", "file", "files")
 MAX_UPLOADS = 64
+MESSAGE_FIELDS = {"role", "content"}
+PART_FIELDS = {"text": {"type", "text"}, "image": {"type", "image", "min_pixels", "max_pixels"}}
 
 
-def router(engine: Engine) -> APIRouter:
+def router(engine: TextEngine, timeout_s: float | None) -> APIRouter:
     routes = APIRouter()
+
+    async def answer(
+        request: Request, prompt: str | list[Message], body: GenerateRequest | MultimodalRequest
+    ) -> Response:
+        running = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
+        if body.stream:
+            return await events(request, running, timeout_s, _render)
+        completion = await whole(request, running, timeout_s)
+        return JSONResponse({"samples": [sample.text for sample in completion.samples]})
 
     @routes.post("/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
-        return await _answer(request, engine, body.prompt, body)
+        return await answer(request, body.prompt, body)
 
     @routes.post("/generate/multimodal")
     async def generate_multimodal(request: Request) -> Response:
         body = await _multimodal_body(request)
-        return await _answer(request, engine, body.messages, body)
+        _check_fields(body.messages)
+        return await answer(request, body.messages, body)
 
     return routes
-
-
-async def _answer(
-    request: Request, engine: Engine, prompt: str | list[Message], body: GenerateRequest | MultimodalRequest
-) -> Response:
-    stream = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
-    if body.stream:
-        return await events(request, stream, _render)
-    completion = await whole(request, stream)
-    return JSONResponse({"samples": [sample.text for sample in completion.samples]})
 
 
 async def _render(pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
@@ -55,17 +59,17 @@ async def _render(pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]
 async def _multimodal_body(request: Request) -> MultimodalRequest:
     """The request from JSON, or from a form with files."""
     kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
-        return _validated(MultimodalRequest, await _json(request))
-    async with request.form(max_files=MAX_UPLOADS) as form:
+    if not kind.lower().startswith("multipart/form-data"):
+        return _validated(MultimodalRequest, _json(await request.body(), "the body"))
+    async with request.form(max_files=MAX_UPLOADS, max_part_size=sys.maxsize) as form:  # the gate limits the whole
         return await _from_form(form)
 
 
-async def _json(request: Request) -> Any:
+def _json(text: str | bytes, name: str, field: str | None = None) -> Any:
     try:
-        return await request.json()
-    except ValueError:
-        raise InputError("the body is not valid JSON") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{name} is not valid JSON", field) from None
 
 
 async def _from_form(form: FormData) -> MultimodalRequest:
@@ -101,39 +105,58 @@ def _is_upload_field(field: str) -> bool:
 def _value(name: str, text: str) -> Any:
     if name in ("prompt", "stop") and not (name == "stop" and text.startswith("[")):
         return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise InputError(f"the form field {name} is not valid JSON", name) from None
+    return _json(text, f"the form field {name}", name)
 
 
 def _place_uploads(messages: Any, uploads: list[tuple[str | None, bytes]]) -> None:
-    """Puts uploads where image parts name them by file name, or lack an image, in order."""
-    by_name = dict(uploads)
-    unnamed = iter(uploads)
-    used = 0
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if not isinstance(part, dict) or part.get("type") != "image":
-                continue
-            if part.get("image") in by_name:
-                part["image"] = by_name[part["image"]]
-                used += 1
-            elif not part.get("image"):
-                upload = next(unnamed, None)
-                if upload is None:
-                    raise InputError("there are more image parts than uploaded files", "messages")
-                part["image"] = upload[1]
-                used += 1
-    if used < len(uploads):
-        raise InputError(f"{len(uploads)} files were uploaded, but the messages place {used}", "messages")
+    """An image part that names an uploaded file gets it; parts without an image take the other files in order."""
+    parts = [part for part in _parts(messages) if part.get("type") == "image"]
+    named = [part["image"] for part in parts if isinstance(part.get("image"), str)]
+    by_name = {name: content for name, content in uploads if name in named}
+    others = [content for name, content in uploads if name not in named]
+    if len(by_name) + len(others) < len(uploads):
+        raise InputError("an image part names a file, but several uploaded files have that name", "messages")
+    unplaced = iter(others)
+    for part in parts:
+        image = part.get("image")
+        if isinstance(image, str) and image in by_name:
+            part["image"] = by_name[image]
+        elif not image:
+            part["image"] = next(unplaced, None)
+            if part["image"] is None:
+                raise InputError("there are more image parts than uploaded files", "messages")
+    if left := len(list(unplaced)):
+        raise InputError(
+            f"{len(uploads)} files were uploaded, but the messages place {len(uploads) - left}", "messages"
+        )
+
+
+def _parts(messages: Any) -> list[dict[str, Any]]:
+    """All content parts of messages nobody has checked yet."""
+    listed = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in listed if isinstance(message, dict)]
+    return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+
+
+def _check_fields(messages: list[Message]) -> None:
+    """Refuses what messages and their parts must not have; what they lack is the engine's to tell."""
+    for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        _refuse_unknown(message, MESSAGE_FIELDS, field)
+        parts = message.get("content")
+        for number, part in enumerate(parts if isinstance(parts, list) else []):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind in PART_FIELDS:
+                _refuse_unknown(part, PART_FIELDS[kind], f"{field}.content[{number}]")
+
+
+def _refuse_unknown(given: dict[str, Any], known: set[str], field: str) -> None:
+    if unknown := sorted(given.keys() - known):
+        raise InputError(f"unknown field {field}.{unknown[0]}", f"{field}.{unknown[0]}")
 
 
 def _validated(kind: type[R], content: Any) -> R:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or None
-        raise InputError(f"{field or 'the body'}: {first['msg']}", field) from None
+        raise refusal(error.errors()) from None

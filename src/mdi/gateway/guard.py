@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mdi.errors import (
+    CheckpointError,
     ClosedError,
+    ConfigError,
     InputError,
     LinkError,
     MDIError,
@@ -32,8 +37,10 @@ STATUSES: tuple[tuple[type[MDIError], int], ...] = (  # the first that fits
     (ClosedError, 503),
     (MDIError, 500),
 )
+OURS_ALONE = (ConfigError, CheckpointError)  # their texts are for the operator: they name files
 OPEN_PATHS = ("/health",)
 RETRY_AFTER_S = 1
+CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -41,59 +48,88 @@ TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+NOT_AN_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
 
 
-def status_of(error: MDIError) -> int:
-    """The HTTP status that an error of ours answers with."""
-    return next(status for kind, status in STATUSES if isinstance(error, kind))
+@dataclass(frozen=True)
+class Answer:
+    """An error as HTTP: status and JSON body."""
+
+    status: int
+    body: dict[str, Any]
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 429 else None
+        return JSONResponse(self.body, self.status, headers)
 
 
-def error_body(path: str, status: int, message: str, field: str | None = None) -> dict[str, Any]:
+def answer_to(error: Exception, path: str) -> Answer:
+    """The one table from errors to answers. What is not the client's to know is logged under a number."""
+    if isinstance(error, TimeoutError):
+        return Answer(504, error_body(path, 504, str(error) or "the answer took too long"))
+    if not isinstance(error, MDIError) or isinstance(error, OURS_ALONE):
+        number = secrets.token_hex(4)
+        log.error("request %s to %s failed", number, path, exc_info=error)
+        return Answer(500, error_body(path, 500, f"internal error {number}; the server's log has the details"))
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
+    field = error.field if isinstance(error, InputError) else None
+    code = "model_not_found" if isinstance(error, ModelNotFoundError) else None
+    return Answer(status, error_body(path, status, str(error), field, code))
+
+
+def error_body(
+    path: str, status: int, message: str, field: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error as the route's clients expect it: OpenAI's shape under /v1, `detail` and `field` elsewhere."""
-    if path.startswith("/v1"):
+    if path.startswith("/v1/"):
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        return {"error": {"message": message, "type": kind, "param": field, "code": None}}
+        return {"error": {"message": message, "type": kind, "param": field, "code": code}}
     return {"detail": message, "field": field}
+
+
+def refusal(findings: Sequence[Any]) -> InputError:
+    """pydantic's findings: the first one, as a sentence that names the field as `messages[0].role`."""
+    first = findings[0]
+    field = ""
+    for part in first["loc"]:
+        if part != "body":
+            field += f"[{part}]" if isinstance(part, int) else f".{part}"
+    field = field.removeprefix(".")
+    if first["type"] == "json_invalid":
+        return InputError("the body is not valid JSON")
+    if first["type"] == "extra_forbidden":
+        return InputError(f"unknown field {field}", field)
+    if not field and first["type"] in NOT_AN_OBJECT:
+        return InputError("the body must be a JSON object, sent with Content-Type: application/json")
+    return InputError(f"{field or 'the body'}: {first['msg'].removeprefix('Value error, ')}", field or None)
 
 
 def install(app: FastAPI, api_key: str | None, max_body_bytes: int) -> None:
     """Adds the handlers and limits to an app."""
-    app.add_exception_handler(MDIError, _answer_error)
+    for kind in (MDIError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer_unexpected)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, MDIError)
-    status = status_of(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else None
-    field = error.field if isinstance(error, InputError) else None
-    return JSONResponse(error_body(request.url.path, status, str(error), field), status, headers)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return answer_to(error, request.url.path).response()
 
 
-async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    """pydantic's findings: the first one, as a sentence that names the field."""
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse(error_body(request.url.path, 400, "the body is not valid JSON"), 400)
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    message = f"{field or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
-    return JSONResponse(error_body(request.url.path, 400, message, field), 400)
+    return await _answer_error(request, refusal(error.errors()))
 
 
-async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse(error_body(request.url.path, error.status_code, error.detail), error.status_code, error.headers)
 
 
-async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
-    number = secrets.token_hex(4)
-    log.error("request %s to %s failed", number, request.url.path, exc_info=error)
-    message = f"internal error {number}; the server's log has the details"
-    return JSONResponse(error_body(request.url.path, 500, message), 500)
+async def _answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return Response(status_code=CLIENT_GONE)
 
 
 class Gate:
@@ -113,15 +149,17 @@ class Gate:
         elif not self._allowed(scope):
             message = "this server wants its API key: send Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer"}
-            await JSONResponse(error_body(scope["path"], 401, message), 401, headers)(scope, receive, send)
+            await JSONResponse(error_body(scope["path"], 401, message, code="invalid_api_key"), 401, headers)(
+                scope, receive, send
+            )
         else:
             await self._limited(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         if self._api_key is None or scope["path"] in OPEN_PATHS:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, b"Bearer " + self._api_key.encode())
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return secrets.compare_digest(given.strip(), self._api_key.encode()) and scheme.lower() == b"bearer"
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
         left = self._max_body_bytes

@@ -4,86 +4,92 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from mdi.engine import Engine, Piece, Sample, Usage
+from mdi.engine import Piece, Sample, Usage
 from mdi.engine.prompt import Message
 from mdi.errors import InputError, MediaError, ModelNotFoundError
 from mdi.gateway.schemas import ChatRequest, CompletionRequest
-from mdi.gateway.streaming import events, whole
+from mdi.gateway.streaming import Running, TextEngine, events, whole
+from mdi.params import SamplingParams
 
-ROLES = {"developer": "system"}  # OpenAI's newer name
+IGNORED_IN_MESSAGES = {"name", "refusal", "annotations"}
+UNSUPPORTED_IN_MESSAGES = {"tool_calls", "tool_call_id", "function_call", "audio"}
 
 
-def router(engine: Engine) -> APIRouter:
+def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) -> APIRouter:
     routes = APIRouter(prefix="/v1")
-    model = {"id": engine.model_name, "object": "model", "created": int(time.time()), "owned_by": "mdi"}
+    names = (engine.model_name, *aliases)
+    started = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "mdi"}
+
+    def check_model(name: str) -> None:
+        if name not in names:
+            served = " or ".join(map(repr, names))
+            raise ModelNotFoundError(f"the model {name!r} is not served here: ask for {served}", "model")
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list(map(described, names))}
 
     @routes.get("/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        _check_model(engine, name)
-        return model
+        check_model(name)
+        return described(name)
 
     @routes.post("/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        _check_model(engine, body.model)
+        check_model(body.model)
+        params = body.params()
         messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
-        stream = engine.submit(messages, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
+        running = engine.submit(messages, params, min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         envelope = _Envelope.new(engine, "chatcmpl")
         if body.stream:
-            usage = (lambda: stream.usage) if body.wants_usage else None
+            usage = (lambda: running.usage) if body.wants_usage else None
             kind, choices = "chat.completion.chunk", _chat_chunks()
-            return await events(request, stream, lambda pieces: envelope.chunks(kind, pieces, choices, usage))
-        done = await whole(request, stream)
-        return JSONResponse(
-            envelope.wrap("chat.completion", list(starmap(_chat_choice, enumerate(done.samples))), done.usage)
-        )
+            render = envelope.renderer(kind, choices, usage)
+            return await events(request, running, timeout_s, render)
+        done = await whole(request, running, timeout_s)
+        choices_made = starmap(_chat_choice, enumerate(done.samples))
+        return JSONResponse(envelope.wrap("chat.completion", choices_made, done.usage))
 
     @routes.post("/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        _check_model(engine, body.model)
-        if not isinstance(body.prompt, str):
-            if len(body.prompt) != 1:
-                raise InputError("send one prompt a request", "prompt")
-            body.prompt = body.prompt[0]
-        stream = engine.submit(body.prompt, body.params())
+        check_model(body.model)
+        running = _submit_all(engine, body.prompt, body.params())
         envelope = _Envelope.new(engine, "cmpl")
         if body.stream:
-            usage = (lambda: stream.usage) if body.wants_usage else None
-            return await events(
-                request,
-                stream,
-                lambda pieces: envelope.chunks("text_completion", pieces, _text_chunks, usage),
-            )
-        done = await whole(request, stream)
-        return JSONResponse(
-            envelope.wrap("text_completion", list(starmap(_text_choice, enumerate(done.samples))), done.usage)
-        )
+            usage = (lambda: running.usage) if body.wants_usage else None
+            render = envelope.renderer("text_completion", _text_chunks, usage)
+            return await events(request, running, timeout_s, render)
+        done = await whole(request, running, timeout_s)
+        choices = starmap(_text_choice, enumerate(done.samples))
+        return JSONResponse(envelope.wrap("text_completion", choices, done.usage))
 
     return routes
 
 
-def _check_model(engine: Engine, name: str) -> None:
-    if name != engine.model_name:
-        raise ModelNotFoundError(f"the model {name!r} is not served here; {engine.model_name!r} is", "model")
-
-
-def _message(message: Any, field: str) -> Message:
+def _message(message: Message, field: str) -> Message:
     """OpenAI's message as the engine takes it; what is malformed is left for the engine to refuse."""
-    if not isinstance(message.get("content"), list):
-        return {**message, "role": ROLES.get(message.get("role", ""), message.get("role"))}
-    parts = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(message["content"])]
-    return {**message, "role": ROLES.get(message.get("role", ""), message.get("role")), "content": parts}
+    for key in message.keys() - {"role", "content"} - IGNORED_IN_MESSAGES:
+        if key not in UNSUPPORTED_IN_MESSAGES:
+            raise InputError(f"unknown field {field}.{key}", f"{field}.{key}")
+        if message[key]:
+            raise InputError(f"{field}.{key} is not supported", f"{field}.{key}")
+    known: Message = {key: message[key] for key in ("role", "content") if key in message}
+    if known.get("role") == "developer":  # OpenAI's newer name
+        known["role"] = "system"
+    if isinstance(content := known.get("content"), list):
+        known["content"] = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
+    return known
 
 
 def _part(part: Any, field: str) -> Any:
@@ -91,10 +97,44 @@ def _part(part: Any, field: str) -> Any:
     if kind == "image_url":
         source = part.get("image_url")
         url = source.get("url") if isinstance(source, dict) else source
-        if not isinstance(url, str):
+        if not isinstance(url, str) or not url:
             raise MediaError(f"{field}.image_url must have a url", f"{field}.image_url")
         return {"type": "image", "image": url}
     return {"type": "video"} if kind == "video_url" else part
+
+
+def _submit_all(engine: TextEngine, prompts: Sequence[str], params: SamplingParams) -> Running:
+    """One request a prompt, all at once; if one is refused, none runs."""
+    joined = _Joined([], params.n)
+    try:
+        for prompt in prompts:
+            joined.parts.append(engine.submit(prompt, params))
+    except BaseException:
+        joined.cancel()
+        raise
+    return joined
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Several running requests of `n` samples each as one: their pieces one request after the other, numbered on."""
+
+    parts: list[Running]
+    n: int
+
+    @property
+    def usage(self) -> Usage:
+        each = [part.usage for part in self.parts]
+        return Usage(sum(usage.prompt_tokens for usage in each), sum(usage.completion_tokens for usage in each))
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        for number, part in enumerate(self.parts):
+            async for piece in part:
+                yield replace(piece, index=number * self.n + piece.index)
+
+    def cancel(self) -> None:
+        for part in self.parts:
+            part.cancel()
 
 
 @dataclass(frozen=True)
@@ -106,32 +146,32 @@ class _Envelope:
     created: int
 
     @classmethod
-    def new(cls, engine: Engine, prefix: str) -> _Envelope:
+    def new(cls, engine: TextEngine, prefix: str) -> _Envelope:
         return cls(engine.model_name, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 
-    def wrap(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+    def wrap(self, kind: str, choices: Iterable[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         body = {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "choices": choices,
+            "choices": list(choices),
         }
         return body | {"usage": _usage(usage)} if usage else body
 
-    async def chunks(
-        self,
-        kind: str,
-        pieces: AsyncIterator[Piece],
-        choices: Callable[[Piece], list[dict[str, Any]]],
-        usage: Callable[[], Usage] | None,
-    ) -> AsyncIterator[dict[str, Any]]:
-        """One chunk per choice of every piece, and the usage at the end if it is asked for."""
-        async for piece in pieces:
-            for choice in choices(piece):
-                yield self.wrap(kind, [choice])
-        if usage:
-            yield self.wrap(kind, [], usage())
+    def renderer(
+        self, kind: str, choices: Callable[[Piece], list[dict[str, Any]]], usage: Callable[[], Usage] | None
+    ) -> Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]]:
+        """What turns pieces into chunks: one per choice of every piece, and the usage at the end if it is asked for."""
+
+        async def chunks(pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+            async for piece in pieces:
+                for choice in choices(piece):
+                    yield self.wrap(kind, [choice])
+            if usage:
+                yield self.wrap(kind, [], usage())
+
+        return chunks
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -20,7 +22,7 @@ def _encodable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while left:
         match left.pop():
             case dict() as fields:
-                left += fields.values()
+                left += [*fields.keys(), *fields.values()]
             case list() as items:
                 left += items
             case str() as text if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
@@ -86,7 +88,9 @@ class _Sampling(BaseModel):
     max_pixels: Count | None = None
     stream: bool | None = None
 
-    def _params(self, *, max_tokens: int | None, n: int | None, **names: str) -> SamplingParams:
+    def _params(
+        self, *, max_tokens: int | None, n: int | None, names: Mapping[str, str] = MappingProxyType({})
+    ) -> SamplingParams:
         """names: what the request calls a setting, where that is not our name."""
         try:
             return SamplingParams(
@@ -100,7 +104,7 @@ class _Sampling(BaseModel):
                 n=1 if n is None else n,
             )
         except InputError as error:
-            if error.field not in names:
+            if error.field is None or error.field not in names:
                 raise
             name = names[error.field]
             raise InputError(str(error).replace(error.field, name, 1), name) from None
@@ -113,7 +117,7 @@ class _Generate(_Sampling):
     n_samples: Count = 1
 
     def params(self) -> SamplingParams:
-        return self._params(max_tokens=self.max_tokens, n=self.n_samples, n_="", **{"n": "n_samples"})
+        return self._params(max_tokens=self.max_tokens, n=self.n_samples, names={"n": "n_samples"})
 
 
 class GenerateRequest(_Generate):
@@ -168,7 +172,8 @@ class ChatRequest(_OpenAI):
         self._check_extras()
         if self.max_completion_tokens is None:
             return self._params(max_tokens=self.max_tokens, n=self.n)
-        return self._params(max_tokens=self.max_completion_tokens, n=self.n, max_tokens_="max_completion_tokens")
+        names = {"max_tokens": "max_completion_tokens"}
+        return self._params(max_tokens=self.max_completion_tokens, n=self.n, names=names)
 
 
 class CompletionRequest(_OpenAI):
