@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 from mdi import Engine, SamplingParams
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import Source
+from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
 from mdi.engine import Completion
 from mdi.errors import (
     CheckpointError,
@@ -242,11 +246,6 @@ def test_a_killed_node_fails_its_requests_with_its_name_and_the_engine_says_so(t
 
 @pytest.mark.usefixtures("no_process_left")
 def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from mdi.checkpoint.prepare import prepare
-    from mdi.checkpoint.source import Source
-
     path = tmp_path / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
     chunk = prepare(Source.open(path), 2) / "model_finisher.safetensors"
@@ -259,8 +258,6 @@ def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, 
 
 @pytest.mark.usefixtures("no_process_left")
 def test_chunks_of_another_dtype_or_plan_are_refused_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
     path = tmp_path / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
     Engine(path, n_nodes=2, layers=(4, 2)).close()
@@ -284,3 +281,23 @@ def test_chunks_of_another_dtype_or_plan_are_refused_not_replaced(tiny_checkpoin
 def test_impossible_options_are_refused(tiny_checkpoint: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, CheckpointError, InputError), match=message):
         Engine(tiny_checkpoint, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_answers_over_nodes_as_on_one(dtype: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    answers = []
+    for n_nodes in (1, 2):
+        with Engine(path, n_nodes=n_nodes, dtype=dtype) as engine:
+            assert {node.dtype for node in engine.nodes()} == {dtype}
+            answers.append(engine.chat("Hello", GREEDY).token_ids)
+    assert answers[0] == answers[1]
+
+
+def test_a_text_model_answers_text_and_refuses_images(tmp_path: Path, photograph: bytes) -> None:
+    path = write_random_checkpoint(tmp_path / "text", tiny_text_config())
+    with Engine(path, n_nodes=2) as engine:
+        assert engine.chat("Hello", GREEDY).token_ids
+        with pytest.raises(InputError, match="text only"):
+            engine.submit(about(photograph))
