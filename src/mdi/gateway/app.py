@@ -71,7 +71,6 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen()  # two sockets may bind the same port as long as neither listens
-        bound.listen()  # from here on clients may come, and wait until the routes are up
     except OSError as error:
         bound.close()
         raise ConfigError(
