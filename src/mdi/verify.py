@@ -22,8 +22,9 @@ from mdi.engine.prompt import Message, Prompt, PromptBuilder
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, decode_image, fetch
 from mdi.model.batch import Batch, Draw, Slice, Visual
-from mdi.pipeline.stage import MAX_CHUNK, Stage
+from mdi.pipeline.stage import Stage
 
+CHUNK = 512
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
@@ -98,8 +99,8 @@ def _through_stages(
     ]
     hidden = stages[0].embed(torch.tensor(prompt.token_ids), _encode_media(stages[0], prompt))
     logits = []
-    for start in range(0, length, MAX_CHUNK):
-        end = min(start + MAX_CHUNK, length)
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
         batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end])
         logits.append(_last_logits(stages, batch, hidden[start:end]).float())
     answer = [int(logits[-1][-1].argmax())]

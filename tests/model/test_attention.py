@@ -20,7 +20,7 @@ def test_attention_in_blocks_is_attention(tokens: int, scores: int, monkeypatch:
 
 
 def test_causal_masks_are_windows_of_one_table() -> None:
-    masks = CausalMasks(8, 32, torch.float32, torch.device("cpu"))
+    masks = CausalMasks(32, torch.float32, torch.device("cpu"))
     for start in (0, 1, 7, 24):
         for length in (1, 3, 8):
             view = masks.view(start, length)

@@ -26,12 +26,12 @@ from mdi.media import MediaPolicy, PatchSpec
 from mdi.params import SamplingParams
 from mdi.pipeline.grpc_link import LoadProgress
 from mdi.pipeline.link import NodeStatus
-from mdi.pipeline.stage import MAX_CHUNK
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 MEDIA_THREADS = 2
+TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
 
 class Engine:
@@ -92,7 +92,7 @@ class Engine:
             self._loop = StepLoop(
                 self._cluster.stage,
                 self._cluster.connect if n_nodes > 1 else None,
-                Scheduler(n_slots=max_sequences, token_budget=MAX_CHUNK, max_in_flight=n_nodes),
+                Scheduler(n_slots=max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=n_nodes),
                 tokenizer.backend,
                 end_ids(path, source.config),
                 self.sequence_length,

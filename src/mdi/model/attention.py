@@ -15,9 +15,13 @@ SCORES = 2**20
 """Attention scores worked on at once: what stays in a CPU's cache."""
 
 
+PART_ROWS = 128
+"""Rows of a prefill chunk that attend together, to no key behind their last: 0.75 of the time of 512 at once."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """One slice's place in the packed rows and in its slot; `mask` where a chunk attends to what came before it."""
+    """Some rows of one slice, in the batch and in their slot; `mask` where they attend to what came before them."""
 
     rows: slice
     slot: int
@@ -26,15 +30,16 @@ class Part:
 
 
 class CausalMasks:
-    """Masks for prefill chunks that start behind position 0, as views of one table made once.
+    """Masks for parts that start behind position 0, as views of one table made once.
 
-    A chunk of q tokens from position s sees key j in row i where j <= s + i. In a table with 0 where
+    A part of q rows from position s sees key j in row i where j <= s + i. In a table with 0 where
     column <= width + i, and -inf elsewhere, that mask is the window of columns [width - s, width + q).
     """
 
-    def __init__(self, max_chunk: int, sequence_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, sequence_length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = sequence_length
-        future = torch.full((max_chunk, sequence_length + max_chunk), float("-inf"), dtype=dtype, device=device)
+        shape = (PART_ROWS, sequence_length + PART_ROWS)
+        future = torch.full(shape, float("-inf"), dtype=dtype, device=device)
         self.table = future.triu_(sequence_length + 1)
 
     def view(self, start: int, length: int) -> Tensor:
@@ -55,11 +60,13 @@ class Layout:
         parts, first = list[Part](), 0
         slots, cache_rows = list[int](), list[int]()
         for part in slices:
-            mask = masks.view(part.start, part.length) if part.length > 1 and part.start > 0 else None
-            parts.append(Part(slice(first, first + part.length), part.slot, part.end, mask))
+            for start in range(part.start, part.end, PART_ROWS):
+                length = min(PART_ROWS, part.end - start)
+                mask = masks.view(start, length) if length > 1 and start > 0 else None
+                parts.append(Part(slice(first, first + length), part.slot, start + length, mask))
+                first += length
             slots += [part.slot] * part.length
             cache_rows += range(part.start, part.end)
-            first += part.length
         return cls(tuple(parts), torch.tensor(slots, device=device), torch.tensor(cache_rows, device=device))
 
 

@@ -14,9 +14,6 @@ from mdi.model.kv_cache import KVCache
 from mdi.model.rope import DecoderRope, Grid
 from mdi.model.sampler import sample
 
-MAX_CHUNK = 512
-"""Most tokens one slice may bring to a batch: what the causal masks are made for."""
-
 
 class Stage:
     """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time."""
@@ -30,7 +27,7 @@ class Stage:
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope_theta, config.mrope_section, dtype, device)
         self._cache = KVCache(config, len(loaded.spec.layers), n_slots, sequence_length, dtype, device)
-        self._masks = CausalMasks(min(MAX_CHUNK, sequence_length), sequence_length, dtype, device)
+        self._masks = CausalMasks(sequence_length, dtype, device)
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
         """Token embeddings with the media's own in place of their placeholders.
