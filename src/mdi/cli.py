@@ -137,29 +137,32 @@ def serve(
     hf_token: HfToken = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
-    from mdi.gateway.app import GatewayConfig
+    if (model is None) == (ckpt is None):
+        raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
+    from mdi.gateway.app import GatewayConfig, bind
     from mdi.gateway.app import serve as serve_http
     from mdi.media import MediaPolicy
 
-    if (model is None) == (ckpt is None):
-        raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    engine = _engine(
-        model or ckpt or "",
-        n_nodes=n_nodes,
-        layers=_parse_layers(layers),
-        dtype=dtype,
-        device=device,
-        sequence_length=sequence_length,
-        max_sequences=max_sequences,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        media=MediaPolicy(media_dir=media_dir),
-        ckpt_folder=ckpt_folder,
-        hf_token=hf_token,
-    )
-    with engine:
+    config = GatewayConfig(api_key=api_key)
+    with (
+        bind(host, port) as bound,
+        _engine(
+            model or ckpt or "",
+            n_nodes=n_nodes,
+            layers=_parse_layers(layers),
+            dtype=dtype,
+            device=device,
+            sequence_length=sequence_length,
+            max_sequences=max_sequences,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            media=MediaPolicy(media_dir=media_dir),
+            ckpt_folder=ckpt_folder,
+            hf_token=hf_token,
+        ) as engine,
+    ):
         _print_nodes(engine)
-        serve_http(engine, host, port, GatewayConfig(api_key=api_key))
+        serve_http(engine, bound, config)
 
 
 @app.command()

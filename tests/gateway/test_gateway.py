@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from mdi import Engine
-from mdi.gateway.app import GatewayConfig, create_app, serve
+from mdi.gateway.app import GatewayConfig, bind, create_app
 from mdi.media import MediaPolicy
 
 KEY = "secret-key"
@@ -307,4 +307,4 @@ def test_a_port_in_use_is_named(server: Server) -> None:
 
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"{port}.*--port"):
-        serve(server.engine, "127.0.0.1", port)
+        bind("127.0.0.1", port)

@@ -88,7 +88,7 @@ class PromptBuilder:
         """
         if isinstance(prompt, str) and not self._tokenizer.has_chat_template:
             return self._assemble(self._tokenizer.encode(prompt), [])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         token_ids = self._tokenizer.encode_chat(messages)
         self._check_length(len(token_ids))
         images = _parts_with(messages, "image")

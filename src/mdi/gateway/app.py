@@ -13,6 +13,8 @@ from mdi.errors import ConfigError
 from mdi.gateway import generate, guard, openai
 from mdi.gateway.streaming import TextEngine
 
+DRAIN_S = 30
+
 
 @dataclass(frozen=True)
 class GatewayConfig:
@@ -51,17 +53,20 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     return app
 
 
-def serve(engine: TextEngine, host: str, port: int, config: GatewayConfig = GatewayConfig()) -> None:
-    """Serves until SIGINT or SIGTERM. Port 0 picks a free one. Raises ConfigError when the address cannot be bound."""
-    with _bind(host, port) as bound:
-        address, bound_port = bound.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        print(f"serving {engine.model_name} at http://{shown}:{bound_port}", flush=True)  # noqa: T201
-        server = uvicorn.Server(uvicorn.Config(create_app(engine, config), log_level="warning"))
-        server.run(sockets=[bound])
+def serve(engine: TextEngine, bound: socket.socket, config: GatewayConfig = GatewayConfig()) -> None:
+    """Serves on a bound socket until SIGINT or SIGTERM; running requests then have DRAIN_S to end."""
+    address, port = bound.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    print(f"serving {engine.model_name} at http://{shown}:{port}", flush=True)  # noqa: T201
+    app = create_app(engine, config)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_S)).run(sockets=[bound])
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the address, before a model is loaded for it; who connects early waits. Port 0 picks a free one.
+
+    Raises ConfigError when it cannot be had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
