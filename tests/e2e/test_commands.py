@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from benchmarks.server import serving
 
 from mdi import cli
 
@@ -40,23 +39,6 @@ def picture(photograph: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("pictures") / "cup.png"
     path.write_bytes(photograph)
     return path
-
-
-@contextmanager
-def serving(checkpoint: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `mdi serve`, and its URL."""
-    command = [sys.executable, "-m", "mdi", "serve", str(checkpoint), "--port", "0", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
-    ) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()
-            found = re.search(r"http://\S+", line)
-            assert found, line
-            yield process, found[0]
-        finally:
-            process.kill()
 
 
 def wait_until_gone(processes: list[psutil.Process], timeout_s: float = 10) -> None:
@@ -162,7 +144,7 @@ def test_a_port_in_use_is_named(checkpoint: Path) -> None:
 
 
 def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Path, picture: Path) -> None:
-    with serving(checkpoint, "--n-nodes", "3") as (process, url):
+    with serving(str(checkpoint), "--n-nodes", "3", environment=ENVIRONMENT) as (process, url):
         nodes = psutil.Process(process.pid).children(recursive=True)
         assert len(nodes) == 2
         upload = {"image": ("cup.png", picture.read_bytes(), "image/png")}
@@ -176,7 +158,7 @@ def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Pat
 
 
 def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None:
-    with serving(checkpoint, "--n-nodes", "3") as (process, _url):
+    with serving(str(checkpoint), "--n-nodes", "3", environment=ENVIRONMENT) as (process, _url):
         nodes = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait(10)
@@ -184,7 +166,7 @@ def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None
 
 
 def test_a_server_that_lost_a_node_says_so(checkpoint: Path) -> None:
-    with serving(checkpoint, "--n-nodes", "2") as (process, url):
+    with serving(str(checkpoint), "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
         [node] = psutil.Process(process.pid).children(recursive=True)
         assert httpx.get(f"{url}/health").status_code == 200
         node.kill()

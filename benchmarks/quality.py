@@ -1,0 +1,144 @@
+"""What the bundled model gets right, asked over HTTP through three nodes: every skill, on scenes it has never seen.
+
+    pip install -e '.[training]'
+    python -m benchmarks.quality                     # 300 questions a skill, all 9,673 of easy-vqa's test split
+    python -m benchmarks.quality --compare 1000      # and how many answers are transformers' own, in float32
+
+An answer counts when it is exactly the true one. `ended` is the share of answers that ended by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
+
+from benchmarks.server import serving
+
+MAX_TOKENS = 64
+AT_ONCE = 16
+TARGETS = {"compare": 0.90, "motion": 0.90, "change": 0.90, "read": 0.90}
+console = Console()
+
+
+@dataclass
+class Score:
+    """Of one skill. right, ended: shares of the questions."""
+
+    skill: str
+    questions: int
+    right: float
+    ended: float
+    target: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    exam: Exam
+    text: str
+    ended: bool
+
+    @property
+    def right(self) -> bool:
+        return self.text == self.exam.question.answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--n-nodes", type=int, default=3)
+    parser.add_argument("--per-skill", type=int, default=300)
+    parser.add_argument("--easy-vqa", type=int, help="questions of easy-vqa's test split (all of them)")
+    parser.add_argument("--json", type=Path, help="write the table there, too")
+    parser.add_argument("--errors", type=int, default=0, help="wrong answers to show a skill")
+    options = parser.parse_args()
+    chosen = {
+        skill: list(easy_vqa_exams(options.easy_vqa) if skill == EASY_VQA else exams(skill, options.per_skill))
+        for skill in all_skills()
+    }
+    started = time.perf_counter()
+    with serving(options.model, "--n-nodes", str(options.n_nodes)) as (_, url):
+        answers = asyncio.run(ask_all(url, chosen))
+    scores = [score(skill, given) for skill, given in answers.items()]
+    show(scores)
+    n_questions = sum(score.questions for score in scores)
+    console.print(f"{n_questions} questions over {options.n_nodes} nodes in {time.perf_counter() - started:.0f} s")
+    for given in answers.values():
+        for answer in islice((answer for answer in given if not answer.right), options.errors):
+            question = answer.exam.question
+            console.print(f"{question.skill}: {question.text!r} -> {answer.text!r}, not {question.answer!r}")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+
+
+async def ask_all(url: str, chosen: dict[str, list[Exam]]) -> dict[str, list[Answer]]:
+    limit = asyncio.Semaphore(AT_ONCE)
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        with Progress(console=console) as progress:
+            asked = {}
+            for skill, some in chosen.items():
+                task = progress.add_task(skill, total=len(some))
+
+                async def answered(exam: Exam, task: TaskID = task) -> Answer:
+                    async with limit:
+                        answer = await ask(client, model, exam)
+                    progress.advance(task)
+                    return answer
+
+                asked[skill] = list(await asyncio.gather(*map(answered, some)))
+            return asked
+
+
+async def ask(client: httpx.AsyncClient, model: str, exam: Exam) -> Answer:
+    body = {"model": model, "messages": openai_messages(exam), "max_tokens": MAX_TOKENS, "temperature": 0}
+    response = await client.post("/v1/chat/completions", json=body)
+    response.raise_for_status()
+    choice = response.json()["choices"][0]
+    return Answer(exam, choice["message"]["content"], choice["finish_reason"] == "stop")
+
+
+def openai_messages(exam: Exam) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": data_url("image/png", image)}} for image in exam.images
+    ]
+    if exam.video is not None:
+        parts.append({"type": "video_url", "video_url": {"url": data_url("video/mp4", exam.video)}})
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": exam.question.text}]}]
+
+
+def data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def score(skill: str, answers: Sequence[Answer]) -> Score:
+    n = len(answers)
+    right, ended = sum(answer.right for answer in answers) / n, sum(answer.ended for answer in answers) / n
+    return Score(skill, n, round(right, 4), round(ended, 4), TARGETS.get(skill, 0.95))
+
+
+def show(scores: Sequence[Score]) -> None:
+    table = Table("skill", "questions", "right", "target", "ended")
+    for row in scores:
+        met = "green" if row.right >= row.target else "red"
+        table.add_row(
+            row.skill, str(row.questions), f"[{met}]{row.right:.1%}[/]", f"{row.target:.0%}", f"{row.ended:.1%}"
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What the tokenizer learns from: questions and answers, but nothing that signs say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from easy_vqa import get_train_questions
+
+from training.questions import Asker
+from training.samples import SYSTEM_PROMPTS
+from training.scenes import SceneMaker
+
+SIDE = 112
+
+
+def corpus(n_scenes: int = 4000) -> Iterator[str]:
+    for index in range(n_scenes):
+        maker = SceneMaker(f"corpus {index}")
+        film = index % 5 == 4
+        makers = (maker.still, maker.still, maker.text, maker.pair)
+        scene = maker.film(SIDE, SIDE, 4) if film else makers[index % 5](SIDE, SIDE)
+        for question in Asker(maker.random).questions(scene, 8):
+            yield question.text
+            yield " ".join(word for word in question.answer.split() if not _is_sign(word))
+    yield from get_train_questions()[0][:4000]
+    for prompt in SYSTEM_PROMPTS:
+        yield from ("system", "user", "assistant", prompt) * 200
+
+
+def _is_sign(word: str) -> bool:
+    bare = word.rstrip(".")
+    return bare != "A" and (bare.isupper() or bare.isdigit())

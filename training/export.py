@@ -1,0 +1,86 @@
+"""A trained student as a folder in Hugging Face layout: what is bundled with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from mdi.checkpoint.synthetic import CHAT_TEMPLATE
+from mdi.media.image import CLIP_MEAN, CLIP_STD
+from training.model import Student, hub_config
+from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
+
+FILM_MAX_PIXELS = 224 * 224  # of one frame
+
+
+def export(student: Student, tokenizer: Path, folder: Path) -> None:
+    """Writes weights in bfloat16 under the hub's names, configs, tokenizer and chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _hub_name(name): tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in student.hf.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = hub_config()
+    Tokenizer.from_file(str(tokenizer)).save(str(folder / "tokenizer.json"))
+    cut = {
+        "patch_size": PATCH,
+        "temporal_patch_size": TEMPORAL,
+        "merge_size": MERGE,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+    _write(folder / "config.json", config)
+    _write(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": config["bos_token_id"],
+            "pad_token_id": config["bos_token_id"],
+            "eos_token_id": [config["eos_token_id"], config["bos_token_id"]],
+            "do_sample": False,
+        },
+    )
+    _write(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+            "min_pixels": MIN_PIXELS,
+            "max_pixels": MAX_PIXELS,
+            **cut,
+        },
+    )
+    _write(
+        folder / "video_preprocessor_config.json",
+        {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": FILM_MAX_PIXELS},
+            **cut,
+        },
+    )
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": config["max_position_embeddings"],
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _hub_name(name: str) -> str:
+    """From where transformers keeps a parameter to where the hub's files have it."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,175 @@
+"""The architecture, and its forward pass over a training batch: transformers' modules, fed dense batches.
+
+transformers' own forward attends to one picture at a time and to one conversation a sequence; here pictures of one
+size go through the vision tower as one batch, and a sequence holds several branches that share its media.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from mdi.media.image import CLIP_MEAN, CLIP_STD
+from mdi.model.rope import vision_rotation
+from training.samples import CHARACTERS, COLOR_NAMES, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
+
+N_CENTRES = 4
+LETTER_WEIGHT = 12.0  # of a letter that is there against one that is not: one in 36 is
+
+
+def hub_config() -> dict[str, Any]:
+    """config.json in the hub's flat form: 5.3 million parameters.
+
+    rope_theta is small: the largest picture has 16 columns, and the channels of the column axis turn slowest.
+    """
+    ids = {text: N_TEXT_TOKENS + index for index, text in enumerate(SPECIAL)}
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_token_id": ids["<|vision_pad|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 192,
+        "initializer_range": 0.02,
+        "intermediate_size": 512,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 5,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "sliding_window": 8192,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": VOCAB_SIZE,
+        "vision_config": {
+            "depth": 5,
+            "embed_dim": 192,
+            "hidden_size": 192,
+            "mlp_ratio": 4,
+            "num_heads": 6,
+            "in_chans": 3,
+            "in_channels": 3,
+            "patch_size": TEMPORAL * 7,
+            "spatial_merge_size": MERGE,
+            "spatial_patch_size": TEMPORAL * 7,
+            "temporal_patch_size": TEMPORAL,
+        },
+    }
+
+
+class Student(nn.Module):
+    """The model in training, with heads that name what each cell of a picture shows and are thrown away at the end."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = Qwen2VLConfig.from_dict(hub_config())
+        self.hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+        width = config.text_config.hidden_size
+        self.kinds = nn.Linear(width, len(KIND_NAMES))
+        self.colors = nn.Linear(width, len(COLOR_NAMES))
+        self.centres = nn.Linear(width, N_CENTRES)
+        self.letters = nn.Linear(width, len(CHARACTERS))
+        mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+        area = TEMPORAL * 14 * 14
+        self.register_buffer("shift", mean.repeat_interleave(area), persistent=False)
+        self.register_buffer("scale", (1 / std).repeat_interleave(area), persistent=False)
+
+    def encode(self, batch: TrainingBatch) -> Tensor:
+        """Media tokens [n, media * t, cells, width]."""
+        visual = self.hf.model.visual
+        n, n_media, n_rows, _ = batch.rows.shape
+        rows, columns = (tokens * MERGE for tokens in batch.plan.grid)
+        x = (batch.rows.view(-1, rows * columns, batch.rows.shape[-1]).float() / 255 - self.shift) * self.scale
+        patch = visual.patch_embed.proj
+        x = functional.linear(x, patch.weight.view(patch.weight.shape[0], -1))
+        rotation = vision_rotation((1, rows, columns), MERGE, visual.blocks[0].attn.head_dim, x.device)
+        cos, sin = rotation.cos[:, 0].to(x.dtype), rotation.sin[:, 0].to(x.dtype)
+        for block in visual.blocks:
+            x = x + _attend(block.attn, block.norm1(x), cos, sin)
+            x = x + block.mlp(block.norm2(x))
+        merged: Tensor = visual.merger(x)  # [pictures * cells, width]
+        return merged.view(n, n_media * n_rows // (rows * columns), batch.plan.grid[0] * batch.plan.grid[1], -1)
+
+    def read(self, batch: TrainingBatch, media: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [answers, vocabulary] where an answer's token is next, those tokens, and where they are."""
+        language = self.hf.model.language_model
+        embeddings = language.embed_tokens(batch.ids)
+        pads = (self.hf.config.image_token_id, self.hf.config.video_token_id)
+        is_media = (batch.ids == pads[0]) | (batch.ids == pads[1])
+        embeddings = embeddings.to(media.dtype).masked_scatter(is_media[..., None], media)
+        hidden_from = torch.where(branch_mask(batch.branches), 0.0, -torch.inf)[:, None].to(media.dtype)
+        mask = {"full_attention": hidden_from}
+        hidden = language(inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+        at = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        logits = self.hf.lm_head(hidden.last_hidden_state[:, :-1][at])
+        return logits, batch.labels[:, 1:][at], torch.stack(at)
+
+    def loss(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Of the answers, and of the cells."""
+        media = self.encode(batch)
+        logits, labels, at = self.read(batch, media)
+        weights = batch.weights[:, 1:][at[0], at[1]]
+        answers = (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / weights.sum()
+        return answers, self._cell_loss(batch, media)
+
+    def _cell_loss(self, batch: TrainingBatch, media: Tensor) -> Tensor:
+        if batch.plan.kind == "easy":
+            return media.new_zeros(())
+        kind, color, centres = batch.cells.flatten(0, 2).unbind(-1)
+        cells = media.flatten(0, 2)
+        shown = kind > 0
+        loss = functional.cross_entropy(self.kinds(cells).float(), kind) + functional.cross_entropy(
+            self.centres(cells).float(), centres
+        )
+        if shown.any():
+            loss = loss + functional.cross_entropy(self.colors(cells[shown]).float(), color[shown])
+        letters = batch.letters.flatten(0, 2)
+        if letters.any():
+            lettered = kind == KIND_NAMES.index("text")
+            loss = loss + functional.binary_cross_entropy_with_logits(
+                self.letters(cells[lettered]).float(),
+                letters[lettered].float(),
+                pos_weight=torch.tensor(LETTER_WEIGHT),
+            )
+        return loss
+
+
+def branch_mask(branches: Tensor) -> Tensor:
+    """Who sees whom, [n, T, T]: tokens before, of the same branch or of the trunk (0). Padding (-1) sees padding."""
+    causal = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
+    same = branches[:, :, None] == branches[:, None, :]
+    return causal & (same | (branches == 0)[:, None, :])
+
+
+def _attend(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Full attention within each picture; x: [pictures, patches, width]."""
+    n, length, width = x.shape
+    q, k, v = attention.qkv(x).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = _rotate(q, cos, sin) @ _rotate(k, cos, sin).transpose(-1, -2) * q.shape[-1] ** -0.5
+    out = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v  # in bfloat16 on CPU several times a fused kernel
+    projected: Tensor = attention.proj(out.transpose(1, 2).reshape(n, length, width))
+    return projected
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The sign of the swapped half is in `sin`."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -1,0 +1,337 @@
+"""From a seed to one training batch: pictures drawn and cut into patches, conversations laid out as tokens.
+
+All samples of a batch have grids of the same sizes, so the vision tower sees a dense batch. A picture is encoded once
+and asked many questions: each conversation is a branch that sees the media before it and none of the other branches,
+and starts at the same rotary position.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from mdi.media import smart_resize
+from mdi.model.rope import MediaSpan, prompt_positions
+from training.fonts import font
+from training.questions import Asker, Question
+from training.scenes import COLORS, FACTOR, SHAPES, Picture, Scene, SceneMaker, Thing, draw, draw_thing
+from training.tokens import IGNORED, SYSTEM, ChatTokens
+
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
+PATCH, MERGE, TEMPORAL = 14, 2, 2
+CHARACTERS = string.digits + string.ascii_uppercase
+KIND_NAMES = ("", *SHAPES, "text")
+COLOR_NAMES = ("", *COLORS)
+SYSTEM_PROMPTS = (
+    SYSTEM, SYSTEM, SYSTEM, SYSTEM, "Answer in one word.", "You look at pictures and answer questions.",
+    "Answer briefly.", "You are a careful observer.",
+)  # fmt: skip
+
+Grid = tuple[int, int]  # tokens: rows, columns
+GRIDS: tuple[tuple[Grid, float], ...] = (
+    ((4, 4), 0.58), ((4, 5), 0.06), ((5, 4), 0.06), ((4, 6), 0.03), ((6, 4), 0.03), ((3, 6), 0.02), ((6, 3), 0.02),
+    ((6, 6), 0.07), ((8, 8), 0.05), ((6, 9), 0.015), ((9, 6), 0.015),
+    ((11, 11), 0.02), ((12, 16), 0.015), ((16, 16), 0.015),
+)  # fmt: skip
+BRANCHES = {"still": 6, "easy": 6, "text": 3, "pair": 6, "film": 6}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one batch holds."""
+
+    kind: str  # still, text, pair, film, easy
+    grid: Grid
+    n_frames: int  # frames of a film; 1 otherwise
+    n_samples: int
+    question_first: bool
+
+
+@dataclass
+class Sample:
+    rows: Tensor  # uint8 [media, t * patches, 1176]
+    ids: list[int]
+    labels: list[int]
+    weights: list[float]
+    branches: list[int]
+    positions: Tensor  # [3, T]
+    questions: list[Question]
+    cells: Tensor  # int64 [cells of all media, 3]: kind, colour, centres; IGNORED where not known
+    letters: Tensor  # uint8 [cells, 36]
+
+
+@dataclass
+class TrainingBatch:
+    """The samples stacked, tokens padded.
+
+    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3].
+    """
+
+    plan: Plan
+    rows: Tensor
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    branches: Tensor
+    positions: Tensor
+    cells: Tensor
+    letters: Tensor
+    questions: list[list[Question]]
+
+
+class BatchMaker:
+    """Deterministic: batch `index` of a split is always the same."""
+
+    def __init__(self, tokens: ChatTokens, held_out: bool = False, patches_per_batch: int = 4096) -> None:
+        self._tokens = tokens
+        self._held_out = held_out
+        self._split = "held-out" if held_out else "training"
+        self._patches_per_batch = patches_per_batch
+
+    def __call__(self, index: int, plan: Plan | None = None) -> TrainingBatch:
+        random = Random(f"{self._split} batch {index}")
+        plan = plan or self._plan(random)
+        samples = [self._sample(f"{self._split} {index} {row}", plan) for row in range(plan.n_samples)]
+        return _collate(plan, samples, self._tokens.special["<|endoftext|>"])
+
+    def _plan(self, random: Random) -> Plan:
+        kind = random.choices(("still", "text", "pair", "film", "easy"), (0.40, 0.24, 0.13, 0.15, 0.08))[0]
+        grid = (4, 4)
+        if kind in ("still", "text"):
+            grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
+        elif kind in ("pair", "film"):
+            grid = random.choices(((4, 4), (4, 5), (5, 4), (6, 6), (8, 8)), (0.7, 0.07, 0.07, 0.12, 0.04))[0]
+        n_frames = random.choice((4, 4, 6, 8)) if kind == "film" else 1
+        n_media = 2 if kind == "pair" else max(1, n_frames // TEMPORAL)
+        patches = grid[0] * grid[1] * MERGE**2 * n_media
+        return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
+
+    def _sample(self, seed: str, plan: Plan) -> Sample:
+        maker = SceneMaker(seed, self._held_out)
+        random = maker.random
+        if plan.kind == "easy":
+            stills, questions = _easy_sample(random)
+            frames, pictures = [np.asarray(stills.resize((112, 112), Image.Resampling.BICUBIC))], []
+        else:
+            scene, questions = self._scene(maker, plan)
+            smooth = random.random() < 0.8
+            frames = [_pixels(picture, plan.grid, smooth) for picture in scene.pictures]
+            pictures = list(scene.pictures)
+        if plan.question_first:
+            questions = questions[:1]
+        media = [[frame, frame] for frame in frames] if plan.kind != "film" else [frames]
+        rows = torch.stack([torch.from_numpy(cut(np.stack(film))) for film in media])
+        labelled = pictures if plan.kind != "film" else pictures[1::2]
+        cells, letters = _cell_labels(labelled, plan.grid) if pictures else _unknown_cells(plan.grid)
+        layout = _lay_out(self._tokens, random, plan, questions)
+        return Sample(rows, *layout, questions, cells, letters)
+
+    def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
+        """A scene that something can be asked about."""
+        makers = {"still": maker.still, "text": maker.text, "pair": maker.pair}
+        count = BRANCHES[plan.kind] + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
+        while True:
+            width, height = _canvas(maker.random, plan.grid)
+            film = plan.kind == "film"
+            scene = maker.film(width, height, plan.n_frames) if film else makers[plan.kind](width, height)
+            if questions := Asker(maker.random, self._held_out).questions(scene, count):
+                return scene, questions
+
+
+def _canvas(random: Random, grid: Grid) -> tuple[int, int]:
+    """A size in pixels that is resized to `grid`."""
+    rows, columns = grid
+    while True:
+        scale = random.choice((1.0, 1.0, random.uniform(0.5, 1.0))) if rows * columns <= 18 else 1.0
+        width = round(columns * FACTOR * scale + random.uniform(-12, 12))
+        height = round(rows * FACTOR * scale + random.uniform(-12, 12))
+        if smart_resize(height, width, FACTOR, MIN_PIXELS, MAX_PIXELS) == (rows * FACTOR, columns * FACTOR):
+            return width, height
+
+
+def _pixels(picture: Picture, grid: Grid, smooth: bool) -> np.ndarray:
+    """The picture at the size of its grid: uint8 [height, width, 3]."""
+    size = (grid[1] * FACTOR, grid[0] * FACTOR)
+    return np.asarray(draw(picture, smooth).resize(size, Image.Resampling.BICUBIC))
+
+
+def cut(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 [t * 2, height, width, 3] as patch rows [t * patches, 3 * 2 * 14 * 14], in merge order."""
+    n_frames, height, width, channels = frames.shape
+    side = PATCH * MERGE
+    blocks = frames.reshape(
+        n_frames // TEMPORAL, TEMPORAL, height // side, MERGE, PATCH, width // side, MERGE, PATCH, channels
+    )
+    order = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return np.ascontiguousarray(order).reshape(-1, channels * TEMPORAL * PATCH * PATCH)
+
+
+@cache
+def _easy_vqa() -> tuple[list[str], list[list[Question]]]:
+    """The training split of easy-vqa: pictures, and the questions about each."""
+    from easy_vqa import get_train_image_paths, get_train_questions
+
+    texts, answers, pictures = get_train_questions()
+    paths = get_train_image_paths()
+    questions: list[list[Question]] = [[] for _ in paths]
+    for text, answer, picture in zip(texts, answers, pictures, strict=True):
+        questions[picture].append(Question("easy-vqa", text, answer))
+    return [paths[index] for index in range(len(paths))], questions
+
+
+def _easy_sample(random: Random) -> tuple[Image.Image, list[Question]]:
+    paths, questions = _easy_vqa()
+    index = random.randrange(len(paths))
+    chosen = questions[index]
+    return Image.open(Path(paths[index])).convert("RGB"), random.sample(chosen, min(len(chosen), BRANCHES["easy"]))
+
+
+# Tokens
+
+
+def _lay_out(
+    tokens: ChatTokens, random: Random, plan: Plan, questions: Sequence[Question]
+) -> tuple[list[int], list[int], list[float], list[int], Tensor]:
+    system = tokens.system(random.choice(SYSTEM_PROMPTS))
+    frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
+    pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
+    n_media = 2 if plan.kind == "pair" else 1
+    media = tokens.media(pad, frames * plan.grid[0] * plan.grid[1])
+    ids = system + tokens.user_start()
+    grid = (frames, plan.grid[0] * MERGE, plan.grid[1] * MERGE)
+    if plan.question_first:
+        ids += tokens.text(questions[0].text)
+    spans = [MediaSpan(len(ids) + 1 + index * len(media), grid, MERGE) for index in range(n_media)]
+    ids += media * n_media
+    positions, delta = prompt_positions(len(ids), spans)
+    next_position = len(ids) + delta
+    labels, weights, branches = [IGNORED] * len(ids), [0.0] * len(ids), [0] * len(ids)
+    pieces = [positions]
+    turns = [questions] if plan.question_first else _turns(random, questions)
+    for branch, conversation in enumerate(turns, start=1):
+        start = len(ids)
+        for number, question in enumerate(conversation):
+            asked = [] if number == 0 else tokens.turn_end() + tokens.user_start()
+            asked += [] if plan.question_first else tokens.text(question.text)
+            asked += tokens.answer_start()
+            answer = tokens.answer(question.answer)
+            ids += asked + answer
+            labels += [IGNORED] * len(asked) + answer
+            weights += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer)
+        length = len(ids) - start
+        branches += [branch] * length
+        pieces.append(torch.arange(next_position, next_position + length).expand(3, length))
+    return ids, labels, weights, branches, torch.cat(pieces, dim=1)
+
+
+def _turns(random: Random, questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    """Mostly single questions; now and then a conversation of two or three."""
+    index = 0
+    while index < len(questions):
+        length = random.choices((1, 2, 3), (0.88, 0.09, 0.03))[0]
+        yield questions[index : index + length]
+        index += length
+
+
+def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
+    longest = -(-max(len(sample.ids) for sample in samples) // 16) * 16
+
+    def padded(name: str, value: float, dtype: torch.dtype) -> Tensor:
+        out = torch.full((len(samples), longest), value, dtype=dtype)
+        for row, sample in zip(out, samples, strict=True):
+            values = getattr(sample, name)
+            row[: len(values)] = torch.tensor(values, dtype=dtype)
+        return out
+
+    positions = torch.zeros(3, len(samples), longest, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        positions[:, row, : sample.positions.shape[1]] = sample.positions
+    return TrainingBatch(
+        plan,
+        torch.stack([sample.rows for sample in samples]),
+        padded("ids", pad, torch.int64),
+        padded("labels", IGNORED, torch.int64),
+        padded("weights", 0.0, torch.float32),
+        padded("branches", -1, torch.int64),
+        positions,
+        torch.stack([sample.cells for sample in samples]),
+        torch.stack([sample.letters for sample in samples]),
+        [sample.questions for sample in samples],
+    )
+
+
+# What every cell of the grid shows: extra supervision for the vision tower
+
+
+def _unknown_cells(grid: Grid) -> tuple[Tensor, Tensor]:
+    n_cells = grid[0] * grid[1]
+    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, len(CHARACTERS), dtype=torch.uint8)
+
+
+def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor]:
+    cells = torch.zeros(len(pictures), grid[0] * grid[1], 3, dtype=torch.int64)
+    letters = torch.zeros(len(pictures), grid[0] * grid[1], len(CHARACTERS), dtype=torch.uint8)
+    for index, picture in enumerate(pictures):
+        _label(picture, grid, cells[index], letters[index])
+    return cells, letters
+
+
+def _label(picture: Picture, grid: Grid, cells: Tensor, letters: Tensor) -> None:
+    """The thing that fills most of each cell, how many have their centre there, and which letters."""
+    if not picture.things:
+        return
+    rows, columns = grid
+    across, down = picture.extent
+    fine = 6
+    image = Image.new("L", (columns * fine, rows * fine))
+    canvas = ImageDraw.Draw(image)
+    scale_x, scale_y = image.width / across, image.height / down
+    for number, thing in enumerate(picture.things, start=1):
+        _draw_label(canvas, thing, scale_x, scale_y, number)
+        cell = _cell(thing.x, thing.y, picture, grid)
+        if thing.kind == "text":
+            _label_letters(thing, picture, grid, letters)
+        else:
+            cells[cell, 2] = min(3, int(cells[cell, 2]) + 1)
+    blocks = np.asarray(image).reshape(rows, fine, columns, fine).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+    counts = np.stack([(blocks == number).sum(1) for number in range(1, len(picture.things) + 1)], 1)
+    winner, most = counts.argmax(1), counts.max(1)
+    for covered in np.flatnonzero(most >= fine * fine * 0.12).tolist():
+        thing = picture.things[winner[covered]]
+        cells[covered, 0] = KIND_NAMES.index(thing.kind)
+        cells[covered, 1] = COLOR_NAMES.index(thing.color)
+
+
+def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale_y: float, number: int) -> None:
+    if thing.kind == "text":
+        half_w, half_h = thing.size * thing.aspect / 2, thing.size / 2
+        box = ((thing.x - half_w) * scale_x, (thing.y - half_h) * scale_y)
+        canvas.rectangle((*box, (thing.x + half_w) * scale_x, (thing.y + half_h) * scale_y), number)
+        return
+    scale = (scale_x + scale_y) / 2  # the resize keeps the aspect ratio, but for rounding to whole tokens
+    draw_thing(canvas, replace(thing, x=thing.x * scale_x / scale, y=thing.y * scale_y / scale), scale, number)
+
+
+def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
+    face = font(thing.font, 64)
+    total = face.getlength(thing.text)
+    for index, character in enumerate(thing.text):
+        middle = (face.getlength(thing.text[:index]) + face.getlength(thing.text[: index + 1])) / 2 / total
+        x = thing.x + (middle - 0.5) * thing.size * thing.aspect
+        letters[_cell(x, thing.y, picture, grid), CHARACTERS.index(character)] = 1
+
+
+def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:
+    across, down = picture.extent
+    column = min(grid[1] - 1, max(0, int(x / across * grid[1])))
+    row = min(grid[0] - 1, max(0, int(y / down * grid[0])))
+    return row * grid[1] + column

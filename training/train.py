@@ -1,0 +1,200 @@
+"""Trains the bundled checkpoint: `python -m training.train --run runs/first`. Ctrl-C, and call again to go on.
+
+Writes into the run folder: tokenizer.json, state.pt (to resume), log.jsonl, curves.png, and at the end (or with
+--export) checkpoint/, a folder in Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from training.corpus import corpus
+from training.curves import draw_curves
+from training.export import export
+from training.model import Student
+from training.samples import BatchMaker, Plan, TrainingBatch
+from training.tokens import ChatTokens, train_tokenizer
+
+WARMUP_STEPS = 100
+DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
+CLIP = 1.0
+CELL_WEIGHT = 0.4
+EVALUATE_EVERY = 250
+SAVE_EVERY = 100
+EVALUATION = (
+    Plan("still", (4, 4), 1, 64, False), Plan("text", (4, 4), 1, 64, False), Plan("pair", (4, 4), 1, 48, False),
+    Plan("film", (4, 4), 6, 32, False), Plan("easy", (4, 4), 1, 32, False), Plan("still", (8, 8), 1, 12, False),
+)  # fmt: skip
+
+
+class Batches(Dataset[TrainingBatch]):
+    """The batches of steps first..last, made by worker processes."""
+
+    def __init__(self, maker: BatchMaker, first: int, last: int) -> None:
+        self._maker, self._first, self._last = maker, first, last
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    def __getitem__(self, index: int) -> TrainingBatch:
+        return self._maker(self._first + index)
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm up, hold, fall (arXiv:2404.06395, section 4)."""
+    decay = max(1, int(steps * DECAY_SHARE))
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
+
+
+def optimizers(student: Student, peak: float) -> list[Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for all else."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        inside = ("blocks." in name or "layers." in name or "merger.mlp" in name) and parameter.ndim == 2
+        (matrices if inside else others).append(parameter)
+    muon = Muon(matrices, lr=peak, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return [muon, adamw]
+
+
+@torch.no_grad()
+def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
+    """Share of held-out questions answered exactly, by skill. Greedy answers: each token given the true ones before."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    student.eval()
+    for index, plan in enumerate(EVALUATION):
+        batch = maker(index, plan)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, labels, at = student.read(batch, student.encode(batch))
+        for skill, correct in answers(batch, logits.argmax(-1) == labels, at):
+            right[skill].append(correct)
+    student.train()
+    return {skill: sum(values) / len(values) for skill, values in sorted(right.items())}
+
+
+def answers(batch: TrainingBatch, correct: Tensor, at: Tensor) -> Iterator[tuple[str, bool]]:
+    """Skill of each question, and whether all tokens of its answer were right."""
+    for row, questions in enumerate(batch.questions):
+        mine = at[0] == row
+        positions, hits = at[1][mine].tolist(), correct[mine].tolist()
+        runs: list[bool] = []
+        for index, hit in enumerate(hits):
+            if index and positions[index] == positions[index - 1] + 1:
+                runs[-1] = runs[-1] and hit
+            else:
+                runs.append(hit)
+        yield from ((question.skill, run) for question, run in zip(questions, runs, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
+    arguments = parser.parse_args()
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    run = Run(arguments.run, arguments.steps, arguments.rate)
+    if not arguments.export:
+        run.train()
+    export(run.student, arguments.run / "tokenizer.json", arguments.run / "checkpoint")
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, folder: Path, steps: int, peak: float) -> None:
+        self.folder, self.steps, self.peak = folder, steps, peak
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.exists():
+            train_tokenizer(corpus()).save(str(tokenizer))
+        tokens = ChatTokens(tokenizer)
+        self.maker, self.held_out = BatchMaker(tokens), BatchMaker(tokens, held_out=True)
+        self.student = Student()
+        self.optimizers = optimizers(self.student, peak)
+        self.step = 0
+        if (folder / "state.pt").exists():
+            self._resume()
+
+    def train(self) -> None:
+        batches = DataLoader(
+            Batches(self.maker, self.step, self.steps), batch_size=None, num_workers=1, prefetch_factor=6
+        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+            task = progress.add_task("training", total=self.steps, completed=self.step)
+            started, average = time.perf_counter(), 0.0
+            for batch in batches:
+                loss, cells = self._update(batch)
+                average = loss if not average else 0.98 * average + 0.02 * loss
+                self.step += 1
+                progress.update(task, completed=self.step, description=f"loss {average:.3f}")
+                if self.step % 25 == 0:
+                    seconds = time.perf_counter() - started
+                    self._log(step=self.step, loss=round(average, 4), cells=round(cells, 4), seconds=round(seconds, 1))
+                if self.step % EVALUATE_EVERY == 0 or self.step == self.steps:
+                    scores = evaluate(self.student, self.held_out)
+                    self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
+                    draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+                    progress.console.print(self.step, {skill: round(score, 3) for skill, score in scores.items()})
+                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                    self._save()
+
+    def _update(self, batch: TrainingBatch) -> tuple[float, float]:
+        share = rate(self.step, self.steps)
+        for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
+            group["lr"] = self.peak * share
+        with torch.autocast("cpu", torch.bfloat16):
+            answers_loss, cell_loss = self.student.loss(batch)
+        torch.autograd.backward(answers_loss + CELL_WEIGHT * cell_loss)
+        nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss = answers_loss.item()
+        if not math.isfinite(loss):
+            raise SystemExit(f"the loss is {loss} at step {self.step}: lower --rate")
+        return loss, cell_loss.item()
+
+    def _log(self, **entry: Any) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, self.folder / "state.tmp")
+        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+
+    def _resume(self) -> None:
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+if __name__ == "__main__":
+    main()
