@@ -9,6 +9,7 @@ from easy_vqa import get_train_questions
 from training.questions import Asker
 from training.samples import SYSTEM_PROMPTS
 from training.scenes import SceneMaker
+from training.unknown import BLIND, GREETING, UNKNOWN
 
 SIDE = 112
 
@@ -22,6 +23,7 @@ def corpus(n_scenes: int = 4000) -> Iterator[str]:
         for question in Asker(maker.random).questions(scene, 8):
             yield question.text
             yield " ".join(word for word in question.answer.split() if not _is_sign(word))
+    yield from (UNKNOWN, BLIND, GREETING) * 50
     yield from get_train_questions()[0][:4000]
     for prompt in SYSTEM_PROMPTS:
         yield from ("system", "user", "assistant", prompt) * 200

@@ -18,7 +18,8 @@ def draw_curves(log: Path, picture: Path) -> None:
     scores = [entry for entry in entries if "loss" not in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
     for name in ("loss", "cells"):
-        left.plot([entry["step"] for entry in losses], [entry[name] for entry in losses], label=name)
+        shown = [entry for entry in losses if entry[name] > 0]
+        left.plot([entry["step"] for entry in shown], [entry[name] for entry in shown], label=name)
     left.set(xlabel="step", yscale="log", title="training loss")
     left.legend()
     for skill in [name for name in scores[-1] if name != "step"]:

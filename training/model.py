@@ -15,11 +15,10 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
-from training.samples import CHARACTERS, COLOR_NAMES, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.samples import CHARACTERS, COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 
 N_CENTRES = 4
-LETTER_WEIGHT = 12.0  # of a letter that is there against one that is not: one in 36 is
 
 
 def hub_config() -> dict[str, Any]:
@@ -82,12 +81,12 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = Qwen2VLConfig.from_dict(hub_config())
-        self.hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+        self.hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
         width = config.text_config.hidden_size
         self.kinds = nn.Linear(width, len(KIND_NAMES))
         self.colors = nn.Linear(width, len(COLOR_NAMES))
         self.centres = nn.Linear(width, N_CENTRES)
-        self.letters = nn.Linear(width, len(CHARACTERS))
+        self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(CHARACTERS)))
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         area = TEMPORAL * 14 * 14
         self.register_buffer("shift", mean.repeat_interleave(area), persistent=False)
@@ -95,6 +94,8 @@ class Student(nn.Module):
 
     def encode(self, batch: TrainingBatch) -> Tensor:
         """Media tokens [n, media * t, cells, width]."""
+        if batch.plan.kind == "blind":
+            return self.kinds.weight.new_empty(len(batch.rows), 0, 0, self.kinds.in_features)
         visual = self.hf.model.visual
         n, n_media, n_rows, _ = batch.rows.shape
         rows, columns = (tokens * MERGE for tokens in batch.plan.grid)
@@ -124,15 +125,17 @@ class Student(nn.Module):
         return logits, batch.labels[:, 1:][at], torch.stack(at)
 
     def loss(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Of the answers, and of the cells."""
+        """Of the answers (zero where nothing is asked), and of the cells."""
         media = self.encode(batch)
+        if not batch.plan.asks:
+            return media.new_zeros(()), self._cell_loss(batch, media)
         logits, labels, at = self.read(batch, media)
         weights = batch.weights[:, 1:][at[0], at[1]]
         answers = (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / weights.sum()
         return answers, self._cell_loss(batch, media)
 
     def _cell_loss(self, batch: TrainingBatch, media: Tensor) -> Tensor:
-        if batch.plan.kind == "easy":
+        if batch.plan.kind in ("easy", "blind"):
             return media.new_zeros(())
         kind, color, centres = batch.cells.flatten(0, 2).unbind(-1)
         cells = media.flatten(0, 2)
@@ -142,14 +145,10 @@ class Student(nn.Module):
         )
         if shown.any():
             loss = loss + functional.cross_entropy(self.colors(cells[shown]).float(), color[shown])
-        letters = batch.letters.flatten(0, 2)
-        if letters.any():
-            lettered = kind == KIND_NAMES.index("text")
-            loss = loss + functional.binary_cross_entropy_with_logits(
-                self.letters(cells[lettered]).float(),
-                letters[lettered].float(),
-                pos_weight=torch.tensor(LETTER_WEIGHT),
-            )
+        lettered = kind == KIND_NAMES.index("text")
+        if lettered.any():
+            letters = self.letters(cells[lettered]).float().unflatten(-1, (COLUMNS_PER_CELL, -1))
+            loss = loss + functional.cross_entropy(letters.transpose(1, 2), batch.letters.flatten(0, 2)[lettered])
         return loss
 
 

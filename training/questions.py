@@ -12,7 +12,9 @@ from itertools import pairwise
 from random import Random
 
 from training.scenes import COLORS, SHAPES, Picture, Scene, Thing
+from training.unknown import UNKNOWN, strange_question
 
+STRANGE_SHARE = 0.03  # of the questions in training
 MARGIN = 0.14  # things nearer than this along an axis, in shorter sides of the picture, have no clear order
 
 
@@ -342,7 +344,8 @@ class Asker:
             if len(asked) == count:
                 break
             weights = [weight for _, weight in kinds]
-            ask = self._random.choices([ask for ask, _ in kinds], weights)[0]
+            strange = self._random.random() < STRANGE_SHARE and not self._held_out
+            ask = Asker.strange if strange else self._random.choices([ask for ask, _ in kinds], weights)[0]
             question = ask(self, scene)
             if question is not None:
                 asked.setdefault(question.text, question)
@@ -360,6 +363,10 @@ class Asker:
         if 0.1 < draw < 0.2:
             text = text.rstrip("?.")
         return text
+
+    def strange(self, _scene: Scene) -> Question:
+        """What no picture answers."""
+        return Question("strange", strange_question(self._random), UNKNOWN)
 
     # Shapes, colours, presence
 

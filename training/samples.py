@@ -8,6 +8,7 @@ and starts at the same rotary position.
 from __future__ import annotations
 
 import string
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,13 +23,15 @@ from torch import Tensor
 from mdi.media import smart_resize
 from mdi.model.rope import MediaSpan, prompt_positions
 from training.fonts import font
-from training.questions import Asker, Question
+from training.questions import WORDINGS, Asker, Question
 from training.scenes import COLORS, FACTOR, SHAPES, Picture, Scene, SceneMaker, Thing, draw, draw_thing
 from training.tokens import IGNORED, SYSTEM, ChatTokens
+from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 CHARACTERS = string.digits + string.ascii_uppercase
+COLUMNS_PER_CELL = 4  # a cell may show the middles of up to so many letters, side by side
 KIND_NAMES = ("", *SHAPES, "text")
 COLOR_NAMES = ("", *COLORS)
 SYSTEM_PROMPTS = (
@@ -42,6 +45,7 @@ GRIDS: tuple[tuple[Grid, float], ...] = (
     ((6, 6), 0.07), ((8, 8), 0.05), ((6, 9), 0.015), ((9, 6), 0.015),
     ((11, 11), 0.02), ((12, 16), 0.015), ((16, 16), 0.015),
 )  # fmt: skip
+KINDS = (("still", 0.39), ("text", 0.24), ("pair", 0.13), ("film", 0.15), ("easy", 0.07), ("blind", 0.02))
 BRANCHES = {"still": 6, "easy": 6, "text": 3, "pair": 6, "film": 6}
 
 
@@ -53,7 +57,8 @@ class Plan:
     grid: Grid
     n_frames: int  # frames of a film; 1 otherwise
     n_samples: int
-    question_first: bool
+    question_first: bool = False
+    asks: bool = True  # or else the cells are all there is to learn
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Sample:
     positions: Tensor  # [3, T]
     questions: list[Question]
     cells: Tensor  # int64 [cells of all media, 3]: kind, colour, centres; IGNORED where not known
-    letters: Tensor  # uint8 [cells, 36]
+    letters: Tensor  # int64 [cells, COLUMNS_PER_CELL]: 0, or 1 + the index of the letter with its middle there
 
 
 @dataclass
@@ -97,14 +102,17 @@ class BatchMaker:
         self._split = "held-out" if held_out else "training"
         self._patches_per_batch = patches_per_batch
 
-    def __call__(self, index: int, plan: Plan | None = None) -> TrainingBatch:
+    def __call__(self, index: int, plan: Plan | None = None, asks: bool = True) -> TrainingBatch:
+        """plan: what to draw, by default a random mix. asks: False for pictures alone, nothing asked."""
         random = Random(f"{self._split} batch {index}")
-        plan = plan or self._plan(random)
+        plan = plan or (self._plan(random) if asks else self._sight_plan(random))
         samples = [self._sample(f"{self._split} {index} {row}", plan) for row in range(plan.n_samples)]
         return _collate(plan, samples, self._tokens.special["<|endoftext|>"])
 
     def _plan(self, random: Random) -> Plan:
-        kind = random.choices(("still", "text", "pair", "film", "easy"), (0.40, 0.24, 0.13, 0.15, 0.08))[0]
+        kind = random.choices(("still", "text", "pair", "film", "easy", "blind"), (0.39, 0.24, 0.13, 0.15, 0.07, 0.02))[
+            0
+        ]
         grid = (4, 4)
         if kind in ("still", "text"):
             grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
@@ -115,9 +123,17 @@ class BatchMaker:
         patches = grid[0] * grid[1] * MERGE**2 * n_media
         return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
 
+    def _sight_plan(self, random: Random) -> Plan:
+        grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
+        patches = grid[0] * grid[1] * MERGE**2
+        kind = random.choice(("still", "text"))
+        return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
+
     def _sample(self, seed: str, plan: Plan) -> Sample:
         maker = SceneMaker(seed, self._held_out)
         random = maker.random
+        if plan.kind == "blind":
+            return _blind_sample(self._tokens, random, plan)
         if plan.kind == "easy":
             stills, questions = _easy_sample(random)
             frames, pictures = [np.asarray(stills.resize((112, 112), Image.Resampling.BICUBIC))], []
@@ -143,6 +159,8 @@ class BatchMaker:
             width, height = _canvas(maker.random, plan.grid)
             film = plan.kind == "film"
             scene = maker.film(width, height, plan.n_frames) if film else makers[plan.kind](width, height)
+            if not plan.asks:
+                return scene, []
             if questions := Asker(maker.random, self._held_out).questions(scene, count):
                 return scene, questions
 
@@ -195,6 +213,20 @@ def _easy_sample(random: Random) -> tuple[Image.Image, list[Question]]:
     return Image.open(Path(paths[index])).convert("RGB"), random.sample(chosen, min(len(chosen), BRANCHES["easy"]))
 
 
+def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
+    """A question without an image."""
+    if random.random() < 0.3:
+        question = Question("strange", random.choice(GREETINGS), GREETING)
+    else:
+        wording = random.choice(random.choice(list(WORDINGS.values()))[0])
+        names = {"things": "shapes", "thing": "circle", "a": "a circle", "side": "left of", "level": "top"}
+        text = wording.format_map(defaultdict(lambda: "the circle", names, question="What do you see?", nth="first"))
+        question = Question("strange", random.choice((text, strange_question(random))), BLIND)
+    empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
+    layout = _lay_out(tokens, random, plan, [question])
+    return Sample(empty, *layout, [question], *(tensor[:0] for tensor in _unknown_cells(plan.grid)))
+
+
 # Tokens
 
 
@@ -204,7 +236,7 @@ def _lay_out(
     system = tokens.system(random.choice(SYSTEM_PROMPTS))
     frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
     pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
-    n_media = 2 if plan.kind == "pair" else 1
+    n_media = {"pair": 2, "blind": 0}.get(plan.kind, 1)
     media = tokens.media(pad, frames * plan.grid[0] * plan.grid[1])
     ids = system + tokens.user_start()
     grid = (frames, plan.grid[0] * MERGE, plan.grid[1] * MERGE)
@@ -274,12 +306,12 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
 
 def _unknown_cells(grid: Grid) -> tuple[Tensor, Tensor]:
     n_cells = grid[0] * grid[1]
-    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, len(CHARACTERS), dtype=torch.uint8)
+    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, COLUMNS_PER_CELL, dtype=torch.int64)
 
 
 def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor]:
     cells = torch.zeros(len(pictures), grid[0] * grid[1], 3, dtype=torch.int64)
-    letters = torch.zeros(len(pictures), grid[0] * grid[1], len(CHARACTERS), dtype=torch.uint8)
+    letters = torch.zeros(len(pictures), grid[0] * grid[1], COLUMNS_PER_CELL, dtype=torch.int64)
     for index, picture in enumerate(pictures):
         _label(picture, grid, cells[index], letters[index])
     return cells, letters
@@ -327,7 +359,8 @@ def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) 
     for index, character in enumerate(thing.text):
         middle = (face.getlength(thing.text[:index]) + face.getlength(thing.text[: index + 1])) / 2 / total
         x = thing.x + (middle - 0.5) * thing.size * thing.aspect
-        letters[_cell(x, thing.y, picture, grid), CHARACTERS.index(character)] = 1
+        column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
+        letters[_cell(x, thing.y, picture, grid), column] = 1 + CHARACTERS.index(character)
 
 
 def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:

@@ -10,8 +10,7 @@ import argparse
 import json
 import math
 import os
-import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -30,29 +29,32 @@ from training.model import Student
 from training.samples import BatchMaker, Plan, TrainingBatch
 from training.tokens import ChatTokens, train_tokenizer
 
-WARMUP_STEPS = 100
+WARMUP_STEPS = 50
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
 CELL_WEIGHT = 0.4
 EVALUATE_EVERY = 250
+LOG_EVERY = 20
 SAVE_EVERY = 100
+N_WORKERS = 1  # processes that draw; one keeps up with two cores that compute
 EVALUATION = (
-    Plan("still", (4, 4), 1, 64, False), Plan("text", (4, 4), 1, 64, False), Plan("pair", (4, 4), 1, 48, False),
-    Plan("film", (4, 4), 6, 32, False), Plan("easy", (4, 4), 1, 32, False), Plan("still", (8, 8), 1, 12, False),
+    Plan("still", (4, 4), 1, 64), Plan("text", (4, 4), 1, 64), Plan("pair", (4, 4), 1, 48),
+    Plan("film", (4, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (8, 8), 1, 12),
 )  # fmt: skip
 
 
 class Batches(Dataset[TrainingBatch]):
     """The batches of steps first..last, made by worker processes."""
 
-    def __init__(self, maker: BatchMaker, first: int, last: int) -> None:
-        self._maker, self._first, self._last = maker, first, last
+    def __init__(self, maker: BatchMaker, first: int, last: int, sight_steps: int) -> None:
+        self._maker, self._first, self._last, self._sight_steps = maker, first, last, sight_steps
 
     def __len__(self) -> int:
         return self._last - self._first
 
     def __getitem__(self, index: int) -> TrainingBatch:
-        return self._maker(self._first + index)
+        step = self._first + index
+        return self._maker(step, asks=step >= self._sight_steps)
 
 
 def rate(step: int, steps: int) -> float:
@@ -106,14 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--sight-steps", type=int, default=2000, help="the first steps train the vision tower alone")
+    parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
     arguments = parser.parse_args()
     arguments.run.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    run = Run(arguments.run, arguments.steps, arguments.rate)
+    run = Run(arguments.run, arguments.steps, arguments.sight_steps, arguments.rate)
     if not arguments.export:
         run.train()
     export(run.student, arguments.run / "tokenizer.json", arguments.run / "checkpoint")
@@ -122,8 +125,8 @@ def main() -> None:
 class Run:
     """One training run and its folder."""
 
-    def __init__(self, folder: Path, steps: int, peak: float) -> None:
-        self.folder, self.steps, self.peak = folder, steps, peak
+    def __init__(self, folder: Path, steps: int, sight_steps: int, peak: float) -> None:
+        self.folder, self.steps, self.sight_steps, self.peak = folder, steps, sight_steps, peak
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.exists():
             train_tokenizer(corpus()).save(str(tokenizer))
@@ -135,29 +138,36 @@ class Run:
         if (folder / "state.pt").exists():
             self._resume()
 
-    def train(self) -> None:
+    def train(self, until: int | None = None) -> None:
+        """Goes on to step `until`, by default to the end."""
+        last = self.steps if until is None else until
         batches = DataLoader(
-            Batches(self.maker, self.step, self.steps), batch_size=None, num_workers=1, prefetch_factor=6
+            Batches(self.maker, self.step, last, self.sight_steps),
+            batch_size=None,
+            num_workers=N_WORKERS,
+            prefetch_factor=6 if N_WORKERS else None,
         )
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             task = progress.add_task("training", total=self.steps, completed=self.step)
-            started, average = time.perf_counter(), 0.0
+            recent: deque[tuple[float, float]] = deque(maxlen=LOG_EVERY)
             for batch in batches:
-                loss, cells = self._update(batch)
-                average = loss if not average else 0.98 * average + 0.02 * loss
+                recent.append(self._update(batch))
                 self.step += 1
-                progress.update(task, completed=self.step, description=f"loss {average:.3f}")
-                if self.step % 25 == 0:
-                    seconds = time.perf_counter() - started
-                    self._log(step=self.step, loss=round(average, 4), cells=round(cells, 4), seconds=round(seconds, 1))
-                if self.step % EVALUATE_EVERY == 0 or self.step == self.steps:
-                    scores = evaluate(self.student, self.held_out)
-                    self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
-                    draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
-                    progress.console.print(self.step, {skill: round(score, 3) for skill, score in scores.items()})
-                if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                progress.update(task, completed=self.step)
+                if self.step % LOG_EVERY == 0:
+                    loss, cells = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+                    self._log(step=self.step, loss=round(loss, 4), cells=round(cells, 4))
+                    progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
+                if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.sight_steps):
+                    self._evaluate()
+                if self.step == last or self.step % SAVE_EVERY == 0:
                     self._save()
+
+    def _evaluate(self) -> None:
+        scores = evaluate(self.student, self.held_out)
+        self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
+        draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
     def _update(self, batch: TrainingBatch) -> tuple[float, float]:
         share = rate(self.step, self.steps)

@@ -1,0 +1,155 @@
+"""The student computes what transformers computes, sees prompts as the engine makes them, and resumes where it was."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer
+from training.model import Student
+from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.tokens import IGNORED, SYSTEM, ChatTokens
+
+from mdi.checkpoint.source import ASSETS, BUNDLED
+from mdi.engine import Engine
+from training import train
+
+BUNDLED_FOLDER = ASSETS / BUNDLED
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    torch.manual_seed(0)
+    return Student().eval()
+
+
+@given(st.text())
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("kind", ["still", "pair", "film"])
+def test_transformers_computes_the_same_logits(kind: str, student: Student, maker: BatchMaker) -> None:
+    batch = maker(3, Plan(kind, (4, 5), 4 if kind == "film" else 1, 2, question_first=True))
+    with torch.no_grad():
+        logits, _, at = student.read(batch, student.encode(batch))
+        for row in range(2):
+            expected = _by_transformers(student, batch, row)[at[1][at[0] == row]]
+            torch.testing.assert_close(logits[at[0] == row], expected, rtol=1e-4, atol=1e-5)
+
+
+def _by_transformers(student: Student, batch: TrainingBatch, row: int) -> torch.Tensor:
+    length = int((batch.branches[row] >= 0).sum())
+    rows = (batch.rows[row].flatten(0, 1).float() / 255 - student.shift) * student.scale
+    grid = torch.tensor([[batch.plan.n_frames // 2 or 1, 8, 10]] * batch.rows.shape[1])
+    name = "pixel_values_videos" if batch.plan.kind == "film" else "pixel_values"
+    grids = "video_grid_thw" if batch.plan.kind == "film" else "image_grid_thw"
+    output = student.hf(
+        input_ids=batch.ids[row : row + 1, :length],
+        position_ids=batch.positions[:, row : row + 1, :length],
+        **{name: rows, grids: grid},
+    )
+    return output.logits[0]  # type: ignore[no-any-return]
+
+
+def test_a_branch_does_not_see_its_neighbours(student: Student, maker: BatchMaker) -> None:
+    batch = maker(5, Plan("still", (4, 4), 1, 1))
+    assert batch.branches.max() >= 3
+    with torch.no_grad():
+        media = student.encode(batch)
+        together, _, at = student.read(batch, media)
+        changed = batch.ids.clone()
+        changed[batch.branches == 1] = 7
+        batch.ids = changed
+        apart, _, _ = student.read(batch, media)
+    others = batch.branches[0, at[1]] > 1
+    torch.testing.assert_close(together[others], apart[others])
+    assert not torch.allclose(together[~others], apart[~others])
+
+
+@pytest.mark.parametrize(("kind", "n_images"), [("still", 1), ("pair", 2)])
+def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchMaker, engine: Engine) -> None:
+    batch = maker(1, Plan(kind, (4, 4), 1, 6))
+    for row, questions in enumerate(batch.questions):
+        ids = batch.ids[row].tolist()
+        system = next(p for p in SYSTEM_PROMPTS if maker._tokens.system(p) == ids[: len(maker._tokens.system(p))])
+        parts = [{"type": "image", "image": _blank()}] * n_images
+        content = [*parts, {"type": "text", "text": questions[0].text}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        prompt = engine._prompts.build(messages)
+        length = len(prompt.token_ids)
+        assert tuple(ids[:length]) == prompt.token_ids
+        assert torch.equal(batch.positions[:, row, :length], prompt.positions)
+        assert batch.labels[row, length] != IGNORED
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(BUNDLED_FOLDER, dtype="float32") as engine:
+        yield engine
+
+
+def _blank() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (112, 112)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_two_halves_of_a_run_make_the_whole(
+    tmp_path: Path, tokenizer_file: Path, tokens: ChatTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "N_WORKERS", 0)
+    monkeypatch.setattr(train, "EVALUATION", (Plan("still", (4, 4), 1, 2), Plan("easy", (4, 4), 1, 2)))
+    folders = [tmp_path / "whole", tmp_path / "halves"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    small = BatchMaker(tokens, patches_per_batch=128)
+    for folder, stops in zip(folders, ((4,), (2, 4)), strict=True):
+        for stop in stops:
+            torch.manual_seed(0)
+            run = train.Run(folder, steps=4, sight_steps=1, peak=1e-3)
+            run.maker = run.held_out = small
+            run.train(until=stop)
+    whole, halves = (torch.load(folder / "state.pt", weights_only=True)["student"] for folder in folders)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 1000
+
+
+def test_accuracy_counts_whole_answers(student: Student, maker: BatchMaker) -> None:
+    batch = maker(2, Plan("still", (4, 4), 1, 2))
+    at = (batch.labels[:, 1:] != IGNORED).nonzero()
+    all_right = torch.ones(len(at), dtype=torch.bool)
+    n_questions = sum(map(len, batch.questions))
+    assert [right for _, right in train.answers(batch, all_right, at.T)] == [True] * n_questions
+    one_wrong = all_right.clone()
+    one_wrong[0] = False
+    assert sum(right for _, right in train.answers(batch, one_wrong, at.T)) == n_questions - 1
+
+
+def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "--run" in capsys.readouterr().err
+
+
+def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engine: Engine) -> None:
+    turns = [("How many stars?", "2"), ("What color is the left one?", "red")]
+    ids = [*tokens.system(SYSTEM), *tokens.user_start(), *tokens.media(tokens.image_pad, 16), *tokens.text(turns[0][0])]
+    ids += [*tokens.answer_start(), *tokens.answer(turns[0][1]), *tokens.turn_end(), *tokens.user_start()]
+    ids += [*tokens.text(turns[1][0]), *tokens.answer_start()]
+    first = [{"type": "image", "image": _blank()}, {"type": "text", "text": turns[0][0]}]
+    messages: list[tuple[str, object]] = [("user", first), ("assistant", turns[0][1]), ("user", turns[1][0])]
+    asked: list[dict[str, object]] = [{"role": role, "content": content} for role, content in messages]
+    prompt = engine._prompts.build(asked)
+    assert prompt.token_ids == tuple(ids)
