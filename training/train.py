@@ -63,16 +63,21 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
 
 
-def optimizers(student: Student, peak: float) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else."""
+def optimizers(student: Student) -> list[Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for all else. `share` of a group: its part of the learning rate.
+
+    A step of AdamW moves all weights of a row together: the more inputs, the further its output. The patch embedding has
+    1,176.
+    """
     matrices: list[nn.Parameter] = []
+    patches: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         inside = ("blocks." in name or "layers." in name or "merger.mlp" in name) and parameter.ndim == 2
-        (matrices if inside else others).append(parameter)
-    muon = Muon(matrices, lr=peak, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    adamw = AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    return [muon, adamw]
+        (matrices if inside else patches if "patch_embed" in name else others).append(parameter)
+    muon = Muon([{"params": matrices, "share": 1.0}], weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": patches, "share": 0.1}, {"params": others, "share": 0.5}]
+    return [muon, AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
 @torch.no_grad()
@@ -133,7 +138,7 @@ class Run:
         tokens = ChatTokens(tokenizer)
         self.maker, self.held_out = BatchMaker(tokens), BatchMaker(tokens, held_out=True)
         self.student = Student()
-        self.optimizers = optimizers(self.student, peak)
+        self.optimizers = optimizers(self.student)
         self.step = 0
         if (folder / "state.pt").exists():
             self._resume()
@@ -172,7 +177,7 @@ class Run:
     def _update(self, batch: TrainingBatch) -> tuple[float, float]:
         share = rate(self.step, self.steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
-            group["lr"] = self.peak * share
+            group["lr"] = self.peak * share * group["share"]
         with torch.autocast("cpu", torch.bfloat16):
             answers_loss, cell_loss = self.student.loss(batch)
         torch.autograd.backward(answers_loss + CELL_WEIGHT * cell_loss)
