@@ -130,7 +130,7 @@ def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: Local
     hidden = first.run(batch, first.embed(torch.zeros(40, dtype=torch.int64)))
     assert isinstance(hidden, torch.Tensor)
     old = GrpcLink.connect(launcher.nodes, settings_of(chunks), old_inbox.put)
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, epoch=2), inbox.put)
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, first_epoch=2), inbox.put)
     old.send(batch, hidden)
     link.send(Batch(77, batch.slices, batch.positions), hidden)
     result = inbox.get(timeout=30)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mdi.checkpoint.source import Source, locate
 from mdi.cluster.local import Cluster, ClusterConfig
+from mdi.cluster.recovery import RecoveryLimits
 from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.outputs import Completion, Piece
 from mdi.engine.prompt import Message, PixelRange, PromptBuilder
@@ -43,6 +44,7 @@ class Engine:
     sequence_length: most tokens of prompt and answer together. max_sequences: samples that run at once; more wait.
     max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into.
     media: where images may come from; by default any local file and any public URL.
+    recovery: how long and how often lost nodes are brought back before requests fail.
     progress: told (node, done bytes, all bytes) while weights load.
 
     Raises CheckpointError or ConfigError when the model cannot be served that way.
@@ -62,6 +64,7 @@ class Engine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         media: MediaPolicy | None = None,
+        recovery: RecoveryLimits | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
         progress: LoadProgress | None = None,
@@ -86,6 +89,7 @@ class Engine:
             device=device,
             n_slots=max_sequences,
             sequence_length=self.sequence_length,
+            recovery=recovery or RecoveryLimits(),
         )
         self._cluster = Cluster(source, config, progress)
         try:
