@@ -10,13 +10,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.engine.detokenizer import Detokenizer
+from mdi.engine.outputs import RecoveryStatus
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.errors import ClosedError, LinkError, MDIError
@@ -70,9 +71,7 @@ class StepLoop:
         ended: Callable[[Request], None],
     ) -> None:
         self.error: MDIError | None = None
-        self.recovering = False
-        self.recoveries = 0
-        self.failed_requests = 0  # because nodes were lost for good
+        self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
         self.results = 0  # batches that came back
         self._stage = stage
         self._scheduler = scheduler
@@ -143,7 +142,7 @@ class StepLoop:
 
     def _dispatch(self) -> bool:
         """Schedules one batch and runs it through the first stage."""
-        if self.recovering:
+        if self.recovery.recovering:
             return False
         work = self._scheduler.schedule()
         if not work:
@@ -192,7 +191,7 @@ class StepLoop:
             case LinkError():
                 self._recover()
             case Rewired():
-                self.recovering = False
+                self.recovery = replace(self.recovery, recovering=False)
             case GaveUp(error):
                 self._give_up(error)
             case Close():
@@ -225,8 +224,7 @@ class StepLoop:
 
     def _recover(self) -> None:
         """What is in flight is forgotten; tokens it would have brought will be drawn again, and be the same."""
-        self.recovering = True
-        self.recoveries += 1
+        self.recovery = replace(self.recovery, recovering=True, recoveries=self.recovery.recoveries + 1)
         self._in_flight.clear()
         self._scheduler.restart()
         for request in [request for request in self._live if request.cancelled]:
@@ -263,8 +261,8 @@ class StepLoop:
         self._ended(request)
 
     def _give_up(self, error: LinkError) -> None:
-        self.recovering = False
-        self.failed_requests += len(self._live)
+        failed = self.recovery.failed_requests + len(self._live)
+        self.recovery = replace(self.recovery, recovering=False, failed_requests=failed)
         self._fail(error)
 
     def _fail(self, error: MDIError) -> None:
