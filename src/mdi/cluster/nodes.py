@@ -1,7 +1,7 @@
 """The nodes-config: which node is on which machine. One JSON file, checked key by key; knows no sockets and no models.
 
     {"nodes": {"starter":   {"addr": "10.0.0.1", "communication": {"port": 5000}},
-               "secondary": [{"addr": "10.0.0.2", "communication": {"port": 5001}, "device": "cuda", "layers": 12}, ...],
+               "secondary": [{"addr": "10.0.0.2", "communication": {"port": 5000}, "device": "cuda"}, ...],
                "finisher":  {...}, "vision": {...}, "spare": [{...}, ...]}}
 
 Without a finisher, the last secondary is it. What upstream's files have besides is accepted and ignored: `inference`,
