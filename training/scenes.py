@@ -6,6 +6,7 @@ Knows what is in a picture and how to draw it; nothing of questions, tokens or m
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -32,6 +33,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (252, 252, 252),
 }
 _SPREAD = {"brown": 6, "black": 6, "white": 4, "gray": 8, "teal": 6, "green": 40}  # how far a tint may stray
+LETTERS = string.digits + string.ascii_uppercase
 FACTOR = 28  # pixels to a side of one token
 
 
@@ -122,6 +124,21 @@ class SceneMaker:
     def text(self, width: int, height: int) -> Scene:
         lines = [self._line()] if self.random.random() < 0.7 else [self._line(), self._line()]
         return Scene("text", (self._picture(width, height, lines),))
+
+    def page(self, width: int, height: int) -> Scene:
+        """A picture full of letters, line under line: for learning the alphabet, not for questions."""
+        r = self.random
+        shorter = min(width, height)
+        across, down = width / shorter, height / shorter
+        lines, y = [], r.uniform(0.02, 0.08)
+        while y < down - 0.2:  # each line's middle in a row of cells of its own
+            alphabet = r.choice((string.digits, string.ascii_uppercase, string.ascii_uppercase))
+            line = self._written("".join(r.choices(alphabet, k=r.randint(1, 7))), r.uniform(0.18, 0.4))
+            size = min(line.size, 0.96 * across / line.aspect, down - y - 0.01)
+            half = size * line.aspect / 2
+            lines.append(replace(line, size=size, x=r.uniform(half, across - half), y=y + size / 2))
+            y += max(0.26, size + r.uniform(0.03, 0.15))
+        return Scene("page", (Picture(width, height, self._background([line.color for line in lines]), tuple(lines)),))
 
     def pair(self, width: int, height: int) -> Scene:
         r = self.random
@@ -258,17 +275,23 @@ class SceneMaker:
     def _line(self) -> Thing:
         r = self.random
         if r.random() < 0.45:
-            text = "".join(r.choice("0123456789") for _ in range(r.choice((1, 1, 2, 2, 3, 3, 4))))
+            text = "".join(r.choices(string.digits, k=r.choice((1, 1, 2, 2, 3, 3, 4))))
         elif r.random() < 0.35 and self._fonts is TRAINING:  # any letters: reading is not guessing
-            text = "".join(r.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(r.choice((1, 2, 3, 4, 5))))
+            text = "".join(r.choices(string.ascii_uppercase, k=r.choice((1, 2, 3, 4, 5))))
         else:
             text = r.choice(self._words)
+        return self._written(text, r.uniform(0.2, 0.42))
+
+    def _written(self, text: str, size: float) -> Thing:
+        """A line of text, no wider than the picture."""
+        r = self.random
         name = r.choice(self._fonts)
         left, top, right, bottom = font(name, 64).getbbox(text)
         aspect = (right - left) / max(1, bottom - top)
-        size = min(r.uniform(0.2, 0.42), 0.94 / aspect)
         color = r.choice(tuple(COLORS))
-        return Thing("text", color, 0.5, 0.5, size, aspect, text=text, font=name, tint=self._tint(color))
+        return Thing(
+            "text", color, 0.5, 0.5, min(size, 0.94 / aspect), aspect, text=text, font=name, tint=self._tint(color)
+        )
 
     def _tint(self, color: str) -> tuple[int, int, int]:
         spread = _SPREAD.get(color, 16)

@@ -66,8 +66,8 @@ def rate(step: int, steps: int) -> float:
 def optimizers(student: Student) -> list[Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else. `share` of a group: its part of the learning rate.
 
-    A step of AdamW moves all weights of a row together: the more inputs, the further its output. The patch embedding has
-    1,176.
+    A step of AdamW moves all weights of a row together: the more inputs, the further its output moves. A row of
+    the patch embedding has 1,176.
     """
     matrices: list[nn.Parameter] = []
     patches: list[nn.Parameter] = []

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,9 +82,9 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
     for row, questions in enumerate(batch.questions):
         ids = batch.ids[row].tolist()
         system = next(p for p in SYSTEM_PROMPTS if maker._tokens.system(p) == ids[: len(maker._tokens.system(p))])
-        parts = [{"type": "image", "image": _blank()}] * n_images
+        parts: list[dict[str, Any]] = [{"type": "image", "image": _blank()}] * n_images
         content = [*parts, {"type": "text", "text": questions[0].text}]
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         prompt = engine._prompts.build(messages)
         length = len(prompt.token_ids)
         assert tuple(ids[:length]) == prompt.token_ids
@@ -150,6 +151,6 @@ def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engin
     ids += [*tokens.text(turns[1][0]), *tokens.answer_start()]
     first = [{"type": "image", "image": _blank()}, {"type": "text", "text": turns[0][0]}]
     messages: list[tuple[str, object]] = [("user", first), ("assistant", turns[0][1]), ("user", turns[1][0])]
-    asked: list[dict[str, object]] = [{"role": role, "content": content} for role, content in messages]
+    asked: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
     prompt = engine._prompts.build(asked)
     assert prompt.token_ids == tuple(ids)
