@@ -175,7 +175,7 @@ BAD_CHATS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]},
         400,
-        "messages[0].content[0]",
+        "messages[0].content[0].video_url",
     ),
     ({"max_tokens": -1}, 400, "max_tokens"),
     ({"max_tokens": "many"}, 400, "max_tokens"),
@@ -248,7 +248,7 @@ def test_bad_bodies_are_refused_by_name(server: Server, path: str, body: str, fi
         ({"max_tokens": "4"}, 1, "messages"),
         ({"prompt": "x", "messages": "[]"}, 1, "not both"),
         ({"prompt": "x", "max_tokens": "four"}, 1, "max_tokens"),
-        ({"messages": json.dumps([{"role": "user", "content": "no picture"}])}, 1, "1 files"),
+        ({"messages": json.dumps([{"role": "user", "content": "no picture"}])}, 1, "1 image files"),
         ({"messages": json.dumps(guide_message(None))}, 0, "more image parts"),
     ],
 )
