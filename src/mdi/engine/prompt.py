@@ -23,13 +23,13 @@ Message = dict[str, Any]
 
 {"type": "text", "text"}
 {"type": "image", "image": path | URL | bytes}, maybe with min_pixels and max_pixels
-{"type": "video", "video": path | URL | bytes | list of images, its frames}, maybe with fps or nframes (of a file),
-    and min_pixels, max_pixels (of a frame), total_pixels
+{"type": "video", "video": path | URL | bytes | list of images, its frames}, maybe with fps or nframes (to take from a
+    file; of a list all are taken), min_pixels, max_pixels (of a frame), total_pixels
 """
 
 ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "video")
-SAMPLING = ("fps", "nframes")
+SAMPLING = ("fps", "nframes", "total_pixels")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class PromptBuilder:
 
     def _load_video(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
         assert self._spec is not None
-        sampling = {name: part.get(name) for name in (*SAMPLING, "total_pixels")}
+        sampling = {name: part.get(name) for name in SAMPLING}
         video = open_video(part["video"], self._policy, self._video.with_options(**limits, **sampling), self._spec)
         self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
         return video.patches()
@@ -228,9 +228,8 @@ def _check_video(part: dict[str, Any], field: str) -> None:
             if not _is_source(frame):
                 name = f"{field}.video[{index}]"
                 raise MediaError(f"{name} must be a path, a URL, or an image's bytes", name)
-        for name in SAMPLING:
-            if part.get(name) is not None:
-                raise InputError(f"{name} is for video files: of a list every frame is taken", f"{field}.{name}")
+        if part.get("nframes") is not None:
+            raise InputError("nframes is for video files: of a list every frame is taken", f"{field}.nframes")
     if not source or not (_is_source(source) or isinstance(source, (list, tuple))):
         raise MediaError(f"{field}.video must be a path, a URL, a video's bytes, or a list of images", f"{field}.video")
 

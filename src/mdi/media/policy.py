@@ -27,7 +27,7 @@ class MediaPolicy:
     max_video_pixels: largest frame of a video that is decoded. The default lets 8K through.
     max_video_frames: longest video, in frames of the file, of which a few are sampled. The default is half an hour at
         30 a second.
-    video_timeout_s: seconds that counting and decoding one video may take.
+    video_timeout_s: seconds that counting and decoding one video, or fetching all frames of one, may take.
     timeout_s: seconds that all of one download may take, name lookup and redirects included.
     """
 

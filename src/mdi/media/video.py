@@ -227,12 +227,14 @@ def _from_stills(sources: Sequence[Source], policy: MediaPolicy, video: VideoSpe
     if not 0 < len(sources) <= video.max_frames:
         raise MediaError(f"a video may have 1 to {video.max_frames} frames, and this one has {len(sources)}", "video")
     first = _still(sources, 0, policy)
+    deadline = time.monotonic() + policy.video_timeout_s
     n_frames = len(sources) + len(sources) % FRAME_FACTOR
     height, width = video.resized(first.height, first.width, n_frames, cut.factor)
 
     def frames(height: int, width: int) -> list[Image.Image]:
         resized = [_resized(first, height, width)]
         for index in range(1, len(sources)):
+            _check_time(deadline, policy)
             image = _still(sources, index, policy)
             if image.size != first.size:
                 raise MediaError(
@@ -301,7 +303,8 @@ class _File:
                     times += [(packet.pts, packet.duration or 0)] if packet.pts is not None else []
                 if n_frames > self.policy.max_video_frames:
                     raise _refusal(f"the video has more than {self.policy.max_video_frames} frames; send a shorter one")
-                first = first or next(iter(packet.decode()), None)
+                if first is None:
+                    first = next(iter(packet.decode()), None)
             if first is None:
                 raise _refusal(NO_FRAMES)
             width, height = _upright(first).size
@@ -357,11 +360,15 @@ class _File:
         container = stream.container
         assert isinstance(container, InputContainer)
         for packet in dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream)):
-            if time.monotonic() > self.deadline:
-                raise _refusal(f"decoding the video took longer than {self.policy.video_timeout_s:g} seconds")
+            _check_time(self.deadline, self.policy)
             if packet.is_corrupt:
                 raise _refusal(DAMAGED)
             yield packet
+
+
+def _check_time(deadline: float, policy: MediaPolicy) -> None:
+    if time.monotonic() > deadline:
+        raise _refusal(f"reading the video took longer than {policy.video_timeout_s:g} seconds")
 
 
 def _refusal(message: str) -> MediaError:
