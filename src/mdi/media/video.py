@@ -176,7 +176,7 @@ class Video:
     height: int
     width: int
     spec: PatchSpec
-    _frames: Callable[[int, int], Sequence[Image.Image]]
+    _frames: Callable[[], Sequence[Image.Image]]
 
     @property
     def n_tokens(self) -> int:
@@ -187,7 +187,7 @@ class Video:
 
     def patches(self) -> Patches:
         """Decodes and cuts the frames. Raises MediaError for files that turn out damaged or take too long."""
-        return video_patches(self._frames(self.height, self.width), self.spec)
+        return video_patches(self._frames(), self.spec)
 
 
 def open_video(source: Source | Sequence[Source], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
@@ -226,12 +226,12 @@ def video_patches(frames: Sequence[Image.Image], spec: PatchSpec) -> Patches:
 def _from_stills(sources: Sequence[Source], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
     if not 0 < len(sources) <= video.max_frames:
         raise MediaError(f"a video may have 1 to {video.max_frames} frames, and this one has {len(sources)}", "video")
-    first = _still(sources, 0, policy)
     deadline = time.monotonic() + policy.video_timeout_s
+    first = _still(sources, 0, policy)
     n_frames = len(sources) + len(sources) % FRAME_FACTOR
     height, width = video.resized(first.height, first.width, n_frames, cut.factor)
 
-    def frames(height: int, width: int) -> list[Image.Image]:
+    def frames() -> list[Image.Image]:
         resized = [_resized(first, height, width)]
         for index in range(1, len(sources)):
             _check_time(deadline, policy)
@@ -268,7 +268,7 @@ def _from_file(data: bytes, policy: MediaPolicy, video: VideoSpec, cut: PatchSpe
     n_frames = video.frame_count(found.n_frames, found.fps)
     height, width = video.resized(found.height, found.width, n_frames, cut.factor)
 
-    def frames(height: int, width: int) -> list[Image.Image]:
+    def frames() -> list[Image.Image]:
         return file.sample(found.n_frames, n_frames, height, width)
 
     return Video(n_frames, height, width, cut, frames)
