@@ -353,9 +353,9 @@ def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale
 
 def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
     face = font(thing.font, 64)
-    total = face.getlength(thing.text)
-    for index, character in enumerate(thing.text):
-        middle = (face.getlength(thing.text[:index]) + face.getlength(thing.text[: index + 1])) / 2 / total
+    ends = [face.getlength(thing.text[:index]) for index in range(len(thing.text) + 1)]
+    for character, left, right in zip(thing.text, ends, ends[1:], strict=False):
+        middle = (left + right) / 2 / ends[-1]
         x = thing.x + (middle - 0.5) * thing.size * thing.aspect
         column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
         letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
