@@ -241,6 +241,7 @@ def verify(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The question to compare on.")] = "Describe this.",
     image: Images = None,
+    video: Videos = None,
     n_nodes: NNodes = 1,
     dtype: Annotated[str, typer.Option(help="What both sides compute in.")] = "float32",
     max_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 16,
@@ -252,7 +253,9 @@ def verify(
     from mdi.verify import verify as compare
 
     source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
-    report = compare(source, _messages(prompt, image or [], []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens)
+    report = compare(
+        source, _messages(prompt, image or [], video or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens
+    )
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")
         raise typer.Exit(1)
