@@ -139,8 +139,8 @@ def _encode_media(stage: Stage, prompt: Prompt) -> list[Visual]:
 class Oracle:
     """The same checkpoint in transformers: its tokenizer, image processor and model, loaded once.
 
-    Videos are the exception: transformers cuts them only with torchvision, and since release 5 gives them other positions
-    than Qwen2-VL was trained with, so their rows and positions are made here. Memory: the whole model in `dtype`.
+    Videos are the exception: transformers cuts them only with torchvision, and since release 5 gives them other
+    positions than Qwen2-VL was trained with, so their rows and positions are made here. Memory: the model in `dtype`.
     """
 
     def __init__(self, source: Source, dtype: str = "float32") -> None:

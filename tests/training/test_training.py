@@ -18,22 +18,15 @@ from training.model import Student
 from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
-from mdi.checkpoint.source import ASSETS, BUNDLED
+from mdi.checkpoint.source import Source
 from mdi.engine import Engine
+from mdi.verify import verify
 from training import train
-
-BUNDLED_FOLDER = ASSETS / BUNDLED
-
-
-@pytest.fixture(scope="module")
-def student() -> Student:
-    torch.manual_seed(0)
-    return Student().eval()
 
 
 @given(st.text())
-def test_any_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
+def test_any_text_survives_the_tokenizer(tokenizer_file: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -93,8 +86,8 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(BUNDLED_FOLDER, dtype="float32") as engine:
+def engine(untrained: Path) -> Iterator[Engine]:
+    with Engine(untrained, dtype="float32") as engine:
         yield engine
 
 
@@ -154,3 +147,11 @@ def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engin
     asked: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
     prompt = engine._prompts.build(asked)
     assert prompt.token_ids == tuple(ids)
+
+
+def test_what_is_exported_loads_in_transformers_with_the_same_numbers(untrained: Path) -> None:
+    content = [{"type": "image", "image": _blank()}, {"type": "text", "text": "What shape is this?"}]
+    report = verify(Source.open(untrained), [{"role": "user", "content": content}], dtype="float32", max_tokens=4)
+    assert report.same_prompt
+    assert report.relative < 1e-4
+    assert report.first_difference is None
