@@ -55,3 +55,16 @@ def test_a_bad_video_ends_with_exit_code_2_and_the_cause(
         ask(monkeypatch, tiny_checkpoint, "--video", source)
     assert ended.value.code == 2
     assert message in capfd.readouterr().err
+
+
+def test_verify_finds_no_difference_on_a_video(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(encoded(numbered(8)))
+    options = ("--video", str(clip), "--n-nodes", "2", "--max-tokens", "4")
+    monkeypatch.setattr(sys, "argv", ["mdi", "verify", str(tiny_checkpoint), "What happens?", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "all 4 greedy tokens are equal" in capfd.readouterr().out
