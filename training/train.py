@@ -35,6 +35,7 @@ DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
 CELL_WEIGHT = 0.4
 EVALUATE_EVERY = 250
+SIGHT_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
 SAVE_EVERY = 100
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -56,7 +57,7 @@ class Batches(Dataset[TrainingBatch]):
 
     def __getitem__(self, index: int) -> TrainingBatch:
         step = self._first + index
-        return self._maker(step, asks=step >= self._sight_steps)
+        return self._maker(step, asks=step >= self._sight_steps and step % SIGHT_EVERY != 0)
 
 
 def rate(step: int, steps: int) -> float:
@@ -172,7 +173,8 @@ class Run:
                 self.step += 1
                 progress.update(task, completed=self.step)
                 if self.step % LOG_EVERY == 0:
-                    loss, cells = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+                    asked = [loss for loss, _ in recent if loss] or [0.0]
+                    loss, cells = sum(asked) / len(asked), sum(cells for _, cells in recent) / len(recent)
                     self._log(step=self.step, loss=round(loss, 4), cells=round(cells, 4))
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
                 if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.sight_steps):
