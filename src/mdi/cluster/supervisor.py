@@ -41,7 +41,7 @@ class Supervisor:
         self._launcher = launcher
         self._limits = limits
         self._deliver = deliver
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._wired = self._closing = False
         self._lost: dict[str, LinkError] = {}  # who is at fault, and why
         self._losses = LossLog(limits, time.monotonic())
@@ -95,8 +95,9 @@ class Supervisor:
 
     def _note_death(self, error: LinkError) -> None:
         """From the launcher. While nodes are brought back it is asked who is dead instead."""
-        if self._wired:
-            self._note(error)
+        with self._lock:
+            if self._wired:
+                self._note(error)
 
     def _note(self, error: LinkError) -> None:
         with self._lock:
@@ -116,6 +117,7 @@ class Supervisor:
             while not self._wire_again(deadline=started_s + self._limits.timeout_s):
                 pass
         except LinkError as error:
+            self._away = frozenset(self._launcher.dead())
             if not self._closing:
                 log.error("%s; giving up", error)
                 self._deliver(GaveUp(error))
@@ -131,6 +133,7 @@ class Supervisor:
             self._away = frozenset()
             self._link.wire(self._launcher.nodes, deadline - time.monotonic())
         except LinkError as error:
+            log.warning("%s; trying again", error)
             self._note(error)
             return False
         return True
