@@ -1,17 +1,25 @@
-"""Doubles for the seams between rooms. They compute nothing: tests say what they answer."""
+"""Doubles for the seams between rooms. They hold no weights: tests say what they answer, or a checksum does."""
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
-from mdi.engine import FinishReason, Piece, Stream
+import torch
+from torch import Tensor
+
+from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 from mdi.engine.prompt import Message
-from mdi.errors import MDIError
+from mdi.errors import LinkError, MDIError
+from mdi.model.batch import Batch, Draw, Token, Visual
 from mdi.params import SamplingParams
+from mdi.pipeline.link import Deliver, GaveUp, Result, Rewired
 
 Prompt = str | Sequence[Message]
 
@@ -92,6 +100,8 @@ class FakeEngine:
     def reset(self) -> None:
         """As new: echoes, refuses nothing, remembers nothing."""
         self.error: MDIError | None = None
+        self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
+        self.answer_ready: Callable[[], bool] = lambda: True
         self.script: Script = echo
         self.refuse: Callable[[Prompt], Exception | None] = lambda _: None
         self.calls: list[Call] = []
@@ -119,6 +129,122 @@ class FakeEngine:
         self.submitted.set()
         return request.stream
 
+    def nodes(self) -> list[NodeStatus]:
+        return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10)]
+
+    def ready(self, timeout_s: float) -> bool:
+        return self.answer_ready()
+
     def part(self, number: int) -> Any:
         """A content part of the last call's last message."""
         return self.calls[-1].prompt[-1]["content"][number]  # type: ignore[index]
+
+
+class FakeStage:
+    """A first stage whose hidden states are the token ids, or the media's embeddings: float64 [tokens, 1]."""
+
+    busy = nullcontext()
+
+    def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
+        hidden = token_ids.double()[:, None]
+        for visual in visuals:
+            hidden[visual.row : visual.row + len(visual.embeddings)] = visual.embeddings
+        return hidden
+
+    def run(self, batch: Batch, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def encode_steps(self, rows: Tensor, grid: tuple[int, int, int]) -> Generator[None, None, Tensor]:
+        """Three steps; every four patches give the sum of their rows."""
+        for _ in range(3):
+            yield
+        return rows.double().view(-1, 4 * rows.shape[1]).sum(1, keepdim=True)
+
+
+class FakeLink:
+    """Nodes that draw tokens which depend on all that is in a slot's cache, and that are lost when told to.
+
+    breaks: after how many more batches they are lost; used up one at a time. late: results of batches computed before
+    a loss arrive after it. stays_away: `recover` is answered when the test says `come_back` or `give_up`.
+    """
+
+    def __init__(
+        self, deliver: Deliver, breaks: Iterable[int] = (), *, late: bool = False, stays_away: bool = False
+    ) -> None:
+        self.asked_to_recover = threading.Event()
+        self.swallows = False  # batches: nothing comes back, and nobody notices
+        self._deliver = deliver
+        self._breaks = deque(breaks)
+        self._late = late
+        self._stays_away = stays_away
+        self._caches: dict[int, list[tuple[float, ...]]] = {}
+        self._epoch = 1
+        self._away = False
+        self._sent: queue.SimpleQueue[tuple[int, Batch, Tensor] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def send(self, batch: Batch, hidden: Tensor) -> None:
+        self._sent.put((self._epoch, batch, hidden))
+
+    def recover(self) -> None:
+        assert self._away
+        self.asked_to_recover.set()
+        if not self._stays_away:
+            self.come_back()
+
+    def lose(self) -> None:
+        """Loses a node now."""
+        self._away = True
+        self._deliver(LinkError("node secondary0 ended", "secondary0"))
+
+    def come_back(self) -> None:
+        self._caches = {}
+        self._epoch += 1
+        self._away = self.swallows = False
+        self._deliver(Rewired())
+
+    def give_up(self) -> None:
+        self._deliver(GaveUp(LinkError("node secondary0 was lost too often", "secondary0")))
+
+    def close(self) -> None:
+        self._sent.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        served = 0
+        while (item := self._sent.get()) is not None:
+            epoch, batch, hidden = item
+            if epoch != self._epoch or self._away or self.swallows:
+                continue
+            result = self._compute(batch, hidden)
+            if isinstance(result, GaveUp):
+                self._deliver(result)
+            elif self._breaks and served >= self._breaks[0]:
+                self._breaks.popleft()
+                served = 0
+                self.lose()
+                if self._late:
+                    self._deliver(result)
+            else:
+                served += 1
+                self._deliver(result)
+
+    def _compute(self, batch: Batch, hidden: Tensor) -> Result | GaveUp:
+        tokens, first = [], 0
+        for part in batch.slices:
+            cache = self._caches.setdefault(part.slot, [])
+            if part.start > len(cache):
+                return GaveUp(LinkError("a batch attends to what was never computed"))
+            rows = torch.cat((hidden, batch.positions.T.double()), dim=1)[first : first + part.length]
+            cache[part.start :] = map(tuple, rows.tolist())
+            first += part.length
+            if part.draw:
+                tokens.append(_drawn(cache, part.draw))
+        return Result(batch.id, tuple(tokens))
+
+
+def _drawn(cache: list[tuple[float, ...]], draw: Draw) -> Token:
+    """A small letter, decided by everything computed so far, and by seed, sample and position unless greedy."""
+    chance = (draw.seed, draw.sample, draw.position) if draw.temperature else ()
+    return Token(97 + sha256(repr((cache, chance)).encode()).digest()[0] % 26, -1.0)

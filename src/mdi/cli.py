@@ -134,17 +134,20 @@ def serve(
     max_pixels: MaxPixels = None,
     media_dir: Annotated[Path | None, typer.Option(help="Requests may name files in this folder.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
+    recovery_timeout: Annotated[float, typer.Option(help="Seconds that requests wait for lost nodes.")] = 120,
     ckpt_folder: CkptFolder = CHECKPOINTS,
     hf_token: HfToken = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
+    from mdi.cluster.recovery import RecoveryLimits
     from mdi.gateway.app import GatewayConfig, bind
     from mdi.gateway.app import serve as serve_http
     from mdi.media import MediaPolicy
 
     config = GatewayConfig(api_key=api_key)
+    recovery_limits = RecoveryLimits(timeout_s=recovery_timeout)
     with (
         bind(host, port) as bound,
         _engine(
@@ -158,6 +161,7 @@ def serve(
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             media=MediaPolicy(media_dir=media_dir),
+            recovery_limits=recovery_limits,
             ckpt_folder=ckpt_folder,
             hf_token=hf_token,
         ) as engine,

@@ -7,7 +7,7 @@
     │   └── ModelNotFoundError  the request names a model that is not served here
     ├── ConfigError             options contradict each other or this machine
     ├── CheckpointError         a checkpoint, manifest or chunk cannot be used
-    ├── LinkError               a node cannot be reached, refuses, or died
+    ├── LinkError               a node cannot be reached, refuses, or died; `node` names it
     ├── OverloadedError         the queue is full; try again later
     └── ClosedError             the engine is shutting down
 
@@ -53,7 +53,11 @@ class CheckpointError(MDIError):
 
 
 class LinkError(MDIError):
-    """A node cannot be reached, refuses, or died."""
+    """A node cannot be reached, refuses, or died. `node` is its name, where it is known."""
+
+    def __init__(self, message: str, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class OverloadedError(MDIError):

@@ -10,10 +10,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 from mdi.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
@@ -22,83 +22,177 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 TAIL_BYTES = 4000
 
+Died = Callable[[LinkError], None]
+
+
+class Launcher(Protocol):
+    """Whoever brings nodes up, first and again."""
+
+    @property
+    def nodes(self) -> list[NodeAddress]:
+        """Where all of them listen, in pipeline order."""
+
+    def watch(self, died: Died) -> None:
+        """Calls back, from a thread, when a node ends before it was told to."""
+
+    def dead(self) -> set[str]:
+        """Names of the nodes that have ended."""
+
+    def restart(self, names: Collection[str], timeout_s: float) -> None:
+        """Ends these nodes, if they still run, and starts them anew; returns when they listen.
+
+        Raises LinkError with the name of one that does not start within `timeout_s`.
+        """
+
+    def restarts(self, name: str) -> int:
+        """How often a node was started anew."""
+
+    def close(self) -> None:
+        """Ends every node and waits for it. Safe to call twice."""
+
 
 class LocalLauncher:
     """One `mdi secondary` process per chunk, each with a pipe as its standard input.
 
     The pipe's other end is held here alone: when this process ends, however it ends, every node reads the end of its
-    input and ends too. `start` returns when all listen; they load on after that.
+    input and ends too. Made when all listen; they load on after that.
     """
 
     def __init__(self, chunks: Sequence[Path], *, dtype: str, device: str, threads: int) -> None:
+        self._options = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
+        self._chunks = {chunk.stem.removeprefix("model_"): chunk for chunk in chunks}
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._closing = False
-        self._watchers: list[threading.Thread] = []
-        self._logs = ExitStack()
-        self._processes: list[tuple[str, subprocess.Popen[bytes], IO[bytes]]] = []
+        self._died: Died | None = None
+        self._processes: dict[str, NodeProcess] = {}
+        self._addresses: dict[str, str] = {}
+        self._restarts: Counter[str] = Counter()
         try:
-            for chunk in chunks:
-                self._start(chunk, dtype, device, threads)
-            self.nodes = [NodeAddress(name, _address(name, process, log)) for name, process, log in self._processes]
+            self._start(self._chunks, START_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
 
-    def watch(self, died: Callable[[LinkError], None]) -> None:
-        """Calls back, from a thread, when a node ends before it was told to."""
-        for name, process, log in self._processes:
-            watcher = threading.Thread(target=self._watch, args=(name, process, log, died), daemon=True)
-            watcher.start()
-            self._watchers.append(watcher)
+    @property
+    def nodes(self) -> list[NodeAddress]:
+        return [NodeAddress(name, self._addresses[name]) for name in self._chunks]
+
+    def watch(self, died: Died) -> None:
+        self._died = died
+
+    def dead(self) -> set[str]:
+        return {name for name, process in self._processes.items() if process.ended}
+
+    def restart(self, names: Collection[str], timeout_s: float) -> None:
+        self._restarts.update(names)
+        self._start(names, min(timeout_s, START_TIMEOUT_S))
+
+    def restarts(self, name: str) -> int:
+        return self._restarts[name]
 
     def close(self) -> None:
-        """Ends every node and waits for it. Safe to call twice."""
-        self._closing = True
-        for _, process, _ in self._processes:
-            assert process.stdin
-            process.stdin.close()
-        for _, process, _ in self._processes:
-            try:
-                process.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            assert process.stdout
-            process.stdout.close()
-        for watcher in self._watchers:
-            watcher.join()
-        self._logs.close()
+        with self._lock:
+            self._closing = True
+        for process in self._processes.values():
+            process.ask_to_end()
+        for process in self._processes.values():
+            process.end(END_TIMEOUT_S)
+        with self._starting:  # which has nothing left to wait for
+            for process in self._processes.values():
+                process.close()
 
-    def _start(self, chunk: Path, dtype: str, device: str, threads: int) -> None:
-        log = self._logs.enter_context(tempfile.TemporaryFile())
-        command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), "--dtype", dtype]
-        command += ["--device", device, "--threads", str(threads), "--listen", "127.0.0.1:0", "--with-parent"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        self._processes.append((chunk.stem.removeprefix("model_"), process, log))
+    def _start(self, names: Collection[str], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._starting:
+            for name in names:
+                if before := self._replace(name):
+                    before.close()
+            for name in names:
+                self._addresses[name] = self._processes[name].address(deadline)
 
-    def _watch(
-        self, name: str, process: subprocess.Popen[bytes], log: IO[bytes], died: Callable[[LinkError], None]
-    ) -> None:
-        process.wait()
-        if not self._closing:
-            died(_death(name, process, log))
+    def _replace(self, name: str) -> NodeProcess | None:
+        """Starts a node's process, and gives the one it had before: its death is no longer news."""
+        with self._lock:
+            if self._closing:
+                raise LinkError("the nodes are being ended")
+            if before := self._processes.get(name):
+                before.kill()
+            self._processes[name] = NodeProcess(name, self._chunks[name], self._options, self._tell)
+            return before
 
-
-def _address(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
-    """Waits for the line in which a node names its port."""
-    assert process.stdout
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not select.select([process.stdout], [], [], 0.1)[0]:
-        if time.monotonic() > deadline:
-            raise LinkError(f"node {name} did not start within {START_TIMEOUT_S:g} s")
-    line = process.stdout.readline()
-    if not line:
-        process.wait()
-        raise _death(name, process, log)
-    return f"127.0.0.1:{json.loads(line)['port']}"
+    def _tell(self, process: NodeProcess) -> None:
+        with self._lock:
+            if self._died and not self._closing and self._processes[process.name] is process:
+                self._died(process.death())
 
 
-def _death(name: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> LinkError:
-    size = os.fstat(log.fileno()).st_size
-    lines = os.pread(log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace").strip().splitlines()
-    last = f": {lines[-1]}" if lines else ""
-    return LinkError(f"node {name} ended with exit code {process.returncode}{last}")
+class NodeProcess:
+    """One run of a node. ended: called once, from a thread, when it is over."""
+
+    def __init__(self, name: str, chunk: Path, options: Sequence[str], ended: Callable[[NodeProcess], None]) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
+        command += ["--listen", "127.0.0.1:0", "--with-parent"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
+        )
+        self._watcher = threading.Thread(target=self._watch, args=(ended,), name=f"mdi-watch-{name}", daemon=True)
+        self._watcher.start()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def address(self, deadline: float) -> str:
+        """Waits for the line in which a node names its port. Raises LinkError when it ends, or `deadline` passes."""
+        assert self._process.stdout
+        while not select.select([self._process.stdout], [], [], 0.1)[0]:
+            if time.monotonic() > deadline:
+                raise LinkError(f"node {self.name} did not start in time", self.name)
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise self.death()
+        return f"127.0.0.1:{json.loads(line)['port']}"
+
+    def death(self) -> LinkError:
+        """Why it ended: exit code and last words."""
+        size = os.fstat(self._log.fileno()).st_size
+        tail = os.pread(self._log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES))
+        lines = tail.decode(errors="replace").strip().splitlines()
+        last = f": {lines[-1]}" if lines else ""
+        return LinkError(f"node {self.name} ended with exit code {self._process.returncode}{last}", self.name)
+
+    def ask_to_end(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+
+    def end(self, timeout_s: float) -> None:
+        """Waits for its end, which it gets after `timeout_s` at the latest."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        """Releases what is left of a process that has ended, or is about to. Safe to call twice."""
+        self.ask_to_end()
+        self._process.wait()
+        self._watcher.join()
+        assert self._process.stdout
+        self._process.stdout.close()
+        self._log.close()
+
+    def _watch(self, ended: Callable[[NodeProcess], None]) -> None:
+        self._process.wait()
+        ended(self)

@@ -19,10 +19,13 @@ from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
+from mdi.cluster.recovery import RecoveryLimits
+from mdi.cluster.supervisor import Supervisor
 from mdi.errors import CheckpointError
-from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
+from mdi.pipeline.grpc_link import LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
 from mdi.pipeline.stage import Stage
+from mdi.pipeline.wire import Traffic
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class ClusterConfig:
     device: str
     n_slots: int
     sequence_length: int
+    recovery: RecoveryLimits
 
 
 class Cluster:
@@ -46,7 +50,7 @@ class Cluster:
     def __init__(self, source: Source, config: ClusterConfig, progress: LoadProgress | None = None) -> None:
         self._config = config
         self._progress = progress
-        self._link: GrpcLink | None = None
+        self._supervisor: Supervisor | None = None
         self._launcher: LocalLauncher | None = None
         with ExitStack() as undo:
             loaded = self._load_alone(source) if config.n_nodes == 1 else self._load_together(source, undo)
@@ -55,26 +59,30 @@ class Cluster:
             undo.pop_all()
 
     def connect(self, deliver: Deliver) -> Link:
-        """Wires the nodes together once all have loaded. Only where there is more than one."""
+        """Wires the nodes together once all have loaded, and whenever some were lost. Only where there are several."""
         assert self._launcher is not None
         settings = PipelineSettings(self._manifest_digest, self._config.n_slots, self._config.sequence_length)
-        self._launcher.watch(deliver)
-        self._link = GrpcLink.connect(self._launcher.nodes, settings, deliver, progress=self._progress)
-        return self._link
+        self._supervisor = Supervisor(self._launcher, settings, self._config.recovery, deliver, self._progress)
+        return self._supervisor
 
     def nodes(self) -> list[NodeStatus]:
-        """What every node holds, in pipeline order."""
+        """What every node holds and does, in pipeline order."""
         spec = self._loaded.spec
+        traffic = self._supervisor.traffic if self._supervisor else Traffic()
         here = NodeStatus(
             name="starter",
+            state="ready",
             first_layer=spec.first_layer,
             last_layer=spec.last_layer,
             dtype=str(self._loaded.dtype).removeprefix("torch."),
             device=str(self._loaded.device),
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
+            busy_share=self.stage.busy.share(),
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
         )
-        return [here, *(self._link.status() if self._link else [])]
+        return [here, *(self._supervisor.status() if self._supervisor else [])]
 
     def close(self) -> None:
         """Ends every process. Safe to call twice; the link is closed by who asked for it."""

@@ -6,17 +6,21 @@ import json
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from mdi.checkpoint.source import Source, locate
 from mdi.cluster.local import Cluster, ClusterConfig
+from mdi.cluster.recovery import RecoveryLimits
 from mdi.engine.loop import Cancel, StepLoop, Submit
-from mdi.engine.outputs import Completion, Piece
-from mdi.engine.prompt import Message, PixelRange, PromptBuilder
+from mdi.engine.outputs import Completion, Piece, RecoveryStatus
+from mdi.engine.prompt import Message, PixelRange, Prompt, PromptBuilder
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
@@ -31,6 +35,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 MEDIA_THREADS = 2
+PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
+PROBE_POLL_S = 0.01
 TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
 
@@ -44,6 +50,7 @@ class Engine:
     max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into;
     max_pixels also lowers the limit of a video's frames.
     media: where images and videos may come from; by default any local file and any public URL.
+    recovery_limits: how long and how often lost nodes are brought back before requests fail.
     progress: told (node, done bytes, all bytes) while weights load.
 
     Raises CheckpointError or ConfigError when the model cannot be served that way.
@@ -63,6 +70,7 @@ class Engine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         media: MediaPolicy | None = None,
+        recovery_limits: RecoveryLimits | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
         progress: LoadProgress | None = None,
@@ -88,6 +96,7 @@ class Engine:
             device=device,
             n_slots=max_sequences,
             sequence_length=self.sequence_length,
+            recovery=recovery_limits or RecoveryLimits(),
         )
         self._cluster = Cluster(source, config, progress)
         try:
@@ -144,8 +153,30 @@ class Engine:
             stream.cancel()
 
     def nodes(self) -> list[NodeStatus]:
-        """What every node holds, in pipeline order."""
+        """What every node holds and does, as last heard of it, in pipeline order."""
         return self._cluster.nodes()
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether a token comes through all nodes within this time: of a running request, or else of one made up.
+
+        False at once while lost nodes are brought back, and after an error or `close`.
+        """
+        before, deadline = self._loop.results, time.monotonic() + timeout_s
+        stream = Stream(lambda: self._loop.post(Cancel(probe)))
+        params = SamplingParams(temperature=0, max_tokens=1).with_defaults(self._defaults)
+        probe = Request(stream, params, seed=0, prompt=PROBE)
+        self._loop.post(Submit(probe))
+        while self._loop.results == before:
+            if self._closed or self.error or self.recovery.recovering or time.monotonic() > deadline:
+                stream.cancel()
+                return False
+            time.sleep(PROBE_POLL_S)
+        return True
+
+    @property
+    def recovery(self) -> RecoveryStatus:
+        """Whether nodes are being brought back, how often they were, and how many requests that failed."""
+        return self._loop.recovery
 
     @property
     def error(self) -> MDIError | None:

@@ -10,18 +10,19 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.engine.detokenizer import Detokenizer
+from mdi.engine.outputs import RecoveryStatus
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.errors import ClosedError, LinkError, MDIError
 from mdi.model.batch import Batch, Slice, Visual
-from mdi.pipeline.link import Deliver, Link, Result
+from mdi.pipeline.link import Deliver, GaveUp, Link, Result, Rewired
 from mdi.pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,14 @@ class Close:
     """End the loop; running requests fail with ClosedError."""
 
 
-Event = Submit | Cancel | Close | Result | LinkError
+Event = Submit | Cancel | Close | Result | LinkError | Rewired | GaveUp
 
 
 class StepLoop:
-    """Runs requests through the pipeline until closed or until a node is lost.
+    """Runs requests through the pipeline until closed, or until nodes are lost for good.
+
+    While the link brings lost nodes back, requests are taken in and images encoded; then every running sequence is
+    computed again from its first token on, and goes on with the tokens it would have had.
 
     connect: given where results go, makes the link to the next node; None when this node is the only one.
     ended: told of every request that left, for whatever reason.
@@ -67,6 +71,8 @@ class StepLoop:
         ended: Callable[[Request], None],
     ) -> None:
         self.error: MDIError | None = None
+        self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
+        self.results = 0  # batches that came back
         self._stage = stage
         self._scheduler = scheduler
         self._tokenizer = tokenizer
@@ -100,8 +106,8 @@ class StepLoop:
                 self._step()
         except Exception:
             log.exception("the engine's loop failed")
-            self._fail(LinkError("this node failed while it computed; its log has the details"))
-        while not isinstance(event := self._inbox.get(), Close):  # lost a node: refuse until closed
+            self._give_up(LinkError("this node failed while it computed; its log has the details"))
+        while not isinstance(event := self._inbox.get(), Close):  # refuse until closed
             if isinstance(event, Submit):
                 self._end(event.request, self.error)
 
@@ -116,7 +122,8 @@ class StepLoop:
             return False
         assert self._encoder is not None
         try:
-            next(self._encoder)
+            with self._stage.busy:
+                next(self._encoder)
         except StopIteration as done:
             self._to_encode[0].embeddings.append(done.value)
             self._encoder = None
@@ -135,6 +142,8 @@ class StepLoop:
 
     def _dispatch(self) -> bool:
         """Schedules one batch and runs it through the first stage."""
+        if self.recovery.recovering:
+            return False
         work = self._scheduler.schedule()
         if not work:
             return False
@@ -180,7 +189,11 @@ class StepLoop:
             case Result():
                 self._collect(event)
             case LinkError():
-                self._fail(event)
+                self._recover()
+            case Rewired():
+                self.recovery = replace(self.recovery, recovering=False)
+            case GaveUp(error):
+                self._give_up(error)
             case Close():
                 self._fail(ClosedError("the engine was closed"))
                 self._inbox.put(event)
@@ -209,9 +222,22 @@ class StepLoop:
             if not sequence.in_flight:
                 self._leave(sequence)
 
+    def _recover(self) -> None:
+        """What is in flight is forgotten; tokens it would have brought will be drawn again, and be the same."""
+        self.recovery = replace(self.recovery, recovering=True, recoveries=self.recovery.recoveries + 1)
+        self._in_flight.clear()
+        self._scheduler.restart()
+        for request in [request for request in self._live if request.cancelled]:
+            self._cancel(request)
+        assert self._link is not None
+        self._link.recover()
+
     def _collect(self, result: Result) -> None:
         """A batch came back: the caches hold its tokens, and every slice that drew has a new one."""
-        work = self._in_flight.pop(result.batch_id)
+        work = self._in_flight.pop(result.batch_id, None)
+        if work is None:
+            return  # sent before the nodes were lost
+        self.results += 1
         self._scheduler.finish(work)
         tokens = iter(result.tokens)
         for item in work:
@@ -233,6 +259,11 @@ class StepLoop:
         request.embeddings.clear()
         request.stream.put(error)
         self._ended(request)
+
+    def _give_up(self, error: LinkError) -> None:
+        failed = self.recovery.failed_requests + len(self._live)
+        self.recovery = replace(self.recovery, recovering=False, failed_requests=failed)
+        self._fail(error)
 
     def _fail(self, error: MDIError) -> None:
         self.error = error

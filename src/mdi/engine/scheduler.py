@@ -97,6 +97,13 @@ class Scheduler(Generic[S]):
             item.sequence.in_flight = False
             item.sequence.computed = item.start + item.length
 
+    def restart(self) -> None:
+        """Nothing in flight comes back, and the caches are empty: every running sequence begins again, in its slot."""
+        self.in_flight = 0
+        for sequence in self._running:
+            sequence.in_flight = False
+            sequence.computed = 0
+
     def _admit(self) -> None:
         while self._free_slots and self._waiting:
             sequence = self._waiting.popleft()

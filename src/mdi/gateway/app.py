@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.responses import JSONResponse
 
 from mdi.errors import ConfigError
-from mdi.gateway import generate, guard, openai
+from mdi.gateway import generate, guard, health, openai
 from mdi.gateway.streaming import TextEngine
 
 DRAIN_S = 30
@@ -20,7 +19,7 @@ DRAIN_S = 30
 class GatewayConfig:
     """How the server guards itself.
 
-    api_key: what requests must bring, but to /health; None lets everybody in.
+    api_key: what requests must bring, but to /health and /health/ready; None lets everybody in.
     max_body_bytes: largest body of one request.
     request_timeout_s: longest answer, waiting in the queue included; None is for ever.
     aliases: names the model answers to besides its own.
@@ -41,15 +40,8 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
     guard.install(app, config.api_key, config.max_body_bytes)
     app.include_router(generate.router(engine, config.request_timeout_s))
+    app.include_router(health.router(engine))
     app.include_router(openai.router(engine, config.aliases, config.request_timeout_s))
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        """200 while requests can be served; 503 when a node is lost."""
-        if engine.error:
-            return JSONResponse({"status": "unavailable", "detail": str(engine.error)}, 503)
-        return JSONResponse({"status": "ok", "model": engine.model_name})
-
     return app
 
 

@@ -38,7 +38,7 @@ STATUSES: tuple[tuple[type[MDIError], int], ...] = (  # the first that fits
     (MDIError, 500),
 )
 OURS_ALONE = (ConfigError, CheckpointError)  # their texts are for the operator: they name files
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", "/health/ready")
 RETRY_AFTER_S = 1
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for logs
 TYPES = {

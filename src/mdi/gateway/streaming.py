@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mdi.engine import Completion, Piece, Usage
+from mdi.engine import Completion, NodeStatus, Piece, RecoveryStatus, Usage
 from mdi.engine.outputs import collect
 from mdi.engine.prompt import Message
 from mdi.errors import MDIError
@@ -43,6 +43,10 @@ class TextEngine(Protocol):
     def model_name(self) -> str: ...
     @property
     def error(self) -> MDIError | None: ...
+    @property
+    def recovery(self) -> RecoveryStatus: ...
+    def nodes(self) -> list[NodeStatus]: ...
+    def ready(self, timeout_s: float) -> bool: ...
     def submit(
         self,
         prompt: str | Sequence[Message],

@@ -1,16 +1,19 @@
 """The starter's end of the pipeline: control over every node, batches to the second, results from the last.
 
-One thread with an asyncio loop of its own; the engine hands batches over without waiting.
+One thread with an asyncio loop of its own; the engine hands batches over without waiting. Knows addresses, no
+processes: it tells that a node is lost, and is told where to find all of them again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -20,11 +23,20 @@ from torch import Tensor
 from mdi.errors import LinkError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
-from mdi.pipeline.link import Deliver, NodeStatus
+from mdi.pipeline.link import Deliver, NodeState, NodeStatus
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 POLL_S = 0.05
-RPC_TIMEOUT_S = 10.0
+RPC_TIMEOUT_S = 5.0
+HEARTBEAT_S = 1.0
+MISSED_BEATS = 3  # in a row: the node is lost
+STATES: dict[int, NodeState] = {
+    wire_pb2.NodeStatus.LOADING: "loading",
+    wire_pb2.NodeStatus.LOADED: "loaded",
+    wire_pb2.NodeStatus.FAILED: "failed",
+}
 
 LoadProgress = Callable[[str, int, int], None]
 """Told (node, bytes done, bytes in all) while nodes load."""
@@ -40,25 +52,32 @@ class NodeAddress:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What all nodes must agree on. manifest_digest: see `Manifest.digest`."""
+    """What all nodes must agree on. manifest_digest: see `Manifest.digest`. first_epoch: of the first wiring."""
 
     manifest_digest: str
     n_slots: int
     sequence_length: int
-    epoch: int = 1
+    first_epoch: int = 1
 
 
 class GrpcLink:
-    """Connected to nodes that are loaded, configured and wired to each other. Make one with `connect`."""
+    """Connected to nodes that are loaded, configured and wired to each other. Make one with `connect`.
 
-    def __init__(self, nodes: Sequence[NodeAddress], settings: PipelineSettings, deliver: Deliver) -> None:
-        self._nodes = nodes
+    A loss is delivered as a LinkError, once an epoch at most; `unwire` and `wire` make the next epoch.
+    """
+
+    def __init__(self, settings: PipelineSettings, deliver: Deliver, progress: LoadProgress | None = None) -> None:
         self._settings = settings
+        self._epoch = settings.first_epoch - 1
         self._deliver = deliver
-        self._closing = self._broken = False
-        self._channels: list[grpc.aio.Channel] = []
-        self._tasks: list[asyncio.Task[None]] = []
-        self._outbox: asyncio.Queue[wire_pb2.Piece] = asyncio.Queue()
+        self._progress = progress
+        self._closing = False
+        self._changing = threading.Lock()  # held while wires are pulled or laid
+        self._names: list[str] = []
+        self._seen: dict[str, NodeStatus] = {}
+        self._traffic = wire.Traffic()
+        self._wiring: Wiring | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="mdi-link", daemon=True)
         self._thread.start()
@@ -78,29 +97,53 @@ class GrpcLink:
         nodes: all but the starter, in pipeline order. Raises LinkError, naming the node, when one cannot be reached,
         failed to load, is of another version or plan, or is not ready within `timeout_s`.
         """
-        link = cls(nodes, settings, deliver)
+        link = cls(settings, deliver, progress)
         try:
-            link._call(link._open(progress, timeout_s))
+            link.wire(nodes, timeout_s)
         except BaseException:
             link.close()
             raise
         return link
 
+    @property
+    def traffic(self) -> wire.Traffic:
+        """Bytes of batches sent and of results received, over all epochs."""
+        return self._traffic
+
+    def unwire(self) -> None:
+        """Drops everything in flight. Nothing is delivered until `wire`."""
+        with self._changing:
+            if not self._closing:
+                self._call(self._unwire())
+
+    def wire(self, nodes: Sequence[NodeAddress], timeout_s: float) -> None:
+        """Connects in a new epoch. Raises as `connect` does, and when the link is closed."""
+        with self._changing:
+            if self._closing:
+                raise LinkError("the link was closed")
+            self._epoch += 1
+            self._names = [node.name for node in nodes]
+            self._call(self._open(nodes, timeout_s))
+
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """Hands a batch over; hidden: [tokens, hidden_size]."""
-        for piece in wire.encode_batch(batch, hidden, self._settings.epoch):
-            self._loop.call_soon_threadsafe(self._outbox.put_nowait, piece)
+        wiring = self._wiring
+        if wiring:
+            for piece in wire.encode_batch(batch, hidden, wiring.epoch):
+                self._loop.call_soon_threadsafe(wiring.outbox.put_nowait, piece)
 
     def status(self) -> list[NodeStatus]:
-        """What every node holds, asked now."""
-        return self._call(self._statuses())
+        """What was last heard of every node, a second ago or less where it is well."""
+        return [self._seen[name] for name in self._names if name in self._seen]
 
     def close(self) -> None:
-        """Ends the streams and the thread. Safe to call twice."""
+        """Ends the streams and the thread, and fails a `wire` that waits. Safe to call twice."""
         if self._closing:
             return
         self._closing = True
-        self._call(self._shut())
+        self._loop.call_soon_threadsafe(self._stop_opening)
+        with self._changing:
+            self._call(self._unwire())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -110,98 +153,199 @@ class GrpcLink:
         self._loop.run_forever()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        except CancelledError:
+            raise LinkError("the link was closed") from None
 
-    async def _open(self, progress: LoadProgress | None, timeout_s: float) -> None:
-        self._channels = [grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in self._nodes]
-        deadline = time.monotonic() + timeout_s
-        await asyncio.gather(*(self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))))
+    async def _open(self, nodes: Sequence[NodeAddress], timeout_s: float) -> None:
+        self._opening = asyncio.current_task()
+        if self._closing:
+            raise LinkError("the link was closed")
+        self._wiring = Wiring(nodes, self._settings, self._epoch, self._deliver, self._seen, self._traffic)
+        try:
+            await self._wiring.open(self._progress, time.monotonic() + timeout_s)
+        except BaseException:
+            await self._unwire()
+            raise
+        finally:
+            self._opening = None
+
+    async def _unwire(self) -> None:
+        wiring, self._wiring = self._wiring, None
+        if wiring:
+            await wiring.close()
+
+    def _stop_opening(self) -> None:
+        if self._opening:
+            self._opening.cancel()
+
+
+class Wiring:
+    """One epoch: channels to all nodes, the stream of batches, the stream of results, and heartbeats. Asyncio only.
+
+    seen: where what is heard of the nodes is kept, by name.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[NodeAddress],
+        settings: PipelineSettings,
+        epoch: int,
+        deliver: Deliver,
+        seen: dict[str, NodeStatus],
+        traffic: wire.Traffic,
+    ) -> None:
+        self.epoch = epoch
+        self.outbox: asyncio.Queue[wire_pb2.Piece] = asyncio.Queue()
+        self._nodes = nodes
+        self._settings = settings
+        self._deliver = deliver
+        self._seen = seen
+        self._traffic = traffic
+        self._over = False  # lost or closed: nothing more is delivered
+        self._channels = [grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in nodes]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self, progress: LoadProgress | None, deadline: float) -> None:
+        """See `GrpcLink.connect`. Whatever happens, `close` it in the end."""
+        loading = [self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))]
+        await self._all(loading)
         following = [node.address for node in self._nodes[1:]] + [""]
         for index in reversed(range(len(self._nodes))):
             await self._configure(index, following[index])
         results = self._channels[-1].unary_stream(
             wire.method("Results"),
             request_serializer=wire.serialize,
-            response_deserializer=lambda data: wire.parse(wire_pb2.Result, data),
-        )(wire_pb2.ResultsRequest(epoch=self._settings.epoch))
-        batches = self._channels[0].stream_unary(wire.method("Batches"), request_serializer=wire.serialize)()
+            response_deserializer=self._traffic.parser(wire_pb2.Result),
+        )(wire_pb2.ResultsRequest(epoch=self.epoch))
+        batches = self._channels[0].stream_unary(wire.method("Batches"), request_serializer=self._traffic.serialize)()
         # an idle stream of writes alone would not notice that its node is gone
-        batches.add_done_callback(lambda _: self._lost(self._nodes[0].name))
+        batches.add_done_callback(lambda _: self._lose_link(self._nodes[0].name))
         self._tasks = [asyncio.create_task(self._send(batches)), asyncio.create_task(self._receive(results))]
+        self._tasks += [asyncio.create_task(self._watch(index)) for index in range(len(self._nodes))]
+
+    async def close(self) -> None:
+        """Ends the streams; nothing is delivered afterwards."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
+
+    async def _all(self, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+        """Runs them together; the first error ends all."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for coroutine in coroutines:
+                    group.create_task(coroutine)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def _await_loaded(self, index: int, progress: LoadProgress | None, deadline: float) -> None:
         node = self._nodes[index]
         while True:
-            status = await self._status(index)
+            status = await self._status(index, RPC_TIMEOUT_S)
             if progress and status.total_bytes:
                 progress(node.name, status.done_bytes, status.total_bytes)
             if status.state == wire_pb2.NodeStatus.FAILED:
-                raise LinkError(f"node {node.name}: {status.error}")
+                raise LinkError(f"node {node.name}: {status.error}", node.name)
             if status.state == wire_pb2.NodeStatus.LOADED:
                 return
             if time.monotonic() > deadline:
-                raise LinkError(f"node {node.name} did not finish loading in time")
+                raise LinkError(f"node {node.name} did not finish loading in time", node.name)
             await asyncio.sleep(POLL_S)
 
-    async def _status(self, index: int) -> wire_pb2.NodeStatus:
-        return await self._ask(index, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus)
-
     async def _configure(self, index: int, next_address: str) -> None:
-        settings = self._settings
+        name, settings = self._nodes[index].name, self._settings
         request = wire_pb2.Configuration(
             version=wire.VERSION,
-            epoch=settings.epoch,
+            epoch=self.epoch,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
             next_address=next_address,
         )
-        answer = await self._ask(index, "Configure", request, wire_pb2.Configured)
+        answer = await self._ask(index, "Configure", request, wire_pb2.Configured, RPC_TIMEOUT_S)
         if answer.error:
-            raise LinkError(f"node {self._nodes[index].name} {answer.error}")
+            raise LinkError(f"node {name} {answer.error}", name)
+        self._seen[name] = replace(self._seen[name], state="ready")
 
-    async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M]) -> wire.M:
+    async def _watch(self, index: int) -> None:
+        """Asks a node every second how it is; silent three times in a row, it is lost."""
+        node, missed = self._nodes[index], 0
+        while missed < MISSED_BEATS:
+            asked_s = time.monotonic()
+            try:
+                status = await self._status(index, HEARTBEAT_S)
+            except LinkError:
+                missed += 1
+            else:
+                missed = 0
+                if fault := self._fault(index, status):
+                    self._lose(fault)
+                    return
+            await asyncio.sleep(asked_s + HEARTBEAT_S - time.monotonic())
+        self._lose(LinkError(f"node {node.name} was silent for {MISSED_BEATS * HEARTBEAT_S:g} s", node.name))
+
+    def _fault(self, index: int, status: wire_pb2.NodeStatus) -> LinkError | None:
+        name = self._nodes[index].name
+        if status.epoch != self.epoch:
+            return LinkError(f"node {name} was started anew", name)
+        if status.next_lost:
+            after = self._nodes[index + 1].name
+            return LinkError(f"the link from node {name} to node {after} broke: did it end?", after)
+        return None
+
+    async def _status(self, index: int, timeout_s: float) -> wire_pb2.NodeStatus:
+        asked_s = time.monotonic()
+        status = await self._ask(index, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus, timeout_s)
+        state = STATES[status.state]
+        self._seen[self._nodes[index].name] = NodeStatus(
+            name=self._nodes[index].name,
+            state="ready" if state == "loaded" and status.epoch == self.epoch else state,
+            first_layer=status.first_layer,
+            last_layer=status.last_layer,
+            dtype=status.dtype,
+            device=status.device,
+            resident_bytes=status.resident_bytes,
+            pid=status.pid,
+            busy_share=status.busy_share,
+            sent_bytes=status.sent_bytes,
+            received_bytes=status.received_bytes,
+            round_trip_s=time.monotonic() - asked_s,
+        )
+        return status
+
+    async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M], timeout_s: float) -> wire.M:
+        node = self._nodes[index].name
         call = self._channels[index].unary_unary(
             wire.method(name),
             request_serializer=wire.serialize,
             response_deserializer=lambda data: wire.parse(answer, data),
         )
         try:
-            return await call(request, timeout=RPC_TIMEOUT_S)  # type: ignore[no-any-return]
+            return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]
         except grpc.aio.AioRpcError as error:
-            raise LinkError(f"node {self._nodes[index].name} does not answer ({error.code().name.lower()})") from None
-
-    async def _statuses(self) -> list[NodeStatus]:
-        found = await asyncio.gather(*(self._status(index) for index in range(len(self._nodes))))
-        return [
-            NodeStatus(node.name, s.first_layer, s.last_layer, s.dtype, s.device, s.resident_bytes, s.pid)
-            for node, s in zip(self._nodes, found, strict=True)
-        ]
+            raise LinkError(f"node {node} does not answer ({error.code().name.lower()})", node) from None
 
     async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                await call.write(await self._outbox.get())
+                await call.write(await self.outbox.get())
 
     async def _receive(self, call: grpc.aio.UnaryStreamCall) -> None:
-        try:
+        with contextlib.suppress(grpc.aio.AioRpcError, LinkError):
             async for message in call:
-                if message.epoch == self._settings.epoch:
+                if message.epoch == self.epoch and not self._over:
                     self._deliver(wire.decode_result(message))
-        except (grpc.aio.AioRpcError, LinkError):
-            pass
-        self._lost(self._nodes[-1].name)
+        self._lose_link(self._nodes[-1].name)
 
-    def _lost(self, name: str) -> None:
-        if not self._closing and not self._broken:
-            self._broken = True
-            self._deliver(LinkError(f"the link to node {name} broke: did it end?"))
+    def _lose_link(self, name: str) -> None:
+        self._lose(LinkError(f"the link to node {name} broke: did it end?", name))
 
-    async def _shut(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        for channel in self._channels:
-            await channel.close()
+    def _lose(self, error: LinkError) -> None:
+        if not self._over:
+            self._over = True
+            self._deliver(error)

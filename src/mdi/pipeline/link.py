@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -22,20 +22,51 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewired:
+    """The nodes are back, with empty caches: what is sent from now on arrives."""
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The nodes will not come back."""
+
+    error: LinkError
+
+
+NodeState = Literal["loading", "loaded", "ready", "failed", "lost"]
+"""loaded: the weights are there, the links are not. failed: the chunk is no good. lost: dead or silent."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """What a node holds: decoder layers [first_layer, last_layer), and its memory as the operating system counts it."""
+    """What a node holds and does, as last heard of it.
+
+    first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
+    busy_share: of the last second or more, spent computing. sent_bytes, received_bytes: over its links since it
+    started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started anew.
+    """
 
     name: str
+    state: NodeState
     first_layer: int
     last_layer: int
     dtype: str
     device: str
     resident_bytes: int
     pid: int
+    busy_share: float
+    sent_bytes: int
+    received_bytes: int
+    round_trip_s: float | None = None
+    restarts: int = 0
 
 
-Deliver = Callable[[Result | LinkError], None]
-"""Takes results, and the error that ends a link; called from the link's thread, in the order batches were sent."""
+Delivery = Result | LinkError | Rewired | GaveUp
+Deliver = Callable[[Delivery], None]
+"""Takes results in the order batches were sent, and what happens to the link; called from the link's threads.
+
+After a LinkError nothing in flight comes back: `recover` is asked for, and answered with Rewired or GaveUp.
+"""
 
 
 class Link(Protocol):
@@ -44,12 +75,15 @@ class Link(Protocol):
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """Hands a batch over. hidden: [tokens, hidden_size]. Keeps the order; does not wait for the network."""
 
+    def recover(self) -> None:
+        """Begins to bring lost nodes back, after a LinkError; does not wait for them."""
+
     def close(self) -> None:
         """Ends the link; nothing is delivered afterwards. Safe to call twice."""
 
 
 class LocalLink:
-    """Runs the later stages in this process, inside `send`: one thread, no network."""
+    """Runs the later stages in this process, inside `send`: one thread, no network, nothing to lose."""
 
     def __init__(self, stages: Sequence[Stage], deliver: Deliver) -> None:
         self._stages = stages
@@ -62,6 +96,9 @@ class LocalLink:
             out = stage.run(batch, out)
         assert isinstance(out, tuple)
         self._deliver(Result(batch.id, out))
+
+    def recover(self) -> None:
+        self._deliver(Rewired())
 
     def close(self) -> None:
         pass

@@ -35,7 +35,7 @@ from mdi.pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
 
-Work = tuple[Batch, Tensor] | wire_pb2.Failure | None
+Work = tuple[Batch, Tensor] | wire_pb2.Failure
 Outgoing = wire_pb2.Piece | wire_pb2.Result
 State = wire_pb2.NodeStatus
 
@@ -71,7 +71,8 @@ async def _serve(node: Node, listen: str, insecure: bool, stop_if_failed: bool) 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = grpc.aio.server(options=(*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)))
+    options = (*wire.CHANNEL_OPTIONS, *wire.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
+    server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((node.handlers(),))
     port = _bind(server, listen, insecure)
     await server.start()
@@ -108,6 +109,46 @@ def _end_with_standard_input() -> None:
     os._exit(0)  # a node holds nothing worth saving, and its parent is gone
 
 
+class Wiring:
+    """One epoch of a node: its stage, what waits to be sent, and the stream to the next node if there is one.
+
+    A batch belongs to the wiring it arrived in: once that is replaced, what it still computes goes nowhere.
+    """
+
+    def __init__(self, epoch: int, stage: Stage) -> None:
+        self.epoch = epoch
+        self.stage = stage
+        self.out: asyncio.Queue[Outgoing | None] = asyncio.Queue()
+        self.next_lost = False
+        self._channel: grpc.aio.Channel | None = None
+        self._sender: asyncio.Task[None] | None = None
+
+    def open(self, next_address: str, traffic: wire.Traffic) -> None:
+        """Begins to send what is put into `out` to the next node."""
+        options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(next_address, options=options)
+        send = self._channel.stream_unary(wire.method("Batches"), request_serializer=traffic.serialize)
+        self._sender = asyncio.create_task(self._send(send()))
+
+    async def close(self) -> None:
+        """Ends the stream, or whoever reads `out`."""
+        self.out.put_nowait(None)
+        if self._sender and self._channel:
+            self._sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sender
+            await self._channel.close()
+
+    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
+        call.add_done_callback(self._lose_next)  # an idle stream of writes alone would not notice
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (message := await self.out.get()) is not None:
+                await call.write(message)
+
+    def _lose_next(self, _call: object) -> None:
+        self.next_lost = True
+
+
 class Node:
     """One chunk's stage behind the gRPC service of wire.proto."""
 
@@ -120,12 +161,9 @@ class Node:
         self._loaded: LoadedStage | None = None
         self.error = ""
         self._progress = (0, 0)
-        self._epoch = 0
-        self._stage: Stage | None = None
-        self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        self._out: asyncio.Queue[Outgoing] = asyncio.Queue()
-        self._channel: grpc.aio.Channel | None = None
-        self._sender: asyncio.Task[None] | None = None
+        self._traffic = wire.Traffic()
+        self._wiring: Wiring | None = None
+        self._work: queue.SimpleQueue[tuple[Wiring, Work] | None] = queue.SimpleQueue()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The service's methods."""
@@ -142,9 +180,11 @@ class Node:
                 "Status": grpc.unary_unary_rpc_method_handler(
                     self._status, parser(wire_pb2.StatusRequest), wire.serialize
                 ),
-                "Batches": grpc.stream_unary_rpc_method_handler(self._batches, parser(wire_pb2.Piece), wire.serialize),
+                "Batches": grpc.stream_unary_rpc_method_handler(
+                    self._batches, self._traffic.parser(wire_pb2.Piece), wire.serialize
+                ),
                 "Results": grpc.unary_stream_rpc_method_handler(
-                    self._results, parser(wire_pb2.ResultsRequest), wire.serialize
+                    self._results, parser(wire_pb2.ResultsRequest), self._traffic.serialize
                 ),
             },
         )
@@ -188,6 +228,8 @@ class Node:
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
             manifest_digest=self._manifest_digest,
+            sent_bytes=self._traffic.sent_bytes,
+            received_bytes=self._traffic.received_bytes,
         )
         if self._loaded:
             status.first_layer, status.last_layer = (
@@ -195,6 +237,10 @@ class Node:
                 self._loaded.spec.last_layer,
             )
             status.dtype = wire.NAMES[self._loaded.dtype]
+        if self._wiring:
+            status.epoch = self._wiring.epoch
+            status.next_lost = self._wiring.next_lost
+            status.busy_share = self._wiring.stage.busy.share()
         return status
 
     async def _configure(self, request: wire_pb2.Configuration, _context: object) -> wire_pb2.Configured:
@@ -210,29 +256,16 @@ class Node:
                 "run `mdi prepare` again, and give every node its new chunk"
             )
         await self._unwire()
-        self._stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
-        self._epoch = request.epoch
-        self._out = asyncio.Queue()
+        stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
+        self._wiring = Wiring(request.epoch, stage)
         if request.next_address:
-            self._channel = grpc.aio.insecure_channel(request.next_address, options=wire.CHANNEL_OPTIONS)
-            send = self._channel.stream_unary(wire.method("Batches"), request_serializer=wire.serialize)
-            self._sender = asyncio.create_task(self._send(send()))
+            self._wiring.open(request.next_address, self._traffic)
         return wire_pb2.Configured()
 
     async def _unwire(self) -> None:
-        if self._sender:
-            self._sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sender
-        if self._channel:
-            await self._channel.close()
-        self._sender = self._channel = None
-
-    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
-                await call.write(await self._out.get())
-        log.error("the next node is gone")
+        wiring, self._wiring = self._wiring, None
+        if wiring:
+            await wiring.close()
 
     async def _batches(self, pieces: AsyncIterator[wire_pb2.Piece], _context: object) -> wire_pb2.Configured:
         if self._loaded is None:
@@ -240,31 +273,42 @@ class Node:
         decoder = wire.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
         try:
             async for piece in pieces:
-                if piece.epoch != self._epoch:
+                wiring = self._wiring
+                if wiring is None or piece.epoch != wiring.epoch:
                     continue
                 if piece.HasField("failure"):
-                    self._work.put(piece.failure)
+                    self._work.put((wiring, piece.failure))
                 elif (work := decoder.add(piece)) is not None:
-                    self._work.put(work)
+                    self._work.put((wiring, work))
         except LinkError as error:
-            self._work.put(self._failure(error))
+            if self._wiring:
+                self._work.put((self._wiring, self._failure(error)))
         return wire_pb2.Configured()
 
     async def _results(self, request: wire_pb2.ResultsRequest, _context: object) -> AsyncIterator[wire_pb2.Result]:
-        while request.epoch == self._epoch:
-            message = await self._out.get()
+        wiring = self._wiring
+        if wiring is None or wiring.epoch != request.epoch:
+            return
+        while (message := await wiring.out.get()) is not None:
             assert isinstance(message, wire_pb2.Result)
             yield message
 
     def _compute(self) -> None:
         """The compute thread: one batch after the other, in order of arrival."""
-        while (work := self._work.get()) is not None:
-            for message in self._outcome(work):
-                self._asyncio.call_soon_threadsafe(self._out.put_nowait, message)
+        while self._serve(self._work.get()):  # holding on to no old wiring while it waits
+            pass
 
-    def _outcome(self, work: tuple[Batch, Tensor] | wire_pb2.Failure) -> list[Outgoing]:
-        stage, epoch = self._stage, self._epoch
-        assert stage is not None
+    def _serve(self, item: tuple[Wiring, Work] | None) -> bool:
+        """Computes a batch, or drops it when its epoch is over; False at the end."""
+        if item is None:
+            return False
+        wiring, work = item
+        if wiring is self._wiring:
+            for message in self._outcome(wiring.stage, wiring.epoch, work):
+                self._asyncio.call_soon_threadsafe(wiring.out.put_nowait, message)
+        return True
+
+    def _outcome(self, stage: Stage, epoch: int, work: Work) -> list[Outgoing]:
         try:
             if isinstance(work, tuple):
                 out = stage.run(*work)

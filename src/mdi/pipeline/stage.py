@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 
 import torch
@@ -14,15 +15,49 @@ from mdi.model.kv_cache import KVCache
 from mdi.model.rope import DecoderRope, Grid
 from mdi.model.sampler import sample
 
+SHORTEST_SAMPLE_S = 0.5
+
+
+class BusyMeter:
+    """The share of the time that one thread spends inside `with meter:`. Another thread reads it."""
+
+    def __init__(self) -> None:
+        self._entered_s: float | None = None
+        self._busy_s = 0.0
+        self._sample = (time.perf_counter(), 0.0)  # when it was taken, and the busy seconds until then
+        self._share = 0.0
+
+    def __enter__(self) -> None:
+        self._entered_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered_s is not None:
+            self._busy_s += time.perf_counter() - self._entered_s
+        self._entered_s = None
+
+    def share(self) -> float:
+        """Between 0 and 1, over the time since it was last asked for."""
+        entered_s, now = self._entered_s, time.perf_counter()
+        since, before = self._sample
+        if now - since >= SHORTEST_SAMPLE_S:
+            busy_s = self._busy_s + (now - entered_s if entered_s is not None else 0.0)
+            self._share = min(1.0, max(0.0, (busy_s - before) / (now - since)))
+            self._sample = (now, busy_s)
+        return self._share
+
 
 class Stage:
-    """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time."""
+    """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time.
+
+    busy: the time it spends in `run`.
+    """
 
     def __init__(self, loaded: LoadedStage, *, n_slots: int, sequence_length: int) -> None:
         config, dtype, device = loaded.config, loaded.dtype, loaded.device
         self.spec = loaded.spec
         self.config = config
         self.device = device
+        self.busy = BusyMeter()
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope_theta, config.mrope_section, dtype, device)
@@ -42,11 +77,12 @@ class Stage:
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: Tensor) -> Tensor | tuple[Token, ...]:
         """Runs the stage's layers: hidden [tokens, hidden_size] -> the same, or the drawn tokens where the head is."""
-        hidden = self.forward(batch, hidden)
-        if not self.spec.head:
-            return hidden
-        draws = batch.draws
-        return sample(self._decoder.logits(hidden[batch.drawn_rows]), draws) if draws else ()
+        with self.busy:
+            hidden = self.forward(batch, hidden)
+            if not self.spec.head:
+                return hidden
+            draws = batch.draws
+            return sample(self._decoder.logits(hidden[batch.drawn_rows]), draws) if draws else ()
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from mdi.pipeline.link import Result
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
 
-VERSION = 1
+VERSION = 2
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -29,6 +29,16 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
+)
+KEEPALIVE_OPTIONS = (  # a silent peer breaks the stream: gRPC asks every second and waits for two more
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+SERVER_OPTIONS = (  # who asks so often is no attacker
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
 )
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -41,6 +51,26 @@ def method(name: str) -> str:
 
 def serialize(message: Message) -> bytes:
     return message.SerializeToString()
+
+
+class Traffic:
+    """Serialises and parses the messages of a link, and counts their bytes."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    def serialize(self, message: Message) -> bytes:
+        data = serialize(message)
+        self.sent_bytes += len(data)
+        return data
+
+    def parser(self, kind: type[M]) -> Callable[[bytes], M]:
+        def counted(data: bytes) -> M:
+            self.received_bytes += len(data)
+            return parse(kind, data)
+
+        return counted
 
 
 def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.Piece]:
@@ -118,7 +148,8 @@ def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
 def decode_result(message: wire_pb2.Result) -> Result | LinkError:
     """The result, or the error that a node reported instead."""
     if message.HasField("failure"):
-        return LinkError(f"node {message.failure.node} failed: {message.failure.message}")
+        name = message.failure.node
+        return LinkError(f"node {name} failed: {message.failure.message}", name)
     if len(message.token_ids) != len(message.logprobs):
         return LinkError("a result's tokens and logprobs do not add up")
     return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs)))

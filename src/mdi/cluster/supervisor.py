@@ -1,0 +1,168 @@
+"""A link that outlives its nodes: has lost ones started anew and all of them wired again, within limits.
+
+Knows launchers and links; nothing of requests. What has to be computed again is the engine's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import replace
+
+from torch import Tensor
+
+from mdi.cluster.launcher import Launcher
+from mdi.cluster.recovery import LossLog, RecoveryLimits
+from mdi.errors import LinkError
+from mdi.model.batch import Batch
+from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
+from mdi.pipeline.link import Deliver, Delivery, GaveUp, NodeStatus, Rewired
+from mdi.pipeline.wire import Traffic
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """The link to a launcher's nodes. Takes over the launcher: closing the one closes the other.
+
+    Between a LinkError and the answer to `recover`, nothing else is delivered but late results.
+    Raises LinkError when the nodes do not come up the first time.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        settings: PipelineSettings,
+        limits: RecoveryLimits,
+        deliver: Deliver,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        self._launcher = launcher
+        self._limits = limits
+        self._deliver = deliver
+        self._lock = threading.RLock()
+        self._wired = self._closing = False
+        self._lost: dict[str, LinkError] = {}  # who is at fault, and why
+        self._losses = LossLog(limits, time.monotonic())
+        self._away: frozenset[str] = frozenset()  # being started anew
+        self._thread: threading.Thread | None = None
+        launcher.watch(self._note_death)
+        self._link = GrpcLink.connect(launcher.nodes, settings, self._take, progress=progress)
+        self._resume()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of batches sent and of results received."""
+        return self._link.traffic
+
+    def send(self, batch: Batch, hidden: Tensor) -> None:
+        """See `Link.send`."""
+        self._link.send(batch, hidden)
+
+    def recover(self) -> None:
+        """See `Link.recover`. Gives up, with the last error, at the limits."""
+        self._thread = threading.Thread(target=self._recover, name="mdi-recovery", daemon=True)
+        self._thread.start()
+
+    def status(self) -> list[NodeStatus]:
+        """What was last heard of every node, in pipeline order."""
+        with self._lock:
+            lost = self._away | self._lost.keys()
+        return [
+            replace(
+                node,
+                state="lost" if node.name in lost else node.state,
+                restarts=self._launcher.restarts(node.name),
+            )
+            for node in self._link.status()
+        ]
+
+    def close(self) -> None:
+        """Ends the links, then the nodes. Safe to call twice."""
+        with self._lock:
+            self._closing = True
+        self._link.close()
+        self._launcher.close()
+        if self._thread:
+            self._thread.join()
+
+    def _take(self, event: Delivery) -> None:
+        if isinstance(event, LinkError):
+            self._note(event)
+        else:
+            self._deliver(event)
+
+    def _note_death(self, error: LinkError) -> None:
+        """From the launcher. While nodes are brought back it is asked who is dead instead."""
+        with self._lock:
+            if self._wired:
+                self._note(error)
+
+    def _note(self, error: LinkError) -> None:
+        with self._lock:
+            if self._closing:
+                return
+            self._lost.setdefault(error.node, error)
+            if self._wired:
+                self._wired = False
+                self._losses.interrupted(time.monotonic())
+                log.warning("%s; recovering", error)
+                self._deliver(error)
+
+    def _recover(self) -> None:
+        started_s = time.monotonic()
+        try:
+            self._link.unwire()  # and hears no more of what is known already
+            while not self._wire_again(deadline=started_s + self._limits.timeout_s):
+                pass
+        except LinkError as error:
+            self._away = frozenset(self._launcher.dead())
+            if not self._closing:
+                log.error("%s; giving up", error)
+                self._deliver(GaveUp(error))
+        else:
+            log.warning("all nodes are back after %.1f s", time.monotonic() - started_s)
+            self._resume(Rewired())
+
+    def _wire_again(self, deadline: float) -> bool:
+        """One attempt. What goes wrong is noted for the next; raises LinkError when there must be none."""
+        self._away = self._lost_nodes(deadline)
+        try:
+            self._launcher.restart(self._away, deadline - time.monotonic())
+            self._away = frozenset()
+            self._link.wire(self._launcher.nodes, deadline - time.monotonic())
+        except LinkError as error:
+            log.warning("%s; trying again", error)
+            self._note(error)
+            return False
+        return True
+
+    def _lost_nodes(self, deadline: float) -> frozenset[str]:
+        """Takes the names of those to start anew."""
+        with self._lock:
+            if self._closing:
+                raise LinkError("the link was closed")
+            lost, self._lost = self._lost, {}
+        lost |= {name: _ended(name) for name in self._launcher.dead() - lost.keys()}
+        for name, error in lost.items():
+            if time.monotonic() > deadline:
+                raise LinkError(f"the nodes were not back within {self._limits.timeout_s:g} s: {error}", name)
+            if self._losses.lost(name):
+                raise LinkError(f"{error}; the node was lost {self._limits.max_losses + 1} times in a row", name)
+        return frozenset(lost.keys() & {node.name for node in self._launcher.nodes})
+
+    def _resume(self, *answer: Rewired) -> None:
+        """All nodes are wired: says so, and then who was lost meanwhile."""
+        with self._lock:
+            self._wired = True
+            self._losses.wired(time.monotonic())
+            for event in answer:
+                self._deliver(event)
+            lost = list(self._lost.values())
+        for error in lost or map(_ended, self._launcher.dead()):
+            self._note(error)
+
+
+def _ended(name: str) -> LinkError:
+    return LinkError(f"node {name} ended", name)

@@ -1,0 +1,216 @@
+"""The loop when nodes are lost: everything is replayed, nothing is drawn twice, nothing is forgotten. No processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from mdi.engine.loop import Cancel, Close, StepLoop, Submit
+from mdi.engine.outputs import Completion
+from mdi.engine.prompt import Media, Prompt
+from mdi.engine.scheduler import Scheduler
+from mdi.engine.sequence import Request
+from mdi.engine.sequence import Sequence as Sample
+from mdi.engine.stream import Stream
+from mdi.errors import ClosedError, LinkError
+from mdi.media import Patches
+from mdi.model.rope import MediaSpan
+from mdi.params import SamplingParams
+from mdi.pipeline.link import Deliver
+from mdi.pipeline.stage import Stage
+from tests.fakes import FakeLink, FakeStage
+
+N_SLOTS = 3
+END = 256
+LENGTH = 64
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+WARM = SamplingParams(max_tokens=15, temperature=1.0, seed=5)
+
+
+class World:
+    """A loop over fake nodes, with three slots and batches of five tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, **link: Any) -> None:
+        self.scheduler: Scheduler[Sample] = Scheduler(n_slots=N_SLOTS, token_budget=5, max_in_flight=3)
+        self.ended: list[Request] = []
+        self._link_options = link
+        self.loop = StepLoop(
+            cast(Stage, FakeStage()),
+            self._connect,
+            self.scheduler,
+            tokenizer,
+            frozenset({END}),
+            LENGTH,
+            self.ended.append,
+        )
+
+    def _connect(self, deliver: Deliver) -> FakeLink:
+        self.link = FakeLink(deliver, **self._link_options)
+        return self.link
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+        stream = Stream(lambda: self.loop.post(Cancel(request)))
+        request = Request(stream, params.with_defaults(SamplingParams()), seed=params.seed or 0, prompt=prompt)
+        self.loop.post(Submit(request))
+        return request
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+
+
+@pytest.fixture
+def make_world(tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
+    worlds = []
+
+    def make(**link: Any) -> World:
+        worlds.append(World(tokenizer, **link))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.loop.close()
+
+
+def text(words: str) -> Prompt:
+    ids = tuple(words.encode())
+    return Prompt(ids, torch.arange(len(ids)).repeat(3, 1), delta=0, media=())
+
+
+def picture() -> Prompt:
+    """Two letters, an image of six tokens, one letter; positions as made up as they can be."""
+    patches = Patches(np.arange(24 * 2, dtype=np.float32).reshape(24, 2), (1, 4, 6), b"digest")
+    media = Media(MediaSpan(2, (1, 4, 6), 2), patches)
+    positions = torch.tensor([range(9), range(10, 19), range(20, 29)])
+    return Prompt((65, 66, *[0] * 6, 67), positions, delta=-3, media=(media,))
+
+
+REQUESTS: Sequence[tuple[Prompt, SamplingParams]] = [
+    (text("a"), GREEDY),
+    (text("a longer prompt, of several chunks"), WARM),
+    (picture(), SamplingParams(max_tokens=9, temperature=1.0, seed=8)),
+    (text("three at once"), SamplingParams(max_tokens=7, temperature=1.0, seed=6, n=3)),
+    (picture(), GREEDY),
+]
+
+
+def completions(world: World, requests: Sequence[tuple[Prompt, SamplingParams]] = REQUESTS) -> list[Completion]:
+    running = [world.submit(*request) for request in requests]
+    return [request.stream.completion() for request in running]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
+
+
+@settings(max_examples=25, deadline=None)
+@given(breaks=st.lists(st.integers(0, 12), max_size=8), late=st.booleans())
+def test_streams_go_on_with_the_tokens_they_would_have_had(tokenizer: Tokenizer, breaks: list[int], late: bool) -> None:
+    undisturbed, disturbed = World(tokenizer), World(tokenizer, breaks=breaks, late=late)
+    try:
+        expected = completions(undisturbed)
+        assert completions(disturbed) == expected
+        assert disturbed.scheduler.running == disturbed.scheduler.waiting == disturbed.scheduler.in_flight == 0
+        assert len(disturbed.scheduler._free_slots) == N_SLOTS
+        assert len(disturbed.ended) == len(REQUESTS)
+    finally:
+        undisturbed.loop.close()
+        disturbed.loop.close()
+
+
+def test_nodes_were_really_lost(make_world: Callable[..., World]) -> None:
+    world = make_world(breaks=[0, 3, 0, 5])
+    completions(world)
+    assert world.loop.recovery.recoveries == 4
+    assert not world.loop.recovery.recovering
+
+
+@pytest.mark.parametrize("lost_after", range(12))
+def test_a_stop_string_is_found_across_a_loss(make_world: Callable[..., World], lost_after: int) -> None:
+    whole = completions(make_world(), [(text("ab"), WARM)])[0].text
+    stopping = SamplingParams(max_tokens=15, temperature=1.0, seed=5, stop=whole[6:9])
+    [cut] = completions(make_world(breaks=[lost_after]), [(text("ab"), stopping)])
+    assert cut.text == whole[: whole.index(whole[6:9])]
+    assert cut.finish_reason == "stop"
+
+
+def test_requests_are_taken_in_and_images_encoded_while_nodes_are_away(make_world: Callable[..., World]) -> None:
+    expected = completions(make_world(), [(picture(), WARM), (text("new"), GREEDY)])
+    world = make_world(stays_away=True)
+    world.link.lose()
+    assert world.link.asked_to_recover.wait(10)
+    requests = [world.submit(picture(), WARM), world.submit(text("new"), GREEDY)]
+    wait_for(lambda: requests[0].encoded)
+    assert world.loop.recovery.recovering
+    assert requests[0].stream.completion_tokens == 0
+    world.link.come_back()
+    assert [request.stream.completion() for request in requests] == expected
+
+
+def test_a_request_cancelled_while_nodes_are_away_leaves_at_once(make_world: Callable[..., World]) -> None:
+    world = make_world(stays_away=True)
+    requests = [world.submit(text("to be left"), WARM) for _ in range(N_SLOTS + 2)]
+    next(requests[0].stream)
+    world.link.lose()
+    assert world.link.asked_to_recover.wait(10)
+    for request in requests:
+        request.stream.cancel()
+    for request in requests:
+        list(request.stream)
+    assert world.scheduler.running == world.scheduler.waiting == 0
+    world.link.come_back()
+    assert completions(world, [(text("next"), GREEDY)])[0].finish_reason == "length"
+
+
+def test_a_request_cancelled_in_the_batch_that_is_lost_leaves(make_world: Callable[..., World]) -> None:
+    world = make_world(stays_away=True)
+    world.link.swallows = True
+    request = world.submit(text("in flight"), WARM)
+    wait_for(lambda: world.scheduler.in_flight > 0)
+    request.stream.cancel()
+    wait_for(lambda: request.cancelled)
+    assert not world.ended
+    world.link.lose()
+    assert list(request.stream) == []
+    assert world.ended == [request]
+
+
+def test_nodes_lost_for_good_fail_what_runs_and_what_comes(make_world: Callable[..., World]) -> None:
+    world = make_world(stays_away=True)
+    requests = [world.submit(text("unlucky"), WARM) for _ in range(5)]
+    next(requests[0].stream)
+    world.link.lose()
+    assert world.link.asked_to_recover.wait(10)
+    world.link.give_up()
+    for request in requests:
+        with pytest.raises(LinkError, match="secondary0 was lost too often"):
+            list(request.stream)
+    assert world.loop.recovery.failed_requests == 5
+    assert not world.loop.recovery.recovering
+    with pytest.raises(LinkError, match="secondary0"):
+        list(world.submit(text("late"), GREEDY).stream)
+
+
+def test_closing_while_nodes_are_away_fails_what_runs(make_world: Callable[..., World]) -> None:
+    world = make_world(stays_away=True)
+    request = world.submit(text("unlucky"), WARM)
+    next(request.stream)
+    world.link.lose()
+    assert world.link.asked_to_recover.wait(10)
+    world.loop.post(Close())
+    with pytest.raises(ClosedError):
+        list(request.stream)
+    assert world.loop.recovery.failed_requests == 0
