@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,21 @@ def test_a_node_whose_chunk_is_gone_fails_its_requests_with_the_cause(own_checkp
             engine.submit("Hello")
         assert engine.recovery.failed_requests == 1
         assert engine.nodes()[1].state == "failed"
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_nodes_that_cannot_be_started_again_fail_their_requests_with_the_cause(
+    own_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(own_checkpoint, n_nodes=3) as engine:
+        stream = engine.submit("Hello", SamplingParams(temperature=0, max_tokens=3000))
+        next(stream)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "executable", "/no/such/python")
+            hit(engine, "secondary0")
+            with pytest.raises(LinkError, match=r"secondary0 could not be started \(No such file.*6 times"):
+                list(stream)
+        assert [node.state for node in engine.nodes()] == ["ready", "lost", "ready"]
 
 
 @pytest.mark.usefixtures("no_process_left")

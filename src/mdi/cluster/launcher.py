@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +42,7 @@ class Launcher(Protocol):
     def restart(self, names: Collection[str], timeout_s: float) -> None:
         """Ends these nodes, if they still run, and starts them anew; returns when they listen.
 
-        Raises LinkError with the name of one that does not start within `timeout_s`.
+        Raises LinkError with the name of one that cannot be started, or not within `timeout_s`.
         """
 
     def restarts(self, name: str) -> int:
@@ -118,7 +119,10 @@ class LocalLauncher:
                 raise LinkError("the nodes are being ended")
             if before := self._processes.get(name):
                 before.kill()
-            self._processes[name] = NodeProcess(name, self._chunks[name], self._options, self._tell)
+            try:
+                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, self._tell)
+            except OSError as error:
+                raise LinkError(f"node {name} could not be started ({error.strerror})", name) from None
             return before
 
     def _tell(self, process: NodeProcess) -> None:
@@ -128,20 +132,22 @@ class LocalLauncher:
 
 
 class NodeProcess:
-    """One run of a node. ended: called once, from a thread, when it is over."""
+    """One run of a node. ended: called once, from a thread, when it is over. Raises OSError when it cannot begin."""
 
     def __init__(self, name: str, chunk: Path, options: Sequence[str], ended: Callable[[NodeProcess], None]) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile()
         command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
         command += ["--listen", "127.0.0.1:0", "--with-parent"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
-        )
+        with ExitStack() as undo:
+            self._log = undo.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
+            )
+            undo.pop_all()
         self._watcher = threading.Thread(target=self._watch, args=(ended,), name=f"mdi-watch-{name}", daemon=True)
         self._watcher.start()
 

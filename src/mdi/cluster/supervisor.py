@@ -117,13 +117,19 @@ class Supervisor:
             while not self._wire_again(deadline=started_s + self._limits.timeout_s):
                 pass
         except LinkError as error:
-            self._away = frozenset(self._launcher.dead())
-            if not self._closing:
-                log.error("%s; giving up", error)
-                self._deliver(GaveUp(error))
+            self._give_up(error)
+        except Exception:
+            log.exception("lost nodes could not be brought back")
+            self._give_up(LinkError("lost nodes could not be brought back; the server's log has the details"))
         else:
             log.warning("all nodes are back after %.1f s", time.monotonic() - started_s)
             self._resume(Rewired())
+
+    def _give_up(self, error: LinkError) -> None:
+        self._away = frozenset(self._launcher.dead())
+        if not self._closing:
+            log.error("%s; giving up", error)
+            self._deliver(GaveUp(error))
 
     def _wire_again(self, deadline: float) -> bool:
         """One attempt. What goes wrong is noted for the next; raises LinkError when there must be none."""
