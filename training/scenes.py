@@ -42,6 +42,9 @@ LIGHT, DARK = (
 FACTOR = 28  # pixels to a side of one token
 
 
+Look = tuple[str, str, str]  # kind, colour, text
+
+
 @dataclass(frozen=True)
 class Thing:
     """A shape, or a line of text, on a canvas whose shorter side is 1. x, y: its centre; size: its height."""
@@ -56,6 +59,11 @@ class Thing:
     text: str = ""
     font: str = ""
     tint: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def look(self) -> Look:
+        """What one sees of it, wherever it is."""
+        return self.kind, self.color, self.text
 
     @property
     def reach(self) -> float:

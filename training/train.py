@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from training.corpus import corpus
 from training.curves import draw_curves
 from training.export import export
 from training.model import Student
+from training.muon import BatchedMuon
 from training.samples import BatchMaker, Plan, TrainingBatch
 from training.tokens import ChatTokens, train_tokenizer
 
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
-CELL_WEIGHT = 0.4
+CELL_WEIGHT, POINTING_WEIGHT = 0.4, 1.0
 EVALUATE_EVERY = 250
 SIGHT_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
@@ -76,9 +77,9 @@ def optimizers(student: Student) -> list[Optimizer]:
     patches: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
-        inside = ("blocks." in name or "layers." in name or "merger.mlp" in name) and parameter.ndim == 2
+        inside = ("blocks." in name or "layers." in name or "merger.mlp.2" in name) and parameter.ndim == 2
         (matrices if inside else patches if "patch_embed" in name else others).append(parameter)
-    muon = Muon([{"params": matrices, "share": 1.0}], weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon([{"params": matrices, "share": 1.0}], weight_decay=0.05, momentum=0.95)
     groups = [{"params": patches, "share": 0.1}, {"params": others, "share": 0.5}]
     return [muon, AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
@@ -91,7 +92,7 @@ def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
     for index, plan in enumerate(EVALUATION):
         batch = maker(index, plan)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels, at = student.read(batch, student.encode(batch))
+            logits, labels, at, _ = student.read(batch, student.encode(batch))
         for skill, correct in answers(batch, logits.argmax(-1) == labels, at):
             right[skill].append(correct)
     student.train()
@@ -167,15 +168,14 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             task = progress.add_task("training", total=self.steps, completed=self.step)
-            recent: deque[tuple[float, float]] = deque(maxlen=LOG_EVERY)
+            recent: deque[tuple[float, ...]] = deque(maxlen=LOG_EVERY)
             for batch in batches:
                 recent.append(self._update(batch))
                 self.step += 1
                 progress.update(task, completed=self.step)
                 if self.step % LOG_EVERY == 0:
-                    asked = [loss for loss, _ in recent if loss] or [0.0]
-                    loss, cells = sum(asked) / len(asked), sum(cells for _, cells in recent) / len(recent)
-                    self._log(step=self.step, loss=round(loss, 4), cells=round(cells, 4))
+                    loss, pointing, cells = (_mean(losses) for losses in zip(*recent, strict=True))
+                    self._log(step=self.step, loss=round(loss, 4), pointing=round(pointing, 4), cells=round(cells, 4))
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
                 if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.sight_steps):
                     self._evaluate()
@@ -187,21 +187,21 @@ class Run:
         self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
         draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
-    def _update(self, batch: TrainingBatch) -> tuple[float, float]:
+    def _update(self, batch: TrainingBatch) -> tuple[float, ...]:
         share = rate(self.step, self.steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.peak * share * group["share"]
         with torch.autocast("cpu", torch.bfloat16):
-            answers_loss, cell_loss = self.student.loss(batch)
-        torch.autograd.backward(answers_loss + CELL_WEIGHT * cell_loss)
+            losses = answers_loss, pointing_loss, cell_loss = self.student.loss(batch)
+        torch.autograd.backward(answers_loss + POINTING_WEIGHT * pointing_loss + CELL_WEIGHT * cell_loss)
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss = answers_loss.item()
-        if not math.isfinite(loss):
-            raise SystemExit(f"the loss is {loss} at step {self.step}: lower --rate")
-        return loss, cell_loss.item()
+        values = tuple(loss.item() for loss in losses)
+        if not math.isfinite(sum(values)):
+            raise SystemExit(f"the loss is {values} at step {self.step}: lower --rate")
+        return values
 
     def _log(self, **entry: Any) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
@@ -222,6 +222,12 @@ class Run:
         self.student.load_state_dict(state["student"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Over the steps that have this loss."""
+    given = [loss for loss in losses if loss]
+    return sum(given) / max(1, len(given))
 
 
 if __name__ == "__main__":
