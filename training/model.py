@@ -15,7 +15,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
-from training.samples import CHARACTERS, COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.samples import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 
 N_CENTRES = 4
@@ -86,7 +87,7 @@ class Student(nn.Module):
         self.kinds = nn.Linear(width, len(KIND_NAMES))
         self.colors = nn.Linear(width, len(COLOR_NAMES))
         self.centres = nn.Linear(width, N_CENTRES)
-        self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(CHARACTERS)))
+        self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(LETTERS)))
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         area = TEMPORAL * 14 * 14
         self.register_buffer("shift", mean.repeat_interleave(area), persistent=False)

@@ -7,7 +7,6 @@ and starts at the same rotary position.
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +23,12 @@ from mdi.media import smart_resize
 from mdi.model.rope import MediaSpan, prompt_positions
 from training.fonts import font
 from training.questions import WORDINGS, Asker, Question
-from training.scenes import COLORS, FACTOR, SHAPES, Picture, Scene, SceneMaker, Thing, draw, draw_thing
+from training.scenes import COLORS, FACTOR, LETTERS, SHAPES, Picture, Scene, SceneMaker, Thing, draw, draw_thing
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
 PATCH, MERGE, TEMPORAL = 14, 2, 2
-CHARACTERS = string.digits + string.ascii_uppercase
 COLUMNS_PER_CELL = 4  # a cell may show the middles of up to so many letters, side by side
 KIND_NAMES = ("", *SHAPES, "text")
 COLOR_NAMES = ("", *COLORS)
@@ -126,7 +124,7 @@ class BatchMaker:
     def _sight_plan(self, random: Random) -> Plan:
         grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
         patches = grid[0] * grid[1] * MERGE**2
-        kind = random.choice(("still", "text"))
+        kind = random.choices(("still", "text", "page"), (0.4, 0.15, 0.45))[0]
         return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
 
     def _sample(self, seed: str, plan: Plan) -> Sample:
@@ -153,8 +151,8 @@ class BatchMaker:
 
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
         """A scene that something can be asked about."""
-        makers = {"still": maker.still, "text": maker.text, "pair": maker.pair}
-        count = BRANCHES[plan.kind] + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
+        makers = {"still": maker.still, "text": maker.text, "page": maker.page, "pair": maker.pair}
+        count = BRANCHES.get(plan.kind, 0) + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
         while True:
             width, height = _canvas(maker.random, plan.grid)
             film = plan.kind == "film"
@@ -355,12 +353,12 @@ def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale
 
 def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
     face = font(thing.font, 64)
-    total = face.getlength(thing.text)
-    for index, character in enumerate(thing.text):
-        middle = (face.getlength(thing.text[:index]) + face.getlength(thing.text[: index + 1])) / 2 / total
+    ends = [face.getlength(thing.text[:index]) for index in range(len(thing.text) + 1)]
+    for character, left, right in zip(thing.text, ends, ends[1:], strict=False):
+        middle = (left + right) / 2 / ends[-1]
         x = thing.x + (middle - 0.5) * thing.size * thing.aspect
         column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
-        letters[_cell(x, thing.y, picture, grid), column] = 1 + CHARACTERS.index(character)
+        letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
 
 
 def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:

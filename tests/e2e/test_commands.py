@@ -93,7 +93,7 @@ def test_the_demo_says_that_its_model_is_random() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no image file"),
+        (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no file"),
         (("ask", "CHECKPOINT", "x", "--max-tokens", "-1"), "max_tokens"),
         (("ask", "CHECKPOINT", "x", "--temperature", "nan"), "temperature"),
         (("ask", "CHECKPOINT", "FILE:/no/such.txt"), "no file"),

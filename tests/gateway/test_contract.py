@@ -308,6 +308,60 @@ def test_uploads_without_one_clear_place_are_refused(server: Server, messages: s
     assert message in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        ("video", ("clip", b"V")),
+        ("videos", ("clip.bin", b"V", "application/octet-stream")),
+        ("file", ("clip", b"V", "video/mp4")),
+        ("files", ("clip.webm", b"V", "application/octet-stream")),  # what curl makes of it
+    ],
+)
+def test_uploaded_videos_are_told_from_images(server: Server, file: Any) -> None:
+    files = [("file", ("a.png", b"A", "image/png")), file, ("file", ("b.gif", b"B", "image/gif"))]
+    kinds = ("video", "image", "image")
+    messages = json.dumps([{"role": "user", "content": [{"type": kind} for kind in kinds]}])
+    for form in ({"messages": messages}, {"prompt": "What?"}):
+        assert server.post("/generate/multimodal", files=files, data=form).status_code == 200
+        parts = [server.engine.part(number) for number in range(3)]
+        contents = [(part["type"], part[part["type"]]) for part in parts]
+        assert sorted(contents) == [("image", b"A"), ("image", b"B"), ("video", b"V")]
+    assert [kind for kind, _ in contents] == ["image", "video", "image"]  # with a prompt, in the form's order
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"type": "image"}], "1 video files were uploaded, but the messages place 0"),
+        ([{"type": "video"}, {"type": "video"}], "more video parts than uploaded video files"),
+        ([{"type": "video", "speed": 2}], "unknown field messages[0].content[0].speed"),
+    ],
+)
+def test_uploaded_videos_without_one_clear_place_are_refused(server: Server, parts: Any, message: str) -> None:
+    form = {"messages": json.dumps([{"role": "user", "content": parts}])}
+    files = [("file", ("a.png", b"A"))] * (parts[0]["type"] == "image") + [("video", ("v.mp4", b"V"))]
+    answer = server.post("/generate/multimodal", files=files, data=form)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.mp4", {"url": "https://example.org/a.mp4"}])
+def test_video_urls_reach_the_engine_with_their_settings(server: Server, url: Any) -> None:
+    settings = {"fps": 1.5, "max_pixels": 50_000, "total_pixels": 10**6}
+    messages = [{"role": "user", "content": [{"type": "video_url", "video_url": url, **settings}]}]
+    assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+    assert server.engine.part(0) == {"type": "video", "video": "https://example.org/a.mp4", **settings}
+
+
+def test_lists_of_frames_reach_the_engine_as_they_are(server: Server) -> None:
+    part = {"type": "video", "video": ["https://example.org/1.png", "https://example.org/2.png"], "max_pixels": 50_000}
+    messages = [{"role": "user", "content": [part]}]
+    assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+    assert server.engine.part(0) == part
+    assert server.post("/generate/multimodal", json={"messages": messages}).status_code == 200
+    assert server.engine.part(0) == part
+
+
 def test_a_forms_messages_may_hold_a_picture_of_many_megabytes(server: Server) -> None:
     url = "data:image/png;base64," + "A" * (3 * 2**20)
     files = [("image", ("a.png", b"A"))]

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,22 +18,15 @@ from training.model import Student
 from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
-from mdi.checkpoint.source import ASSETS, BUNDLED
+from mdi.checkpoint.source import Source
 from mdi.engine import Engine
+from mdi.verify import verify
 from training import train
-
-BUNDLED_FOLDER = ASSETS / BUNDLED
-
-
-@pytest.fixture(scope="module")
-def student() -> Student:
-    torch.manual_seed(0)
-    return Student().eval()
 
 
 @given(st.text())
-def test_any_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
+def test_any_text_survives_the_tokenizer(tokenizer_file: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -81,9 +75,9 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
     for row, questions in enumerate(batch.questions):
         ids = batch.ids[row].tolist()
         system = next(p for p in SYSTEM_PROMPTS if maker._tokens.system(p) == ids[: len(maker._tokens.system(p))])
-        parts = [{"type": "image", "image": _blank()}] * n_images
+        parts: list[dict[str, Any]] = [{"type": "image", "image": _blank()}] * n_images
         content = [*parts, {"type": "text", "text": questions[0].text}]
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         prompt = engine._prompts.build(messages)
         length = len(prompt.token_ids)
         assert tuple(ids[:length]) == prompt.token_ids
@@ -92,8 +86,8 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(BUNDLED_FOLDER, dtype="float32") as engine:
+def engine(untrained: Path) -> Iterator[Engine]:
+    with Engine(untrained, dtype="float32") as engine:
         yield engine
 
 
@@ -150,6 +144,14 @@ def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engin
     ids += [*tokens.text(turns[1][0]), *tokens.answer_start()]
     first = [{"type": "image", "image": _blank()}, {"type": "text", "text": turns[0][0]}]
     messages: list[tuple[str, object]] = [("user", first), ("assistant", turns[0][1]), ("user", turns[1][0])]
-    asked: list[dict[str, object]] = [{"role": role, "content": content} for role, content in messages]
+    asked: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
     prompt = engine._prompts.build(asked)
     assert prompt.token_ids == tuple(ids)
+
+
+def test_what_is_exported_loads_in_transformers_with_the_same_numbers(untrained: Path) -> None:
+    content = [{"type": "image", "image": _blank()}, {"type": "text", "text": "What shape is this?"}]
+    report = verify(Source.open(untrained), [{"role": "user", "content": content}], dtype="float32", max_tokens=4)
+    assert report.same_prompt
+    assert report.relative < 1e-4
+    assert report.first_difference is None
