@@ -22,6 +22,8 @@ from mdi.pipeline.wire import Traffic
 
 log = logging.getLogger(__name__)
 
+TOGETHER_S = 0.1  # deaths this close are one: their nodes start at the same time
+
 
 class Supervisor:
     """The link to a launcher's nodes. Takes over the launcher: closing the one closes the other.
@@ -114,6 +116,7 @@ class Supervisor:
         started_s = time.monotonic()
         try:
             self._link.unwire()  # and hears no more of what is known already
+            time.sleep(TOGETHER_S)
             while not self._wire_again(deadline=started_s + self._limits.timeout_s):
                 pass
         except LinkError as error:
