@@ -22,11 +22,13 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, TaskID, track
 from rich.table import Table
 from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
 
 from benchmarks.server import serving
+from mdi.checkpoint.source import Source, locate
+from mdi.verify import Oracle
 
 MAX_TOKENS = 64
 AT_ONCE = 16
@@ -62,9 +64,18 @@ def main() -> None:
     parser.add_argument("--n-nodes", type=int, default=3)
     parser.add_argument("--per-skill", type=int, default=300)
     parser.add_argument("--easy-vqa", type=int, help="questions of easy-vqa's test split (all of them)")
+    parser.add_argument("--compare", type=int, help="ask so many questions, here and of transformers, in float32")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     parser.add_argument("--errors", type=int, default=0, help="wrong answers to show a skill")
     options = parser.parse_args()
+    if options.compare:
+        compare(options.model, options.n_nodes, options.compare)
+    else:
+        examine(options)
+
+
+def examine(options: argparse.Namespace) -> None:
+    """Prints the table: what is right, skill by skill."""
     chosen = {
         skill: list(easy_vqa_exams(options.easy_vqa) if skill == EASY_VQA else exams(skill, options.per_skill))
         for skill in all_skills()
@@ -82,6 +93,26 @@ def main() -> None:
             console.print(f"{question.skill}: {question.text!r} -> {answer.text!r}, not {question.answer!r}")
     if options.json:
         options.json.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+
+
+def compare(model: str, n_nodes: int, n_questions: int) -> None:
+    """Prints how many answers are those of transformers, letter for letter."""
+    per_skill = -(-n_questions // len(all_skills()))
+    chosen = {skill: list(exams(skill, per_skill)) for skill in all_skills()}
+    with serving(model, "--n-nodes", str(n_nodes), "--dtype", "float32") as (_, url):
+        answers = asyncio.run(ask_all(url, chosen))
+    oracle = Oracle(Source.open(locate(model, ckpt_folder=Path("checkpoints"))))
+    all_answers = [answer for given in answers.values() for answer in given]
+    different = []
+    for answer in track(all_answers, "transformers", console=console):
+        theirs = oracle.text(answer.exam.messages(), MAX_TOKENS)
+        if theirs != answer.text:
+            different.append(f"{answer.exam.question.text!r}: {answer.text!r} here, {theirs!r} there")
+    console.print(*different, sep="\n")
+    equal = len(all_answers) - len(different)
+    console.print(
+        f"{equal} of {len(all_answers)} answers ({equal / len(all_answers):.2%}) are transformers' own, float32"
+    )
 
 
 async def ask_all(url: str, chosen: dict[str, list[Exam]]) -> dict[str, list[Answer]]:

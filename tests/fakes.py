@@ -101,8 +101,7 @@ class FakeEngine:
         """As new: echoes, refuses nothing, remembers nothing."""
         self.error: MDIError | None = None
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
-        self.is_ready = True
-        self.times_asked = 0
+        self.answer_ready: Callable[[], bool] = lambda: True
         self.script: Script = echo
         self.refuse: Callable[[Prompt], Exception | None] = lambda _: None
         self.calls: list[Call] = []
@@ -134,8 +133,7 @@ class FakeEngine:
         return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10)]
 
     def ready(self, timeout_s: float) -> bool:
-        self.times_asked += 1
-        return self.is_ready
+        return self.answer_ready()
 
     def part(self, number: int) -> Any:
         """A content part of the last call's last message."""

@@ -14,8 +14,9 @@ import pytest
     [
         (("benchmarks.fullsize", "--tiny", "--folder", "FOLDER"), ("resident MB", "image encode", "prefill", "decode")),
         (("benchmarks.media", "--runs", "1"), ("ratio",)),
+        (("benchmarks.faults", "--faults", "2", "--seconds", "60"), ("lost requests: 0", "recovery time", "nothing")),
     ],
-    ids=["fullsize", "media"],
+    ids=["fullsize", "media", "faults"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
     filled = [str(tmp_path) if argument == "FOLDER" else argument for argument in arguments]

@@ -15,10 +15,13 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
-from training.samples import CHARACTERS, COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.samples import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 
 N_CENTRES = 4
+POINTING_LAYER = 3  # the layers behind it answer
+RARE = 3.0  # weight of the few cells that a question is about
 
 
 def hub_config() -> dict[str, Any]:
@@ -86,7 +89,10 @@ class Student(nn.Module):
         self.kinds = nn.Linear(width, len(KIND_NAMES))
         self.colors = nn.Linear(width, len(COLOR_NAMES))
         self.centres = nn.Linear(width, N_CENTRES)
-        self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(CHARACTERS)))
+        self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(LETTERS)))
+        self.pointers = nn.Linear(width, 2 * width)
+        self.targets = nn.Linear(width, width)
+        self.pointing_bias = nn.Parameter(torch.full((), -2.0))
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         area = TEMPORAL * 14 * 14
         self.register_buffer("shift", mean.repeat_interleave(area), persistent=False)
@@ -110,8 +116,8 @@ class Student(nn.Module):
         merged: Tensor = visual.merger(x)  # [pictures * cells, width]
         return merged.view(n, n_media * n_rows // (rows * columns), batch.plan.grid[0] * batch.plan.grid[1], -1)
 
-    def read(self, batch: TrainingBatch, media: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [answers, vocabulary] where an answer's token is next, those tokens, and where they are."""
+    def read(self, batch: TrainingBatch, media: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits [answers, vocabulary] where an answer's token is next, those tokens, where they are; pointing loss."""
         language = self.hf.model.language_model
         embeddings = language.embed_tokens(batch.ids)
         pads = (self.hf.config.image_token_id, self.hf.config.video_token_id)
@@ -119,20 +125,38 @@ class Student(nn.Module):
         embeddings = embeddings.to(media.dtype).masked_scatter(is_media[..., None], media)
         hidden_from = torch.where(branch_mask(batch.branches), 0.0, -torch.inf)[:, None].to(media.dtype)
         mask = {"full_attention": hidden_from}
-        hidden = language(inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False)
+        hidden = language(
+            inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False,
+            output_hidden_states=True,
+        )  # fmt: skip
+        pointing = self._pointing_loss(batch, hidden.hidden_states[POINTING_LAYER], is_media)
         at = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         logits = self.hf.lm_head(hidden.last_hidden_state[:, :-1][at])
-        return logits, batch.labels[:, 1:][at], torch.stack(at)
+        return logits, batch.labels[:, 1:][at], torch.stack(at), pointing
 
-    def loss(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Of the answers (zero where nothing is asked), and of the cells."""
+    def loss(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the answers and of pointing (zero where nothing is asked), and of the cells."""
         media = self.encode(batch)
         if not batch.plan.asks:
-            return media.new_zeros(()), self._cell_loss(batch, media)
-        logits, labels, at = self.read(batch, media)
+            return media.new_zeros(()), media.new_zeros(()), self._cell_loss(batch, media)
+        logits, labels, at, pointing = self.read(batch, media)
         weights = batch.weights[:, 1:][at[0], at[1]]
         answers = (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / weights.sum()
-        return answers, self._cell_loss(batch, media)
+        return answers, pointing, self._cell_loss(batch, media)
+
+    def _pointing_loss(self, batch: TrainingBatch, hidden: Tensor, is_media: Tensor) -> Tensor:
+        """How badly the end of each question points at the cells that show what it is about."""
+        known = batch.pointed >= 0
+        if not known.any():
+            return hidden.new_zeros(())
+        cells = hidden[is_media].view(len(hidden), -1, hidden.shape[-1])
+        rows, ends = batch.asked.unbind(1)
+        pointers = self.pointers(hidden[rows, ends]).unflatten(-1, (2, -1))
+        scores = pointers @ self.targets(cells)[rows].mT * hidden.shape[-1] ** -0.5 + self.pointing_bias
+        rare = scores.new_full((), RARE)
+        return functional.binary_cross_entropy_with_logits(
+            scores[known].float(), batch.pointed[known], pos_weight=rare.float()
+        )
 
     def _cell_loss(self, batch: TrainingBatch, media: Tensor) -> Tensor:
         if batch.plan.kind in ("easy", "blind"):

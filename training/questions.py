@@ -6,25 +6,35 @@ Knows what a scene holds and how English asks for it; nothing of pixels, tokens 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
-from training.scenes import COLORS, SHAPES, Picture, Scene, Thing
+from training.scenes import COLORS, SHAPES, Look, Picture, Scene, Thing
 from training.unknown import UNKNOWN, strange_question
 
 STRANGE_SHARE = 0.03  # of the questions in training
 MARGIN = 0.14  # things nearer than this along an axis, in shorter sides of the picture, have no clear order
 
 
+Looks = frozenset[Look]
+
+
 @dataclass(frozen=True)
 class Question:
-    """skill: what it takes to answer; the name under which accuracy is reported."""
+    """skill: what it takes to answer; the name under which accuracy is reported.
+
+    about: looks of the things that the answer is about; other: those they are compared with; None: not known.
+    nth: the only picture that is asked about.
+    """
 
     skill: str
     text: str
     answer: str
+    about: Looks | None = None
+    other: Looks | None = None
+    nth: int | None = None
 
 
 # For each thing one can ask: wordings for training, and, behind them, wordings for held-out scenes only.
@@ -129,48 +139,48 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "relation": (
         (
-            "Where is {the} relative to {other}?",
-            "Where is {the}, seen from {other}?",
-            "On which side of {other} is {the}?",
-            "Where is {the} compared to {other}?",
-            "In which direction from {other} is {the}?",
+            "Where is {the} relative to {b}?",
+            "Where is {the}, seen from {b}?",
+            "On which side of {b} is {the}?",
+            "Where is {the} compared to {b}?",
+            "In which direction from {b} is {the}?",
         ),
-        ("Seen from {other}, where is {the}?",),
+        ("Seen from {b}, where is {the}?",),
     ),
     "horizontal": (
         (
-            "Is {the} left or right of {other}?",
-            "Is {the} to the left or to the right of {other}?",
-            "Is {the} right or left of {other}?",
+            "Is {the} left or right of {b}?",
+            "Is {the} to the left or to the right of {b}?",
+            "Is {the} right or left of {b}?",
         ),
-        ("Is {the} to the right or to the left of {other}?",),
+        ("Is {the} to the right or to the left of {b}?",),
     ),
     "vertical": (
         (
-            "Is {the} above or below {other}?",
-            "Is {the} below or above {other}?",
-            "Is {the} placed above or below {other}?",
+            "Is {the} above or below {b}?",
+            "Is {the} below or above {b}?",
+            "Is {the} placed above or below {b}?",
         ),
-        ("Is {the} placed below or above {other}?",),
+        ("Is {the} placed below or above {b}?",),
     ),
     "check": (
         (
-            "Is {the} {side} {other}?",
-            "Is it true that {the} is {side} {other}?",
-            "Does {the} lie {side} {other}?",
-            "Do you see {the} {side} {other}?",
+            "Is {the} {side} {b}?",
+            "Is it true that {the} is {side} {b}?",
+            "Does {the} lie {side} {b}?",
+            "Do you see {the} {side} {b}?",
         ),
-        ("Can you see {the} {side} {other}?",),
+        ("Can you see {the} {side} {b}?",),
     ),
     "neighbour": (
         (
-            "What is {side} {other}?",
-            "Which shape is {side} {other}?",
-            "What shape is {side} {other}?",
-            "What lies {side} {other}?",
-            "What do you see {side} {other}?",
+            "What is {side} {b}?",
+            "Which shape is {side} {b}?",
+            "What shape is {side} {b}?",
+            "What lies {side} {b}?",
+            "What do you see {side} {b}?",
         ),
-        ("Which shape lies {side} {other}?",),
+        ("Which shape lies {side} {b}?",),
     ),
     "read": (
         (
@@ -351,9 +361,12 @@ class Asker:
                 asked.setdefault(question.text, question)
         return list(asked.values())
 
-    def _word(self, kind: str, answer: str, **names: str) -> Question:
+    def _word(
+        self, kind: str, answer: str, about: Iterable[Thing] = (), other: Iterable[Thing] | None = None, **names: str
+    ) -> Question:
         text = self._random.choice(WORDINGS[kind][self._held_out]).format(**names)
-        return Question(SKILL.get(kind, kind), self._style(text), answer)
+        others = None if other is None else _looks(other)
+        return Question(SKILL.get(kind, kind), self._style(text), answer, _looks(about), others)
 
     def _style(self, text: str) -> str:
         """People write in lower case and forget the question mark."""
@@ -376,14 +389,14 @@ class Asker:
     def _shape_in(self, picture: Picture) -> Question | None:
         shapes = _shapes(picture)
         if len(shapes) == 1 and self._random.random() < 0.6:
-            return self._word("only_shape", shapes[0].kind)
+            return self._word("only_shape", shapes[0].kind, shapes)
         colors = Counter(thing.color for thing in shapes)
         unique = [thing for thing in shapes if colors[thing.color] == 1]
         if not unique:
             return None
         thing = self._random.choice(unique)
         noun = self._random.choice(("shape", "shape", "thing"))
-        return self._word("shape", thing.kind, the=f"the {thing.color} {noun}")
+        return self._word("shape", thing.kind, [thing], the=f"the {thing.color} {noun}")
 
     def color(self, scene: Scene) -> Question | None:
         return self._color_in(scene.fullest)
@@ -392,16 +405,18 @@ class Asker:
         shapes = _shapes(picture)
         texts = [thing for thing in picture.things if thing.kind == "text"]
         if texts and (not shapes or self._random.random() < 0.2):
-            return self._word("color", texts[0].color, the="the text") if len(texts) == 1 else None
+            return self._word("color", texts[0].color, texts, the="the text") if len(texts) == 1 else None
         if len(shapes) == 1 and self._random.random() < 0.5:
-            return self._word("color", shapes[0].color, the="the shape")
+            return self._word("color", shapes[0].color, shapes, the="the shape")
         kinds = Counter(thing.kind for thing in shapes)
         unique = [kind for kind in kinds if len({thing.color for thing in shapes if thing.kind == kind}) == 1]
         if not unique:
             return None
         kind = self._random.choice(unique)
-        color = next(thing.color for thing in shapes if thing.kind == kind)
-        return self._word("color", color, the=f"the {kind}" if kinds[kind] == 1 else f"the {_plural(kind)}")
+        about = [thing for thing in shapes if thing.kind == kind]
+        return self._word(
+            "color", about[0].color, about, the=f"the {kind}" if kinds[kind] == 1 else f"the {_plural(kind)}"
+        )
 
     def exists(self, scene: Scene) -> Question | None:
         return self._exists_in(scene.pictures[0])
@@ -421,14 +436,15 @@ class Asker:
         name = {"kind": kind, "color": f"{color} {r.choice(('shape', 'shape', 'thing'))}", "both": f"{color} {kind}"}[
             form
         ]
-        found = {
-            "kind": any(kind == k for k, _ in looks),
-            "color": any(color == c for _, c in looks),
-            "both": (kind, color) in looks,
-        }[form]
+        found = [
+            thing
+            for thing in _shapes(picture)
+            if form == "color" or thing.kind == kind
+            if form == "kind" or thing.color == color
+        ]
         if r.random() < 0.3:
-            return self._word("absent", _yes(not found), a=_a(name), thing=name)
-        return self._word("exists", _yes(found), a=_a(name))
+            return self._word("absent", _yes(not found), found, a=_a(name), thing=name)
+        return self._word("exists", _yes(bool(found)), found, a=_a(name))
 
     # Counting
 
@@ -436,10 +452,10 @@ class Asker:
         return self._count_in(scene.pictures[0])
 
     def _count_in(self, picture: Picture) -> Question | None:
-        name, number = self._countable(_shapes(picture))
-        return self._word("count", str(number), things=name)
+        name, counted = self._countable(_shapes(picture))
+        return self._word("count", str(len(counted)), counted, things=name)
 
-    def _countable(self, shapes: Sequence[Thing]) -> tuple[str, int]:
+    def _countable(self, shapes: Sequence[Thing]) -> tuple[str, list[Thing]]:
         r = self._random
         form = r.choice(("all", "kind", "kind", "color", "both"))
         if shapes and r.random() < 0.93:
@@ -448,12 +464,13 @@ class Asker:
         else:
             kind, color = r.choice(SHAPES), r.choice(tuple(COLORS))
         if form == "all":
-            return "shapes", len(shapes)
+            return "shapes", list(shapes)
         if form == "kind":
-            return _plural(kind), sum(thing.kind == kind for thing in shapes)
+            return _plural(kind), [thing for thing in shapes if thing.kind == kind]
         if form == "color":
-            return f"{color} shapes", sum(thing.color == color for thing in shapes)
-        return f"{color} {_plural(kind)}", sum((thing.kind, thing.color) == (kind, color) for thing in shapes)
+            return f"{color} shapes", [thing for thing in shapes if thing.color == color]
+        both = [thing for thing in shapes if (thing.kind, thing.color) == (kind, color)]
+        return f"{color} {_plural(kind)}", both
 
     # Places
 
@@ -467,9 +484,9 @@ class Asker:
         width, height = picture.extent
         if self._random.random() < 0.5:
             x = thing.x / width
-            return None if 0.43 < x < 0.57 else self._word("side", "left" if x < 0.5 else "right", the=name)
+            return None if 0.43 < x < 0.57 else self._word("side", "left" if x < 0.5 else "right", [thing], the=name)
         y = thing.y / height
-        return None if 0.43 < y < 0.57 else self._word("level", "top" if y < 0.5 else "bottom", the=name)
+        return None if 0.43 < y < 0.57 else self._word("level", "top" if y < 0.5 else "bottom", [thing], the=name)
 
     def relation(self, scene: Scene) -> Question | None:
         """Where one thing is, seen from another."""
@@ -484,11 +501,13 @@ class Asker:
         if form == "relation":
             if max(abs(dx), abs(dy)) < MARGIN or not (abs(dx) > 1.5 * abs(dy) or abs(dy) > 1.5 * abs(dx)):
                 return None
-            return self._word("relation", across if abs(dx) > abs(dy) else down, the=name, other=other_name)
+            return self._word(
+                "relation", across if abs(dx) > abs(dy) else down, [thing], [other], the=name, b=other_name
+            )
         if form == "horizontal":
-            return self._word(form, across, the=name, other=other_name) if abs(dx) > MARGIN else None
+            return self._word(form, across, [thing], [other], the=name, b=other_name) if abs(dx) > MARGIN else None
         if form == "vertical":
-            return self._word(form, down, the=name, other=other_name) if abs(dy) > MARGIN else None
+            return self._word(form, down, [thing], [other], the=name, b=other_name) if abs(dy) > MARGIN else None
         true = [side for side, far in ((across, abs(dx)), (down, abs(dy))) if far > MARGIN]
         if not true:
             return None
@@ -496,11 +515,11 @@ class Asker:
         if form == "neighbour":
             if len(scene.pictures[0].things) != 2 or thing.kind == "text":
                 return None
-            return self._word(form, thing.kind, side=_side(side, r), other=other_name)
+            return self._word(form, thing.kind, [thing], [other], side=_side(side, r), b=other_name)
         if r.random() < 0.5:
             side = {"left": "right", "right": "left", "above": "below", "below": "above"}[side]
-            return self._word("check", "no", the=name, other=other_name, side=_side(side, r))
-        return self._word("check", "yes", the=name, other=other_name, side=_side(side, r))
+            return self._word("check", "no", [thing], [other], the=name, b=other_name, side=_side(side, r))
+        return self._word("check", "yes", [thing], [other], the=name, b=other_name, side=_side(side, r))
 
     def _named(self, picture: Picture) -> list[tuple[str, Thing]]:
         """Things that one can speak of without doubt, with a name for each."""
@@ -529,17 +548,17 @@ class Asker:
         if len(lines) == 1:
             text = lines[0].text
             kind = "number" if text.isdigit() else "word"
-            return self._word(self._random.choice(("read", "read", kind)), text)
+            return self._word(self._random.choice(("read", "read", kind)), text, lines)
         if len(lines) > 2 or lines[1].y - lines[0].y < MARGIN:
             return None
         level = self._random.randrange(2)
-        return self._word("line", lines[level].text, level=("top", "bottom")[level])
+        return self._word("line", lines[level].text, [lines[level]], level=("top", "bottom")[level])
 
     # Sentences
 
     def describe(self, scene: Scene) -> Question | None:
         sentence = _sentence(scene.pictures[0])
-        return self._word("describe", sentence) if sentence else None
+        return self._word("describe", sentence, scene.pictures[0].things) if sentence else None
 
     # Two images
 
@@ -549,24 +568,25 @@ class Asker:
         looks = [Counter((t.kind, t.color) for t in shapes) for shapes in (first, second)]
         form = r.choice(("same", "shape", "color", "changed", "more", "which", "which", "nth", "nth"))
         if form == "same":
-            return self._word("same", _yes(looks[0] == looks[1]))
+            return self._word("same", _yes(looks[0] == looks[1]), (*first, *second))
         if form in ("shape", "color", "changed"):
             if len(first) != 1 or len(second) != 1:
                 return None
             a, b = first[0], second[0]
             if form == "shape":
-                return self._word("same_shape", _yes(a.kind == b.kind))
+                return self._word("same_shape", _yes(a.kind == b.kind), (a, b))
             if form == "color":
-                return self._word("same_color", _yes(a.color == b.color))
+                return self._word("same_color", _yes(a.color == b.color), (a, b))
             if scene.change not in ("color", "shape", "nothing"):
                 return None
-            return self._word("changed", scene.change)
+            return self._word("changed", scene.change, (a, b))
         if form == "more":
             kind = r.choice((*{t.kind for t in (*first, *second)}, "shape", "shape"))
-            numbers = [sum(kind in ("shape", t.kind) for t in shapes) for shapes in (first, second)]
-            if numbers[0] == numbers[1]:
+            counted = [[t for t in shapes if kind in ("shape", t.kind)] for shapes in (first, second)]
+            if len(counted[0]) == len(counted[1]):
                 return None
-            return self._word("more", "first" if numbers[0] > numbers[1] else "second", things=_plural(kind))
+            more = "first" if len(counted[0]) > len(counted[1]) else "second"
+            return self._word("more", more, (*counted[0], *counted[1]), things=_plural(kind))
         if form == "which":
             only = [set(looks[0]) - set(looks[1]), set(looks[1]) - set(looks[0])]
             side = r.randrange(2)
@@ -578,13 +598,15 @@ class Asker:
                 name = kind
             elif r.random() < 0.5 and all(color != c for _, c in looks[1 - side]):
                 name = f"{color} shape"
-            return self._word("which", ("first", "second")[side], a=_a(name))
+            shown = [t for t in (first, second)[side] if (t.kind, t.color) == (kind, color)]
+            return self._word("which", ("first", "second")[side], shown, a=_a(name))
         nth = r.randrange(2)
         ask = r.choice((self._shape_in, self._color_in, self._count_in, self._exists_in))
         question = ask(scene.pictures[nth])
         if question is None:
             return None
-        return self._word("of_pair", question.answer, question=question.text, nth=("first", "second")[nth])
+        asked = self._word("of_pair", question.answer, question=question.text, nth=("first", "second")[nth])
+        return replace(asked, about=question.about, nth=nth)
 
     # Films
 
@@ -603,26 +625,26 @@ class Asker:
             forms.append("moves")
         form = r.choice(forms)
         if form == "anything":
-            return self._word("anything", _yes(scene.appearing is not None))
+            return self._word("anything", _yes(scene.appearing is not None), filter(None, [scene.appearing]))
         if form == "appears" and scene.appearing:
-            return self._word("appears", scene.appearing.kind)
+            return self._word("appears", scene.appearing.kind, [scene.appearing])
         if form == "appears_color" and scene.appearing:
-            return self._word("appears_color", scene.appearing.color)
+            return self._word("appears_color", scene.appearing.color, [scene.appearing])
         if form == "vanishes" and scene.vanishing:
-            return self._word("vanishes", scene.vanishing.kind)
+            return self._word("vanishes", scene.vanishing.kind, [scene.vanishing])
         if form == "mover" and mover:
-            return self._word("mover", mover.kind)
+            return self._word("mover", mover.kind, [mover])
         if form == "mover_color" and mover:
-            return self._word("mover_color", mover.color)
+            return self._word("mover_color", mover.color, [mover])
         if form == "direction" and mover:
             names = [name for name, thing in named if (thing.kind, thing.color) == (mover.kind, mover.color)]
             name = r.choice([*names, "the shape" if len(named) == 1 else "the moving shape"])
-            return self._word("direction", scene.direction, the=name)
+            return self._word("direction", scene.direction, [mover], the=name)
         if not named:
             return None
         name, thing = r.choice(named)
         is_mover = mover is not None and (thing.kind, thing.color) == (mover.kind, mover.color)
-        return self._word("moves", _yes(is_mover), the=name)
+        return self._word("moves", _yes(is_mover), [thing], the=name)
 
 
 _Ask = Callable[[Asker, Scene], Question | None]
@@ -635,6 +657,10 @@ _KINDS: dict[str, tuple[tuple[_Ask, int], ...]] = {
     "pair": ((Asker.compare, 1),),
     "film": ((Asker.film, 6), (Asker.color, 1), (Asker.shape, 1)),
 }  # fmt: skip
+
+
+def _looks(things: Iterable[Thing]) -> Looks:
+    return frozenset(thing.look for thing in things)
 
 
 def _shapes(picture: Picture) -> list[Thing]:

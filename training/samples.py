@@ -7,7 +7,6 @@ and starts at the same rotary position.
 
 from __future__ import annotations
 
-import string
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +23,12 @@ from mdi.media import smart_resize
 from mdi.model.rope import MediaSpan, prompt_positions
 from training.fonts import font
 from training.questions import WORDINGS, Asker, Question
-from training.scenes import COLORS, FACTOR, SHAPES, Picture, Scene, SceneMaker, Thing, draw, draw_thing
+from training.scenes import COLORS, FACTOR, LETTERS, SHAPES, Look, Picture, Scene, SceneMaker, Thing, draw, draw_thing
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
 PATCH, MERGE, TEMPORAL = 14, 2, 2
-CHARACTERS = string.digits + string.ascii_uppercase
 COLUMNS_PER_CELL = 4  # a cell may show the middles of up to so many letters, side by side
 KIND_NAMES = ("", *SHAPES, "text")
 COLOR_NAMES = ("", *COLORS)
@@ -62,23 +60,33 @@ class Plan:
 
 
 @dataclass
-class Sample:
-    rows: Tensor  # uint8 [media, t * patches, 1176]
+class Layout:
+    """A conversation as tokens."""
+
     ids: list[int]
     labels: list[int]
     weights: list[float]
     branches: list[int]
     positions: Tensor  # [3, T]
+    asked: list[int]  # where each question ends: the position of the token before its answer
+
+
+@dataclass
+class Sample:
+    rows: Tensor  # uint8 [media, t * patches, 1176]
+    layout: Layout
     questions: list[Question]
     cells: Tensor  # int64 [cells of all media, 3]: kind, colour, centres; IGNORED where not known
     letters: Tensor  # int64 [cells, COLUMNS_PER_CELL]: 0, or 1 + the index of the letter with its middle there
+    pointed: Tensor  # float32 [questions, 2, cells of all media]: which cells show what it is about; see `_pointed`
 
 
 @dataclass
 class TrainingBatch:
     """The samples stacked, tokens padded.
 
-    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3].
+    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [questions, 2];
+    pointed: [questions, 2, media * t * cells].
     """
 
     plan: Plan
@@ -90,13 +98,15 @@ class TrainingBatch:
     positions: Tensor
     cells: Tensor
     letters: Tensor
+    asked: Tensor
+    pointed: Tensor
     questions: list[list[Question]]
 
 
 class BatchMaker:
     """Deterministic: batch `index` of a split is always the same."""
 
-    def __init__(self, tokens: ChatTokens, held_out: bool = False, patches_per_batch: int = 4096) -> None:
+    def __init__(self, tokens: ChatTokens, held_out: bool = False, patches_per_batch: int = 2048) -> None:
         self._tokens = tokens
         self._held_out = held_out
         self._split = "held-out" if held_out else "training"
@@ -110,9 +120,7 @@ class BatchMaker:
         return _collate(plan, samples, self._tokens.special["<|endoftext|>"])
 
     def _plan(self, random: Random) -> Plan:
-        kind = random.choices(("still", "text", "pair", "film", "easy", "blind"), (0.39, 0.24, 0.13, 0.15, 0.07, 0.02))[
-            0
-        ]
+        kind = random.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
         grid = (4, 4)
         if kind in ("still", "text"):
             grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
@@ -126,7 +134,7 @@ class BatchMaker:
     def _sight_plan(self, random: Random) -> Plan:
         grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
         patches = grid[0] * grid[1] * MERGE**2
-        kind = random.choice(("still", "text"))
+        kind = random.choices(("still", "text", "page"), (0.4, 0.15, 0.45))[0]
         return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
 
     def _sample(self, seed: str, plan: Plan) -> Sample:
@@ -147,14 +155,14 @@ class BatchMaker:
         media = [[frame, frame] for frame in frames] if plan.kind != "film" else [frames]
         rows = torch.stack([torch.from_numpy(cut(np.stack(film))) for film in media])
         labelled = pictures if plan.kind != "film" else pictures[1::2]
-        cells, letters = _cell_labels(labelled, plan.grid) if pictures else _unknown_cells(plan.grid)
+        cells, letters, looks = _cell_labels(labelled, plan.grid) if pictures else _unknown_cells(plan.grid)
         layout = _lay_out(self._tokens, random, plan, questions)
-        return Sample(rows, *layout, questions, cells, letters)
+        return Sample(rows, layout, questions, cells, letters, _pointed(questions, looks))
 
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
         """A scene that something can be asked about."""
-        makers = {"still": maker.still, "text": maker.text, "pair": maker.pair}
-        count = BRANCHES[plan.kind] + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
+        makers = {"still": maker.still, "text": maker.text, "page": maker.page, "pair": maker.pair}
+        count = BRANCHES.get(plan.kind, 0) + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
         while True:
             width, height = _canvas(maker.random, plan.grid)
             film = plan.kind == "film"
@@ -224,15 +232,14 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
         question = Question("strange", random.choice((text, strange_question(random))), BLIND)
     empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
     layout = _lay_out(tokens, random, plan, [question])
-    return Sample(empty, *layout, [question], *(tensor[:0] for tensor in _unknown_cells(plan.grid)))
+    cells, letters, _ = _unknown_cells(plan.grid)
+    return Sample(empty, layout, [question], cells[:0], letters[:0], _pointed([question], []))
 
 
 # Tokens
 
 
-def _lay_out(
-    tokens: ChatTokens, random: Random, plan: Plan, questions: Sequence[Question]
-) -> tuple[list[int], list[int], list[float], list[int], Tensor]:
+def _lay_out(tokens: ChatTokens, random: Random, plan: Plan, questions: Sequence[Question]) -> Layout:
     system = tokens.system(random.choice(SYSTEM_PROMPTS))
     frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
     pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
@@ -248,6 +255,7 @@ def _lay_out(
     next_position = len(ids) + delta
     labels, weights, branches = [IGNORED] * len(ids), [0.0] * len(ids), [0] * len(ids)
     pieces = [positions]
+    ends: list[int] = []
     turns = [questions] if plan.question_first else _turns(random, questions)
     for branch, conversation in enumerate(turns, start=1):
         start = len(ids)
@@ -257,12 +265,13 @@ def _lay_out(
             asked += tokens.answer_start()
             answer = tokens.answer(question.answer)
             ids += asked + answer
+            ends.append(len(ids) - len(answer) - 1)
             labels += [IGNORED] * len(asked) + answer
             weights += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer)
         length = len(ids) - start
         branches += [branch] * length
         pieces.append(torch.arange(next_position, next_position + length).expand(3, length))
-    return ids, labels, weights, branches, torch.cat(pieces, dim=1)
+    return Layout(ids, labels, weights, branches, torch.cat(pieces, dim=1), ends)
 
 
 def _turns(random: Random, questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
@@ -275,18 +284,18 @@ def _turns(random: Random, questions: Sequence[Question]) -> Iterator[Sequence[Q
 
 
 def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
-    longest = -(-max(len(sample.ids) for sample in samples) // 16) * 16
+    longest = -(-max(len(sample.layout.ids) for sample in samples) // 16) * 16
 
     def padded(name: str, value: float, dtype: torch.dtype) -> Tensor:
         out = torch.full((len(samples), longest), value, dtype=dtype)
         for row, sample in zip(out, samples, strict=True):
-            values = getattr(sample, name)
+            values = getattr(sample.layout, name)
             row[: len(values)] = torch.tensor(values, dtype=dtype)
         return out
 
     positions = torch.zeros(3, len(samples), longest, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        positions[:, row, : sample.positions.shape[1]] = sample.positions
+        positions[:, row, : sample.layout.positions.shape[1]] = sample.layout.positions
     return TrainingBatch(
         plan,
         torch.stack([sample.rows for sample in samples]),
@@ -297,6 +306,8 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
         positions,
         torch.stack([sample.cells for sample in samples]),
         torch.stack([sample.letters for sample in samples]),
+        torch.tensor([(row, end) for row, sample in enumerate(samples) for end in sample.layout.asked]).view(-1, 2),
+        torch.cat([sample.pointed for sample in samples]),
         [sample.questions for sample in samples],
     )
 
@@ -304,23 +315,42 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
 # What every cell of the grid shows: extra supervision for the vision tower
 
 
-def _unknown_cells(grid: Grid) -> tuple[Tensor, Tensor]:
+ShownLooks = list[list[Look | None]]  # of each picture: the look of what each cell shows
+
+
+def _unknown_cells(grid: Grid) -> tuple[Tensor, Tensor, ShownLooks]:
     n_cells = grid[0] * grid[1]
-    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, COLUMNS_PER_CELL, dtype=torch.int64)
+    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, COLUMNS_PER_CELL, dtype=torch.int64), []
 
 
-def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor]:
+def _pointed(questions: Sequence[Question], looks: ShownLooks) -> Tensor:
+    """1 where a cell shows what a question is about, and, behind that, what it is compared with; IGNORED: not known."""
+    n_cells = sum(map(len, looks))
+    pointed = torch.full((len(questions), 2, n_cells), float(IGNORED))
+    for question, rows in zip(questions, pointed, strict=True):
+        for wanted, row in zip((question.about, question.other), rows, strict=True):
+            if wanted is not None and looks:
+                hits = [
+                    look in wanted and question.nth in (None, index)
+                    for index, shown in enumerate(looks)
+                    for look in shown
+                ]
+                row[:] = torch.tensor(hits, dtype=torch.float32)
+    return pointed
+
+
+def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor, ShownLooks]:
     cells = torch.zeros(len(pictures), grid[0] * grid[1], 3, dtype=torch.int64)
     letters = torch.zeros(len(pictures), grid[0] * grid[1], COLUMNS_PER_CELL, dtype=torch.int64)
-    for index, picture in enumerate(pictures):
-        _label(picture, grid, cells[index], letters[index])
-    return cells, letters
+    looks = [_label(picture, grid, cells[index], letters[index]) for index, picture in enumerate(pictures)]
+    return cells, letters, looks
 
 
-def _label(picture: Picture, grid: Grid, cells: Tensor, letters: Tensor) -> None:
-    """The thing that fills most of each cell, how many have their centre there, and which letters."""
+def _label(picture: Picture, grid: Grid, cells: Tensor, letters: Tensor) -> list[Look | None]:
+    """Fills in the thing that fills most of each cell, how many have their centre there, and which letters."""
+    looks: list[Look | None] = [None] * len(cells)
     if not picture.things:
-        return
+        return looks
     rows, columns = grid
     across, down = picture.extent
     fine = 6
@@ -341,6 +371,8 @@ def _label(picture: Picture, grid: Grid, cells: Tensor, letters: Tensor) -> None
         thing = picture.things[winner[covered]]
         cells[covered, 0] = KIND_NAMES.index(thing.kind)
         cells[covered, 1] = COLOR_NAMES.index(thing.color)
+        looks[covered] = thing.look
+    return looks
 
 
 def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale_y: float, number: int) -> None:
@@ -355,12 +387,12 @@ def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale
 
 def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
     face = font(thing.font, 64)
-    total = face.getlength(thing.text)
-    for index, character in enumerate(thing.text):
-        middle = (face.getlength(thing.text[:index]) + face.getlength(thing.text[: index + 1])) / 2 / total
+    ends = [face.getlength(thing.text[:index]) for index in range(len(thing.text) + 1)]
+    for character, left, right in zip(thing.text, ends, ends[1:], strict=False):
+        middle = (left + right) / 2 / ends[-1]
         x = thing.x + (middle - 0.5) * thing.size * thing.aspect
         column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
-        letters[_cell(x, thing.y, picture, grid), column] = 1 + CHARACTERS.index(character)
+        letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
 
 
 def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:

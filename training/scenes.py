@@ -6,6 +6,7 @@ Knows what is in a picture and how to draw it; nothing of questions, tokens or m
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -32,7 +33,16 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (252, 252, 252),
 }
 _SPREAD = {"brown": 6, "black": 6, "white": 4, "gray": 8, "teal": 6, "green": 40}  # how far a tint may stray
+LETTERS = string.digits + string.ascii_uppercase
+LEGIBLE = 2.5  # contrast of a sign; WCAG asks 3 of large letters
+LIGHT, DARK = (
+    ("yellow", "orange", "pink", "white", "green"),
+    ("red", "blue", "black", "gray", "teal", "brown", "purple"),
+)
 FACTOR = 28  # pixels to a side of one token
+
+
+Look = tuple[str, str, str]  # kind, colour, text
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,11 @@ class Thing:
     text: str = ""
     font: str = ""
     tint: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def look(self) -> Look:
+        """What one sees of it, wherever it is."""
+        return self.kind, self.color, self.text
 
     @property
     def reach(self) -> float:
@@ -123,6 +138,22 @@ class SceneMaker:
         lines = [self._line()] if self.random.random() < 0.7 else [self._line(), self._line()]
         return Scene("text", (self._picture(width, height, lines),))
 
+    def page(self, width: int, height: int) -> Scene:
+        """A picture full of letters, line under line: for learning the alphabet, not for questions."""
+        r = self.random
+        shorter = min(width, height)
+        across, down = width / shorter, height / shorter
+        colors = r.choice((LIGHT, DARK, DARK))
+        lines, y = [], r.uniform(0.02, 0.08)
+        while y < down - 0.2:  # each line's middle in a row of cells of its own
+            alphabet = r.choice((string.digits, string.ascii_uppercase, string.ascii_uppercase))
+            line = self._written("".join(r.choices(alphabet, k=r.randint(1, 7))), r.uniform(0.18, 0.4), colors)
+            size = min(line.size, 0.96 * across / line.aspect, down - y - 0.01)
+            half = size * line.aspect / 2
+            lines.append(replace(line, size=size, x=r.uniform(half, across - half), y=y + size / 2))
+            y += max(0.26, size + r.uniform(0.03, 0.15))
+        return Scene("page", (Picture(width, height, self._background(lines), tuple(lines)),))
+
     def pair(self, width: int, height: int) -> Scene:
         r = self.random
         first = self._picture(
@@ -130,13 +161,13 @@ class SceneMaker:
         )
         kind = r.random()
         if kind < 0.2:
-            second = replace(first, background=self._background([t.color for t in first.things]))
+            second = replace(first, background=self._background(first.things))
             return Scene("pair", (first, second), change="nothing")
         if kind < 0.55 and len(first.things) == 1:
             change = r.choice(("color", "shape"))
             (thing,) = first.things
             other = self._other(thing, change)
-            second = replace(first, things=(other,), background=self._background([other.color]))
+            second = replace(first, things=(other,), background=self._background([other]))
             return Scene("pair", (first, second), change=change)
         second = self._picture(
             width, height, self._few(r.choice((1, 1, 2, 2, 3))) if r.random() < 0.8 else self._crowd()
@@ -195,7 +226,7 @@ class SceneMaker:
     def _picture(self, width: int, height: int, things: Sequence[Thing]) -> Picture:
         shorter = min(width, height)
         placed = self._place(things, width / shorter, height / shorter)
-        return Picture(width, height, self._background([thing.color for thing in placed]), placed)
+        return Picture(width, height, self._background(placed), placed)
 
     def _place(self, things: Sequence[Thing], width: float, height: float) -> tuple[Thing, ...]:
         """Puts things where they do not touch, largest first; shrinks them all when there is no room."""
@@ -258,27 +289,33 @@ class SceneMaker:
     def _line(self) -> Thing:
         r = self.random
         if r.random() < 0.45:
-            text = "".join(r.choice("0123456789") for _ in range(r.choice((1, 1, 2, 2, 3, 3, 4))))
+            text = "".join(r.choices(string.digits, k=r.choice((1, 1, 2, 2, 3, 3, 4))))
         elif r.random() < 0.35 and self._fonts is TRAINING:  # any letters: reading is not guessing
-            text = "".join(r.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(r.choice((1, 2, 3, 4, 5))))
+            text = "".join(r.choices(string.ascii_uppercase, k=r.choice((1, 2, 3, 4, 5))))
         else:
             text = r.choice(self._words)
+        return self._written(text, r.uniform(0.2, 0.42))
+
+    def _written(self, text: str, size: float, colors: Sequence[str] = tuple(COLORS)) -> Thing:
+        """A line of text, no wider than the picture."""
+        r = self.random
         name = r.choice(self._fonts)
         left, top, right, bottom = font(name, 64).getbbox(text)
         aspect = (right - left) / max(1, bottom - top)
-        size = min(r.uniform(0.2, 0.42), 0.94 / aspect)
-        color = r.choice(tuple(COLORS))
-        return Thing("text", color, 0.5, 0.5, size, aspect, text=text, font=name, tint=self._tint(color))
+        color = r.choice(colors)
+        return Thing(
+            "text", color, 0.5, 0.5, min(size, 0.94 / aspect), aspect, text=text, font=name, tint=self._tint(color)
+        )
 
     def _tint(self, color: str) -> tuple[int, int, int]:
         spread = _SPREAD.get(color, 16)
         r, g, b = (min(255, max(0, level + self.random.randint(-spread, spread))) for level in COLORS[color])
         return r, g, b
 
-    def _background(self, avoid: Sequence[str]) -> Background:
+    def _background(self, things: Sequence[Thing]) -> Background:
         """A colour far enough from those of the things; plain and light more often than not."""
         r = self.random
-        for _ in range(40):
+        for _ in range(60):
             if r.random() < 0.6:
                 color = (r.randint(215, 255), r.randint(215, 255), r.randint(215, 255))
             elif r.random() < 0.5:
@@ -286,11 +323,25 @@ class SceneMaker:
                 color = tuple(min(255, max(0, grey + r.randint(-20, 20))) for _ in range(3))  # type: ignore[assignment]
             else:
                 color = (r.randint(0, 255), r.randint(0, 255), r.randint(0, 255))
-            if all(math.dist(color, COLORS[name]) > 85 for name in avoid):
+            if all(_stands_out(thing, color) for thing in things):
                 break
         style = r.choices(("plain", "gradient", "noise", "stripes"), (0.55, 0.2, 0.15, 0.1))[0]
         red, green, blue = (min(255, max(0, level + r.randint(-18, 18))) for level in color)
         return Background(color, style, (red, green, blue), r.randrange(2**31))
+
+
+def _stands_out(thing: Thing, background: tuple[int, int, int]) -> bool:
+    """Signs are lighter or darker than what is behind them, about as much as WCAG asks of large letters."""
+    if thing.kind == "text":
+        lighter, darker = sorted((_luminance(thing.tint), _luminance(background)), reverse=True)
+        return (lighter + 0.05) / (darker + 0.05) > LEGIBLE
+    return math.dist(background, COLORS[thing.color]) > 85
+
+
+def _luminance(color: tuple[int, int, int]) -> float:
+    """Relative luminance, 0 to 1 (WCAG 2.2; the gamma is simplified)."""
+    red, green, blue = (math.pow(level / 255, 2.2) for level in color)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _half_box(thing: Thing) -> tuple[float, float]:

@@ -43,6 +43,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; t
 Device = Annotated[str | None, typer.Option(help="Where this node computes: cpu (the default), cuda, cuda:1, mps.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
+Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or data: URL; may be repeated.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
 MinPixels = Annotated[int | None, typer.Option(help="Smallest area an image is given, in pixels.")]
 NodesJson = Annotated[
@@ -239,6 +240,7 @@ def ask(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The question; FILE:questions.txt asks one per paragraph.")],
     image: Images = None,
+    video: Videos = None,
     n_nodes: NNodes = 1,
     nodes_config: NodesJson = None,
     wait_s: WaitS = 600,
@@ -261,7 +263,7 @@ def ask(
     ckpt_folder: CkptFolder = CHECKPOINTS,
     hf_token: HfToken = None,
 ) -> None:
-    """Ask a question about images, and print the answer as it comes."""
+    """Ask a question about images and videos, and print the answer as it comes."""
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n=n_samples
     )
@@ -284,7 +286,7 @@ def ask(
     )
     with engine:
         for question in questions:
-            _print_answers(engine, question, image or [], params)
+            _print_answers(engine, _messages(question, image or [], video or []), params)
 
 
 @app.command()
@@ -292,6 +294,7 @@ def verify(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The question to compare on.")] = "Describe this.",
     image: Images = None,
+    video: Videos = None,
     n_nodes: NNodes = 1,
     dtype: Annotated[str, typer.Option(help="What both sides compute in.")] = "float32",
     max_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 16,
@@ -303,7 +306,9 @@ def verify(
     from mdi.verify import verify as compare
 
     source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
-    report = compare(source, _messages(prompt, image or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens)
+    report = compare(
+        source, _messages(prompt, image or [], video or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens
+    )
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")
         raise typer.Exit(1)
@@ -484,8 +489,7 @@ def _print_nodes(engine: Engine) -> None:
     err.print(table)
 
 
-def _print_answers(engine: Engine, question: str, images: list[str], params: SamplingParams) -> None:
-    messages = _messages(question, images)
+def _print_answers(engine: Engine, messages: list[dict[str, Any]], params: SamplingParams) -> None:
     if params.n == 1:
         for piece in engine.stream(messages, params):
             out.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
@@ -496,10 +500,11 @@ def _print_answers(engine: Engine, question: str, images: list[str], params: Sam
         out.print(sample.text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _messages(question: str, images: list[str]) -> list[dict[str, Any]]:
-    if not images:
+def _messages(question: str, images: list[str], videos: list[str]) -> list[dict[str, Any]]:
+    if not images and not videos:
         return [{"role": "user", "content": question}]
     parts = [{"type": "image", "image": image} for image in images]
+    parts += [{"type": "video", "video": video} for video in videos]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 

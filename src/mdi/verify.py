@@ -6,6 +6,7 @@ process, exactly as nodes would run them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch import Tensor
 from mdi.checkpoint.load import load_source
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import Source
-from mdi.engine.engine import end_ids, patch_spec
+from mdi.engine.engine import end_ids, patch_spec, video_spec
 from mdi.engine.prompt import Message, Prompt, PromptBuilder
 from mdi.engine.tokenizer import Tokenizer
-from mdi.media import MediaPolicy, decode_image, fetch
+from mdi.media import MediaPolicy, decode_image, fetch, open_video
 from mdi.model.batch import Batch, Draw, Slice, Visual
+from mdi.model.rope import Grid, MediaSpan, prompt_positions
 from mdi.pipeline.stage import Stage
 
 CHUNK = 512
@@ -58,7 +60,8 @@ def verify(
 ) -> Report:
     """Runs both and compares. Memory: both models at once, in `dtype`."""
     with torch.inference_mode():
-        their_ids, their_logits, theirs = _through_transformers(source, messages, dtype, max_tokens)
+        oracle = Oracle(source, dtype)
+        (their_ids, their_logits), theirs = oracle.read(messages), oracle.answer(messages, max_tokens)
         prompt = _prompt(source, messages, max_tokens)
         our_logits, ours = _through_stages(source, prompt, dtype, n_nodes, max_tokens)
     same_prompt = list(prompt.token_ids) == their_ids
@@ -78,7 +81,8 @@ def verify(
 def _prompt(source: Source, messages: Sequence[Message], max_tokens: int) -> Prompt:
     config = source.model_config
     spec = patch_spec(source.path) if config.vision else None
-    builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, config.max_positions - max_tokens)
+    room = config.max_positions - max_tokens
+    builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, room, video_spec(source.path))
     builder.check(messages)
     return builder.build(messages)
 
@@ -132,46 +136,103 @@ def _encode_media(stage: Stage, prompt: Prompt) -> list[Visual]:
     return visuals
 
 
-def _through_transformers(
-    source: Source, messages: Sequence[Message], dtype: str, max_tokens: int
-) -> tuple[list[int], Tensor, tuple[int, ...]]:
-    """Prompt ids, logits of the prompt (float32 [tokens, vocab_size]) and the greedy answer."""
-    model, inputs = _their_model(source.path, dtype), _their_inputs(source, messages, dtype)
-    logits = model(**inputs, use_cache=False).logits[0].float()
-    output = model.generate(
-        **inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None
-    )
-    n_prompt = inputs["input_ids"].shape[1]
-    return inputs["input_ids"][0].tolist(), logits, tuple(output[0, n_prompt:].tolist())
+class Oracle:
+    """The same checkpoint in transformers: its tokenizer, image processor and model, loaded once.
 
+    Videos are the exception: transformers cuts them only with torchvision, and since release 5 gives them other
+    positions than Qwen2-VL was trained with, so their rows and positions are made here. Memory: the model in `dtype`.
+    """
 
-def _their_model(path: Path, dtype: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    def __init__(self, source: Source, dtype: str = "float32") -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(path)
-    family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return family.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True).eval()
+        config = AutoConfig.from_pretrained(source.path)
+        family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        self._dtype = getattr(torch, dtype)
+        self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        self._path, self._config = source.path, source.model_config
+        self._processor = _their_processor(source.path) if source.model_config.vision else None
 
+    @torch.inference_mode()
+    def read(self, messages: Sequence[Message]) -> tuple[list[int], Tensor]:
+        """Token ids of the prompt, and its logits: float32 [tokens, vocab_size]."""
+        inputs = self._inputs(messages)
+        return inputs["input_ids"][0].tolist(), self._model(**inputs, use_cache=False).logits[0].float()
 
-def _their_inputs(source: Source, messages: Sequence[Message], dtype: str) -> dict[str, Tensor]:
-    from transformers import AutoTokenizer
+    @torch.inference_mode()
+    def answer(self, messages: Sequence[Message], max_tokens: int) -> tuple[int, ...]:
+        """Token ids of the greedy answer, the end token included."""
+        inputs = self._inputs(messages)
+        if "position_ids" in inputs:
+            return self._without_cache(inputs, max_tokens)
+        output = self._model.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None
+        )
+        return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
 
-    tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    images = [decode_image(fetch(part["image"], ANY_FILE), ANY_FILE) for part in parts if part["type"] == "image"]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    inputs: dict[str, Tensor] = {}
-    if images:
-        features = _their_processor(source.path)(images=images, return_tensors="pt")
-        inputs["pixel_values"] = features["pixel_values"].to(getattr(torch, dtype))
-        inputs["image_grid_thw"] = features["image_grid_thw"]
-        for grid in features["image_grid_thw"]:
-            text = text.replace("<|image_pad|>", "<|placeholder|>" * (int(grid.prod()) // 4), 1)
-    ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt", add_special_tokens=False)
-    inputs["input_ids"] = ids["input_ids"]
-    if images:
-        inputs["mm_token_type_ids"] = (ids["input_ids"] == source.model_config.image_token_id).int()
-    return inputs
+    def text(self, messages: Sequence[Message], max_tokens: int) -> str:
+        """The greedy answer as text."""
+        return str(self._tokenizer.decode(self.answer(messages, max_tokens), skip_special_tokens=True))
+
+    def _without_cache(self, inputs: dict[str, Tensor], max_tokens: int) -> tuple[int, ...]:
+        """`generate` makes its own positions; here every step reads the whole prompt again, at those handed over."""
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        answer: list[int] = []
+        while len(answer) < max_tokens and not (answer and answer[-1] in ends):
+            token = self._model(**inputs, use_cache=False).logits[:, -1:].argmax(-1)
+            answer.append(int(token))
+            position = inputs["position_ids"].max() + 1
+            inputs["input_ids"] = torch.cat((inputs["input_ids"], token), 1)
+            inputs["mm_token_type_ids"] = torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(token)), 1)
+            inputs["position_ids"] = torch.cat((inputs["position_ids"], position.expand(3, 1, 1)), 2)
+        return tuple(answer)
+
+    def _inputs(self, messages: Sequence[Message]) -> dict[str, Tensor]:
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        media = [(part["type"], *self._rows(part)) for part in parts if part["type"] != "text"]
+        for kind, _, grid in media:
+            text = text.replace(f"<|{kind}_pad|>", f"<|{kind}_here|>" * (math.prod(grid) // 4), 1)
+        text = text.replace("_here|>", "_pad|>")
+        inputs = {"input_ids": self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
+        for kind, rows, grids in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            if found := [(values, grid) for name, values, grid in media if name == kind]:
+                inputs[rows] = torch.cat([values for values, _ in found]).to(self._dtype)
+                inputs[grids] = torch.tensor([grid for _, grid in found])
+        if media:
+            image, video = (inputs["input_ids"].eq(token or -1).int() for token in self._pads)
+            inputs["mm_token_type_ids"] = image + 2 * video
+        if "video_grid_thw" in inputs:
+            inputs["position_ids"] = self._positions(inputs["input_ids"][0].tolist(), [grid for _, _, grid in media])
+        return inputs
+
+    @property
+    def _pads(self) -> tuple[int | None, int | None]:
+        return self._config.image_token_id, self._config.video_token_id
+
+    def _rows(self, part: dict[str, Any]) -> tuple[Tensor, Grid]:
+        if part["type"] == "video":
+            video = open_video(part["video"], ANY_FILE, video_spec(self._path), patch_spec(self._path)).patches()
+            return torch.from_numpy(video.rows), video.grid
+        assert self._processor is not None
+        features = self._processor(images=decode_image(fetch(part["image"], ANY_FILE), ANY_FILE), return_tensors="pt")
+        frames, rows, columns = features["image_grid_thw"][0].tolist()
+        return features["pixel_values"], (frames, rows, columns)
+
+    def _positions(self, ids: list[int], grids: Sequence[Grid]) -> Tensor:
+        """int64 [3, 1, tokens], by the rule of transformers 4."""
+        spans: list[MediaSpan] = []
+        start = 0
+        for grid in grids:
+            start = next(index for index in range(start, len(ids)) if ids[index] in self._pads)
+            spans.append(MediaSpan(start, grid, merge_size=2))
+            start += spans[-1].length
+        return prompt_positions(len(ids), spans)[0][:, None]
 
 
 def _their_processor(path: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import queue
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def authority() -> Authority:
 
 
 @pytest.fixture(scope="module")
-def encrypted(chunks: list[Path], authority: Authority) -> Iterator[Run]:
+def encrypted(chunks: list[Path], authority: Authority) -> Run:
     return Run(chunks, authority)
 
 

@@ -1,4 +1,4 @@
-"""Nodes started by hand, as `docs/cluster.md` says: real processes in any order, with certificates made by `mdi certs`."""
+"""Nodes started by hand: real processes in any order, with certificates made by `mdi certs`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,17 +152,20 @@ def test_a_node_started_anew_by_hand_joins_a_running_server(
 ) -> None:
     question = {"prompt": "x", "max_tokens": 40, "temperature": 1, "seed": 3}
     options = ("--nodes-config", str(nodes_config), "--certs", str(certs["starter"]), "--wait-s", "120")
-    with node(checkpoint, nodes_config, 0, certs), node(checkpoint, nodes_config, 1, certs) as finisher:
-        with serving(str(checkpoint), *options, environment=ENCRYPTED) as (process, url):
-            before = httpx.post(f"{url}/generate", json=question, timeout=120).json()
-            finisher.kill()
-            finisher.wait()
-            with node(checkpoint, nodes_config, 1, certs):
-                assert httpx.post(f"{url}/generate", json=question, timeout=120).json() == before
-                shown = httpx.get(f"{url}/v1/nodes").json()
-                assert [one["restarts"] for one in shown["nodes"]] == [0, 0, 1]
-                process.send_signal(signal.SIGTERM)
-                process.wait(30)
+    with (
+        node(checkpoint, nodes_config, 0, certs),
+        node(checkpoint, nodes_config, 1, certs) as finisher,
+        serving(str(checkpoint), *options, environment=ENCRYPTED) as (process, url),
+    ):
+        before = httpx.post(f"{url}/generate", json=question, timeout=120).json()
+        finisher.kill()
+        finisher.wait()
+        with node(checkpoint, nodes_config, 1, certs):
+            assert httpx.post(f"{url}/generate", json=question, timeout=120).json() == before
+            shown = httpx.get(f"{url}/v1/nodes").json()
+            assert [one["restarts"] for one in shown["nodes"]] == [0, 0, 1]
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
 
 
 def test_the_link_between_two_nodes_says_why_it_broke(
@@ -217,8 +219,8 @@ def test_a_refused_peer_is_logged_where_it_was_refused(
 ) -> None:
     strangers = tmp_path / "strangers"
     monkeypatch.setenv("ENABLE_ENCRYPTION", "1")
-    for words in (("init",), ("node", "starter")):
-        assert exit_code(["mdi", "certs", *words, "--folder", str(strangers)], monkeypatch) == 0
+    for made in (["init"], ["node", "starter"]):
+        assert exit_code(["mdi", "certs", *made, "--folder", str(strangers)], monkeypatch) == 0
     with node(checkpoint, nodes_config, 0, certs) as process:
         read_until(process, "listens")
         words = command("ask", checkpoint, *QUESTION, "--nodes-config", nodes_config, "--wait-s", "1")[2:]

@@ -93,7 +93,7 @@ def test_the_demo_says_that_its_model_is_random() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no image file"),
+        (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no file"),
         (("ask", "CHECKPOINT", "x", "--max-tokens", "-1"), "max_tokens"),
         (("ask", "CHECKPOINT", "x", "--temperature", "nan"), "temperature"),
         (("ask", "CHECKPOINT", "FILE:/no/such.txt"), "no file"),
@@ -165,15 +165,48 @@ def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None
         wait_until_gone(nodes)
 
 
-def test_a_server_that_lost_a_node_says_so(checkpoint: Path) -> None:
+def wait_for_status(url: str, status: int) -> httpx.Response:
+    deadline = time.monotonic() + 90
+    while (answer := httpx.get(url, timeout=30)).status_code != status:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.05)
+    return answer
+
+
+def test_a_server_brings_a_killed_node_back_and_answers_as_before(checkpoint: Path) -> None:
+    question = {"prompt": "x", "max_tokens": 150, "temperature": 1, "seed": 3}
     with serving(str(checkpoint), "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
+        assert httpx.get(f"{url}/health/ready", timeout=30).status_code == 200
+        before = httpx.post(f"{url}/generate", json=question, timeout=120).json()
+        [node] = psutil.Process(process.pid).children(recursive=True)
+        node.kill()
+        assert httpx.post(f"{url}/generate", json=question, timeout=120).json() == before
+        wait_for_status(f"{url}/health/ready", 200)
+        shown = httpx.get(f"{url}/v1/nodes").json()
+        assert [node["restarts"] for node in shown["nodes"]] == [0, 1]
+        assert (shown["recoveries"], shown["failed_requests"]) == (1, 0)
+
+
+def test_a_server_told_to_end_brings_a_node_back_to_finish_what_runs(checkpoint: Path) -> None:
+    question = {"prompt": "x", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": True}
+    with serving(str(checkpoint), "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
+        [node] = psutil.Process(process.pid).children(recursive=True)
+        with httpx.stream("POST", f"{url}/generate", json=question, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            node.kill()
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.wait(30)
+
+
+def test_a_server_whose_node_does_not_come_back_in_time_says_so(checkpoint: Path) -> None:
+    options = ("--n-nodes", "2", "--recovery-timeout", "0.05")
+    with serving(str(checkpoint), *options, environment=ENVIRONMENT) as (process, url):
         [node] = psutil.Process(process.pid).children(recursive=True)
         assert httpx.get(f"{url}/health").status_code == 200
         node.kill()
-        deadline = time.monotonic() + 10
-        while httpx.get(f"{url}/health").status_code == 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert "finisher" in wait_for_status(f"{url}/health", 503).json()["detail"]
         answer = httpx.post(f"{url}/generate", json={"prompt": "x"})
         assert answer.status_code == 503
         assert "finisher" in answer.json()["detail"]

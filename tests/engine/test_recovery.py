@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,10 +39,10 @@ WARM = SamplingParams(max_tokens=15, temperature=1.0, seed=5)
 class World:
     """A loop over fake nodes, with three slots and batches of five tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, **link: object) -> None:
+    def __init__(self, tokenizer: Tokenizer, **link: Any) -> None:
         self.scheduler: Scheduler[Sample] = Scheduler(n_slots=N_SLOTS, token_budget=5, max_in_flight=3)
         self.ended: list[Request] = []
-        self._make_link = partial(FakeLink, **link)  # type: ignore[arg-type]
+        self._link_options = link
         self.loop = StepLoop(
             cast(Stage, FakeStage()),
             self._connect,
@@ -55,7 +54,7 @@ class World:
         )
 
     def _connect(self, deliver: Deliver) -> FakeLink:
-        self.link = self._make_link(deliver)
+        self.link = FakeLink(deliver, **self._link_options)
         return self.link
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -74,7 +73,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 def make_world(tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
     worlds = []
 
-    def make(**link: object) -> World:
+    def make(**link: Any) -> World:
         worlds.append(World(tokenizer, **link))
         return worlds[-1]
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 
-from mdi.engine import Piece
+from mdi.engine import Piece, RecoveryStatus
 from mdi.errors import (
     CheckpointError,
     ClosedError,
@@ -307,6 +308,60 @@ def test_uploads_without_one_clear_place_are_refused(server: Server, messages: s
     assert message in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        ("video", ("clip", b"V")),
+        ("videos", ("clip.bin", b"V", "application/octet-stream")),
+        ("file", ("clip", b"V", "video/mp4")),
+        ("files", ("clip.webm", b"V", "application/octet-stream")),  # what curl makes of it
+    ],
+)
+def test_uploaded_videos_are_told_from_images(server: Server, file: Any) -> None:
+    files = [("file", ("a.png", b"A", "image/png")), file, ("file", ("b.gif", b"B", "image/gif"))]
+    kinds = ("video", "image", "image")
+    messages = json.dumps([{"role": "user", "content": [{"type": kind} for kind in kinds]}])
+    for form in ({"messages": messages}, {"prompt": "What?"}):
+        assert server.post("/generate/multimodal", files=files, data=form).status_code == 200
+        parts = [server.engine.part(number) for number in range(3)]
+        contents = [(part["type"], part[part["type"]]) for part in parts]
+        assert sorted(contents) == [("image", b"A"), ("image", b"B"), ("video", b"V")]
+    assert [kind for kind, _ in contents] == ["image", "video", "image"]  # with a prompt, in the form's order
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"type": "image"}], "1 video files were uploaded, but the messages place 0"),
+        ([{"type": "video"}, {"type": "video"}], "more video parts than uploaded video files"),
+        ([{"type": "video", "speed": 2}], "unknown field messages[0].content[0].speed"),
+    ],
+)
+def test_uploaded_videos_without_one_clear_place_are_refused(server: Server, parts: Any, message: str) -> None:
+    form = {"messages": json.dumps([{"role": "user", "content": parts}])}
+    files = [("file", ("a.png", b"A"))] * (parts[0]["type"] == "image") + [("video", ("v.mp4", b"V"))]
+    answer = server.post("/generate/multimodal", files=files, data=form)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.mp4", {"url": "https://example.org/a.mp4"}])
+def test_video_urls_reach_the_engine_with_their_settings(server: Server, url: Any) -> None:
+    settings = {"fps": 1.5, "max_pixels": 50_000, "total_pixels": 10**6}
+    messages = [{"role": "user", "content": [{"type": "video_url", "video_url": url, **settings}]}]
+    assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+    assert server.engine.part(0) == {"type": "video", "video": "https://example.org/a.mp4", **settings}
+
+
+def test_lists_of_frames_reach_the_engine_as_they_are(server: Server) -> None:
+    part = {"type": "video", "video": ["https://example.org/1.png", "https://example.org/2.png"], "max_pixels": 50_000}
+    messages = [{"role": "user", "content": [part]}]
+    assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
+    assert server.engine.part(0) == part
+    assert server.post("/generate/multimodal", json={"messages": messages}).status_code == 200
+    assert server.engine.part(0) == part
+
+
 def test_a_forms_messages_may_hold_a_picture_of_many_megabytes(server: Server) -> None:
     url = "data:image/png;base64," + "A" * (3 * 2**20)
     files = [("image", ("a.png", b"A"))]
@@ -480,13 +535,57 @@ def test_health_tells_of_a_lost_node_without_a_key(server: Server) -> None:
     answer = httpx.get(server.url + "/health")
     assert answer.status_code == 503
     assert answer.json() == {"status": "unavailable", "detail": "node finisher broke"}
+    server.engine.answer_ready = lambda: False
+    assert httpx.get(server.url + "/health/ready").json() == answer.json()
+
+
+def test_the_server_is_ready_when_a_token_comes_through(server: Server) -> None:
+    answer = httpx.get(server.url + "/health/ready")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+
+@pytest.mark.parametrize("recovering", [True, False])
+def test_a_server_that_is_not_ready_says_when_to_ask_again(server: Server, recovering: bool) -> None:
+    server.engine.answer_ready = lambda: False
+    server.engine.recovery = RecoveryStatus(recovering, recoveries=3, failed_requests=0)
+    answer = httpx.get(server.url + "/health/ready")
+    status = "recovering" if recovering else "busy"
+    assert (answer.status_code, answer.json()) == (503, {"status": status})
+    assert int(answer.headers["retry-after"]) > 0
+    assert httpx.get(server.url + "/health").json()["status"] == ("recovering" if recovering else "ok")
+
+
+def test_who_asks_at_the_same_time_shares_one_token(server: Server) -> None:
+    asked, answer = [], threading.Event()
+
+    def ready() -> bool:
+        asked.append(1)
+        return answer.wait(LONG_WAIT_S)
+
+    server.engine.answer_ready = ready
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(httpx.get, server.url + "/health/ready", timeout=LONG_WAIT_S) for _ in range(8)]
+        assert httpx.get(server.url + "/health").status_code == 200  # meanwhile
+        time.sleep(0.3)
+        answer.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert len(asked) == 1
+
+
+def test_nodes_are_shown_with_what_they_hold_and_do(server: Server) -> None:
+    server.engine.recovery = RecoveryStatus(recovering=False, recoveries=3, failed_requests=2)
+    answer = httpx.get(server.url + "/v1/nodes", headers=HEADERS).json()
+    assert (answer["recovering"], answer["recoveries"], answer["failed_requests"]) == (False, 3, 2)
+    [node] = answer["nodes"]
+    assert (node["name"], node["state"], node["first_layer"], node["last_layer"]) == ("starter", "ready", 0, 2)
+    assert {"resident_bytes", "pid", "busy_share", "sent_bytes", "received_bytes", "round_trip_s", "restarts"} < {*node}
 
 
 # Keys
 
 
 @pytest.mark.parametrize("header", [None, b"Bearer", b"Basic " + KEY.encode(), b"Bearer x", KEY.encode()])
-@pytest.mark.parametrize("path", ["/v1/models", "/docs", "/openapi.json", "/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/nodes", "/docs", "/openapi.json", "/nothing"])
 def test_nothing_but_health_is_shown_without_the_key(server: Server, header: bytes | None, path: str) -> None:
     headers = {} if header is None else {b"Authorization": header}
     answer = httpx.get(server.url + path, headers=headers)

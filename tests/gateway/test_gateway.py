@@ -20,6 +20,7 @@ import uvicorn
 from mdi import Engine
 from mdi.gateway.app import GatewayConfig, bind, create_app
 from mdi.media import MediaPolicy
+from tests.media.videos import encoded, numbered, sound
 
 KEY = "secret-key"
 
@@ -55,6 +56,20 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
 @pytest.fixture
 def picture(photograph: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(photograph).decode()
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    return encoded(numbered(30), fps=10)
+
+
+def data_url(content: bytes) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(content).decode()
+
+
+def guide_video(video: Any, **settings: Any) -> Any:
+    part = {"type": "video"} | ({"video": video} if video else {}) | settings
+    return [{"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}]
 
 
 def image_message(url: str, text: str = "What is this?") -> Any:
@@ -157,6 +172,85 @@ def test_uploads_give_the_answer_of_the_same_picture_in_json(server: Server, pic
         assert server.post("/generate/multimodal", files=file, data={**fields, **form}).json() == expected
 
 
+def test_a_video_is_answered_alike_however_it_comes(server: Server, clip: bytes) -> None:
+    settings = {"max_tokens": 6, "temperature": 0}
+    request = {"messages": guide_video(data_url(clip)), **settings}
+    expected = server.post("/generate/multimodal", json=request).json()
+    file = {"file": ("clip.mp4", clip, "video/mp4")}
+    fields = {name: str(value) for name, value in settings.items()}
+    forms = [
+        {"prompt": "What happens?"},
+        {"messages": json.dumps(guide_video(None))},
+        {"messages": json.dumps(guide_video("clip.mp4"))},
+    ]
+    for form in forms:
+        assert server.post("/generate/multimodal", files=file, data={**fields, **form}).json() == expected
+    part: Any = {"type": "video_url", "video_url": {"url": data_url(clip)}}
+    messages: Any = [{"role": "user", "content": [part, {"type": "text", "text": "What happens?"}]}]
+    answer = server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, temperature=0)
+    assert [answer.choices[0].message.content] == expected["samples"]
+
+
+def test_the_settings_of_a_video_change_the_number_of_tokens(server: Server, clip: bytes) -> None:
+    def tokens(video: Any, **settings: Any) -> int:
+        messages = guide_video(video, **settings)
+        answer = server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+        assert answer.usage
+        return answer.usage.prompt_tokens
+
+    words = tokens(data_url(clip), nframes=2, max_pixels=784) - 1
+    assert tokens(data_url(clip), max_pixels=4 * 784) == words + 3 * 4  # 3 seconds, 6 frames, 4 tokens for each two
+    assert tokens(data_url(clip), max_pixels=4 * 784, fps=4) == words + 6 * 4
+    assert tokens(data_url(clip), max_pixels=784, nframes=10) == words + 5
+
+
+def test_a_list_of_frames_is_a_video(server: Server, picture: str) -> None:
+    request = {"messages": guide_video([picture] * 3, max_pixels=20_000), "max_tokens": 4, "temperature": 0}
+    assert len(server.post("/generate/multimodal", json=request).json()["samples"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("video", "settings", "field", "message"),
+    [
+        ("data:video/mp4;base64,!!!!", {}, "video", "base64"),
+        ("data:video/mp4,hello", {}, "video", "known format"),
+        (data_url(sound()), {}, "video", "no video"),
+        ("http://example.org/cat.mp4", {}, "video", "data: URL"),
+        ("/etc/passwd", {}, "video", "data: URL"),
+        ([], {}, "messages[0].content[0].video", "video"),
+        ([1], {}, "messages[0].content[0].video[0]", "image"),
+        (["data:,x"], {"nframes": 2}, "messages[0].content[0].nframes", "list"),
+        (["data:,x"], {"fps": 0}, "fps", "above 0"),
+        (["data:,x"], {}, "video", "frame 0"),
+        ({"url": "x"}, {}, "messages[0].content[0].video", "list of images"),
+        (None, {}, "messages[0].content[0].video", "video"),
+        ("CLIP", {"fps": 0}, "fps", "above 0"),
+        ("CLIP", {"fps": "2"}, "fps", "number"),
+        ("CLIP", {"nframes": 3.5}, "nframes", "whole number"),
+        ("CLIP", {"nframes": 31}, "nframes", "only 30 frames"),
+        ("CLIP", {"fps": 1, "nframes": 4}, "nframes", "not both"),
+        ("CLIP", {"max_pixels": 10}, "max_pixels", "784"),
+        ("CLIP", {"total_pixels": 0}, "total_pixels", "784"),
+        ("CLIP", {"fps": 10}, "messages", "lower max_pixels, total_pixels, fps or nframes, or raise"),
+        ("CLIP", {"speed": 2}, "messages[0].content[0].speed", "unknown"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_videos_are_refused_with_the_cause(
+    server: Server, clip: bytes, video: Any, settings: Any, field: str, message: str
+) -> None:
+    request = {"messages": guide_video(data_url(clip) if video == "CLIP" else video, **settings), "max_tokens": 4}
+    answer = server.post("/generate/multimodal", json=request)
+    assert answer.status_code == 400
+    assert answer.json()["field"] == field
+    assert message in answer.json()["detail"]
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_its_own_name(server: Server) -> None:
+    answer = server.post("/generate", json={"prompt": "x" * 600})
+    assert (answer.status_code, answer.json()["field"]) == (400, "prompt")
+
+
 def test_the_guides_routes_stream(server: Server) -> None:
     request = {"prompt": "Hi", "max_tokens": 5, "temperature": 0}
     whole = server.post("/generate", json=request).json()["samples"][0]
@@ -175,7 +269,7 @@ BAD_CHATS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]},
         400,
-        "messages[0].content[0]",
+        "messages[0].content[0].video_url",
     ),
     ({"max_tokens": -1}, 400, "max_tokens"),
     ({"max_tokens": "many"}, 400, "max_tokens"),
@@ -248,7 +342,7 @@ def test_bad_bodies_are_refused_by_name(server: Server, path: str, body: str, fi
         ({"max_tokens": "4"}, 1, "messages"),
         ({"prompt": "x", "messages": "[]"}, 1, "not both"),
         ({"prompt": "x", "max_tokens": "four"}, 1, "max_tokens"),
-        ({"messages": json.dumps([{"role": "user", "content": "no picture"}])}, 1, "1 files"),
+        ({"messages": json.dumps([{"role": "user", "content": "no picture"}])}, 1, "1 image files"),
         ({"messages": json.dumps(guide_message(None))}, 0, "more image parts"),
     ],
 )

@@ -90,8 +90,8 @@ def test_an_unusable_file_is_refused_with_its_cause(media_dir: Path) -> None:
     os.mkfifo(media_dir / "pipe")
     (media_dir / "empty").touch()
     causes = {
-        "missing.png": "there is no image file 'missing.png'",
-        "cat.bin/x": "there is no image file",
+        "missing.png": "there is no file 'missing.png'",
+        "cat.bin/x": "there is no file",
         "deep": "is not a file",
         "pipe": "is not a file",
         "loop": "cannot be read",
@@ -371,7 +371,7 @@ def test_an_invalid_url_is_refused(url: str) -> None:
 
 
 def test_downloads_can_be_switched_off(server: PictureServer) -> None:
-    assert "not downloaded here" in refusal(server.url + "/cat", replace(TRUSTING, remote=False))
+    assert "nothing is downloaded here" in refusal(server.url + "/cat", replace(TRUSTING, remote=False))
     assert not server.seen
 
 

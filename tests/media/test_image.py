@@ -298,7 +298,7 @@ def test_smart_resize_gives_the_golden_token_counts(size: tuple[int, int]) -> No
 
 def test_an_aspect_ratio_of_200_is_the_last_one_accepted() -> None:
     assert smart_resize(10, 2000, *CHECKPOINT_LIMITS) == (28, 812)
-    with pytest.raises(MediaError, match="2001 x 10 pixels; one side may be at most 200 times the other: crop"):
+    with pytest.raises(MediaError, match=r"2001 x 10 pixels .* at most 200 times the other; crop"):
         smart_resize(10, 2001, *CHECKPOINT_LIMITS)
 
 

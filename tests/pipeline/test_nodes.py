@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,11 +21,11 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
 from mdi.errors import LinkError
 from mdi.model.batch import Batch, Draw, Slice
-from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import LocalLink, Result
+from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, GrpcLink, NodeAddress, PipelineSettings
+from mdi.pipeline.link import Delivery, LocalLink, Result
 from mdi.pipeline.stage import Stage
 
-Inbox = queue.SimpleQueue[Result | LinkError]
+Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")
 LENGTH = 128
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
@@ -142,18 +145,126 @@ def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: Local
     link.close()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_node_is_noticed_on_the_links(chunks: list[Path], launcher: LocalLauncher, victim: int) -> None:
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: list[Path], victim: int) -> None:
     inbox, deaths = Inbox(), Inbox()
-    launcher.watch(deaths.put)
+    four_nodes = prepare(Source.open(chunks[0].parents[2]), 4)
+    names = ["secondary0", "secondary1", "finisher"]
+    launcher = LocalLauncher(
+        [four_nodes / f"model_{name}.safetensors" for name in names], dtype="float32", device="cpu", threads=1
+    )
+    try:
+        launcher.watch(deaths.put)
+        link = GrpcLink.connect(launcher.nodes, settings_of([four_nodes / "x"]), inbox.put)
+        os.kill(link.status()[victim].pid, signal.SIGKILL)
+        death, loss = deaths.get(timeout=10), inbox.get(timeout=10)
+        link.close()
+        assert isinstance(death, LinkError)
+        assert isinstance(loss, LinkError)
+        assert death.node == loss.node == names[victim]
+        assert "-9" in str(death)
+        assert launcher.dead() == {names[victim]}
+    finally:
+        launcher.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_frozen_node_is_noticed(chunks: list[Path], launcher: LocalLauncher, victim: int) -> None:
+    inbox = Inbox()
     link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
-    _, process, _ = launcher._processes[victim]
-    process.send_signal(signal.SIGKILL)
-    death = deaths.get(timeout=10)
-    assert launcher.nodes[victim].name in str(death)
-    assert "-9" in str(death)
-    assert isinstance(inbox.get(timeout=10), LinkError)
+    os.kill(link.status()[victim].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    loss = inbox.get(timeout=20)
+    assert time.monotonic() - started > 2
+    assert isinstance(loss, LinkError)
+    assert loss.node == launcher.nodes[victim].name
     link.close()
+    launcher.restart([loss.node], timeout_s=60)
+    assert launcher.dead() == set()
+
+
+def test_a_node_busy_for_longer_than_the_silence_allowed_is_not_lost(
+    chunks: list[Path], launcher: LocalLauncher
+) -> None:
+    n_tokens = 24_000
+    inbox = Inbox()
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, sequence_length=n_tokens), inbox.put)
+    batch = Batch(0, (Slice(0, 0, n_tokens, GREEDY),), torch.arange(n_tokens).repeat(3, 1))
+    started = time.monotonic()
+    link.send(batch, torch.randn(n_tokens, 64))
+    assert isinstance(inbox.get(timeout=200), Result)
+    assert time.monotonic() - started > MISSED_BEATS * HEARTBEAT_S
+    busiest = max(node.busy_share for node in link.status())
+    link.close()
+    assert busiest > 0.1
+
+
+def test_what_is_in_flight_in_an_old_epoch_touches_nothing_of_the_next(
+    chunks: list[Path], launcher: LocalLauncher
+) -> None:
+    first, remote, local = stage_of(chunks[0]), Inbox(), Inbox()
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), remote.put)
+    reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(40):  # long enough to be computed when the wires are pulled
+        old = Batch(index, tuple(Slice(slot, 0, 100, GREEDY) for slot in range(4)), torch.arange(100).repeat(3, 4))
+        link.send(old, torch.randn(400, 64, generator=generator))
+    link.unwire()
+    link.wire(launcher.nodes, timeout_s=60)
+    while not remote.empty():
+        remote.get()
+    for batch in batches(30):
+        hidden = first.run(batch, first.embed(torch.randint(0, 256, (batch.n_tokens,), generator=generator)))
+        assert isinstance(hidden, torch.Tensor)
+        link.send(Batch(100 + batch.id, batch.slices, batch.positions), hidden)
+        reference.send(batch, hidden)
+    for index in range(30):
+        result, expected = remote.get(timeout=60), local.get()
+        assert isinstance(result, Result)
+        assert isinstance(expected, Result)
+        assert result.batch_id == 100 + index
+        assert [token.id for token in result.tokens] == [token.id for token in expected.tokens]
+    assert remote.empty()
+    link.close()
+
+
+def test_nodes_tell_how_busy_they_are_and_what_their_links_carry(chunks: list[Path], launcher: LocalLauncher) -> None:
+    first, inbox = stage_of(chunks[0]), Inbox()
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    batch = next(batches(1))
+    hidden = first.run(batch, first.embed(torch.zeros(40, dtype=torch.int64)))
+    assert isinstance(hidden, torch.Tensor)
+    link.send(batch, hidden)
+    inbox.get(timeout=30)
+    deadline = time.monotonic() + 20
+    while link.status()[1].sent_bytes == 0:  # until the next heartbeat
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    secondary, finisher = link.status()
+    link.close()
+    assert {secondary.state, finisher.state} == {"ready"}
+    assert link.traffic.sent_bytes > hidden.nbytes
+    assert secondary.sent_bytes > hidden.nbytes
+    assert finisher.received_bytes == secondary.sent_bytes
+    assert link.traffic.received_bytes == finisher.sent_bytes
+    assert secondary.round_trip_s
+    assert secondary.round_trip_s > 0
+
+
+def test_closing_a_link_ends_a_wait_for_a_node_that_never_loads(chunks: list[Path], launcher: LocalLauncher) -> None:
+    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), Inbox().put)
+    os.kill(link.status()[0].pid, signal.SIGSTOP)
+    link.unwire()
+    with ThreadPoolExecutor(1) as pool:
+        wiring = pool.submit(link.wire, launcher.nodes, 60)
+        time.sleep(0.3)
+        started = time.monotonic()
+        link.close()
+        assert time.monotonic() - started < 4
+        with pytest.raises(LinkError, match="closed"):
+            wiring.result()
+    with pytest.raises(LinkError, match="closed"):
+        link.wire(launcher.nodes, 60)
 
 
 def test_a_node_that_is_not_there_is_named() -> None:

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,25 +15,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
 from training.model import Student
-from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.muon import BatchedMuon
+from training.samples import COLOR_NAMES, SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
-from mdi.checkpoint.source import ASSETS, BUNDLED
+from mdi.checkpoint.source import Source
 from mdi.engine import Engine
+from mdi.verify import verify
 from training import train
-
-BUNDLED_FOLDER = ASSETS / BUNDLED
-
-
-@pytest.fixture(scope="module")
-def student() -> Student:
-    torch.manual_seed(0)
-    return Student().eval()
 
 
 @given(st.text())
-def test_any_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
+def test_any_text_survives_the_tokenizer(tokenizer_file: Path, text: str) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -40,7 +35,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 def test_transformers_computes_the_same_logits(kind: str, student: Student, maker: BatchMaker) -> None:
     batch = maker(3, Plan(kind, (4, 5), 4 if kind == "film" else 1, 2, question_first=True))
     with torch.no_grad():
-        logits, _, at = student.read(batch, student.encode(batch))
+        logits, _, at, _ = student.read(batch, student.encode(batch))
         for row in range(2):
             expected = _by_transformers(student, batch, row)[at[1][at[0] == row]]
             torch.testing.assert_close(logits[at[0] == row], expected, rtol=1e-4, atol=1e-5)
@@ -65,11 +60,11 @@ def test_a_branch_does_not_see_its_neighbours(student: Student, maker: BatchMake
     assert batch.branches.max() >= 3
     with torch.no_grad():
         media = student.encode(batch)
-        together, _, at = student.read(batch, media)
+        together, _, at, _ = student.read(batch, media)
         changed = batch.ids.clone()
         changed[batch.branches == 1] = 7
         batch.ids = changed
-        apart, _, _ = student.read(batch, media)
+        apart, _, _, _ = student.read(batch, media)
     others = batch.branches[0, at[1]] > 1
     torch.testing.assert_close(together[others], apart[others])
     assert not torch.allclose(together[~others], apart[~others])
@@ -81,9 +76,9 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
     for row, questions in enumerate(batch.questions):
         ids = batch.ids[row].tolist()
         system = next(p for p in SYSTEM_PROMPTS if maker._tokens.system(p) == ids[: len(maker._tokens.system(p))])
-        parts = [{"type": "image", "image": _blank()}] * n_images
+        parts: list[dict[str, Any]] = [{"type": "image", "image": _blank()}] * n_images
         content = [*parts, {"type": "text", "text": questions[0].text}]
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         prompt = engine._prompts.build(messages)
         length = len(prompt.token_ids)
         assert tuple(ids[:length]) == prompt.token_ids
@@ -92,8 +87,8 @@ def test_prompts_are_those_of_the_engine(kind: str, n_images: int, maker: BatchM
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(BUNDLED_FOLDER, dtype="float32") as engine:
+def engine(untrained: Path) -> Iterator[Engine]:
+    with Engine(untrained, dtype="float32") as engine:
         yield engine
 
 
@@ -150,6 +145,50 @@ def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engin
     ids += [*tokens.text(turns[1][0]), *tokens.answer_start()]
     first = [{"type": "image", "image": _blank()}, {"type": "text", "text": turns[0][0]}]
     messages: list[tuple[str, object]] = [("user", first), ("assistant", turns[0][1]), ("user", turns[1][0])]
-    asked: list[dict[str, object]] = [{"role": role, "content": content} for role, content in messages]
+    asked: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
     prompt = engine._prompts.build(asked)
     assert prompt.token_ids == tuple(ids)
+
+
+def test_what_is_exported_loads_in_transformers_with_the_same_numbers(untrained: Path) -> None:
+    content = [{"type": "image", "image": _blank()}, {"type": "text", "text": "What shape is this?"}]
+    report = verify(Source.open(untrained), [{"role": "user", "content": content}], dtype="float32", max_tokens=4)
+    assert report.same_prompt
+    assert report.relative < 1e-4
+    assert report.first_difference is None
+
+
+def test_muon_in_batches_is_muon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 9), (9, 6), (6, 9))
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    optimizers: tuple[torch.optim.Optimizer, ...] = (
+        BatchedMuon(ours, lr=1.0, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, before in zip(ours, theirs, weights, strict=True):
+        assert (mine - before).norm() > 0.1 * before.norm()
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.02)  # iterated in bfloat16
+
+
+@pytest.mark.parametrize("kind", ["still", "pair", "film"])
+def test_questions_point_at_what_they_are_about(kind: str, maker: BatchMaker) -> None:
+    """Judged by the answers: a colour asked for is that of every cell pointed at, none of an absent thing is."""
+    batch = maker(4, Plan(kind, (4, 4), 4 if kind == "film" else 1, 24))
+    questions = [question for row in batch.questions for question in row]
+    colors = batch.cells[batch.asked[:, 0]].flatten(1, 2)[..., 1]
+    judged = 0
+    for question, pointed, shown in zip(questions, batch.pointed[:, 0] > 0, colors, strict=True):
+        if question.answer in COLOR_NAMES:
+            judged += int(pointed.any())
+            assert {COLOR_NAMES[color] for color in shown[pointed].tolist()} <= {question.answer}
+        if question.skill == "count" and question.answer == "0":
+            assert not pointed.any()
+    assert judged > 3

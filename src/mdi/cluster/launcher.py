@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +44,7 @@ class Launcher(Protocol):
     def restart(self, names: Collection[str], timeout_s: float) -> None:
         """Ends these nodes, if they still run, and starts them anew; returns when they listen.
 
-        Raises LinkError with the name of one that does not start within `timeout_s`.
+        Raises LinkError with the name of one that cannot be started, or not within `timeout_s`.
         """
 
     def restarts(self, name: str) -> int:
@@ -124,7 +125,10 @@ class LocalLauncher:
             if before := self._processes.get(name):
                 before.kill()
             identity = self._authority.issue(name, days=AUTHORITY_DAYS) if self._authority else None
-            self._processes[name] = NodeProcess(name, self._chunks[name], self._options, identity, self._tell)
+            try:
+                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, identity, self._tell)
+            except OSError as error:
+                raise LinkError(f"node {name} could not be started ({error.strerror})", name) from None
             return before
 
     def _tell(self, process: NodeProcess) -> None:
@@ -134,7 +138,7 @@ class LocalLauncher:
 
 
 class NodeProcess:
-    """One run of a node. ended: called once, from a thread, when it is over.
+    """One run of a node. ended: called once, from a thread, when it is over. Raises OSError when it cannot begin.
 
     Its identity, if any, is on disk only until the node has read it.
     """
@@ -148,20 +152,23 @@ class NodeProcess:
         ended: Callable[[NodeProcess], None],
     ) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile()
-        self._certs = tempfile.TemporaryDirectory(prefix="mdi-certs-")  # of mode 0700
-        if identity:
-            identity.save(Path(self._certs.name))
-        command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
-        command += ["--listen", "127.0.0.1:0", "--with-parent", "--certs", self._certs.name]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, VARIABLE: "1" if identity else "0"},
-            process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
-        )
+        with ExitStack() as undo:
+            self._log = undo.enter_context(tempfile.TemporaryFile())
+            self._certs = tempfile.TemporaryDirectory(prefix="mdi-certs-")  # of mode 0700
+            undo.callback(self._certs.cleanup)
+            if identity:
+                identity.save(Path(self._certs.name))
+            command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
+            command += ["--listen", "127.0.0.1:0", "--with-parent", "--certs", self._certs.name]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, VARIABLE: "1" if identity else "0"},
+                process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
+            )
+            undo.pop_all()
         self._watcher = threading.Thread(target=self._watch, args=(ended,), name=f"mdi-watch-{name}", daemon=True)
         self._watcher.start()
 

@@ -23,6 +23,8 @@ from mdi.pipeline.wire import Traffic
 
 log = logging.getLogger(__name__)
 
+TOGETHER_S = 0.1  # deaths this close are one: their nodes start at the same time
+
 
 class Supervisor:
     """The link to a launcher's nodes. Takes over the launcher: closing the one closes the other.
@@ -43,7 +45,7 @@ class Supervisor:
         self._launcher = launcher
         self._limits = limits
         self._deliver = deliver
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._wired = self._closing = False
         self._lost: dict[str, LinkError] = {}  # who is at fault, and why
         self._losses = LossLog(limits, time.monotonic())
@@ -97,8 +99,9 @@ class Supervisor:
 
     def _note_death(self, error: LinkError) -> None:
         """From the launcher. While nodes are brought back it is asked who is dead instead."""
-        if self._wired:
-            self._note(error)
+        with self._lock:
+            if self._wired:
+                self._note(error)
 
     def _note(self, error: LinkError) -> None:
         with self._lock:
@@ -115,15 +118,23 @@ class Supervisor:
         started_s = time.monotonic()
         try:
             self._link.unwire()  # and hears no more of what is known already
+            time.sleep(TOGETHER_S)
             while not self._wire_again(deadline=started_s + self._limits.timeout_s):
                 pass
         except LinkError as error:
-            if not self._closing:
-                log.error("%s; giving up", error)
-                self._deliver(GaveUp(error))
+            self._give_up(error)
+        except Exception:
+            log.exception("lost nodes could not be brought back")
+            self._give_up(LinkError("lost nodes could not be brought back; the server's log has the details"))
         else:
             log.warning("all nodes are back after %.1f s", time.monotonic() - started_s)
             self._resume(Rewired())
+
+    def _give_up(self, error: LinkError) -> None:
+        self._away = frozenset(self._launcher.dead())
+        if not self._closing:
+            log.error("%s; giving up", error)
+            self._deliver(GaveUp(error))
 
     def _wire_again(self, deadline: float) -> bool:
         """One attempt. What goes wrong is noted for the next; raises LinkError when there must be none."""
@@ -133,6 +144,7 @@ class Supervisor:
             self._away = frozenset()
             self._link.wire(self._launcher.nodes, deadline - time.monotonic())
         except LinkError as error:
+            log.warning("%s; trying again", error)
             self._note(error)
             return False
         return True

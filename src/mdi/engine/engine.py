@@ -27,7 +27,7 @@ from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
 from mdi.engine.tokenizer import Tokenizer
 from mdi.errors import ClosedError, ConfigError, MDIError, OverloadedError
-from mdi.media import MediaPolicy, PatchSpec
+from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.params import SamplingParams
 from mdi.pipeline.grpc_link import LoadProgress
 from mdi.pipeline.link import NodeStatus
@@ -48,8 +48,9 @@ class Engine:
     n_nodes: processes the decoder's layers are split over; `layers` sets how many each gets.
     dtype: "float32", "bfloat16" or "float16"; the checkpoint's own if None.
     sequence_length: most tokens of prompt and answer together. max_sequences: samples that run at once; more wait.
-    max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into.
-    media: where images may come from; by default any local file and any public URL.
+    max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into;
+    max_pixels also lowers the limit of a video's frames.
+    media: where images and videos may come from; by default any local file and any public URL.
     recovery_limits: how long and how often lost nodes are brought back before requests fail.
     encryption: links between nodes are encrypted (mutual TLS). by_hand: the nodes are not started here but by hand, on
     this or other machines; it says how many there are and what layers they get.
@@ -93,7 +94,8 @@ class Engine:
         tokenizer = Tokenizer(path)
         spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
         policy = media or MediaPolicy(media_dir=None, any_file=True)
-        self._prompts = PromptBuilder(source.model_config, tokenizer, spec, policy, self.sequence_length)
+        video = video_spec(path, max_pixels)
+        self._prompts = PromptBuilder(source.model_config, tokenizer, spec, policy, self.sequence_length, video)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -273,6 +275,12 @@ def patch_spec(path: Path, min_pixels: int | None = None, max_pixels: int | None
     """How the checkpoint's images are cut, from preprocessor_config.json, with the server's pixel limits."""
     config = _read_json(path / "preprocessor_config.json")
     return PatchSpec.from_hf(config).with_pixels(min_pixels, max_pixels)
+
+
+def video_spec(path: Path, max_pixels: int | None = None) -> VideoSpec:
+    """How the checkpoint's videos are sampled, from video_preprocessor_config.json, with the server's pixel limit."""
+    config = _read_json(path / "video_preprocessor_config.json")
+    return VideoSpec.from_hf(config).with_options(max_pixels=max_pixels)
 
 
 def _sequence_length(wanted: int | None, limit: int) -> int:

@@ -14,19 +14,27 @@ from torch import Tensor
 
 from mdi.engine.tokenizer import Tokenizer
 from mdi.errors import InputError, MediaError, PromptTooLongError
-from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, fetch, image_patches, smart_resize
+from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
 from mdi.model.config import ModelConfig
 from mdi.model.rope import MediaSpan, prompt_positions
 
 Message = dict[str, Any]
-"""A role and a content: text, or parts {"type": "text", "text"} and {"type": "image", "image": path | URL | bytes}."""
+"""A role and a content: text, or a list of parts:
+
+{"type": "text", "text"}
+{"type": "image", "image": path | URL | bytes}, maybe with min_pixels and max_pixels
+{"type": "video", "video": path | URL | bytes | list of images, its frames}, maybe with fps or nframes (to take from a
+    file; of a list all are taken), min_pixels, max_pixels (of a frame), total_pixels
+"""
 
 ROLES = ("system", "user", "assistant")
+MEDIA = ("image", "video")
+SAMPLING = ("fps", "nframes", "total_pixels")
 
 
 @dataclass(frozen=True)
 class Media:
-    """One image of a prompt: its patch rows, and where its tokens stand."""
+    """One image or video of a prompt: its patch rows, and where its tokens stand."""
 
     span: MediaSpan
     patches: Patches
@@ -44,7 +52,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PixelRange:
-    """A request's own limits on an image's area in pixels; None is the server's. Raises InputError below 1."""
+    """A request's own limits on the area of images and of videos' frames, in pixels; None is the server's.
+
+    Raises InputError below 1.
+    """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -65,10 +76,14 @@ class PromptBuilder:
         spec: PatchSpec | None,
         policy: MediaPolicy,
         sequence_length: int,
+        video: VideoSpec | None = None,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._spec = spec
+        self._video = video or VideoSpec()
+        ids = (config.image_token_id, config.video_token_id)
+        self._placeholders = {token: kind for token, kind in zip(ids, MEDIA, strict=True) if token is not None}
         self._policy = policy
         self._sequence_length = sequence_length
 
@@ -78,67 +93,95 @@ class PromptBuilder:
             check_messages(prompt)
             if not self._tokenizer.has_chat_template:
                 raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
-            if self._spec is None and _parts_with(prompt, "image"):
-                raise InputError("this model reads text only: send no images", "messages")
+            if self._spec is None and (parts := _media_parts(prompt)):
+                raise InputError(f"this model reads text only: send no {parts[0]['type']}s", "messages")
 
     def build(self, prompt: str | Sequence[Message], pixels: PixelRange = PixelRange()) -> Prompt:
         """Fetches, decodes, tokenises. A plain string is one user message where the model has a chat template.
 
         Raises MediaError for unusable media and PromptTooLongError for what does not fit; nothing is ever cut.
         """
-        if isinstance(prompt, str) and not self._tokenizer.has_chat_template:
-            return self._assemble(self._tokenizer.encode(prompt), [])
-        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        token_ids = self._tokenizer.encode_chat(messages)
-        self._check_length(len(token_ids))
-        images = _parts_with(messages, "image")
-        if token_ids.count(self._config.image_token_id or -1) != len(images):
-            raise InputError("the model's chat template does not place these images", "messages")
-        room = self._sequence_length - len(token_ids)
-        return self._assemble(token_ids, [self._load(part, pixels, room) for part in images])
+        if not isinstance(prompt, str):
+            return self._build(prompt, pixels, "messages")
+        if self._tokenizer.has_chat_template:
+            return self._build([{"role": "user", "content": prompt}], pixels, "prompt")
+        token_ids = self._tokenizer.encode(prompt)
+        self._check_length(len(token_ids), "prompt")
+        return self._assemble(token_ids, [])
+
+    def _build(self, messages: Sequence[Message], pixels: PixelRange, field: str) -> Prompt:
+        token_ids = self._tokenizer.encode_chat(list(messages))
+        self._check_length(len(token_ids), field)
+        parts = _media_parts(messages)
+        placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
+        if placed != [part["type"] for part in parts]:
+            raise InputError("the model's chat template does not place these images and videos", "messages")
+        media: list[Patches] = []
+        for part in parts:
+            used = len(token_ids) - len(media) + sum(patches.n_tokens for patches in media)
+            media.append(self._load(part, pixels, self._sequence_length - used))
+        prompt = self._assemble(token_ids, media)
+        self._check_length(len(prompt.token_ids), field)
+        return prompt
 
     def _load(self, part: dict[str, Any], pixels: PixelRange, room: int) -> Patches:
+        limits = {name: part.get(name, getattr(pixels, name)) for name in ("min_pixels", "max_pixels")}
+        try:
+            load = self._load_image if part["type"] == "image" else self._load_video
+            return load(part, limits, room)
+        except MediaError as error:
+            error.field = part["type"]
+            raise
+
+    def _load_image(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
         assert self._spec is not None
-        spec = self._spec.with_pixels(
-            part.get("min_pixels", pixels.min_pixels), part.get("max_pixels", pixels.max_pixels)
-        )
+        spec = self._spec.with_pixels(**limits)
         image = decode_image(fetch(part["image"], self._policy), self._policy)
-        factor = spec.patch_size * spec.merge_size
-        height, width = smart_resize(image.height, image.width, factor, spec.min_pixels, spec.max_pixels)
-        if (n_tokens := height * width // factor**2) > room:  # told before any patch is made
-            raise PromptTooLongError(
-                f"the image takes {n_tokens} tokens, and {max(room, 0)} of the sequence length's "
-                f"{self._sequence_length} are left: lower max_pixels, or raise the server's --sequence-length",
-                "messages",
-            )
+        height, width = spec.resized(image.height, image.width)
+        self._check_room("image", height * width // spec.factor**2, room, "lower max_pixels")
         return image_patches(image, spec)
 
-    def _assemble(self, token_ids: list[int], images: Sequence[Patches]) -> Prompt:
-        """Widens every placeholder to its image's tokens and lays out the positions."""
+    def _load_video(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
+        assert self._spec is not None
+        sampling = {name: part.get(name) for name in SAMPLING}
+        video = open_video(part["video"], self._policy, self._video.with_options(**limits, **sampling), self._spec)
+        self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
+        return video.patches()
+
+    def _check_room(self, kind: str, n_tokens: int, room: int, remedy: str) -> None:
+        """Told before any patch is made."""
+        if n_tokens > room:
+            raise PromptTooLongError(
+                f"the {kind} takes {n_tokens} tokens, and {max(room, 0)} of the sequence length's "
+                f"{self._sequence_length} are left: {remedy}, or raise the server's --sequence-length",
+                "messages",
+            )
+
+    def _assemble(self, token_ids: Sequence[int], loaded: Sequence[Patches]) -> Prompt:
+        """Widens every placeholder to the tokens of its image or video and lays out the positions."""
         merge_size = self._config.vision.merge_size if self._config.vision else 1
-        remaining = iter(images)
+        remaining = iter(loaded)
         expanded: list[int] = []
         media: list[Media] = []
         for token in token_ids:
-            if images and token == self._config.image_token_id:
+            if loaded and token in self._placeholders:
                 patches = next(remaining)
                 span = MediaSpan(len(expanded), patches.grid, merge_size)
                 media.append(Media(span, patches))
                 expanded += [token] * span.length
             else:
                 expanded.append(token)
-        self._check_length(len(expanded))
         positions, delta = prompt_positions(len(expanded), [item.span for item in media])
         return Prompt(tuple(expanded), positions, delta, tuple(media))
 
-    def _check_length(self, n_tokens: int) -> None:
+    def _check_length(self, n_tokens: int, field: str) -> None:
         if n_tokens == 0:
             raise InputError("the prompt is empty", "prompt")
         if n_tokens >= self._sequence_length:
             raise PromptTooLongError(
                 f"the prompt has {n_tokens} tokens and an answer needs room for one more, but the sequence length "
                 f"is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
-                "messages",
+                field,
             )
 
 
@@ -170,19 +213,37 @@ def _check_part(part: Any, field: str) -> None:
         if not isinstance(part.get("text"), str):
             raise InputError(f"{field}.text must be a string", f"{field}.text")
     elif kind == "image":
-        if not isinstance(part.get("image"), (str, bytes, Path)) or not part["image"]:
+        if not _is_source(part.get("image")):
             raise MediaError(f"{field}.image must be a path, a URL, or an image's bytes", f"{field}.image")
     elif kind == "video":
-        raise MediaError("video input is not supported yet: send frames as images", field)
+        _check_video(part, field)
     else:
-        raise InputError(f"{field} must be of type text or image", field)
+        raise InputError(f"{field} must be of type text, image or video", field)
 
 
-def _parts_with(messages: Sequence[Message], kind: str) -> list[dict[str, Any]]:
+def _check_video(part: dict[str, Any], field: str) -> None:
+    source = part.get("video")
+    if isinstance(source, (list, tuple)):
+        for index, frame in enumerate(source):
+            if not _is_source(frame):
+                name = f"{field}.video[{index}]"
+                raise MediaError(f"{name} must be a path, a URL, or an image's bytes", name)
+        if part.get("nframes") is not None:
+            raise InputError("nframes is for video files: of a list every frame is taken", f"{field}.nframes")
+    if not source or not (_is_source(source) or isinstance(source, (list, tuple))):
+        raise MediaError(f"{field}.video must be a path, a URL, a video's bytes, or a list of images", f"{field}.video")
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, (str, bytes, Path)) and bool(value)
+
+
+def _media_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The images and videos, in order of appearance."""
     return [
         part
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
-        if part["type"] == kind
+        if part["type"] in MEDIA
     ]

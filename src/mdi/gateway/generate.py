@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import mimetypes
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -16,14 +18,13 @@ from mdi.engine import Piece
 from mdi.engine.prompt import Message
 from mdi.errors import InputError
 from mdi.gateway.guard import refusal
-from mdi.gateway.schemas import GenerateRequest, MultimodalRequest
+from mdi.gateway.schemas import PART_FIELDS, GenerateRequest, MultimodalRequest
 from mdi.gateway.streaming import TextEngine, events, whole
 
 R = TypeVar("R", bound=BaseModel)
-UPLOAD_FIELDS = ("image", "images", "file", "files")
+UPLOAD_FIELDS = ("image", "images", "video", "videos", "file", "files")
 MAX_UPLOADS = 64
 MESSAGE_FIELDS = {"role", "content"}
-PART_FIELDS = {"text": {"type", "text"}, "image": {"type", "image", "min_pixels", "max_pixels"}}
 
 
 def router(engine: TextEngine, timeout_s: float | None) -> APIRouter:
@@ -73,33 +74,46 @@ def _json(text: str | bytes, name: str, field: str | None = None) -> Any:
 
 
 async def _from_form(form: FormData) -> MultimodalRequest:
-    """Form fields as in JSON, each value JSON or plain text; files stand for the image parts that lack an image.
+    """Form fields as in JSON, each value JSON or plain text; files stand for the image and video parts that lack one.
 
     Without `messages`, `prompt` and the files make one user message.
     """
     uploads = [
-        (part.filename, await part.read())
+        _Upload(_kind_of(field, part), part.filename, await part.read())
         for field, part in form.multi_items()
-        if isinstance(part, UploadFile) and _is_upload_field(field)
+        if isinstance(part, UploadFile)
     ]
     fields = {name: _value(name, text) for name, text in form.multi_items() if isinstance(text, str)}
     prompt = fields.pop("prompt", None)
     if "messages" not in fields:
         if prompt is None:
             raise InputError("a form needs messages, or a prompt", "messages")
-        parts = [{"type": "image", "image": content} for _, content in uploads]
+        parts = [{"type": upload.kind, upload.kind: upload.content} for upload in uploads]
         fields["messages"] = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     elif prompt is not None:
         raise InputError("send messages or a prompt, not both", "prompt")
     else:
-        _place_uploads(fields["messages"], uploads)
+        for kind in ("image", "video"):
+            _place_uploads(fields["messages"], kind, [upload for upload in uploads if upload.kind == kind])
     return _validated(MultimodalRequest, fields)
 
 
-def _is_upload_field(field: str) -> bool:
+@dataclass(frozen=True)
+class _Upload:
+    """A file of a form. kind: "image" or "video"."""
+
+    kind: str
+    name: str | None
+    content: bytes
+
+
+def _kind_of(field: str, file: UploadFile) -> str:
+    """A video is what comes in a field of that name, what is sent as video/*, or what is named like one."""
     if field not in UPLOAD_FIELDS:
         raise InputError(f"files come in the fields {', '.join(UPLOAD_FIELDS)}, not {field!r}", field)
-    return True
+    told, named = file.content_type or "", mimetypes.guess_type(file.filename or "")[0] or ""
+    is_video = field in ("video", "videos") or told.startswith("video/") or named.startswith("video/")
+    return "video" if is_video else "image"
 
 
 def _value(name: str, text: str) -> Any:
@@ -108,26 +122,26 @@ def _value(name: str, text: str) -> Any:
     return _json(text, f"the form field {name}", name)
 
 
-def _place_uploads(messages: Any, uploads: list[tuple[str | None, bytes]]) -> None:
-    """An image part that names an uploaded file gets it; parts without an image take the other files in order."""
-    parts = [part for part in _parts(messages) if part.get("type") == "image"]
-    named = [part["image"] for part in parts if isinstance(part.get("image"), str)]
-    by_name = {name: content for name, content in uploads if name in named}
-    others = [content for name, content in uploads if name not in named]
+def _place_uploads(messages: Any, kind: str, uploads: Sequence[_Upload]) -> None:
+    """A part that names an uploaded file gets it; parts without a source take the other files in order."""
+    parts = [part for part in _parts(messages) if part.get("type") == kind]
+    named = [part[kind] for part in parts if isinstance(part.get(kind), str)]
+    by_name = {upload.name: upload.content for upload in uploads if upload.name in named}
+    others = [upload.content for upload in uploads if upload.name not in named]
     if len(by_name) + len(others) < len(uploads):
-        raise InputError("an image part names a file, but several uploaded files have that name", "messages")
+        raise InputError(f"{kind} parts name a file, but several uploaded files have that name", "messages")
     unplaced = iter(others)
     for part in parts:
-        image = part.get("image")
-        if isinstance(image, str) and image in by_name:
-            part["image"] = by_name[image]
-        elif not image:
-            part["image"] = next(unplaced, None)
-            if part["image"] is None:
-                raise InputError("there are more image parts than uploaded files", "messages")
+        source = part.get(kind)
+        if isinstance(source, str) and source in by_name:
+            part[kind] = by_name[source]
+        elif not source:
+            part[kind] = next(unplaced, None)
+            if part[kind] is None:
+                raise InputError(f"there are more {kind} parts than uploaded {kind} files", "messages")
     if left := len(list(unplaced)):
         raise InputError(
-            f"{len(uploads)} files were uploaded, but the messages place {len(uploads) - left}", "messages"
+            f"{len(uploads)} {kind} files were uploaded, but the messages place {len(uploads) - left}", "messages"
         )
 
 

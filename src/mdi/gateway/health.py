@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from mdi.gateway.streaming import TextEngine
 
-READY_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 10.0
 RETRY_AFTER = {"Retry-After": "2"}
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes: chat completions with pictures, completions, models, as the official client uses them."""
+"""OpenAI's routes: chat completions with images and videos, completions, models, as the official client uses them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from mdi.engine import Piece, Sample, Usage
 from mdi.engine.prompt import Message
 from mdi.errors import InputError, MediaError, ModelNotFoundError
-from mdi.gateway.schemas import ChatRequest, CompletionRequest
+from mdi.gateway.schemas import PART_FIELDS, ChatRequest, CompletionRequest
 from mdi.gateway.streaming import Running, TextEngine, events, whole
 from mdi.params import SamplingParams
 
@@ -93,14 +93,16 @@ def _message(message: Message, field: str) -> Message:
 
 
 def _part(part: Any, field: str) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image_url":
-        source = part.get("image_url")
-        url = source.get("url") if isinstance(source, dict) else source
-        if not isinstance(url, str) or not url:
-            raise MediaError(f"{field}.image_url must have a url", f"{field}.image_url")
-        return {"type": "image", "image": url}
-    return {"type": "video"} if kind == "video_url" else part
+    """An `image_url` or `video_url` part as the engine's own, its settings kept; any other as it is."""
+    name = part.get("type") if isinstance(part, dict) else None
+    if name not in ("image_url", "video_url"):
+        return part
+    source = part.get(name)
+    url = source.get("url") if isinstance(source, dict) else source
+    if not isinstance(url, str) or not url:
+        raise MediaError(f"{field}.{name} must have a url", f"{field}.{name}")
+    kind = name.removesuffix("_url")
+    return {key: part[key] for key in PART_FIELDS[kind] & part.keys()} | {"type": kind, kind: url}
 
 
 def _submit_all(engine: TextEngine, prompts: Sequence[str], params: SamplingParams) -> Running:

@@ -35,6 +35,13 @@ Count = Annotated[int, Field(strict=True)]
 Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Messages = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
 
+PART_FIELDS = {
+    "text": {"type", "text"},
+    "image": {"type", "image", "min_pixels", "max_pixels"},
+    "video": {"type", "video", "min_pixels", "max_pixels", "total_pixels", "fps", "nframes"},
+}
+"""What the parts of a message may have, by their type."""
+
 IGNORED = frozenset(
     {
         "user",

@@ -47,7 +47,7 @@ def fetch(source: str | bytes | Path, policy: MediaPolicy) -> bytes:
     """
     data = source if isinstance(source, bytes) else _load(source, policy)
     if not data:
-        raise MediaError("the image is empty (0 bytes)")
+        raise MediaError("the file is empty (0 bytes)")
     _check_size(len(data), policy)
     return data
 
@@ -64,15 +64,13 @@ def _load(source: str | Path, policy: MediaPolicy) -> bytes:
         case "http" | "https":
             return _download(source, policy)
         case other:
-            raise MediaError(
-                f"images cannot be loaded from {_shortened(other)}:// URLs; use http, https, data or a file"
-            )
+            raise MediaError(f"nothing is loaded from {_shortened(other)}:// URLs; use http, https, data or a file")
 
 
 def _check_size(size_bytes: int, policy: MediaPolicy) -> None:
     if size_bytes > policy.max_bytes:
         raise MediaError(
-            f"the image is larger than the limit of {policy.max_bytes / MEBIBYTE:.3g} MiB; send a smaller one"
+            f"the file is larger than the limit of {policy.max_bytes / MEBIBYTE:.3g} MiB; send a smaller one"
         )
 
 
@@ -89,7 +87,7 @@ def _path_of(file_url: str) -> str:
     except ValueError:
         raise MediaError(f"{_shortened(file_url)!r} is not a valid file URL") from None
     if parts.netloc.lower() not in ("", "localhost"):
-        raise MediaError("a file:// URL names a file on this machine: write file:///path/to/image")
+        raise MediaError("a file:// URL names a file on this machine: write file:///path/to/file")
     return unquote(parts.path)
 
 
@@ -98,11 +96,11 @@ def _read_file(path: str, policy: MediaPolicy) -> bytes:
     try:
         return _read_regular_file(_permitted(path, policy), name, policy)
     except (FileNotFoundError, NotADirectoryError):
-        raise MediaError(f"there is no image file {name}") from None
+        raise MediaError(f"there is no file {name}") from None
     except PermissionError:
-        raise MediaError(f"the image file {name} may not be read by this process") from None
+        raise MediaError(f"the file {name} may not be read by this process") from None
     except (OSError, ValueError, RuntimeError):  # name too long, NUL in the name, loop of symlinks
-        raise MediaError(f"the image file {name} cannot be read") from None
+        raise MediaError(f"the file {name} cannot be read") from None
 
 
 def _permitted(path: str, policy: MediaPolicy) -> Path:
@@ -110,11 +108,11 @@ def _permitted(path: str, policy: MediaPolicy) -> Path:
     if policy.any_file:
         return Path(path).resolve()
     if policy.media_dir is None:
-        raise MediaError("image files on this machine are not served here; send the image as a data: URL")
+        raise MediaError("files on this machine are not served here; send a data: URL")
     root = policy.media_dir.resolve()
     target = (root / path).resolve()
     if not target.is_relative_to(root):
-        raise MediaError(f"the image file {_shortened(path)!r} is outside the media directory")
+        raise MediaError(f"the file {_shortened(path)!r} is outside the media directory")
     return target
 
 
@@ -157,7 +155,7 @@ def _decode_data_url(url: str, policy: MediaPolicy) -> bytes:
 
 def _download(source: str, policy: MediaPolicy) -> bytes:
     if not policy.remote:
-        raise MediaError("images are not downloaded here; send the image as a data: URL")
+        raise MediaError("nothing is downloaded here; send a data: URL")
     url = _parsed(source)
     name = repr(_shortened(f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"))
     deadline = _Deadline(time.monotonic() + policy.timeout_s)

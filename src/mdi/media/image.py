@@ -68,8 +68,8 @@ class PatchSpec:
 
         Raises InputError, naming the field, unless 1 <= min_pixels <= max_pixels and one token fits.
         """
-        _check_pixels("min_pixels", min_pixels, 1)
-        _check_pixels("max_pixels", max_pixels, self.factor**2)
+        check_pixels("min_pixels", min_pixels, 1)
+        check_pixels("max_pixels", max_pixels, self.factor**2)
         spec = replace(
             self,
             min_pixels=self.min_pixels if min_pixels is None else min_pixels,
@@ -87,7 +87,7 @@ class PatchSpec:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """One image as the vision tower reads it.
+    """One image or video as the vision tower reads it.
 
     rows: float32 [grid_t * grid_h * grid_w, channels * temporal * patch * patch], in merge order: the
         merge_size^2 patches of a token follow each other.
@@ -102,7 +102,7 @@ class Patches:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens this image takes in the prompt."""
+        """Tokens it takes in the prompt."""
         return math.prod(self.grid) // self.merge_size**2
 
 
@@ -111,7 +111,7 @@ def load_image(source: str | bytes | Path, policy: MediaPolicy, spec: PatchSpec)
     return image_patches(decode_image(fetch(source, policy), policy), spec)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """Height and width, multiples of `factor`, closest to the image's own within the pixel budget.
 
     Exactly transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize, rounding included.
@@ -119,8 +119,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise MediaError(
-            f"the image is {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the "
-            "other: crop it or split it into several images"
+            f"a picture of {width} x {height} pixels is too long: one side may be at most {MAX_ASPECT_RATIO} times the "
+            "other; crop it or split it into several"
         )
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -161,13 +161,13 @@ def image_patches(image: Image.Image, spec: PatchSpec) -> Patches:
     """
     height, width = spec.resized(image.height, image.width)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # uint8 [height, width, 3]
-    frame = _merge_order(pixels, spec)
+    frame = merge_order(pixels, spec)
     n_patches, n_channels, area = frame.shape
     rows = np.empty((n_patches, n_channels, spec.temporal_patch_size, area), dtype=np.float32)
-    for channel, table in enumerate(_normalized_bytes(spec)):
+    for channel, table in enumerate(normalized_bytes(spec)):
         rows[:, channel] = table[frame[:, channel, None]]
     grid = (1, height // spec.patch_size, width // spec.patch_size)
-    return Patches(rows.reshape(n_patches, -1), grid, _digest(pixels, spec), spec.merge_size)
+    return Patches(rows.reshape(n_patches, -1), grid, digest_of(pixels, spec), spec.merge_size)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -210,11 +210,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _eight_bit(image).convert("RGB")
     if image.has_transparency_data:
-        return _on_white(image)
+        return on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB, white behind it."""
     if image.mode == "La":  # Pillow knows no direct way to RGBA
         image = image.convert("LA")
     image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -242,7 +243,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _merge_order(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> npt.NDArray[np.uint8]:
+def merge_order(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> npt.NDArray[np.uint8]:
     """A frame [height, width, channels] as [grid_h * grid_w, channels, patch * patch], merge order."""
     height, width, channels = pixels.shape
     merge, patch = spec.merge_size, spec.patch_size
@@ -250,7 +251,7 @@ def _merge_order(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> npt.NDArray[
     return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, channels, patch * patch)
 
 
-def _normalized_bytes(spec: PatchSpec) -> npt.NDArray[np.float32]:
+def normalized_bytes(spec: PatchSpec) -> npt.NDArray[np.float32]:
     """What each of the 256 byte values becomes, by channel [3, 256]; rounded where transformers rounds."""
     rescaled = (np.arange(256, dtype=np.float64) * spec.rescale_factor).astype(np.float32)
     mean = np.array(spec.image_mean, dtype=np.float32)[:, None]
@@ -258,8 +259,11 @@ def _normalized_bytes(spec: PatchSpec) -> npt.NDArray[np.float32]:
     return (rescaled - mean) / std
 
 
-def _digest(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> bytes:
-    """The pixel budget is left out: it has done its work in the size of `pixels`."""
+def digest_of(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> bytes:
+    """SHA-256 of resized pixels and of all that turns them into rows.
+
+    The pixel budget is left out: it has done its work in the size of `pixels`.
+    """
     cut = (pixels.shape, spec.patch_size, spec.temporal_patch_size, spec.merge_size)
     scale = (spec.image_mean, spec.image_std, spec.rescale_factor)
     digest = hashlib.sha256(repr((cut, scale)).encode())
@@ -287,14 +291,14 @@ def _spec_from(defaults: PatchSpec, config: Mapping[str, Any]) -> PatchSpec:
     )
     ceiling = DEFAULT_MAX_TOKENS * sizes.factor**2
     size = config.get("size") or {}
-    min_pixels = _first(config, size, "min_pixels", "shortest_edge", defaults.min_pixels)
-    max_pixels = _first(config, size, "max_pixels", "longest_edge", ceiling)
+    min_pixels = first_limit(config, size, "min_pixels", "shortest_edge", defaults.min_pixels)
+    max_pixels = first_limit(config, size, "max_pixels", "longest_edge", ceiling)
     if not 0 < min_pixels <= max_pixels:
         raise CheckpointError(f"preprocessor_config.json has min_pixels {min_pixels}, max_pixels {max_pixels}")
     return replace(sizes, min_pixels=min_pixels, max_pixels=max(min_pixels, min(max_pixels, ceiling)))
 
 
-def _first(config: Mapping[str, Any], size: Mapping[str, Any], name: str, edge: str, default: int) -> int:
+def first_limit(config: Mapping[str, Any], size: Mapping[str, Any], name: str, edge: str, default: int) -> int:
     """The three places where releases of transformers keep a pixel limit, the strongest first."""
     found = (config.get(name), size.get(edge), size.get(name))
     return int(next((value for value in found if value is not None), default))
@@ -312,7 +316,8 @@ def _three_floats(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _check_pixels(field: str, value: int | None, low: int) -> None:
+def check_pixels(field: str, value: int | None, low: int) -> None:
+    """Raises InputError, naming the field, unless it is None or a whole number from `low` on."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,12 +1,12 @@
 """What media may be loaded from where, and how much of it: paths, hosts, bytes, pixels, seconds.
 
-Knows nothing about how bytes are fetched or decoded; `fetch` and `image` ask it before they act.
+Knows nothing about how bytes are fetched or decoded; `fetch`, `image` and `video` ask it before they act.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MEBIBYTE = 1024 * 1024
@@ -21,9 +21,13 @@ class MediaPolicy:
         machine.
     remote: whether http and https URLs are fetched at all.
     private_hosts: also fetch from loopback, private and other addresses off the public internet.
-    max_bytes: longest file, in bytes as sent.
+    max_bytes, max_video_bytes: longest image file and longest video file, in bytes as sent.
     max_image_pixels: largest image (width times height) that is decoded; checked in the header. The default
         lets the 108-megapixel pictures of phones through.
+    max_video_pixels: largest frame of a video that is decoded. The default lets 8K through.
+    max_video_frames: longest video, in frames of the file, of which a few are sampled. The default is half an hour at
+        30 a second.
+    video_timeout_s: seconds that counting and decoding one video, or fetching all frames of one, may take.
     timeout_s: seconds that all of one download may take, name lookup and redirects included.
     """
 
@@ -32,8 +36,16 @@ class MediaPolicy:
     remote: bool = True
     private_hosts: bool = False
     max_bytes: int = 32 * MEBIBYTE
+    max_video_bytes: int = 256 * MEBIBYTE
     max_image_pixels: int = 120_000_000
+    max_video_pixels: int = 8192 * 4320
+    max_video_frames: int = 54_000
+    video_timeout_s: float = 120.0
     timeout_s: float = 20.0
+
+    def for_video(self) -> MediaPolicy:
+        """The same policy where a video is fetched."""
+        return replace(self, max_bytes=self.max_video_bytes)
 
     def allows_address(self, address: str) -> bool:
         """Whether a download may connect to this IP address (as text, an IPv6 scope allowed)."""

@@ -327,13 +327,19 @@ class Node:
             yield message
 
     def _compute(self) -> None:
-        """The compute thread: one batch after the other, in order of arrival; those of an old epoch are dropped."""
-        while (item := self._work.get()) is not None:
-            wiring, work = item
-            if wiring is not self._wiring:
-                continue
+        """The compute thread: one batch after the other, in order of arrival."""
+        while self._serve(self._work.get()):  # holding on to no old wiring while it waits
+            pass
+
+    def _serve(self, item: tuple[Wiring, Work] | None) -> bool:
+        """Computes a batch, or drops it when its epoch is over; False at the end."""
+        if item is None:
+            return False
+        wiring, work = item
+        if wiring is self._wiring:
             for message in self._outcome(wiring.stage, wiring.epoch, work):
                 self._asyncio.call_soon_threadsafe(wiring.out.put_nowait, message)
+        return True
 
     def _outcome(self, stage: Stage, epoch: int, work: Work) -> list[Outgoing]:
         try:
