@@ -82,21 +82,18 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
 
 
 class Recorder:
-    """A TCP proxy on a free port of loopback that remembers every byte in both directions."""
+    """A TCP proxy on a free port of loopback that remembers every byte in both directions. address: where it listens."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._lock = threading.Lock()
         self._streams: list[bytearray] = []
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     @property
     def recorded(self) -> list[bytes]:
