@@ -6,13 +6,14 @@ Exit codes: 0 done, 2 for what the caller can mend (input, options, checkpoints)
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from mdi.errors import CheckpointError, ConfigError, InputError, MDIError
 from mdi.params import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
+    from mdi.cluster.by_hand import Presence
     from mdi.engine import Engine
 
 app = typer.Typer(
@@ -38,13 +40,20 @@ HfToken = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access tok
 NNodes = Annotated[int, typer.Option("--n-nodes", min=1, help="Nodes the layers are split over.")]
 Layers = Annotated[str | None, typer.Option(help="Layers per node, overriding the plan: 10,10,8.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
-Device = Annotated[str, typer.Option(help="Where this node computes: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str | None, typer.Option(help="Where this node computes: cpu (the default), cuda, cuda:1, mps.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
 Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or data: URL; may be repeated.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
 MinPixels = Annotated[int | None, typer.Option(help="Smallest area an image is given, in pixels.")]
+NodesJson = Annotated[
+    Path | None, typer.Option("--nodes-config", help="JSON file with all nodes, each started by hand on its machine.")
+]
+WaitS = Annotated[float, typer.Option(help="Seconds to wait for nodes started by hand.")]
+Certs = Annotated[Path, typer.Option(help="Folder with this node's certificate, for ENABLE_ENCRYPTION=1.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")]
 CHECKPOINTS = Path("checkpoints")
+CERTS = Path("certs")
 
 
 def main() -> None:
@@ -125,9 +134,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address the HTTP server binds.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
     n_nodes: NNodes = 1,
+    nodes_config: NodesJson = None,
+    wait_s: WaitS = 600,
+    certs: Certs = CERTS,
+    insecure: Insecure = False,
     layers: Layers = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = None,
     sequence_length: SequenceLength = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")] = 16,
     min_pixels: MinPixels = None,
@@ -153,6 +166,10 @@ def serve(
         _engine(
             model or ckpt or "",
             n_nodes=n_nodes,
+            nodes_config=nodes_config,
+            wait_s=wait_s,
+            certs=certs,
+            insecure=insecure,
             layers=_parse_layers(layers),
             dtype=dtype,
             device=device,
@@ -172,25 +189,49 @@ def serve(
 
 @app.command()
 def secondary(
-    chunk: Annotated[Path, typer.Option(help="The node's chunk, as `mdi prepare` wrote it.")],
-    listen: Annotated[str, typer.Option(help="Address to listen at; port 0 picks a free one.")] = "127.0.0.1:0",
+    index: Annotated[
+        int | None, typer.Argument(help="Which node of --nodes-config this is: 0 is the one after the starter.")
+    ] = None,
+    chunk: Annotated[Path | None, typer.Option(help="The node's chunk, as `mdi prepare` wrote it.")] = None,
+    nodes_config: NodesJson = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Address to listen at, host:port; without --nodes-config 127.0.0.1:0.")
+    ] = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")] = False,
+    certs: Certs = CERTS,
+    insecure: Insecure = False,
 ) -> None:
-    """Run one node: a secondary, or the finisher, whichever its chunk is."""
-    from mdi.pipeline.node import serve_node
+    """Run one node: a secondary, or the finisher, whichever its chunk is.
 
+    With --nodes-config, address, device, dtype and threads are as written there, unless given here.
+    """
+    from mdi.cluster.nodes import NodesConfig
+    from mdi.pipeline.node import serve_node
+    from mdi.pipeline.tls import Identity, encryption_enabled
+
+    if (index is None) != (nodes_config is None):
+        raise ConfigError("name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0")
+    if chunk is None:
+        raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
+    name = chunk.stem.removeprefix("model_")
+    if nodes_config is not None and index is not None:
+        node = NodesConfig.read(nodes_config).node(index)
+        if node.name != name:
+            raise ConfigError(f"node {index} is the {node.name}, but {chunk.name} is the chunk of {name}")
+        listen = listen or node.address
+        device, dtype, threads = device or node.device, dtype or node.dtype, threads or node.threads
     serve_node(
         chunk,
-        listen=listen,
-        device=device,
+        listen=listen or "127.0.0.1:0",
+        device=device or "cpu",
         dtype=dtype,
         threads=threads,
         with_parent=with_parent,
         insecure=insecure,
+        identity=Identity.load(certs, name) if encryption_enabled() else None,
     )
 
 
@@ -201,6 +242,10 @@ def ask(
     image: Images = None,
     video: Videos = None,
     n_nodes: NNodes = 1,
+    nodes_config: NodesJson = None,
+    wait_s: WaitS = 600,
+    certs: Certs = CERTS,
+    insecure: Insecure = False,
     n_samples: Annotated[int, typer.Option(help="Independent answers to each question.")] = 1,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", "--n-tokens", help="Longest answer, in tokens.")
@@ -211,7 +256,7 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     layers: Layers = None,
     dtype: Dtype = None,
-    device: Device = "cpu",
+    device: Device = None,
     sequence_length: SequenceLength = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -226,6 +271,10 @@ def ask(
     engine = _engine(
         model,
         n_nodes=n_nodes,
+        nodes_config=nodes_config,
+        wait_s=wait_s,
+        certs=certs,
+        insecure=insecure,
         layers=_parse_layers(layers),
         dtype=dtype,
         device=device,
@@ -279,6 +328,56 @@ def verify(
         raise typer.Exit(1)
 
 
+certs_app = typer.Typer(
+    no_args_is_help=True,
+    help="Certificates for encrypted links between nodes. Make all of them in one place, copy each node its own, "
+    "and start every node with ENABLE_ENCRYPTION=1.",
+)
+app.add_typer(certs_app, name="certs")
+CertsFolder = Annotated[Path, typer.Option(help="Folder with the authority, and with what it makes.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+@certs_app.command("init")
+def certs_init(
+    folder: CertsFolder = CERTS,
+    days: Annotated[int, typer.Option(help="How long it is valid.")] = 3650,
+    force: Force = False,
+) -> None:
+    """Make an authority: its key makes certificates good, and stays here."""
+    from mdi.cluster.certs import create_authority
+
+    create_authority(folder, days=days, force=force)
+    out.print(
+        f"made {folder}/ca.pem and {folder}/ca.key. Keep ca.key here, and secret: who has it can join.\n"
+        f"Next, for every node and the starter: mdi certs node NAME",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@certs_app.command("node")
+def certs_node(
+    name: Annotated[str, typer.Argument(help="starter, secondary0, secondary1, ..., finisher.")],
+    addr: Annotated[
+        list[str] | None, typer.Option(help="A host name or IP address of the node, to note in it.")
+    ] = None,
+    folder: CertsFolder = CERTS,
+    days: Annotated[int, typer.Option(help="How long it is valid.")] = 90,
+    force: Force = False,
+) -> None:
+    """Make a node's certificate. Peers check the node's name in it, so it may move to another address."""
+    from mdi.cluster.certs import create_node, expiry
+
+    identity = create_node(folder, name, addr or [], days=days, force=force)
+    out.print(
+        f"made {folder}/{name}.pem and {folder}/{name}.key, valid until {expiry(identity):%Y-%m-%d}.\n"
+        f"Copy them, and {folder}/ca.pem, into the folder certs where {name} runs.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def demo() -> None:
     """Three local nodes and a small random model answer questions about a picture; no network needed."""
@@ -287,25 +386,93 @@ def demo() -> None:
     run(out)
 
 
-def _engine(model: str, **options: Any) -> Engine:
-    """Loads a model, with a bar per node."""
+def _engine(
+    model: str,
+    *,
+    nodes_config: Path | None,
+    wait_s: float,
+    certs: Path,
+    insecure: bool,
+    dtype: str | None,
+    device: str | None,
+    **options: Any,
+) -> Engine:
+    """Loads a model, showing who is there and how far each node has loaded."""
+    from mdi.cluster.by_hand import ByHand
+    from mdi.cluster.nodes import NodesConfig
     from mdi.engine import Engine
+    from mdi.pipeline.tls import encryption_enabled
 
-    with _bytes_bar() as progress:
-        tasks: dict[str, Any] = {}
+    by_hand, encryption, startup = None, encryption_enabled(), _Startup()
+    if nodes_config:
+        config = NodesConfig.read(nodes_config)
+        by_hand = ByHand(config, wait_s, certs, insecure, startup.waiting)
+        dtype, device = dtype or config.starter.dtype, device or config.starter.device
+    with startup.shown():
+        return Engine(
+            model,
+            by_hand=by_hand,
+            encryption=encryption,
+            dtype=dtype,
+            device=device or "cpu",
+            progress=startup.loading,
+            **options,
+        )
 
-        def show(node: str, done: int, total: int) -> None:
-            if node not in tasks:
-                tasks[node] = progress.add_task(node, total=total)
-            progress.update(tasks[node], completed=done, total=total)
 
-        return Engine(model, progress=show, **options)
+class _Startup:
+    """What is on the screen while an engine starts: who is awaited, and how far each node has loaded.
+
+    Where there is no terminal, a line for each node whenever something about it changed.
+    """
+
+    def __init__(self) -> None:
+        self._present: Sequence[Presence] = ()
+        self._progress = Progress(*BYTES_COLUMNS)
+        self._tasks: dict[str, Any] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if err.is_terminal:
+            with Live(get_renderable=self._render, console=err, transient=True):
+                yield
+        else:
+            yield
+
+    def waiting(self, present: Sequence[Presence]) -> None:
+        if not err.is_terminal:
+            for presence in present:
+                if presence.note and presence not in self._present:
+                    state = "is there" if presence.there else "is awaited"
+                    err.print(
+                        f"node {presence.node.name} {state}: {presence.note}",
+                        markup=False,
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+        self._present = present
+
+    def loading(self, node: str, done: int, total: int) -> None:
+        if node not in self._tasks:
+            self._tasks[node] = self._progress.add_task(node, total=total)
+        self._progress.update(self._tasks[node], completed=done, total=total)
+
+    def _render(self) -> RenderableType:
+        if all(presence.there for presence in self._present):
+            return self._progress
+        table = Table("node", "address", "", "", title="waiting for nodes", title_justify="left")
+        for presence in self._present:
+            state = "[green]there[/]" if presence.there else "[yellow]missing[/]"
+            table.add_row(presence.node.name, presence.node.address, state, presence.note)
+        return Group(table, self._progress)
+
+
+BYTES_COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
 
 
 @contextmanager
 def _bytes_bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*BYTES_COLUMNS, console=err, transient=True, disable=not err.is_terminal) as progress:
         yield progress
 
 

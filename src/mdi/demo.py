@@ -19,6 +19,7 @@ from rich.table import Table
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.engine import Engine
 from mdi.params import SamplingParams
+from mdi.pipeline.tls import encryption_enabled
 
 N_NODES = 3
 PARAMS = SamplingParams(temperature=0.7, seed=1, max_tokens=16)
@@ -31,7 +32,7 @@ def run(out: Console) -> None:
         "[bold]This model is random:[/] it was made a moment ago and has learnt nothing, so its answers are noise.\n"
         "What you see working is the rest: a picture encoded, three processes with two layers each, text drawn.\n"
     )
-    with _small_checkpoint() as path, Engine(path, n_nodes=N_NODES) as engine:
+    with _small_checkpoint() as path, Engine(path, n_nodes=N_NODES, encryption=encryption_enabled()) as engine:
         answers = Table("question", "answer", "tokens", "seconds")
         for question in QUESTIONS:
             started = time.perf_counter()

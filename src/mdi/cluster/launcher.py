@@ -16,8 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
+from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
+from mdi.pipeline.tls import VARIABLE, Identity
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
@@ -56,10 +58,13 @@ class LocalLauncher:
     """One `mdi secondary` process per chunk, each with a pipe as its standard input.
 
     The pipe's other end is held here alone: when this process ends, however it ends, every node reads the end of its
-    input and ends too. Made when all listen; they load on after that.
+    input and ends too. Made when all listen; they load on after that. With an authority their links are encrypted.
     """
 
-    def __init__(self, chunks: Sequence[Path], *, dtype: str, device: str, threads: int) -> None:
+    def __init__(
+        self, chunks: Sequence[Path], *, dtype: str, device: str, threads: int, authority: Authority | None = None
+    ) -> None:
+        self._authority = authority
         self._options = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
         self._chunks = {chunk.stem.removeprefix("model_"): chunk for chunk in chunks}
         self._lock = threading.Lock()
@@ -119,8 +124,9 @@ class LocalLauncher:
                 raise LinkError("the nodes are being ended")
             if before := self._processes.get(name):
                 before.kill()
+            identity = self._authority.issue(name, days=AUTHORITY_DAYS) if self._authority else None
             try:
-                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, self._tell)
+                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, identity, self._tell)
             except OSError as error:
                 raise LinkError(f"node {name} could not be started ({error.strerror})", name) from None
             return before
@@ -132,19 +138,34 @@ class LocalLauncher:
 
 
 class NodeProcess:
-    """One run of a node. ended: called once, from a thread, when it is over. Raises OSError when it cannot begin."""
+    """One run of a node. ended: called once, from a thread, when it is over. Raises OSError when it cannot begin.
 
-    def __init__(self, name: str, chunk: Path, options: Sequence[str], ended: Callable[[NodeProcess], None]) -> None:
+    Its identity, if any, is on disk only until the node has read it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        chunk: Path,
+        options: Sequence[str],
+        identity: Identity | None,
+        ended: Callable[[NodeProcess], None],
+    ) -> None:
         self.name = name
-        command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
-        command += ["--listen", "127.0.0.1:0", "--with-parent"]
         with ExitStack() as undo:
             self._log = undo.enter_context(tempfile.TemporaryFile())
+            self._certs = tempfile.TemporaryDirectory(prefix="mdi-certs-")  # of mode 0700
+            undo.callback(self._certs.cleanup)
+            if identity:
+                identity.save(Path(self._certs.name))
+            command = [sys.executable, "-m", "mdi", "secondary", "--chunk", str(chunk), *options]
+            command += ["--listen", "127.0.0.1:0", "--with-parent", "--certs", self._certs.name]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
+                env={**os.environ, VARIABLE: "1" if identity else "0"},
                 process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
             )
             undo.pop_all()
@@ -165,6 +186,7 @@ class NodeProcess:
         if not line:
             self._process.wait()
             raise self.death()
+        self._certs.cleanup()
         return f"127.0.0.1:{json.loads(line)['port']}"
 
     def death(self) -> LinkError:
@@ -197,6 +219,7 @@ class NodeProcess:
         self._watcher.join()
         assert self._process.stdout
         self._process.stdout.close()
+        self._certs.cleanup()
         self._log.close()
 
     def _watch(self, ended: Callable[[NodeProcess], None]) -> None:

@@ -1,4 +1,4 @@
-"""One model over this process and local node processes: the first stage here, the others started, linked and watched.
+"""One model over this process and its nodes: the first stage here, the others started or awaited, linked and watched.
 
 Knows checkpoints, launchers and links; nothing of requests.
 """
@@ -18,19 +18,25 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.launcher import LocalLauncher
+from mdi.cluster.by_hand import AwaitedNodes, ByHand
+from mdi.cluster.certs import AUTHORITY_DAYS, Authority
+from mdi.cluster.launcher import Launcher, LocalLauncher
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.cluster.supervisor import Supervisor
 from mdi.errors import CheckpointError
 from mdi.pipeline.grpc_link import LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
 from mdi.pipeline.stage import Stage
+from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How a model is spread. layers: per node, overriding the plan. dtype: the checkpoint's own if None."""
+    """How a model is spread. layers: per node, overriding the plan. dtype: the checkpoint's own if None.
+
+    encryption: of all links. by_hand: the nodes are started by hand; None starts them here.
+    """
 
     n_nodes: int
     layers: tuple[int, ...] | None
@@ -39,10 +45,12 @@ class ClusterConfig:
     n_slots: int
     sequence_length: int
     recovery: RecoveryLimits
+    encryption: bool = False
+    by_hand: ByHand | None = None
 
 
 class Cluster:
-    """The first stage, loaded here, and the processes that hold the others.
+    """The first stage, loaded here, and the nodes that hold the others.
 
     Chunks are prepared when there are none yet. progress: told (node, bytes done, bytes in all).
     """
@@ -51,7 +59,8 @@ class Cluster:
         self._config = config
         self._progress = progress
         self._supervisor: Supervisor | None = None
-        self._launcher: LocalLauncher | None = None
+        self._launcher: Launcher | None = None
+        self._identity: Identity | None = None
         with ExitStack() as undo:
             loaded = self._load_alone(source) if config.n_nodes == 1 else self._load_together(source, undo)
             self.stage = Stage(loaded, n_slots=config.n_slots, sequence_length=config.sequence_length)
@@ -62,7 +71,9 @@ class Cluster:
         """Wires the nodes together once all have loaded, and whenever some were lost. Only where there are several."""
         assert self._launcher is not None
         settings = PipelineSettings(self._manifest_digest, self._config.n_slots, self._config.sequence_length)
-        self._supervisor = Supervisor(self._launcher, settings, self._config.recovery, deliver, self._progress)
+        self._supervisor = Supervisor(
+            self._launcher, settings, self._config.recovery, deliver, self._progress, self._identity
+        )
         return self._supervisor
 
     def nodes(self) -> list[NodeStatus]:
@@ -85,7 +96,7 @@ class Cluster:
         return [here, *(self._supervisor.status() if self._supervisor else [])]
 
     def close(self) -> None:
-        """Ends every process. Safe to call twice; the link is closed by who asked for it."""
+        """Ends every process started here. Safe to call twice; the link is closed by who asked for it."""
         if self._launcher:
             self._launcher.close()
 
@@ -100,10 +111,26 @@ class Cluster:
         manifest = Manifest.read(folder)
         self._manifest_digest = manifest.digest
         chunks = [folder / chunk.file for chunk in manifest.chunks]
-        threads = max(1, torch.get_num_threads() // config.n_nodes)
-        self._launcher = LocalLauncher(chunks[1:], dtype=manifest.dtype, device=config.device, threads=threads)
+        if config.by_hand:
+            self._launcher = self._await_nodes(config.by_hand)
+        else:
+            self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
         undo.callback(self._launcher.close)
         return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
+
+    def _await_nodes(self, by_hand: ByHand) -> AwaitedNodes:
+        self._identity = by_hand.identity(self._config.encryption)
+        if by_hand.config.starter.threads:
+            torch.set_num_threads(by_hand.config.starter.threads)
+        return AwaitedNodes(by_hand, self._identity)
+
+    def _start_nodes(self, chunks: list[Path], dtype: str) -> LocalLauncher:
+        """Processes here; encrypted, with certificates of an authority that lives as long as this object."""
+        config = self._config
+        authority = Authority.create() if config.encryption else None
+        self._identity = authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
+        threads = max(1, torch.get_num_threads() // config.n_nodes)
+        return LocalLauncher(chunks, dtype=dtype, device=config.device, threads=threads, authority=authority)
 
     def _prepared(self, source: Source) -> Path:
         """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced."""

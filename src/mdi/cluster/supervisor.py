@@ -18,6 +18,7 @@ from mdi.errors import LinkError
 from mdi.model.batch import Batch
 from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Delivery, GaveUp, NodeStatus, Rewired
+from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Supervisor:
         limits: RecoveryLimits,
         deliver: Deliver,
         progress: LoadProgress | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self._launcher = launcher
         self._limits = limits
@@ -50,7 +52,7 @@ class Supervisor:
         self._away: frozenset[str] = frozenset()  # being started anew
         self._thread: threading.Thread | None = None
         launcher.watch(self._note_death)
-        self._link = GrpcLink.connect(launcher.nodes, settings, self._take, progress=progress)
+        self._link = GrpcLink.connect(launcher.nodes, settings, self._take, progress=progress, identity=identity)
         self._resume()
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mdi.checkpoint.source import Source, locate
+from mdi.cluster.by_hand import ByHand
 from mdi.cluster.local import Cluster, ClusterConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.engine.loop import Cancel, StepLoop, Submit
@@ -41,7 +42,7 @@ TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product 
 
 
 class Engine:
-    """A model, loaded over one or more local nodes and ready for requests from any thread.
+    """A model, loaded over one or more nodes and ready for requests from any thread.
 
     model: a checkpoint's directory in Hugging Face layout, or its name on the hub (downloaded into `ckpt_folder`).
     n_nodes: processes the decoder's layers are split over; `layers` sets how many each gets.
@@ -51,6 +52,8 @@ class Engine:
     max_pixels also lowers the limit of a video's frames.
     media: where images and videos may come from; by default any local file and any public URL.
     recovery_limits: how long and how often lost nodes are brought back before requests fail.
+    encryption: links between nodes are encrypted (mutual TLS). by_hand: the nodes are not started here but by hand, on
+    this or other machines; it says how many there are and what layers they get.
     progress: told (node, done bytes, all bytes) while weights load.
 
     Raises CheckpointError or ConfigError when the model cannot be served that way.
@@ -71,12 +74,19 @@ class Engine:
         max_pixels: int | None = None,
         media: MediaPolicy | None = None,
         recovery_limits: RecoveryLimits | None = None,
+        encryption: bool = False,
+        by_hand: ByHand | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
         progress: LoadProgress | None = None,
     ) -> None:
         path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
         source = Source.open(path)
+        if by_hand:
+            if n_nodes != 1 or layers:
+                raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
+            by_hand.config.check_layers(source.model_config.n_layers)
+            n_nodes, layers = by_hand.config.n_nodes, by_hand.config.layers
         self.model_name = path.resolve().name
         self.sequence_length = _sequence_length(sequence_length, source.model_config.max_positions)
         self.max_queue = max_queue
@@ -97,6 +107,8 @@ class Engine:
             n_slots=max_sequences,
             sequence_length=self.sequence_length,
             recovery=recovery_limits or RecoveryLimits(),
+            encryption=encryption,
+            by_hand=by_hand,
         )
         self._cluster = Cluster(source, config, progress)
         try:

@@ -24,6 +24,8 @@ from mdi.errors import LinkError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Deliver, NodeState, NodeStatus
+from mdi.pipeline.reach import why_unreachable
+from mdi.pipeline.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,15 @@ class GrpcLink:
     A loss is delivered as a LinkError, once an epoch at most; `unwire` and `wire` make the next epoch.
     """
 
-    def __init__(self, settings: PipelineSettings, deliver: Deliver, progress: LoadProgress | None = None) -> None:
+    def __init__(
+        self,
+        settings: PipelineSettings,
+        deliver: Deliver,
+        progress: LoadProgress | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         self._settings = settings
+        self._identity = identity
         self._epoch = settings.first_epoch - 1
         self._deliver = deliver
         self._progress = progress
@@ -91,13 +100,15 @@ class GrpcLink:
         *,
         progress: LoadProgress | None = None,
         timeout_s: float = 600.0,
+        identity: Identity | None = None,
     ) -> GrpcLink:
         """Waits until every node has loaded, configures them and opens the streams.
 
-        nodes: all but the starter, in pipeline order. Raises LinkError, naming the node, when one cannot be reached,
-        failed to load, is of another version or plan, or is not ready within `timeout_s`.
+        nodes: all but the starter, in pipeline order. identity: encrypts all links; None: in the clear.
+        Raises LinkError, naming the node, when one cannot be reached, failed to load, is of another version or plan, or
+        is not ready within `timeout_s`.
         """
-        link = cls(settings, deliver, progress)
+        link = cls(settings, deliver, progress, identity)
         try:
             link.wire(nodes, timeout_s)
         except BaseException:
@@ -162,7 +173,9 @@ class GrpcLink:
         self._opening = asyncio.current_task()
         if self._closing:
             raise LinkError("the link was closed")
-        self._wiring = Wiring(nodes, self._settings, self._epoch, self._deliver, self._seen, self._traffic)
+        self._wiring = Wiring(
+            nodes, self._settings, self._epoch, self._deliver, self._seen, self._traffic, self._identity
+        )
         try:
             await self._wiring.open(self._progress, time.monotonic() + timeout_s)
         except BaseException:
@@ -195,6 +208,7 @@ class Wiring:
         deliver: Deliver,
         seen: dict[str, NodeStatus],
         traffic: wire.Traffic,
+        identity: Identity | None,
     ) -> None:
         self.epoch = epoch
         self.outbox: asyncio.Queue[wire_pb2.Piece] = asyncio.Queue()
@@ -204,16 +218,16 @@ class Wiring:
         self._seen = seen
         self._traffic = traffic
         self._over = False  # lost or closed: nothing more is delivered
-        self._channels = [grpc.aio.insecure_channel(node.address, options=wire.CHANNEL_OPTIONS) for node in nodes]
+        self._identity = identity
+        self._channels = [open_channel(node.address, node.name, identity, wire.CHANNEL_OPTIONS) for node in nodes]
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, progress: LoadProgress | None, deadline: float) -> None:
         """See `GrpcLink.connect`. Whatever happens, `close` it in the end."""
         loading = [self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))]
         await self._all(loading)
-        following = [node.address for node in self._nodes[1:]] + [""]
         for index in reversed(range(len(self._nodes))):
-            await self._configure(index, following[index])
+            await self._configure(index)
         results = self._channels[-1].unary_stream(
             wire.method("Results"),
             request_serializer=wire.serialize,
@@ -246,7 +260,10 @@ class Wiring:
     async def _await_loaded(self, index: int, progress: LoadProgress | None, deadline: float) -> None:
         node = self._nodes[index]
         while True:
-            status = await self._status(index, RPC_TIMEOUT_S)
+            try:
+                status = await self._status(index, RPC_TIMEOUT_S)
+            except LinkError as error:
+                raise await self._explained(node, error) from None
             if progress and status.total_bytes:
                 progress(node.name, status.done_bytes, status.total_bytes)
             if status.state == wire_pb2.NodeStatus.FAILED:
@@ -257,15 +274,21 @@ class Wiring:
                 raise LinkError(f"node {node.name} did not finish loading in time", node.name)
             await asyncio.sleep(POLL_S)
 
-    async def _configure(self, index: int, next_address: str) -> None:
+    async def _explained(self, node: NodeAddress, error: LinkError) -> LinkError:
+        reason = await asyncio.to_thread(why_unreachable, node.address, node.name, self._identity)
+        return LinkError(f"{error}: {reason}", node.name) if reason else error
+
+    async def _configure(self, index: int) -> None:
         name, settings = self._nodes[index].name, self._settings
+        following = self._nodes[index + 1] if index + 1 < len(self._nodes) else NodeAddress("", "")
         request = wire_pb2.Configuration(
             version=wire.VERSION,
             epoch=self.epoch,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
-            next_address=next_address,
+            next_address=following.address,
+            next_name=following.name,
         )
         answer = await self._ask(index, "Configure", request, wire_pb2.Configured, RPC_TIMEOUT_S)
         if answer.error:
@@ -295,7 +318,8 @@ class Wiring:
             return LinkError(f"node {name} was started anew", name)
         if status.next_lost:
             after = self._nodes[index + 1].name
-            return LinkError(f"the link from node {name} to node {after} broke: did it end?", after)
+            why = status.next_error or "did it end?"
+            return LinkError(f"the link from node {name} to node {after} broke: {why}", after)
         return None
 
     async def _status(self, index: int, timeout_s: float) -> wire_pb2.NodeStatus:
@@ -328,6 +352,8 @@ class Wiring:
         try:
             return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                raise LinkError(f"node {node} refuses this one: {error.details()}", node) from None
             raise LinkError(f"node {node} does not answer ({error.code().name.lower()})", node) from None
 
     async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:

@@ -31,13 +31,21 @@ from mdi.errors import CheckpointError, ConfigError, LinkError, MDIError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Result
+from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.stage import Stage
+from mdi.pipeline.tls import VARIABLE, CallerCheck, Identity, add_port, open_channel
 
 log = logging.getLogger(__name__)
 
 Work = tuple[Batch, Tensor] | wire_pb2.Failure
 Outgoing = wire_pb2.Piece | wire_pb2.Result
 State = wire_pb2.NodeStatus
+CALLERS = {  # nodes that a method is for, by the beginnings of their names
+    wire.method("Configure"): ("starter",),
+    wire.method("Status"): ("starter",),
+    wire.method("Results"): ("starter",),
+    wire.method("Batches"): ("starter", "secondary"),
+}
 
 
 def serve_node(
@@ -49,11 +57,13 @@ def serve_node(
     threads: int | None = None,
     with_parent: bool = False,
     insecure: bool = False,
+    identity: Identity | None = None,
 ) -> None:
     """Serves a chunk's stage until told to stop (SIGTERM, SIGINT).
 
     listen: host:port; port 0 picks a free one. One line of JSON on standard output names the port before the chunk is
     loaded, so that progress can be asked for. with_parent: end as soon as standard input does, which the parent holds.
+    identity: links are encrypted, and only nodes with a certificate of the same authority may call; None: in the clear.
     A chunk that cannot be loaded is told to the parent through Status, and raised as CheckpointError without one.
     Raises ConfigError when the address cannot be bound, or must not be without `insecure`.
     """
@@ -61,43 +71,51 @@ def serve_node(
         torch.set_num_threads(threads)
     if with_parent:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    node = Node(chunk, device=device, dtype=dtype)
-    asyncio.run(_serve(node, listen, insecure, stop_if_failed=not with_parent))
+    node = Node(chunk, device=device, dtype=dtype, identity=identity)
+    asyncio.run(_serve(node, listen, insecure, identity, stop_if_failed=not with_parent))
     if node.error and not with_parent:
         raise CheckpointError(node.error)
 
 
-async def _serve(node: Node, listen: str, insecure: bool, stop_if_failed: bool) -> None:
+async def _serve(node: Node, listen: str, insecure: bool, identity: Identity | None, stop_if_failed: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     options = (*wire.CHANNEL_OPTIONS, *wire.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
-    server = grpc.aio.server(options=options)
+    server = grpc.aio.server(options=options, interceptors=[CallerCheck(CALLERS)] if identity else [])
     server.add_generic_rpc_handlers((node.handlers(),))
-    port = _bind(server, listen, insecure)
+    port = _bind(server, listen, insecure, identity)
     await server.start()
     print(json.dumps({"port": port}), flush=True)  # noqa: T201 - what the launcher waits for
+    if stop_if_failed:
+        safety = "encrypted" if identity else "not encrypted"
+        print(f"node {node.name} listens at {listen.rpartition(':')[0]}:{port}, {safety}", file=sys.stderr)  # noqa: T201
     node.start(stop.set if stop_if_failed else lambda: None)
     await stop.wait()
     await server.stop(grace=0.2)
     await node.stop()
 
 
-def _bind(server: grpc.aio.Server, listen: str, insecure: bool) -> int:
+def _bind(server: grpc.aio.Server, listen: str, insecure: bool, identity: Identity | None) -> int:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{listen!r} is no address to listen at: write host:port")
-    if not insecure and not _is_loopback(host):
-        raise ConfigError(f"links are not encrypted, so only loopback may be bound, not {host}; --insecure allows it")
+    if identity is None and not insecure and not is_loopback(host):
+        raise ConfigError(
+            f"links are not encrypted, so only loopback may be bound, not {host}: "
+            f"set {VARIABLE}=1 (see `mdi certs --help`), or allow it with --insecure"
+        )
     try:
-        return int(server.add_insecure_port(listen))
+        return add_port(server, listen, identity)
     except RuntimeError:
         raise ConfigError(
-            f"port {port} on {host} cannot be bound: is it in use? Choose another, or 0 for a free one"
+            f"port {port} on {host} cannot be bound: is it in use, or {host} another machine's address? "
+            "Choose another, or port 0 for a free one"
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is of this machine alone. Raises ConfigError when it is not known."""
     try:
         return all(ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host.strip("[]"), None))
     except (OSError, ValueError):
@@ -120,18 +138,23 @@ class Wiring:
         self.stage = stage
         self.out: asyncio.Queue[Outgoing | None] = asyncio.Queue()
         self.next_lost = False
+        self.next_error = ""
+        self._closing = False
         self._channel: grpc.aio.Channel | None = None
         self._sender: asyncio.Task[None] | None = None
+        self._explaining: asyncio.Task[None] | None = None
 
-    def open(self, next_address: str, traffic: wire.Traffic) -> None:
+    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: wire.Traffic) -> None:
         """Begins to send what is put into `out` to the next node."""
         options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
-        self._channel = grpc.aio.insecure_channel(next_address, options=options)
+        self._next = next_address, next_name, identity
+        self._channel = open_channel(*self._next, options)
         send = self._channel.stream_unary(wire.method("Batches"), request_serializer=traffic.serialize)
         self._sender = asyncio.create_task(self._send(send()))
 
     async def close(self) -> None:
         """Ends the stream, or whoever reads `out`."""
+        self._closing = True
         self.out.put_nowait(None)
         if self._sender and self._channel:
             self._sender.cancel()
@@ -147,16 +170,25 @@ class Wiring:
 
     def _lose_next(self, _call: object) -> None:
         self.next_lost = True
+        if not self._closing:
+            self._explaining = asyncio.create_task(self._explain())
+
+    async def _explain(self) -> None:
+        reason = await asyncio.to_thread(why_unreachable, *self._next)
+        self.next_error = reason or ""
+        address, name, _ = self._next
+        log.error("the link to node %s at %s broke: %s", name, address, reason or "it is there, though")
 
 
 class Node:
     """One chunk's stage behind the gRPC service of wire.proto."""
 
-    def __init__(self, chunk: Path, *, device: str, dtype: str | None) -> None:
+    def __init__(self, chunk: Path, *, device: str, dtype: str | None, identity: Identity | None = None) -> None:
         self._chunk = chunk
         self._device = device
         self._dtype = dtype
-        self._name = chunk.stem.removeprefix("model_")
+        self._identity = identity
+        self.name = chunk.stem.removeprefix("model_")
         self._manifest_digest = ""
         self._loaded: LoadedStage | None = None
         self.error = ""
@@ -223,7 +255,7 @@ class Node:
             error=self.error,
             done_bytes=done,
             total_bytes=total,
-            name=self._name,
+            name=self.name,
             device=self._device,
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
@@ -240,6 +272,7 @@ class Node:
         if self._wiring:
             status.epoch = self._wiring.epoch
             status.next_lost = self._wiring.next_lost
+            status.next_error = self._wiring.next_error
             status.busy_share = self._wiring.stage.busy.share()
         return status
 
@@ -259,7 +292,7 @@ class Node:
         stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
         self._wiring = Wiring(request.epoch, stage)
         if request.next_address:
-            self._wiring.open(request.next_address, self._traffic)
+            self._wiring.open(request.next_address, request.next_name, self._identity, self._traffic)
         return wire_pb2.Configured()
 
     async def _unwire(self) -> None:
@@ -325,4 +358,4 @@ class Node:
 
     def _failure(self, error: Exception) -> wire_pb2.Failure:
         text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
-        return wire_pb2.Failure(node=self._name, message=text)
+        return wire_pb2.Failure(node=self.name, message=text)

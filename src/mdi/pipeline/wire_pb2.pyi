@@ -88,20 +88,22 @@ class Result(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Configuration(_message.Message):
-    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address")
+    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_name")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     N_SLOTS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_NAME_FIELD_NUMBER: _ClassVar[int]
     version: int
     epoch: int
     manifest_digest: str
     n_slots: int
     sequence_length: int
     next_address: str
-    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ...) -> None: ...
+    next_name: str
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_name: _Optional[str] = ...) -> None: ...
 
 class Configured(_message.Message):
     __slots__ = ("error",)
@@ -114,7 +116,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("state", "error", "done_bytes", "total_bytes", "name", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "busy_share", "sent_bytes", "received_bytes")
+    __slots__ = ("state", "error", "done_bytes", "total_bytes", "name", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "busy_share", "sent_bytes", "received_bytes", "next_error")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         LOADING: _ClassVar[NodeStatus.State]
@@ -140,6 +142,7 @@ class NodeStatus(_message.Message):
     BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ERROR_FIELD_NUMBER: _ClassVar[int]
     state: NodeStatus.State
     error: str
     done_bytes: int
@@ -157,7 +160,8 @@ class NodeStatus(_message.Message):
     busy_share: float
     sent_bytes: int
     received_bytes: int
-    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    next_error: str
+    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., name: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., next_error: _Optional[str] = ...) -> None: ...
 
 class ResultsRequest(_message.Message):
     __slots__ = ("epoch",)

@@ -1,0 +1,203 @@
+"""An authority of one's own, and the certificates it gives to nodes. Elliptic keys (P-256), X.509 as in RFC 5280."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from mdi.cluster.nodes import HOST_NAME
+from mdi.errors import ConfigError
+from mdi.pipeline.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
+
+AUTHORITY_KEY_FILE = "ca.key"
+AUTHORITY_DAYS = 3650
+NODE_DAYS = 90
+MAX_DAYS = 36500
+CLOCK_SLACK = timedelta(hours=1)  # a clock may be behind by this much
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The key that makes certificates good, and its own certificate."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @classmethod
+    def create(cls, days: int = AUTHORITY_DAYS) -> Authority:
+        """A new one. Raises ConfigError for days out of range."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        serial = x509.random_serial_number()
+        name = _name(f"MDI-LLM authority {serial % 16**8:08x}")  # several of one name would be mistaken for each other
+        usage = _usage(key_cert_sign=True, crl_sign=True)
+        builder = (
+            _builder(name, name, key.public_key(), _ends(days))
+            .serial_number(serial)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        )
+        return cls(builder.sign(key, hashes.SHA256()), key)
+
+    @classmethod
+    def load(cls, folder: Path) -> Authority:
+        """Raises ConfigError when the folder has none that can be used."""
+        try:
+            certificate = x509.load_pem_x509_certificate((folder / AUTHORITY_FILE).read_bytes())
+            key = load_pem_private_key((folder / AUTHORITY_KEY_FILE).read_bytes(), None)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"there is no authority in {str(folder)!r}: run `mdi certs init` first, once for all nodes, "
+                "and make all certificates there"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"the authority in {str(folder)!r} cannot be read ({error})") from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise ConfigError(f"{AUTHORITY_FILE} and {AUTHORITY_KEY_FILE} in {str(folder)!r} do not belong together")
+        return cls(certificate, key)
+
+    def save(self, folder: Path) -> None:
+        """Writes `ca.pem` and `ca.key`, the latter readable by its owner alone."""
+        write_private(folder / AUTHORITY_KEY_FILE, _pem(self.key))
+        (folder / AUTHORITY_FILE).write_bytes(self.certificate.public_bytes(Encoding.PEM))
+
+    def issue(self, node: str, addresses: Sequence[str] = (), days: int = NODE_DAYS) -> Identity:
+        """A certificate with a new key for a node, for use as server and as client.
+
+        addresses: host names and IP addresses, noted in it for tools that look for them; nodes check the name. It ends
+        with the authority at the latest. Raises ConfigError for a name that no node has, or no address.
+        """
+        if not NODE_NAME.fullmatch(node):
+            raise ConfigError(
+                f"there is no node {node!r}: nodes are starter, secondary0, secondary1, ..., finisher, vision, spare0"
+            )
+        key = ec.generate_private_key(ec.SECP256R1())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        ends = min(_ends(days), self.certificate.not_valid_after_utc)
+        names = [x509.DNSName(host_name(node)), *map(_alternative, addresses)]
+        purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        builder = (
+            _builder(_name(node), self.certificate.subject, key.public_key(), ends)
+            .serial_number(x509.random_serial_number())
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(digital_signature=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(issuer, critical=False)
+        )
+        certificate = builder.sign(self.key, hashes.SHA256())
+        authority = self.certificate.public_bytes(Encoding.PEM)
+        return Identity(node, certificate.public_bytes(Encoding.PEM), _pem(key), authority)
+
+
+def create_authority(folder: Path, *, days: int = AUTHORITY_DAYS, force: bool = False) -> Authority:
+    """Makes an authority and writes it. Raises ConfigError when there is one, unless `force`d."""
+    authority = Authority.create(days)
+    _make_folder(folder)
+    _keep(folder, [AUTHORITY_FILE, AUTHORITY_KEY_FILE], force, "all certificates it made would be refused")
+    _write(authority, folder)
+    return authority
+
+
+def create_node(
+    folder: Path, name: str, addresses: Sequence[str] = (), *, days: int = NODE_DAYS, force: bool = False
+) -> Identity:
+    """Makes a node's certificate with the folder's authority and writes it there.
+
+    Raises ConfigError when it has one, unless `force`d.
+    """
+    identity = Authority.load(folder).issue(name, addresses, days)
+    _keep(folder, [f"{name}.pem", f"{name}.key"], force, "the node goes on with its old one until it gets the new one")
+    _write(identity, folder)
+    return identity
+
+
+def expiry(identity: Identity) -> datetime:
+    """When a certificate ends, in UTC."""
+    return x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {str(folder)!r} cannot be made ({error.strerror})") from None
+
+
+def _write(made: Authority | Identity, folder: Path) -> None:
+    try:
+        made.save(folder)
+    except OSError as error:
+        raise ConfigError(f"nothing can be written into {str(folder)!r} ({error.strerror})") from None
+
+
+def _keep(folder: Path, files: Sequence[str], force: bool, warning: str) -> None:
+    there = [file for file in files if (folder / file).exists()]
+    if there and not force:
+        raise ConfigError(f"{str(folder / there[0])!r} is there already; --force replaces it, and {warning}")
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, ends: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .not_valid_before(datetime.now(UTC) - CLOCK_SLACK)
+        .not_valid_after(ends)
+    )
+
+
+def _ends(days: int) -> datetime:
+    if not 1 <= days <= MAX_DAYS:
+        raise ConfigError(f"a certificate is valid for 1 to {MAX_DAYS} days, not {days}")
+    return datetime.now(UTC) + timedelta(days=days)
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _alternative(address: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(address))
+    except ValueError:
+        pass
+    if not HOST_NAME.fullmatch(address) or address.lower().rstrip(".").endswith(DOMAIN):
+        raise ConfigError(f"{address!r} is no host's name or IP address") from None
+    return x509.DNSName(address)
+
+
+def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

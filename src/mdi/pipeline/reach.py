@@ -1,0 +1,131 @@
+"""Why a node cannot be reached, in words that name the remedy: what gRPC does not tell. Plain sockets, no gRPC."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography import x509
+
+from mdi.pipeline.tls import VARIABLE, Identity, dns_names, node_names
+
+TIMEOUT_S = 1.0
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # preface, empty SETTINGS
+SETTINGS = 4  # RFC 9113 section 6.5: the type of the frame that a server sends first
+
+EXPIRED, NOT_YET_VALID = 10, 9  # X509_V_ERR_* of OpenSSL
+
+
+def why_unreachable(address: str, peer: str, identity: Identity | None) -> str | None:
+    """What keeps this node from the node `peer` at host:port, or None. Takes some seconds at most."""
+    try:
+        return _probe(address, peer, identity)
+    except socket.gaierror:
+        return f"the host of {address} is not known here"
+    except TimeoutError:
+        return f"{address} does not answer: is the machine on, and the port open in its firewall?"
+    except ConnectionRefusedError:
+        return f"nothing listens at {address}: start the node there"
+    except OSError as error:
+        return f"{address} cannot be reached ({error.strerror or error})"
+
+
+def _probe(address: str, peer: str, identity: Identity | None) -> str | None:
+    if identity is not None:
+        return _probe_encrypted(address, peer, identity)
+    if _speaks_http2(address):
+        return None
+    if _speaks_tls(address):
+        return f"{address} is encrypted and this side is not: set {VARIABLE}=1 here as well"
+    return _no_node(address)
+
+
+def _probe_encrypted(address: str, peer: str, identity: Identity) -> str | None:
+    with _connect(address) as connection:
+        try:
+            with _context(identity).wrap_socket(connection) as encrypted:
+                found = _names(encrypted)
+                if found != [peer]:
+                    return f"{address} has the certificate of {' and '.join(found) or 'no node'}, not of {peer}"
+                accepted = _greets(encrypted)
+        except ssl.SSLCertVerificationError as error:
+            return _mistrust(address, peer, error)
+        except (ssl.SSLError, ConnectionResetError):
+            if _speaks_http2(address):
+                return f"{address} is not encrypted and this side is: start the node there with {VARIABLE}=1"
+            return _no_node(address)
+    if accepted:
+        return None
+    return (
+        f"{address} refuses the certificate of {identity.name}: do both clocks agree, "
+        "and are both certificates of one authority? Its log has the reason"
+    )
+
+
+def _mistrust(address: str, peer: str, error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code == EXPIRED:
+        return f"the certificate at {address} has expired: make a new one there (`mdi certs node {peer} --force`)"
+    if error.verify_code == NOT_YET_VALID:
+        return f"the certificate at {address} is not valid yet: do both clocks agree?"
+    return f"the certificate at {address} is of another authority: copy ca.pem and certificates from one `mdi certs`"
+
+
+def _no_node(address: str) -> str:
+    return f"what listens at {address} is no mdi node"
+
+
+def _connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S)
+
+
+def _context(identity: Identity) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # the names are compared by the caller, who can say whose certificate it is
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(cadata=identity.authority.decode())
+    with tempfile.TemporaryDirectory() as folder:  # the ssl module reads certificates from files only
+        identity.save(Path(folder))
+        context.load_cert_chain(Path(folder) / f"{identity.name}.pem", Path(folder) / f"{identity.name}.key")
+    return context
+
+
+def _names(encrypted: ssl.SSLSocket) -> list[str]:
+    certificate = encrypted.getpeercert(binary_form=True)
+    return node_names(dns_names(x509.load_der_x509_certificate(certificate))) if certificate else []
+
+
+def _speaks_http2(address: str) -> bool:
+    with _connect(address) as connection:
+        return _greets(connection)
+
+
+def _speaks_tls(address: str) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only asks whether it is TLS
+    context.set_alpn_protocols(["h2"])
+    try:
+        with _connect(address) as connection, context.wrap_socket(connection):
+            return True
+    except (ssl.SSLError, ConnectionResetError):
+        return False
+
+
+def _greets(connection: socket.socket) -> bool:
+    """Whether the other side answers an HTTP/2 client as a server does. A TLS 1.3 server refuses clients only here."""
+    try:
+        connection.sendall(HTTP2_HELLO)
+        frame = _receive(connection.recv, 9)
+    except (ssl.SSLError, ConnectionError):
+        return False
+    return len(frame) == 9 and frame[3] == SETTINGS
+
+
+def _receive(recv: Callable[[int], bytes], n_bytes: int) -> bytes:
+    data = b""
+    while len(data) < n_bytes and (more := recv(n_bytes - len(data))):
+        data += more
+    return data

@@ -1,0 +1,145 @@
+"""Waiting for nodes that somebody else starts: in any order, with what keeps each away, and no longer than told."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdi.cluster.by_hand import AwaitedNodes, ByHand, Presence
+from mdi.cluster.certs import Authority, create_authority, create_node
+from mdi.cluster.nodes import NodesConfig
+from mdi.errors import ConfigError, LinkError
+from tests.links import answering, free_port
+
+
+def config_of(*ports: int, addr: str = "127.0.0.1", **more: Any) -> NodesConfig:
+    nodes = [{"addr": addr, "communication": {"port": port}} for port in ports]
+    starter = {"addr": "127.0.0.1", "communication": {"port": 1}}
+    return NodesConfig.parse(json.dumps({"nodes": {"starter": starter, "secondary": nodes, **more}}).encode())
+
+
+def notes(shown: list[Sequence[Presence]], name: str) -> list[str]:
+    """What was said of a node, without repetitions."""
+    said = [presence.note for moment in shown for presence in moment if presence.node.name == name]
+    return list(dict.fromkeys(said))
+
+
+def test_nodes_are_found_in_any_order_and_shown_as_they_come() -> None:
+    first, last = free_port(), free_port()
+    shown: list[Sequence[Presence]] = []
+    finisher_seen, secondary_missed = threading.Event(), threading.Event()
+
+    def watch(present: Sequence[Presence]) -> None:
+        shown.append(present)
+        secondary, finisher = present
+        if "nothing listens" in secondary.note:
+            secondary_missed.set()
+        if finisher.there:
+            finisher_seen.set()
+
+    with ExitStack() as servers:
+        servers.enter_context(answering(None, "finisher", last))
+
+        def come_late() -> None:
+            assert finisher_seen.wait(30)
+            assert secondary_missed.wait(30)
+            servers.enter_context(answering(None, "secondary0", first))
+
+        latecomer = threading.Thread(target=come_late)
+        latecomer.start()
+        nodes = AwaitedNodes(ByHand(config_of(first, last), wait_s=60, waiting=watch), None)
+        latecomer.join()
+        assert [node.name for node in nodes.nodes] == ["secondary0", "finisher"]
+        assert all(presence.there for presence in shown[-1])
+        assert notes(shown, "secondary0")[-2:] == [
+            f"nothing listens at 127.0.0.1:{first}: start the node there",
+            "loaded",
+        ]
+
+
+def test_the_wait_ends_in_time_and_names_who_is_missing_and_why() -> None:
+    here, nowhere = free_port(), free_port()
+    started = time.monotonic()
+    with answering(None, "secondary0", here), pytest.raises(LinkError) as error:
+        AwaitedNodes(ByHand(config_of(here, nowhere), wait_s=0.5), None)
+    assert time.monotonic() - started < 10
+    expected = (
+        f"not all nodes were there within 0.5 s. finisher: nothing listens at 127.0.0.1:{nowhere}: start the node"
+    )
+    assert str(error.value).startswith(expected)
+    assert error.value.node == "finisher"
+
+
+def test_a_node_with_anothers_chunk_is_not_taken() -> None:
+    with answering(None, "finisher") as address, pytest.raises(LinkError, match="is finisher: start each node with"):
+        AwaitedNodes(ByHand(config_of(int(address.split(":")[1]), free_port()), wait_s=1), None)
+
+
+def test_an_encrypted_node_is_found_with_the_starters_certificate_alone(tmp_path: Path) -> None:
+    create_authority(tmp_path)
+    for name in ("starter", "vision"):
+        create_node(tmp_path, name)
+    with answering(Authority.load(tmp_path).issue("finisher"), "finisher") as address:
+        by_hand = ByHand(config_of(int(address.split(":")[1])), wait_s=1, certs=tmp_path)
+        AwaitedNodes(by_hand, by_hand.identity(encryption=True))
+        with pytest.raises(LinkError, match="set ENABLE_ENCRYPTION=1"):
+            AwaitedNodes(by_hand, by_hand.identity(encryption=False))
+        (tmp_path / "starter.pem").write_bytes((tmp_path / "vision.pem").read_bytes())
+        (tmp_path / "starter.key").write_bytes((tmp_path / "vision.key").read_bytes())
+        with pytest.raises(ConfigError, match="is of vision, not of starter"):
+            by_hand.identity(encryption=True)
+
+
+def test_a_node_that_was_lost_is_awaited_again() -> None:
+    port = free_port()
+    with ExitStack() as servers:
+        with answering(None, "finisher", port):
+            nodes = AwaitedNodes(ByHand(config_of(port), wait_s=30), None)
+        with pytest.raises(LinkError, match=r"within 0\.3 s\. finisher: nothing listens"):
+            nodes.restart(["finisher"], 0.3)
+        again = threading.Timer(1, lambda: servers.enter_context(answering(None, "finisher", port)))
+        again.start()
+        nodes.restart(["finisher"], 30)
+        assert nodes.restarts("finisher") == 2
+        assert nodes.dead() == set()
+        again.join()
+
+
+def test_closing_ends_the_wait() -> None:
+    port = free_port()
+    with answering(None, "finisher", port):
+        nodes = AwaitedNodes(ByHand(config_of(port), wait_s=30), None)
+    threading.Timer(0.5, nodes.close).start()
+    started = time.monotonic()
+    with pytest.raises(LinkError, match="not waited for any more"):
+        nodes.restart(["finisher"], 60)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("wait_s", [0, -1, float("nan")])
+def test_a_wait_of_no_length_is_refused(wait_s: float) -> None:
+    with pytest.raises(ConfigError, match="longer than 0 s"):
+        ByHand(config_of(5000), wait_s=wait_s)
+
+
+def test_what_is_not_supported_yet_is_refused() -> None:
+    extra = {"addr": "127.0.0.1", "communication": {"port": 5001}}
+    with pytest.raises(ConfigError, match=r"nodes\.vision is not supported yet"):
+        ByHand(config_of(5000, vision=extra))
+    with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is not supported yet"):
+        ByHand(config_of(5000, spare=[extra]))
+
+
+def test_nodes_on_other_machines_need_encryption_or_leave() -> None:
+    config = config_of(5000, addr="10.11.12.13")
+    with pytest.raises(ConfigError, match=r"nodes\.secondary\[0\] is on another machine.*ENABLE_ENCRYPTION=1"):
+        ByHand(config).identity(encryption=False)
+    assert ByHand(config, insecure=True).identity(encryption=False) is None
+    assert ByHand(config_of(5000)).identity(encryption=False) is None

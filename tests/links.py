@@ -1,0 +1,170 @@
+"""Small ends of links for tests: a server that answers as a node does, and a proxy that remembers what passes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from mdi.pipeline import wire, wire_pb2
+from mdi.pipeline.node import CALLERS
+from mdi.pipeline.tls import CallerCheck, Identity, add_port, open_channel, peer_name
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@contextmanager
+def answering(identity: Identity | None, name: str = "finisher", port: int = 0) -> Iterator[str]:
+    """A server that answers Status as node `name` does, and echoes who calls in `error`; gives its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        server, bound = asyncio.run_coroutine_threadsafe(_start(identity, name, port), loop).result()
+        yield f"127.0.0.1:{bound}"
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _start(identity: Identity | None, name: str, port: int) -> tuple[grpc.aio.Server, int]:
+    async def status(_request: object, context: Any) -> wire_pb2.NodeStatus:
+        return wire_pb2.NodeStatus(name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "")
+
+    async def batches(pieces: AsyncIterator[object], _context: object) -> wire_pb2.Configured:
+        async for _ in pieces:
+            pass
+        return wire_pb2.Configured()
+
+    async def results(_request: object, _context: object) -> AsyncIterator[wire_pb2.Result]:
+        yield wire_pb2.Result(batch_id=5)
+
+    handlers = {
+        "Status": grpc.unary_unary_rpc_method_handler(status, None, wire.serialize),
+        "Batches": grpc.stream_unary_rpc_method_handler(batches, None, wire.serialize),
+        "Results": grpc.unary_stream_rpc_method_handler(results, None, wire.serialize),
+    }
+    options = [("grpc.so_reuseport", 0)]
+    server = grpc.aio.server(interceptors=[CallerCheck(CALLERS)] if identity else [], options=options)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, handlers),))
+    bound = add_port(server, f"127.0.0.1:{port}", identity)
+    await server.start()
+    return server, bound
+
+
+def call(address: str, peer: str, identity: Identity | None, method: str = "Status") -> bytes:
+    """Calls a method of `answering`. Raises grpc.aio.AioRpcError."""
+
+    async def run() -> bytes:
+        channel = open_channel(address, peer, identity, wire.CHANNEL_OPTIONS)
+        try:
+            if method == "Results":
+                return b"".join([data async for data in channel.unary_stream(wire.method(method))(b"", timeout=10)])
+            if method == "Batches":
+                return bytes(await channel.stream_unary(wire.method(method))(iter([b""]), timeout=10))
+            return bytes(await channel.unary_unary(wire.method(method))(b"", timeout=10))
+        finally:
+            await channel.close()
+
+    return asyncio.run(run())
+
+
+class Recorder:
+    """A TCP proxy on a free port of loopback that remembers every byte in both directions. address: where it listens."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._lock = threading.Lock()
+        self._streams: list[bytearray] = []
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def recorded(self) -> list[bytes]:
+        """What passed, per connection and direction."""
+        return [bytes(stream) for stream in self._streams]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        self._listener.close()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for connection in self._open:
+            connection.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:
+                client.close()
+                continue
+            with self._lock:
+                self._open += [client, server]
+            self._copy(client, server)
+            self._copy(server, client)
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        stream = bytearray()
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    stream.extend(data)
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_WR)
+
+        self._streams.append(stream)
+        thread = threading.Thread(target=run)
+        thread.start()
+        self._threads.append(thread)
+
+
+@contextmanager
+def speaking(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that is no node: does with each connection what it is told. Gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                answer(connection)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
