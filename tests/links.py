@@ -82,7 +82,7 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
 
 
 class Recorder:
-    """A TCP proxy on a free port of loopback that remembers every byte in both directions. address: where it listens."""
+    """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
