@@ -61,6 +61,11 @@ class NodesByHand:
         """The folder that this node has of all certificates."""
         return self._folder / f"certs-{name}"
 
+    @property
+    def keys(self) -> list[Path]:
+        """All private keys, the authority's among them."""
+        return list((self._folder / "certs-made").glob("*.key"))
+
     def log(self, name: str) -> str:
         """What the node has written on its screen, over all its lives."""
         return (self._folder / f"{name}.log").read_text()

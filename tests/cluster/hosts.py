@@ -233,7 +233,7 @@ class Capture:
     _closing = False
 
     def _run(self) -> None:
-        self._socket.settimeout(0.1)
+        self._socket.settimeout(0.05)
         while not self._closing:
             with contextlib.suppress(TimeoutError):
                 self._frames.append(self._socket.recv(LARGEST_FRAME))

@@ -11,9 +11,11 @@ import io
 import json
 import shutil
 import signal
+import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,23 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from benchmarks.by_hand import Machine, NodesByHand
 from benchmarks.server import serving
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from PIL import Image
 
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
-from tests.cluster.hosts import Host, Network, why_not
+from mdi.engine.prompt import PixelRange, Prompt
+from mdi.model.batch import Batch, Slice
+from mdi.pipeline import wire_pb2
+from mdi.pipeline.stage import Stage
+from tests.cluster.hosts import Capture, Host, Network, why_not
 from tests.conftest import node_processes
 
 REASON = why_not()
@@ -48,7 +61,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_random_checkpoint(path, tiny_config(vision_config={"depth": 24}))
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {f"|{id}" if id in range(128, 256) else text: id for text, id in vocabulary.items()}
+    tokenizer["model"]["vocab"] = {
+        f"|{number}" if number in range(128, 256) else text: number for text, number in vocabulary.items()
+    }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (path / "generation_config.json").write_text('{"eos_token_id": []}')
     return path
@@ -77,7 +92,8 @@ class Cluster:
     def serve(self) -> None:
         """Starts the server, and returns when all nodes are there; one that runs is killed."""
         self._server.close()
-        options = ["--nodes-config", str(self.nodes.config), "--recovery-timeout", str(LONG_S)]
+        options = ["--nodes-config", str(self.nodes.config), "--wait-s", str(LONG_S)]
+        options += ["--recovery-timeout", str(LONG_S)]
         options += ["--certs", str(self.nodes.certs("starter"))] if self.nodes.encrypted else ["--insecure"]
         running = serving(str(self._checkpoint), *options, environment=self.nodes.environment)
         with self.hosts["starter"].inside():
@@ -156,21 +172,23 @@ class Answer:
 
 
 @contextmanager
-def cluster_on(network: Network, checkpoint: Path, folder: Path, *, encrypted: bool) -> Iterator[Cluster]:
+def cluster_on(
+    network: Network, checkpoint: Path, folder: Path, *, port: int = PORT, encrypted: bool
+) -> Iterator[Cluster]:
     own = Path(shutil.copytree(checkpoint, folder / "tiny"))
-    machines = [Machine(host.address, PORT, host.inside) for host in network.hosts.values()]
+    machines = [Machine(host.address, port, host.inside) for host in network.hosts.values()]
     with (
         NodesByHand(own, folder, machines, encrypted=encrypted) as nodes,
         closing(Cluster(network, own, nodes)) as cluster,
     ):
         yield cluster
-    assert node_processes() == []
 
 
 @pytest.fixture(scope="module")
 def shared(network: Network, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster_on(network, checkpoint, tmp_path_factory.mktemp("encrypted"), encrypted=True) as cluster:
         yield cluster
+    assert node_processes() == []
 
 
 @pytest.fixture
@@ -223,11 +241,13 @@ def test_all_nodes_are_there_whatever_the_order_they_were_started_in(cluster: Cl
 @pytest.mark.parametrize("victim", NODES)
 def test_an_answer_survives_a_node_killed_during_prefill(cluster: Cluster, victim: str) -> None:
     sent_bytes = cluster.sent_bytes
-    with undisturbed_answers(cluster, questions(f"{victim} " * 200, max_tokens=20)) as answers:
-        with cluster.hosts["starter"].throttled("4mbit"):  # the prompt's hidden states are a second on their way
-            wait_for(lambda: cluster.sent_bytes > sent_bytes)
-            assert not any(answer.pieces for answer in answers)
-            cluster.start_anew(victim)
+    with (
+        undisturbed_answers(cluster, questions(f"{victim} " * 200, max_tokens=20)) as answers,
+        cluster.hosts["starter"].throttled("4mbit"),  # the prompt's hidden states are a second on their way
+    ):
+        wait_for(lambda: cluster.sent_bytes > sent_bytes)
+        assert not any(answer.pieces for answer in answers)
+        cluster.start_anew(victim)
 
 
 @pytest.mark.parametrize("victim", NODES)
@@ -302,26 +322,86 @@ def noise(seed: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-PROMPT = "A secret that is nobody's business."
+PROMPT = "A secret that is nobody's business but the asker's. " * 4
+HIDDEN, TOKENS, PROMPTS, KEYS = "hidden states", "tokens", "prompt and answer", "keys"
 
 
 @pytest.fixture(scope="module")
-def secrets(checkpoint: Path) -> dict[str, list[bytes]]:
-    """What a reader of the cable would look for, each in parts of which any gives it away."""
+def secrets(checkpoint: Path, shared: Cluster) -> dict[str, list[bytes]]:
+    """What someone on the cable would look for; any part of a kind gives it away."""
     with Engine(checkpoint) as alone:
         completion = alone.chat(PROMPT, SamplingParams(temperature=0, max_tokens=20))
         prompt = alone._prompts.build(PROMPT, PixelRange(None, None))
-    first = Stage(
-        load_chunk(prepare(Source.open(checkpoint), 3) / "model_starter.safetensors"), n_slots=1, sequence_length=256
-    )
-    n_tokens = len(prompt.token_ids)
-    hidden = first.run(
-        Batch(0, (Slice(0, 0, n_tokens),), prompt.positions), first.embed(torch.tensor(prompt.token_ids))
-    )
-    assert isinstance(hidden, torch.Tensor)
+    hidden = hidden_states(checkpoint, prompt)
     return {
-        "prompt": [PROMPT.encode(), struct.pack(f"<{n_tokens}i", *prompt.token_ids), bytes(prompt.token_ids[-20:])],
-        "hidden states": [row.numpy().tobytes() for row in hidden],
-        "tokens": [struct.pack("<d", logprob) for logprob in completion.logprobs],  # beside each token's id
-        "answer": [completion.text.encode()],
+        HIDDEN: [row.numpy().tobytes() for row in hidden],
+        TOKENS: [struct.pack("<d", logprob) for logprob in completion.logprobs],  # each beside its token's id
+        PROMPTS: [PROMPT.encode(), completion.text.encode(), packed(prompt.token_ids), packed(completion.token_ids)],
+        KEYS: [part for path in shared.nodes.keys for part in key_parts(path)],
     }
+
+
+def hidden_states(checkpoint: Path, prompt: Prompt) -> torch.Tensor:
+    """What the starter of three sends of a prompt: [tokens, hidden_size]."""
+    chunk = load_chunk(prepare(Source.open(checkpoint), len(NAMES)) / "model_starter.safetensors")
+    first = Stage(chunk, n_slots=1, sequence_length=len(prompt.token_ids))
+    batch = Batch(0, (Slice(0, 0, len(prompt.token_ids)),), prompt.positions)
+    hidden = first.run(batch, first.embed(torch.tensor(prompt.token_ids)))
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def packed(token_ids: Sequence[int]) -> bytes:
+    """As a message would have them."""
+    return wire_pb2.Result(token_ids=token_ids).SerializeToString()
+
+
+def key_parts(path: Path) -> list[bytes]:
+    """A private key as its number, and as the lines of its file."""
+    key = load_pem_private_key(path.read_bytes(), None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    return [key.private_numbers().private_value.to_bytes(32), *path.read_bytes().splitlines()[1:-1]]
+
+
+def captured(network: Network, cluster: Cluster) -> Capture:
+    """One question, and what passed the switch meanwhile."""
+    with network.capture() as capture:
+        cluster.ask(questions(PROMPT, max_tokens=20)[0]).text()
+    return capture
+
+
+def found(capture: Capture, secrets: dict[str, list[bytes]]) -> set[str]:
+    return {kind for kind, parts in secrets.items() if any(capture.shows(part) for part in parts)}
+
+
+def test_an_encrypted_run_shows_nothing_on_the_cables(
+    network: Network, cluster: Cluster, secrets: dict[str, list[bytes]]
+) -> None:
+    capture = captured(network, cluster)
+    assert sum(map(len, capture.streams())) > sum(map(len, secrets[HIDDEN]))
+    assert found(capture, secrets) == set()
+
+
+def test_the_same_run_in_the_clear_shows_what_nodes_tell_each_other(
+    network: Network, checkpoint: Path, secrets: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    with cluster_on(network, checkpoint, tmp_path, port=PORT + 1, encrypted=False) as cluster:
+        assert found(captured(network, cluster), secrets) == {HIDDEN, TOKENS}
+
+
+def test_whatever_passes_in_the_clear_would_be_found(network: Network, secrets: dict[str, list[bytes]]) -> None:
+    """In packets so small that none holds a secret by itself."""
+    sender, receiver = (network.hosts[name] for name in NODES)
+    address = (receiver.address, PORT + 2)
+    everything = b"".join(part for parts in secrets.values() for part in parts)
+    with receiver.inside():
+        listener = socket.create_server(address)
+    with sender.inside():
+        connection = socket.create_connection(address)
+    accepted, _ = listener.accept()
+    with listener, connection, accepted, network.capture() as capture:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(everything), 7):
+            connection.sendall(everything[start : start + 7])
+        assert accepted.recv(len(everything), socket.MSG_WAITALL) == everything
+    assert found(capture, secrets) == set(secrets)
