@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,7 @@ def test_nodes_of_different_dtypes_are_refused() -> None:
         (b"{", "is not JSON"),
         (b"", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
-        (b'{"nodes": 1, "nodes": 2}', "the key 'nodes' appears twice"),
+        (b'{"nodes": 1, "nodes": 2}', 'the key "nodes" appears twice'),
         (b"[" * 100_000, "is not JSON"),
         (b"9" * 10_000, "is not JSON"),
         (b" " * (MAX_FILE_BYTES + 1), "is larger than"),
@@ -205,6 +207,43 @@ PATHS = st.sampled_from(
     + [(*FIRST, key) for key in KEYS]
     + [("nodes", key) for key in KEYS]
 )
+
+
+def at_the_limit(text: str) -> bytes:
+    """A file as large as may be, of one text after the other; "#" is their number."""
+    parts, size = list[str](), 0
+    while size + len(text) + 10 < MAX_FILE_BYTES:
+        parts.append(text.replace("#", str(len(parts))))
+        size += len(parts[-1])
+    return "".join(parts).encode()
+
+
+LARGE = {
+    "keys": b'{"a": 1' + at_the_limit(', "#": 0') + b"}",
+    "keys twice": b'{"a": 1' + at_the_limit(', "#": 0')[:-20] + b', "a": 1}',
+    "one key": b'{"' + at_the_limit("k") + b'": 0}',
+    "an address": changed(((*FIRST, "addr"), "A" + "-a" * 400_000)),
+    "an address of dots": changed(((*FIRST, "addr"), "a." * 400_000)),
+    "spares": changed((("nodes", "spare"), [])).replace(b'"spare": []', b'"spare": [1' + at_the_limit(", 1") + b"]"),
+    "lists": at_the_limit("["),
+    "objects": at_the_limit('{"nodes":'),
+    "digits": at_the_limit("1234567890"),
+}
+
+
+@pytest.mark.parametrize("data", LARGE.values(), ids=LARGE)
+def test_a_large_file_is_refused_at_once_in_little_memory_and_few_words(data: bytes) -> None:
+    assert len(data) > MAX_FILE_BYTES / 2
+    tracemalloc.start()
+    try:
+        started = time.process_time()
+        with pytest.raises(ConfigError) as refused:
+            NodesConfig.parse(data)
+        assert time.process_time() - started < 5
+        assert tracemalloc.get_traced_memory()[1] < 100 * MAX_FILE_BYTES
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 1000
 
 
 @given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))

@@ -140,17 +140,20 @@ def test_what_does_not_add_up_is_refused(change: str) -> None:
         wire.BatchDecoder(WIDTH, torch.float32).add(broken(change))
 
 
-def test_a_batch_that_never_ends_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 10_000)
+def test_a_batch_that_brings_more_than_it_declared_is_refused_at_once() -> None:
     decoder = wire.BatchDecoder(WIDTH, torch.float32)
     piece = broken("nothing")
     piece.last = False
-    piece.data = bytes(4000)
     decoder.add(piece)
     piece.ClearField("header")
-    decoder.add(piece)
-    with pytest.raises(LinkError, match="larger"):
+    with pytest.raises(LinkError, match="256 bytes of hidden states arrived for 4 tokens"):
         decoder.add(piece)
+
+
+def test_a_batch_that_declares_too_much_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 100)
+    with pytest.raises(LinkError, match="larger than 100 bytes"):
+        wire.BatchDecoder(WIDTH, torch.float32).add(broken("nothing"))
 
 
 def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -123,11 +124,11 @@ class NodesConfig:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key!a} appears twice in one object")
-    return dict(pairs)
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {_shown(key)} appears twice in one object")
+    return value
 
 
 class _Object:
@@ -142,7 +143,7 @@ class _Object:
             if name not in known:
                 near = get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise ConfigError(f"{self.at(ascii(name)[1:-1])} is unknown: {hint}")
+                raise ConfigError(f"{self.at(_shown(name)[1:-1])} is unknown: {hint}")
 
     def at(self, name: str) -> str:
         return f"{self.key}.{name}" if self.key else name

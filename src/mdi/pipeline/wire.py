@@ -94,13 +94,17 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.
 
 
 class BatchDecoder:
-    """Puts the pieces of one link's batches together again. Raises LinkError for what does not add up."""
+    """Puts the pieces of one link's batches together again. Raises LinkError for what does not add up.
+
+    Takes no memory for what a header promises: only for what arrived.
+    """
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self._width = width
         self._dtype = dtype
         self._header: wire_pb2.Header | None = None
         self._batch_id = 0
+        self._n_tokens = 0
         self._data = bytearray()
 
     def add(self, piece: wire_pb2.Piece) -> tuple[Batch, Tensor] | None:
@@ -108,32 +112,39 @@ class BatchDecoder:
         if piece.HasField("header"):
             if self._header is not None:
                 raise LinkError("a batch began before the one before it had ended")
+            self._n_tokens = self._checked(piece.header)
             self._header, self._batch_id = piece.header, piece.batch_id
         if self._header is None or piece.batch_id != self._batch_id:
             raise LinkError("a piece arrived that belongs to no batch")
-        if len(self._data) + len(piece.data) > MAX_BATCH_BYTES:
-            raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
         self._data += piece.data
+        missing = self._size_bytes(self._n_tokens) - len(self._data)
+        if missing < 0 or (piece.last and missing):
+            raise LinkError(f"{len(self._data)} bytes of hidden states arrived for {self._n_tokens} tokens")
         if not piece.last:
             return None
         header, data = self._header, self._data
         self._header, self._data = None, bytearray()
-        return self._decode(header, data)
+        positions = torch.tensor(header.positions, dtype=torch.int64).view(3, self._n_tokens)
+        hidden = torch.frombuffer(data, dtype=self._dtype).view(self._n_tokens, self._width)
+        return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions), hidden
 
-    def _decode(self, header: wire_pb2.Header, data: bytearray) -> tuple[Batch, Tensor]:
-        slices = tuple(_decode_slice(part) for part in header.slices)
-        n_tokens = sum(part.length for part in slices)
-        if not n_tokens or min(part.length for part in slices) < 1 or len(header.positions) != 3 * n_tokens:
+    def _checked(self, header: wire_pb2.Header) -> int:
+        """The batch's tokens. Makes nothing of the slices: there may be many, and nothing behind them."""
+        n_tokens, odd = divmod(len(header.positions), 3)
+        if odd or not 0 < len(header.slices) <= n_tokens:
+            raise LinkError("a batch's slices and positions do not add up")
+        if sum(part.length for part in header.slices) != n_tokens or not all(part.length for part in header.slices):
             raise LinkError("a batch's slices and positions do not add up")
         if DTYPES.get(header.dtype) != self._dtype or header.width != self._width:
             raise LinkError(
                 f"hidden states arrived as {header.dtype} x {header.width}, not as {NAMES[self._dtype]} x {self._width}"
             )
-        if len(data) != n_tokens * self._width * self._dtype.itemsize:
-            raise LinkError(f"{len(data)} bytes of hidden states arrived for {n_tokens} tokens")
-        positions = torch.tensor(header.positions, dtype=torch.int64).view(3, n_tokens)
-        hidden = torch.frombuffer(data, dtype=self._dtype).view(n_tokens, self._width)
-        return Batch(self._batch_id, slices, positions), hidden
+        if self._size_bytes(n_tokens) > MAX_BATCH_BYTES:
+            raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
+        return n_tokens
+
+    def _size_bytes(self, n_tokens: int) -> int:
+        return n_tokens * self._width * self._dtype.itemsize
 
 
 def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
