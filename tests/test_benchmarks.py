@@ -14,12 +14,15 @@ import pytest
     [
         (("benchmarks.fullsize", "--tiny", "--folder", "FOLDER"), ("resident MB", "image encode", "prefill", "decode")),
         (("benchmarks.media", "--runs", "1"), ("ratio",)),
+        (("benchmarks.links", "--rounds", "2", "--json", "FILE"), ("our link", "socket, TLS", "of the bare stream's rate")),
         (("benchmarks.faults", "--faults", "2", "--seconds", "60"), ("lost requests: 0", "recovery time", "nothing")),
     ],
-    ids=["fullsize", "media", "faults"],
+    ids=["fullsize", "media", "links", "faults"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
-    filled = [str(tmp_path) if argument == "FOLDER" else argument for argument in arguments]
+    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json")}
+    filled = [places.get(argument, argument) for argument in arguments]
     done = subprocess.run([sys.executable, "-m", *filled], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words)
+    assert ("FILE" in arguments) == (tmp_path / "figures.json").exists()
