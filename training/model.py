@@ -30,7 +30,7 @@ LETTER_WEIGHT, PLACE_WEIGHT = 3.0, 0.3
 def hub_config() -> dict[str, Any]:
     """config.json in the hub's flat form: 5.3 million parameters.
 
-    rope_theta is small: the largest picture has 16 columns, and the channels of the column axis turn slowest.
+    rope_theta is small: a picture has 7 columns at most, and the channels of the column axis turn slowest.
     """
     ids = {text: N_TEXT_TOKENS + index for index, text in enumerate(SPECIAL)}
     return {

@@ -27,7 +27,7 @@ from training.scenes import COLORS, FACTOR, LETTERS, SHAPES, Look, Picture, Scen
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
-MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 168 * 168  # scenes look alike at all sizes: more pixels would show no more
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 COLUMNS_PER_CELL = 4  # a cell may show the middles of up to so many letters, side by side
 KIND_NAMES = ("", *SHAPES, "text")
@@ -39,9 +39,8 @@ SYSTEM_PROMPTS = (
 
 Grid = tuple[int, int]  # tokens: rows, columns
 GRIDS: tuple[tuple[Grid, float], ...] = (
-    ((4, 4), 0.58), ((4, 5), 0.06), ((5, 4), 0.06), ((4, 6), 0.03), ((6, 4), 0.03), ((3, 6), 0.02), ((6, 3), 0.02),
-    ((6, 6), 0.07), ((8, 8), 0.05), ((6, 9), 0.015), ((9, 6), 0.015),
-    ((11, 11), 0.02), ((12, 16), 0.015), ((16, 16), 0.015),
+    ((4, 4), 0.12), ((4, 5), 0.25), ((5, 4), 0.25), ((5, 5), 0.04), ((4, 6), 0.04), ((6, 4), 0.04), ((5, 6), 0.2),
+    ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
 )  # fmt: skip
 KINDS = (("still", 0.39), ("text", 0.24), ("pair", 0.13), ("film", 0.15), ("easy", 0.07), ("blind", 0.02))
 BRANCHES = {"still": 6, "easy": 6, "text": 3, "pair": 6, "film": 6}
@@ -121,20 +120,16 @@ class BatchMaker:
 
     def _plan(self, random: Random) -> Plan:
         kind = random.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
-        grid = (4, 4)
-        if kind in ("still", "text"):
-            grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
-        elif kind in ("pair", "film"):
-            grid = random.choices(((4, 4), (4, 5), (5, 4), (6, 6), (8, 8)), (0.7, 0.07, 0.07, 0.12, 0.04))[0]
+        grid = (4, 4) if kind == "easy" else _grid(random)
         n_frames = random.choice((4, 4, 6, 8)) if kind == "film" else 1
         n_media = 2 if kind == "pair" else max(1, n_frames // TEMPORAL)
         patches = grid[0] * grid[1] * MERGE**2 * n_media
         return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
 
     def _sight_plan(self, random: Random) -> Plan:
-        grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
+        grid = _grid(random)
         patches = grid[0] * grid[1] * MERGE**2
-        kind = random.choices(("still", "text", "page"), (0.4, 0.15, 0.45))[0]
+        kind = random.choices(("still", "text", "page"), (0.25, 0.2, 0.55))[0]
         return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
 
     def _sample(self, seed: str, plan: Plan) -> Sample:
@@ -162,22 +157,25 @@ class BatchMaker:
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
         """A scene that something can be asked about."""
         makers = {"still": maker.still, "text": maker.text, "page": maker.page, "pair": maker.pair}
-        count = BRANCHES.get(plan.kind, 0) + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
         while True:
             width, height = _canvas(maker.random, plan.grid)
             film = plan.kind == "film"
             scene = maker.film(width, height, plan.n_frames) if film else makers[plan.kind](width, height)
             if not plan.asks:
                 return scene, []
-            if questions := Asker(maker.random, self._held_out).questions(scene, count):
+            if questions := Asker(maker.random, self._held_out).questions(scene, BRANCHES[plan.kind]):
                 return scene, questions
+
+
+def _grid(random: Random) -> Grid:
+    return random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
 
 
 def _canvas(random: Random, grid: Grid) -> tuple[int, int]:
     """A size in pixels that is resized to `grid`."""
     rows, columns = grid
     while True:
-        scale = random.choice((1.0, 1.0, random.uniform(0.5, 1.0))) if rows * columns <= 18 else 1.0
+        scale = random.choice((1.0, 1.0, random.uniform(0.5, 1.0), random.uniform(1.0, 2.6)))
         width = round(columns * FACTOR * scale + random.uniform(-12, 12))
         height = round(rows * FACTOR * scale + random.uniform(-12, 12))
         if smart_resize(height, width, FACTOR, MIN_PIXELS, MAX_PIXELS) == (rows * FACTOR, columns * FACTOR):

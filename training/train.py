@@ -42,8 +42,8 @@ SAVE_EVERY = 100
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 N_WORKERS = 1  # processes that draw; one keeps up with two cores that compute
 EVALUATION = (
-    Plan("still", (4, 4), 1, 64), Plan("text", (4, 4), 1, 64), Plan("pair", (4, 4), 1, 48),
-    Plan("film", (4, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (8, 8), 1, 12),
+    Plan("still", (4, 5), 1, 64), Plan("text", (5, 4), 1, 64), Plan("pair", (4, 5), 1, 48), Plan("text", (6, 5), 1, 24),
+    Plan("film", (5, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (5, 6), 1, 32),
 )  # fmt: skip
 
 
