@@ -20,10 +20,10 @@ from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 
 N_CENTRES = 4
-POINTING_LAYER = 3  # the layers behind it answer
+POINTING_LAYER, FINDING_LAYER = 3, 4  # the layer behind them answers
 RARE = 3.0  # weight of the few cells that a question is about
 N_PLACES = 8  # along a side of the picture
-MAX_PICTURES = 8
+MAX_PICTURES = 4
 LETTER_WEIGHT, PLACE_WEIGHT = 3.0, 0.3
 
 
@@ -96,6 +96,7 @@ class Student(nn.Module):
         self.pointers = nn.Linear(width, 2 * width)
         self.targets = nn.Linear(width, width)
         self.places = nn.Linear(width, MAX_PICTURES + 2 * N_PLACES)
+        self.finders = nn.Linear(width, 2 * MAX_PICTURES * 2 * N_PLACES)
         self.pointing_bias = nn.Parameter(torch.full((), -2.0))
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         area = TEMPORAL * 14 * 14
@@ -133,7 +134,7 @@ class Student(nn.Module):
             inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False,
             output_hidden_states=True,
         )  # fmt: skip
-        grounding = self._grounding_loss(batch, hidden.hidden_states[POINTING_LAYER], is_media)
+        grounding = self._grounding_loss(batch, hidden.hidden_states, is_media)
         at = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         logits = self.hf.lm_head(hidden.last_hidden_state[:, :-1][at])
         return logits, batch.labels[:, 1:][at], torch.stack(at), grounding
@@ -148,21 +149,39 @@ class Student(nn.Module):
         answers = (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / weights.sum()
         return answers, grounding, self._cell_loss(batch, media)
 
-    def _grounding_loss(self, batch: TrainingBatch, hidden: Tensor, is_media: Tensor) -> Tensor:
-        """How badly a media token knows where it is, and the end of a question what it is about."""
+    def _grounding_loss(self, batch: TrainingBatch, layers: tuple[Tensor, ...], is_media: Tensor) -> Tensor:
+        """How badly a media token knows where it is, and the end of a question what it is about, and where that is."""
         known = batch.pointed >= 0
         if not known.any():
-            return hidden.new_zeros(())
+            return layers[0].new_zeros(())
+        hidden = layers[POINTING_LAYER]
         cells = hidden[is_media].view(len(hidden), -1, hidden.shape[-1])
-        return self._pointing_loss(batch, hidden, cells, known) + PLACE_WEIGHT * self._place_loss(batch, cells)
+        return (
+            self._pointing_loss(batch, hidden, cells, known)
+            + self._finding_loss(batch, layers[FINDING_LAYER])
+            + PLACE_WEIGHT * self._place_loss(batch, cells)
+        )
+
+    def _finding_loss(self, batch: TrainingBatch, hidden: Tensor) -> Tensor:
+        """In which rows and columns of which picture is it?"""
+        found = self.finders(hidden[batch.asked[:, 0], batch.asked[:, 1]])
+        found = found.view(-1, 2, MAX_PICTURES, 2, N_PLACES).float()
+        pointed = batch.pointed.view(len(found), 2, -1, *batch.plan.grid)
+        losses = []
+        for axis, n_cells in enumerate(batch.plan.grid):
+            true = pointed.amax(dim=4 - axis)  # [questions, 2, pictures, cells along the axis]
+            guess = found[:, :, : true.shape[2], axis][..., _places(n_cells)]
+            losses.append(
+                functional.binary_cross_entropy_with_logits(guess[true >= 0], true[true >= 0], pos_weight=_rare())
+            )
+        return torch.stack(losses).sum()
 
     def _pointing_loss(self, batch: TrainingBatch, hidden: Tensor, cells: Tensor, known: Tensor) -> Tensor:
         rows, ends = batch.asked.unbind(1)
         pointers = self.pointers(hidden[rows, ends]).unflatten(-1, (2, -1))
         scores = pointers @ self.targets(cells)[rows].mT * hidden.shape[-1] ** -0.5 + self.pointing_bias
-        weight = torch.full((), RARE)
         return functional.binary_cross_entropy_with_logits(
-            scores[known].float(), batch.pointed[known], pos_weight=weight
+            scores[known].float(), batch.pointed[known], pos_weight=_rare()
         )
 
     def _place_loss(self, batch: TrainingBatch, cells: Tensor) -> Tensor:
@@ -194,6 +213,10 @@ class Student(nn.Module):
             written = functional.cross_entropy(letters.transpose(1, 2), batch.letters.flatten(0, 2)[lettered])
             loss = loss + LETTER_WEIGHT * written
         return loss
+
+
+def _rare() -> Tensor:
+    return torch.full((), RARE)
 
 
 def _places(n_cells: int) -> Tensor:
