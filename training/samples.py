@@ -67,7 +67,7 @@ class Layout:
     weights: list[float]
     branches: list[int]
     positions: Tensor  # [3, T]
-    asked: list[int]  # where each question ends: the position of the token before its answer
+    asked: list[int]  # where each question ends, the position of the token before its answer; then other such places
 
 
 @dataclass
@@ -77,15 +77,15 @@ class Sample:
     questions: list[Question]
     cells: Tensor  # int64 [cells of all media, 3]: kind, colour, centres; IGNORED where not known
     letters: Tensor  # int64 [cells, COLUMNS_PER_CELL]: 0, or 1 + the index of the letter with its middle there
-    pointed: Tensor  # float32 [questions, 2, cells of all media]: which cells show what it is about; see `_pointed`
+    pointed: Tensor  # float32 [asked, 2, cells of all media]: which cells show what it is about; see `_pointed`
 
 
 @dataclass
 class TrainingBatch:
     """The samples stacked, tokens padded.
 
-    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [questions, 2];
-    pointed: [questions, 2, media * t * cells].
+    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [n, 2],
+    those of the questions first; pointed: [n, 2, media * t * cells].
     """
 
     plan: Plan
@@ -152,7 +152,10 @@ class BatchMaker:
         labelled = pictures if plan.kind != "film" else pictures[1::2]
         cells, letters, looks = _cell_labels(labelled, plan.grid) if pictures else _unknown_cells(plan.grid)
         layout = _lay_out(self._tokens, random, plan, questions)
-        return Sample(rows, layout, questions, cells, letters, _pointed(questions, looks))
+        pointed = _pointed(questions, looks)
+        if plan.kind == "text":
+            pointed = _point_at_letters(layout, questions, pointed, _letter_cells(pictures[0], plan.grid))
+        return Sample(rows, layout, questions, cells, letters, pointed)
 
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
         """A scene that something can be asked about."""
@@ -304,10 +307,18 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
         positions,
         torch.stack([sample.cells for sample in samples]),
         torch.stack([sample.letters for sample in samples]),
-        torch.tensor([(row, end) for row, sample in enumerate(samples) for end in sample.layout.asked]).view(-1, 2),
-        torch.cat([sample.pointed for sample in samples]),
+        *_collate_pointed(samples),
         [sample.questions for sample in samples],
     )
+
+
+def _collate_pointed(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Those of the questions first, in their order."""
+    places = [(row, end) for row, sample in enumerate(samples) for end in sample.layout.asked]
+    of_question = [index < len(sample.questions) for sample in samples for index in range(len(sample.layout.asked))]
+    order = sorted(range(len(places)), key=lambda index: not of_question[index])
+    pointed = torch.cat([sample.pointed for sample in samples])
+    return torch.tensor(places).view(-1, 2)[order], pointed[order]
 
 
 # What every cell of the grid shows: extra supervision for the vision tower
@@ -335,6 +346,40 @@ def _pointed(questions: Sequence[Question], looks: ShownLooks) -> Tensor:
                 ]
                 row[:] = torch.tensor(hits, dtype=torch.float32)
     return pointed
+
+
+def _point_at_letters(
+    layout: Layout, questions: Sequence[Question], pointed: Tensor, letter_cells: dict[Look, list[int]]
+) -> Tensor:
+    """Where a sign is read out, each token points at the letter that is next; adds to `layout.asked`.
+
+    Only where every letter is a token of its own.
+    """
+    more = []
+    for question, rows, end in zip(questions, pointed, tuple(layout.asked), strict=True):
+        cells = next((letter_cells[look] for look in question.about or () if look[2] == question.answer), [])
+        labels = layout.labels[end + 1 :]
+        length = next((index for index, label in enumerate(labels) if label == IGNORED), len(labels))
+        if len(cells) != length - 1:
+            continue
+        for index, cell in enumerate(cells):
+            next_letter = torch.zeros(pointed.shape[2])
+            next_letter[cell] = 1
+            if index == 0:
+                rows[1] = next_letter
+            else:
+                layout.asked.append(end + index)
+                more.append(torch.stack([torch.full_like(next_letter, IGNORED), next_letter]))
+    return torch.cat([pointed, torch.stack(more)]) if more else pointed
+
+
+def _letter_cells(picture: Picture, grid: Grid) -> dict[Look, list[int]]:
+    """For each sign of a picture, the cells with the middles of its letters."""
+    return {
+        thing.look: [_cell(x, thing.y, picture, grid) for _, x in _letter_middles(thing)]
+        for thing in picture.things
+        if thing.kind == "text"
+    }
 
 
 def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor, ShownLooks]:
@@ -384,13 +429,18 @@ def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale
 
 
 def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
+    for character, x in _letter_middles(thing):
+        column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
+        letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
+
+
+def _letter_middles(thing: Thing) -> Iterator[tuple[str, float]]:
+    """Letters of a sign, and the x of their middles."""
     face = font(thing.font, 64)
     ends = [face.getlength(thing.text[:index]) for index in range(len(thing.text) + 1)]
     for character, left, right in zip(thing.text, ends, ends[1:], strict=False):
         middle = (left + right) / 2 / ends[-1]
-        x = thing.x + (middle - 0.5) * thing.size * thing.aspect
-        column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
-        letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
+        yield character, thing.x + (middle - 0.5) * thing.size * thing.aspect
 
 
 def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:
