@@ -15,7 +15,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
-from training.samples import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.cells import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES
+from training.samples import MERGE, TEMPORAL, TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 

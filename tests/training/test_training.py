@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
+from training.cells import COLOR_NAMES
 from training.model import Student
 from training.muon import BatchedMuon
-from training.samples import COLOR_NAMES, SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
