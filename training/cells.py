@@ -61,13 +61,17 @@ class Cells:
     def pointed(self, questions: Sequence[Question]) -> Tensor:
         """Float32 [questions, 2, cells]: 1 where a cell shows what a question is about; what that is compared with.
 
-        IGNORED where not known.
+        The second, where nothing is compared: the centres of the first. IGNORED where not known.
         """
         pointed = torch.full((len(questions), 2, sum(map(len, self.looks))), float(IGNORED))
-        for question, rows in zip(questions, pointed, strict=True):
-            for wanted, row in zip((question.about, question.other), rows, strict=True):
-                if wanted is not None and self.looks:
-                    row[:] = self._showing(wanted, question.nth)
+        for question, (about, other) in zip(questions, pointed, strict=True):
+            if question.about is not None and self.looks:
+                about[:] = self._showing(question.about, question.nth)
+                other[:] = (
+                    self._centres(question.about, question.nth)
+                    if question.other is None
+                    else self._showing(question.other)
+                )
         return pointed
 
     def spoken(self, question: Question) -> list[Spoken]:
@@ -98,6 +102,14 @@ class Cells:
     def _showing(self, wanted: frozenset[Look], nth: int | None = None) -> Tensor:
         hits = [look in wanted and nth in (None, index) for index, looks in enumerate(self.looks) for look in looks]
         return torch.tensor(hits, dtype=torch.float32)
+
+    def _centres(self, wanted: frozenset[Look], nth: int | None) -> Tensor:
+        centres = torch.zeros(len(self.pictures), self.grid[0] * self.grid[1])
+        for index, (picture, mask) in enumerate(zip(self.pictures, centres, strict=True)):
+            for thing in picture.things:
+                if thing.look in wanted and nth in (None, index):
+                    mask[_cell(thing.x, thing.y, picture, self.grid)] = 1
+        return centres.flatten()
 
 
 def _label(picture: Picture, grid: Grid, shown: Tensor, letters: Tensor) -> list[Look | None]:
