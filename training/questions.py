@@ -650,8 +650,8 @@ class Asker:
 _Ask = Callable[[Asker, Scene], Question | None]
 _KINDS: dict[str, tuple[tuple[_Ask, int], ...]] = {
     "still": (
-        (Asker.shape, 2), (Asker.color, 2), (Asker.exists, 2), (Asker.count, 3), (Asker.place, 2),
-        (Asker.relation, 4), (Asker.describe, 2), (Asker.read, 3),
+        (Asker.shape, 1), (Asker.color, 1), (Asker.exists, 2), (Asker.count, 4), (Asker.place, 1),
+        (Asker.relation, 4), (Asker.describe, 3), (Asker.read, 2),
     ),
     "text": ((Asker.read, 6), (Asker.color, 1), (Asker.describe, 1), (Asker.place, 1)),
     "pair": ((Asker.compare, 1),),
