@@ -124,7 +124,7 @@ class BatchMaker:
     def _sight_plan(self, random: Random) -> Plan:
         grid = _grid(random)
         patches = grid[0] * grid[1] * MERGE**2
-        kind = random.choices(("still", "text", "page"), (0.25, 0.2, 0.55))[0]
+        kind = random.choices(("still", "text", "page"), (0.12, 0.28, 0.6))[0]
         return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
 
     def _sample(self, seed: str, plan: Plan) -> Sample:
