@@ -667,7 +667,7 @@ _Ask = Callable[[Asker, Scene], Question | None]
 _KINDS: dict[str, tuple[tuple[_Ask, int], ...]] = {
     "still": (
         (Asker.shape, 1), (Asker.color, 1), (Asker.exists, 2), (Asker.count, 4), (Asker.place, 1),
-        (Asker.relation, 4), (Asker.describe, 3), (Asker.read, 2),
+        (Asker.relation, 4), (Asker.describe, 5), (Asker.read, 2),
     ),
     "text": ((Asker.read, 6), (Asker.color, 1), (Asker.describe, 1), (Asker.place, 1)),
     "pair": ((Asker.compare, 1),),
