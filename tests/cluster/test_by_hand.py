@@ -133,13 +133,14 @@ def test_what_is_not_supported_yet_is_refused() -> None:
     extra = {"addr": "127.0.0.1", "communication": {"port": 5001}}
     with pytest.raises(ConfigError, match=r"nodes\.vision is not supported yet"):
         ByHand(config_of(5000, vision=extra))
-    with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is not supported yet"):
-        ByHand(config_of(5000, spare=[extra]))
 
 
 def test_nodes_on_other_machines_need_encryption_or_leave() -> None:
     config = config_of(5000, addr="10.11.12.13")
     with pytest.raises(ConfigError, match=r"nodes\.secondary\[0\] is on another machine.*ENABLE_ENCRYPTION=1"):
         ByHand(config).identity(encryption=False)
+    spare = {"addr": "10.11.12.14", "communication": {"port": 5001}}
+    with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is on another machine"):
+        ByHand(config_of(5000, spare=[spare])).identity(encryption=False)
     assert ByHand(config, insecure=True).identity(encryption=False) is None
     assert ByHand(config_of(5000)).identity(encryption=False) is None
