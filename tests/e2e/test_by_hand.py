@@ -261,7 +261,10 @@ def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoin
         (("secondary", "--nodes-config", "CONFIG"), "--nodes-config FILE 0"),
         (("secondary", "0", "--nodes-config", "CONFIG", "--spare", "0"), "--nodes-config FILE 0 (or --spare 0)"),
         (("secondary", "--nodes-config", "CONFIG", "--spare", "0"), "no spare 0 in nodes.spare: it has none"),
-        (("secondary", "--nodes-config", "CONFIG", "0", "--cache-folder", "CONFIG"), "another folder with --cache-folder"),
+        (
+            ("secondary", "--nodes-config", "CONFIG", "0", "--cache-folder", "CONFIG"),
+            "another folder with --cache-folder",
+        ),
         (("serve", "CHECKPOINT", "--nodes-config", "CONFIG", "--spare-after", "-1"), "takes over after 0 s or more"),
         (("secondary", "--nodes-config", "CONFIG", "2", "--chunk", "FINISHER"), "no node 2 after the starter"),
         (("secondary", "--nodes-config", "CONFIG", "0", "--chunk", "FINISHER"), "is the chunk of finisher"),

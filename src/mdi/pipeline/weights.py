@@ -125,6 +125,7 @@ async def _append(chunk: CachedChunk, pieces: AsyncIterator[wire_pb2.WeightsPiec
     """Whether all of the chunk is there in the end."""
     there, size = chunk.have_bytes, chunk.entry.size_bytes
     with chunk.growing() as file:
+        progress(there, size)
         async for piece in pieces:
             if piece.offset != there or there + len(piece.data) > size:
                 raise CheckpointError("pieces of weights arrived that do not follow each other")
