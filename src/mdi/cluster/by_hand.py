@@ -6,25 +6,30 @@ Who has no weights, or not the right ones, is sent them. A spare takes the place
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mdi.cluster.launcher import Died
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
 from mdi.errors import CheckpointError, ConfigError, LinkError
-from mdi.pipeline.grpc_link import LoadProgress, NodeAddress
+from mdi.pipeline import wire_pb2
+from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.node import is_loopback
 from mdi.pipeline.tls import VARIABLE, Identity
 
-SPARE_POLL_S = 2.0
 CLOSED_POLL_S = 0.2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Presence:
 
 Waiting = Callable[[Sequence[Presence]], None]
 """Told of all awaited nodes, whenever something about one changed."""
+
+
+Watch = Callable[[], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,9 @@ class AwaitedNodes:
         self._by_hand = by_hand
         self._closed = threading.Event()
         self._restarts: Counter[str] = Counter()
+        self._died: Died | None = None
         self._wait(list(self._homes), by_hand.wait_s, timeout_s=None)
-        self._watcher = threading.Thread(target=self._watch_spares, name="mdi-spares", daemon=True)
+        self._watcher = threading.Thread(target=lambda: asyncio.run(self._watch()), name="mdi-spares", daemon=True)
         if self._spares:
             self._watcher.start()
 
@@ -117,7 +126,8 @@ class AwaitedNodes:
         return list(self._places.values())
 
     def watch(self, died: Died) -> None:
-        """Does nothing: the links notice."""
+        """Of nodes that were told to end, once a spare can take their place; the links notice all other losses."""
+        self._died = died
 
     def dead(self) -> set[str]:
         return set()
@@ -222,7 +232,7 @@ class AwaitedNodes:
                 yield replace(spare, name=name)
 
     def _is_free(self, spare: NodeAddress) -> bool:
-        return all(place.spare != spare.name for place in self._places.values())
+        return all(place.spare != spare.spare for place in self._places.values())
 
     async def _show_spare(self, spare: NodeAddress, search: _Search) -> None:
         while True:
@@ -230,21 +240,56 @@ class AwaitedNodes:
             await asyncio.sleep(POLL_S)
 
     async def _look_at(self, spare: NodeAddress) -> Presence:
-        seen = await self._visitor.look(spare)
-        if isinstance(seen, str):
+        asked_s = time.monotonic()
+        status = await self._visitor.look(spare)
+        if isinstance(status, str):
             self._roles.pop(spare.name, None)
             self._seen[spare.name] = NodeStatus(spare.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=spare.name)
-            return Presence(spare, False, seen)
-        self._seen[spare.name], self._roles[spare.name] = seen
-        return Presence(spare, True, "is a spare" if seen[1] == spare.name else f"is a spare for {seen[1]}")
+            return Presence(spare, False, status)
+        self._roles[spare.name] = status.name
+        self._seen[spare.name] = node_status(status, spare.name, time.monotonic() - asked_s)
+        return Presence(spare, True, "a spare" if status.name == spare.name else f"a spare, last as {status.name}")
 
-    def _watch_spares(self) -> None:
-        async def watch() -> None:
-            while not self._closed.is_set():
-                await asyncio.gather(*(self._look_at(spare) for spare in self._spares if self._is_free(spare)))
-                await asyncio.to_thread(self._closed.wait, SPARE_POLL_S)
+    async def _watch(self) -> None:
+        """Keeps an eye on spares, and on nodes that want to leave, until `close`."""
+        watched: list[Watch] = [self._look_at_free_spares, *(partial(self._let_leave, name) for name in self._homes)]
+        tasks = [asyncio.create_task(self._again_and_again(watch)) for watch in watched]
+        while not self._closed.is_set():
+            await asyncio.sleep(CLOSED_POLL_S)
+        for task in tasks:
+            task.cancel()
 
-        asyncio.run(watch())
+    async def _again_and_again(self, watch: Watch) -> None:
+        while True:
+            try:
+                await watch()
+            except Exception:
+                log.exception("the nodes could not be watched")
+            await asyncio.sleep(POLL_S)
+
+    async def _look_at_free_spares(self) -> None:
+        await asyncio.gather(*(self._look_at(spare) for spare in self._spares if self._is_free(spare)))
+
+    async def _let_leave(self, name: str) -> None:
+        """Has a spare load what a leaving node holds, and only then reports the loss; without a spare it may go."""
+        place = self._places[name]
+        status = await self._visitor.look(place)
+        if isinstance(status, str) or not status.leaving:
+            return
+        if not await self._prepare_spare(name):
+            await self._visitor.release(place)
+        elif self._died and self._places[name] == place:
+            self._died(LinkError(f"node {name} was told to end", name))
+
+    async def _prepare_spare(self, name: str) -> bool:
+        search = _Search({}, None)
+        for place in self._candidates(name, late=True):
+            if place != self._places[name] and await self._visit(place, search) is Visit.READY:
+                while not isinstance(status := await self._visitor.look(place), str):
+                    if status.state != wire_pb2.NodeStatus.LOADING:
+                        return bool(status.state == wire_pb2.NodeStatus.LOADED)
+                    await asyncio.sleep(POLL_S)
+        return False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Knows one address at a time; who is to be visited, and when again, is decided el
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from google.protobuf.message import Message
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
-from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress, node_status
-from mdi.pipeline.link import NodeStatus
+from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.tls import Identity, open_channel
 from mdi.pipeline.weights import send_chunk
@@ -82,19 +80,16 @@ class Visitor:
             note(False, _no_answer(node, error))
             return Visit.AWAY
 
-    async def look(self, node: NodeAddress) -> tuple[NodeStatus, str] | str:
-        """What a spare says of itself, and the role it has, or why it cannot be reached."""
+    async def look(self, node: NodeAddress) -> wire_pb2.NodeStatus | str:
+        """What a node says of itself, or why it cannot be reached."""
         if reason := await self._why_unreachable(node):
             return reason
-        asked_s = time.monotonic()
         try:
             async with self._channel(node) as channel:
                 status = await _status(channel)
         except grpc.aio.AioRpcError as error:
             return _no_answer(node, error)
-        if status.spare != node.spare:
-            return _mistaken(node, status)
-        return node_status(status, node.name, time.monotonic() - asked_s), status.name
+        return status if status.spare == node.spare else _mistaken(node, status)
 
     async def release(self, node: NodeAddress) -> None:
         """Lets a node go that is leaving; one that is gone already needs no leave."""

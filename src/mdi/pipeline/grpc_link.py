@@ -329,8 +329,6 @@ class Wiring:
         name = self._nodes[index].name
         if status.epoch != self.epoch:
             return LinkError(f"node {name} was started anew", name)
-        if status.leaving:
-            return LinkError(f"node {name} was told to end", name)
         if status.next_lost:
             after = self._nodes[index + 1].name
             why = status.next_error or "did it end?"
