@@ -42,7 +42,10 @@ def answering(identity: Identity | None, name: str = "finisher", port: int = 0) 
 
 async def _start(identity: Identity | None, name: str, port: int) -> tuple[grpc.aio.Server, int]:
     async def status(_request: object, context: Any) -> wire_pb2.NodeStatus:
-        return wire_pb2.NodeStatus(name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "")
+        spare = name if name.startswith("spare") else ""
+        return wire_pb2.NodeStatus(
+            name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "", spare=spare
+        )
 
     async def batches(pieces: AsyncIterator[object], _context: object) -> wire_pb2.Configured:
         async for _ in pieces:
@@ -73,7 +76,7 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
         try:
             if method == "Results":
                 return b"".join([data async for data in channel.unary_stream(wire.method(method))(b"", timeout=10)])
-            if method == "Batches":
+            if method in ("Batches", "Weights"):
                 return bytes(await channel.stream_unary(wire.method(method))(iter([b""]), timeout=10))
             return bytes(await channel.unary_unary(wire.method(method))(b"", timeout=10))
         finally:

@@ -529,7 +529,7 @@ def _print_nodes(engine: Engine) -> None:
     for node in engine.nodes():
         table.add_row(
             node.name,
-            f"{node.first_layer}-{node.last_layer - 1}",
+            f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "spare",
             node.dtype,
             node.device,
             f"{node.resident_bytes / 1e6:,.0f} MB",

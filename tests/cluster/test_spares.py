@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from mdi import Engine, SamplingParams
@@ -22,7 +23,9 @@ from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.engine import Completion, NodeStatus, Stream
 from mdi.errors import LinkError
+from mdi.pipeline.tls import Identity
 from tests.cluster.by_hand import NAMES, Machines
+from tests.links import call
 
 REQUESTS = [
     (f"Prompt {number}: " + "many words, " * 40, SamplingParams(temperature=number % 2, seed=number, max_tokens=400))
@@ -230,3 +233,25 @@ def test_without_anybody_to_take_the_place_requests_fail_with_the_cause(
     with pytest.raises(LinkError, match="finisher: nothing listens at"):
         streams[0].completion()
     assert engine.recovery.failed_requests == len(streams)
+
+
+def test_only_the_node_before_may_send_batches_and_only_the_starter_weights(
+    checkpoint: Path, tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    engine = engine_of(checkpoint, machines, undo)
+    streams = running(engine)
+    address = f"127.0.0.1:{machines.ports['finisher']}"
+    for caller, method in (
+        ("spare0", "Batches"),
+        ("secondary0", "Offer"),
+        ("spare0", "Weights"),
+        ("spare0", "Release"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="may not") as refused:
+            call(address, "finisher", Identity.load(tmp_path / "certs", caller), method)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert nodes["finisher"].says("refused batches of node spare0: node secondary0 sends them")
+    assert len(rest(streams)) == len(streams)
+    assert engine.recovery.recoveries == 0

@@ -19,6 +19,10 @@ from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.cluster.by_hand import AwaitedNodes, ByHand
+from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.visit import Chunks
+from mdi.errors import LinkError
 from tests.cluster.by_hand import NAMES, Machines, Process
 from tests.e2e.test_commands import ENVIRONMENT
 
@@ -239,3 +243,22 @@ def test_a_full_disk_is_named_at_both_ends_and_the_transfer_goes_on_when_there_i
     assert arrived(machines, "finisher") == 10_000_000
     disk.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
     assert answer(starter) == alone
+
+
+def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_later(
+    checkpoint: Path, tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, slow=SLOW)
+    manifest = Manifest.read(chunks(checkpoint))
+    machines.node("secondary0", "--chunk", chunks(checkpoint) / chunk_file("secondary0"))
+    finisher = machines.node("finisher", "--chunk", chunks(checkpoint) / chunk_file("finisher"))
+    by_hand = ByHand(NodesConfig.read(machines.config), wait_s=120)
+    nodes = AwaitedNodes(by_hand, None, Chunks(chunks(checkpoint), manifest))
+    finisher.close()
+    machines.node("finisher").says("listens")
+    with pytest.raises(LinkError, match="finisher: receives its weights, and needs more time: see --recovery-timeout"):
+        nodes.restart(["finisher"], 3)
+    assert 0 < arrived(machines, "finisher") < size(checkpoint, "finisher")
+    nodes.restart(["finisher"], 100)
+    assert kept(machines, "finisher", manifest).stat().st_size == size(checkpoint, "finisher")
+    assert machines.links["finisher"].passed_bytes < 1.4 * size(checkpoint, "finisher")

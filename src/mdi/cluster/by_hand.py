@@ -45,6 +45,11 @@ class Presence:
         """It is waited for; spares without a role are not."""
         return not self.there and self.node.name != self.node.spare
 
+    @property
+    def why_not_ready(self) -> str:
+        remedy = ", and needs more time: see --recovery-timeout" if self.there else ""
+        return f"{self.node.name}: {self.note}{remedy}"
+
 
 Waiting = Callable[[Sequence[Presence]], None]
 """Told of all awaited nodes, whenever something about one changed."""
@@ -162,7 +167,7 @@ class AwaitedNodes:
         if unready := [search.found[name] for name in names if name not in search.ready]:
             missing = [presence for presence in unready if presence.missing] or unready
             waited_s = spare_after_s if timeout_s is None else timeout_s
-            each = "; ".join(f"{presence.node.name}: {presence.note}" for presence in missing)
+            each = "; ".join(presence.why_not_ready for presence in missing)
             raise LinkError(f"not all nodes were there within {waited_s:g} s. {each}", missing[0].node.name)
 
     async def _find_all(self, search: _Search, spare_after_s: float, timeout_s: float | None) -> None:
@@ -209,10 +214,10 @@ class AwaitedNodes:
                 await asyncio.sleep(min(POLL_S, left_s) if left_s > 0 else POLL_S)
 
     async def _visit(self, place: NodeAddress, search: _Search) -> Visit:
-        at_home = not place.spare or place == self._places[place.name]
+        expected = place == self._places[place.name]
 
         def note(there: bool, text: str) -> None:
-            if there or at_home:  # a spare that does not come either is shown by itself
+            if there or expected:
                 search.note(Presence(place, there, text))
 
         self._claimed.add(place.spare)

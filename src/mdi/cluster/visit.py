@@ -21,7 +21,7 @@ from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.tls import Identity, open_channel
-from mdi.pipeline.weights import send_chunk
+from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 
 POLL_S = 1.0
 CHECK_POLL_S = 0.1
@@ -104,7 +104,7 @@ class Visitor:
 
     @asynccontextmanager
     async def _channel(self, node: NodeAddress) -> AsyncIterator[grpc.aio.Channel]:
-        options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
+        options = (*wire.CHANNEL_OPTIONS, *PATIENT_OPTIONS)
         channel = open_channel(node.address, node.certificate, self.identity, options)
         try:
             yield channel

@@ -21,6 +21,13 @@ from mdi.errors import CheckpointError, LinkError
 from mdi.pipeline import wire, wire_pb2
 
 T = TypeVar("T")
+PIECE_BYTES = 2**18  # what arrived in part is sent again: on a slow link, little
+PATIENT_OPTIONS = (  # for a link whose buffers hold seconds of data: a ping waits behind them
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 async def send_chunk(
@@ -63,7 +70,7 @@ def _opened(file: Path, entry: ChunkEntry) -> Iterator[FileIO]:
 
 async def _pieces(source: FileIO, start: int) -> AsyncIterator[wire_pb2.WeightsPiece]:
     source.seek(start)
-    while data := await _in_thread(source.read, wire.PIECE_BYTES):
+    while data := await _in_thread(source.read, PIECE_BYTES):
         yield wire_pb2.WeightsPiece(offset=start, data=data)
         start += len(data)
 
