@@ -339,7 +339,7 @@ class Node:
         self._asyncio.call_soon_threadsafe(self._failed)
 
     def _reject(self, cached: CachedChunk, error: CheckpointError) -> None:
-        """Of what is in the cache, only the name is lost: the starter has it."""
+        """What is wrong in the cache is no loss: the starter has it."""
         log.warning("%s; it is removed, and asked for again", error)
         self._manifest_digest = self._sha256 = ""
         self._damaged = str(error) if self._intake.came_whole else ""
