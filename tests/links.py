@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,10 @@ def answering(identity: Identity | None, name: str = "finisher", port: int = 0) 
 
 async def _start(identity: Identity | None, name: str, port: int) -> tuple[grpc.aio.Server, int]:
     async def status(_request: object, context: Any) -> wire_pb2.NodeStatus:
-        return wire_pb2.NodeStatus(name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "")
+        spare = name if name.startswith("spare") else ""
+        return wire_pb2.NodeStatus(
+            name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "", spare=spare
+        )
 
     async def batches(pieces: AsyncIterator[object], _context: object) -> wire_pb2.Configured:
         async for _ in pieces:
@@ -72,7 +76,7 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
         try:
             if method == "Results":
                 return b"".join([data async for data in channel.unary_stream(wire.method(method))(b"", timeout=10)])
-            if method == "Batches":
+            if method in ("Batches", "Weights"):
                 return bytes(await channel.stream_unary(wire.method(method))(iter([b""]), timeout=10))
             return bytes(await channel.unary_unary(wire.method(method))(b"", timeout=10))
         finally:
@@ -82,9 +86,13 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
 
 
 class Recorder:
-    """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens."""
+    """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens.
 
-    def __init__(self, target: str) -> None:
+    bytes_per_s: how fast it passes on what clients send; None is at once.
+    """
+
+    def __init__(self, target: str, bytes_per_s: float | None = None) -> None:
+        self._bytes_per_s = bytes_per_s
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -100,15 +108,24 @@ class Recorder:
         """What passed, per connection and direction."""
         return [bytes(stream) for stream in self._streams]
 
+    @property
+    def passed_bytes(self) -> int:
+        """How much passed, in both directions."""
+        return sum(len(stream) for stream in self._streams)
+
+    def cut(self) -> None:
+        """Breaks every connection; new ones are taken."""
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join()
         self._listener.close()
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+        self.cut()
         for thread in self._threads[1:]:
             thread.join()
         for connection in self._open:
@@ -127,16 +144,18 @@ class Recorder:
                 continue
             with self._lock:
                 self._open += [client, server]
-            self._copy(client, server)
-            self._copy(server, client)
+            self._copy(client, server, self._bytes_per_s)
+            self._copy(server, client, None)
 
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+    def _copy(self, source: socket.socket, sink: socket.socket, bytes_per_s: float | None) -> None:
         stream = bytearray()
 
         def run() -> None:
             with contextlib.suppress(OSError):
                 while data := source.recv(65536):
                     stream.extend(data)
+                    if bytes_per_s:
+                        time.sleep(len(data) / bytes_per_s)
                     sink.sendall(data)
                 sink.shutdown(socket.SHUT_WR)
 

@@ -17,7 +17,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     losses = [entry for entry in entries if "loss" in entry]
     scores = [entry for entry in entries if "loss" not in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
-    for name in ("loss", "pointing", "cells"):
+    for name in ("loss", "grounding", "cells"):
         shown = [entry for entry in losses if entry.get(name, 0) > 0]
         left.plot([entry["step"] for entry in shown], [entry[name] for entry in shown], label=name)
     left.set(xlabel="step", yscale="log", title="training loss")

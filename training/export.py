@@ -15,8 +15,6 @@ from mdi.media.image import CLIP_MEAN, CLIP_STD
 from training.model import Student, hub_config
 from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
 
-FILM_MAX_PIXELS = 224 * 224  # of one frame
-
 
 def export(student: Student, tokenizer: Path, folder: Path) -> None:
     """Writes weights in bfloat16 under the hub's names, configs, tokenizer and chat template."""
@@ -60,7 +58,7 @@ def export(student: Student, tokenizer: Path, folder: Path) -> None:
         folder / "video_preprocessor_config.json",
         {
             "video_processor_type": "Qwen2VLVideoProcessor",
-            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": FILM_MAX_PIXELS},
+            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
             **cut,
         },
     )

@@ -15,19 +15,23 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
-from training.samples import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES, MERGE, TEMPORAL, TrainingBatch
+from training.cells import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES
+from training.samples import MERGE, TEMPORAL, TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 
 N_CENTRES = 4
-POINTING_LAYER = 3  # the layers behind it answer
+POINTING_LAYER, FINDING_LAYER = 3, 4  # the layer behind them answers
 RARE = 3.0  # weight of the few cells that a question is about
+N_PLACES = 8  # along a side of the picture
+MAX_PICTURES = 4
+LETTER_WEIGHT, PLACE_WEIGHT = 3.0, 0.3
 
 
 def hub_config() -> dict[str, Any]:
     """config.json in the hub's flat form: 5.3 million parameters.
 
-    rope_theta is small: the largest picture has 16 columns, and the channels of the column axis turn slowest.
+    rope_theta is small: a picture has 7 columns at most, and the channels of the column axis turn slowest.
     """
     ids = {text: N_TEXT_TOKENS + index for index, text in enumerate(SPECIAL)}
     return {
@@ -92,6 +96,8 @@ class Student(nn.Module):
         self.letters = nn.Linear(width, COLUMNS_PER_CELL * (1 + len(LETTERS)))
         self.pointers = nn.Linear(width, 2 * width)
         self.targets = nn.Linear(width, width)
+        self.places = nn.Linear(width, MAX_PICTURES + 2 * N_PLACES)
+        self.finders = nn.Linear(width, 2 * MAX_PICTURES * 2 * N_PLACES)
         self.pointing_bias = nn.Parameter(torch.full((), -2.0))
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         area = TEMPORAL * 14 * 14
@@ -117,7 +123,7 @@ class Student(nn.Module):
         return merged.view(n, n_media * n_rows // (rows * columns), batch.plan.grid[0] * batch.plan.grid[1], -1)
 
     def read(self, batch: TrainingBatch, media: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [answers, vocabulary] where an answer's token is next, those tokens, where they are; pointing loss."""
+        """Logits [answers, vocabulary] before each answer token, those tokens, where they are, grounding loss."""
         language = self.hf.model.language_model
         embeddings = language.embed_tokens(batch.ids)
         pads = (self.hf.config.image_token_id, self.hf.config.video_token_id)
@@ -129,34 +135,67 @@ class Student(nn.Module):
             inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False,
             output_hidden_states=True,
         )  # fmt: skip
-        pointing = self._pointing_loss(batch, hidden.hidden_states[POINTING_LAYER], is_media)
+        grounding = self._grounding_loss(batch, hidden.hidden_states, is_media)
         at = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         logits = self.hf.lm_head(hidden.last_hidden_state[:, :-1][at])
-        return logits, batch.labels[:, 1:][at], torch.stack(at), pointing
+        return logits, batch.labels[:, 1:][at], torch.stack(at), grounding
 
     def loss(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the answers and of pointing (zero where nothing is asked), and of the cells."""
+        """Of the answers and of grounding (zero where nothing is asked), and of the cells."""
         media = self.encode(batch)
         if not batch.plan.asks:
             return media.new_zeros(()), media.new_zeros(()), self._cell_loss(batch, media)
-        logits, labels, at, pointing = self.read(batch, media)
+        logits, labels, at, grounding = self.read(batch, media)
         weights = batch.weights[:, 1:][at[0], at[1]]
         answers = (functional.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / weights.sum()
-        return answers, pointing, self._cell_loss(batch, media)
+        return answers, grounding, self._cell_loss(batch, media)
 
-    def _pointing_loss(self, batch: TrainingBatch, hidden: Tensor, is_media: Tensor) -> Tensor:
-        """How badly the end of each question points at the cells that show what it is about."""
+    def _grounding_loss(self, batch: TrainingBatch, layers: tuple[Tensor, ...], is_media: Tensor) -> Tensor:
+        """How badly a media token knows where it is, and the end of a question what it is about, and where that is."""
         known = batch.pointed >= 0
         if not known.any():
-            return hidden.new_zeros(())
+            return layers[0].new_zeros(())
+        hidden = layers[POINTING_LAYER]
         cells = hidden[is_media].view(len(hidden), -1, hidden.shape[-1])
+        return (
+            self._pointing_loss(batch, hidden, cells, known)
+            + self._finding_loss(batch, layers[FINDING_LAYER])
+            + PLACE_WEIGHT * self._place_loss(batch, cells)
+        )
+
+    def _finding_loss(self, batch: TrainingBatch, hidden: Tensor) -> Tensor:
+        """In which rows and columns of which picture is it?"""
+        found = self.finders(hidden[batch.asked[:, 0], batch.asked[:, 1]])
+        found = found.view(-1, 2, MAX_PICTURES, 2, N_PLACES).float()
+        pointed = batch.pointed.view(len(found), 2, -1, *batch.plan.grid)
+        losses = []
+        for axis, n_cells in enumerate(batch.plan.grid):
+            true = pointed.amax(dim=4 - axis)  # [questions, 2, pictures, cells along the axis]
+            guess = found[:, :, : true.shape[2], axis][..., _places(n_cells)]
+            losses.append(
+                functional.binary_cross_entropy_with_logits(guess[true >= 0], true[true >= 0], pos_weight=_rare())
+            )
+        return torch.stack(losses).sum()
+
+    def _pointing_loss(self, batch: TrainingBatch, hidden: Tensor, cells: Tensor, known: Tensor) -> Tensor:
         rows, ends = batch.asked.unbind(1)
         pointers = self.pointers(hidden[rows, ends]).unflatten(-1, (2, -1))
         scores = pointers @ self.targets(cells)[rows].mT * hidden.shape[-1] ** -0.5 + self.pointing_bias
-        rare = scores.new_full((), RARE)
         return functional.binary_cross_entropy_with_logits(
-            scores[known].float(), batch.pointed[known], pos_weight=rare.float()
+            scores[known].float(), batch.pointed[known], pos_weight=_rare()
         )
+
+    def _place_loss(self, batch: TrainingBatch, cells: Tensor) -> Tensor:
+        rows, columns = batch.plan.grid
+        n_pictures = cells.shape[1] // (rows * columns)
+        sides = (MAX_PICTURES, N_PLACES, N_PLACES)
+        place = torch.meshgrid(torch.arange(n_pictures), _places(rows), _places(columns), indexing="ij")
+        guesses = self.places(cells).float().split(sides, dim=-1)
+        losses = [
+            functional.cross_entropy(guess.flatten(0, 1), true.flatten().repeat(len(cells)))
+            for guess, true in zip(guesses, place, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
     def _cell_loss(self, batch: TrainingBatch, media: Tensor) -> Tensor:
         if batch.plan.kind in ("easy", "blind"):
@@ -172,8 +211,18 @@ class Student(nn.Module):
         lettered = kind == KIND_NAMES.index("text")
         if lettered.any():
             letters = self.letters(cells[lettered]).float().unflatten(-1, (COLUMNS_PER_CELL, -1))
-            loss = loss + functional.cross_entropy(letters.transpose(1, 2), batch.letters.flatten(0, 2)[lettered])
+            written = functional.cross_entropy(letters.transpose(1, 2), batch.letters.flatten(0, 2)[lettered])
+            loss = loss + LETTER_WEIGHT * written
         return loss
+
+
+def _rare() -> Tensor:
+    return torch.full((), RARE)
+
+
+def _places(n_cells: int) -> Tensor:
+    """Where each of a row of cells is, from 0 to N_PLACES - 1."""
+    return torch.linspace(0, N_PLACES - 1, n_cells).round().long()
 
 
 def branch_mask(branches: Tensor) -> Tensor:

@@ -144,6 +144,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "On which side of {b} is {the}?",
             "Where is {the} compared to {b}?",
             "In which direction from {b} is {the}?",
+            "Looking from {b}, where is {the}?",
+            "Relative to {b}, where is {the}?",
+            "As seen from {b}, where is {the}?",
+            "With respect to {b}, on which side is {the}?",
         ),
         ("Seen from {b}, where is {the}?",),
     ),
@@ -169,6 +173,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Is it true that {the} is {side} {b}?",
             "Does {the} lie {side} {b}?",
             "Do you see {the} {side} {b}?",
+            "Can one see {the} {side} {b}?",
+            "Can you tell me whether {the} is {side} {b}?",
+            "Is {the} {side} {b} or not?",
+            "Is {the} seen {side} {b}?",
         ),
         ("Can you see {the} {side} {b}?",),
     ),
@@ -179,6 +187,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What shape is {side} {b}?",
             "What lies {side} {b}?",
             "What do you see {side} {b}?",
+            "Which shape can you see {side} {b}?",
+            "Which shape do you see {side} {b}?",
         ),
         ("Which shape lies {side} {b}?",),
     ),
@@ -323,7 +333,13 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Which shape disappears in the video?",),
     ),
     "anything": (
-        ("Does anything appear?", "Does a shape appear?", "Does anything appear in the video?"),
+        (
+            "Does anything appear?",
+            "Does a shape appear?",
+            "Does anything appear in the video?",
+            "Does something appear in the video?",
+            "Is there a shape that appears in the video?",
+        ),
         ("Does a shape appear in the video?",),
     ),
 }
@@ -650,8 +666,8 @@ class Asker:
 _Ask = Callable[[Asker, Scene], Question | None]
 _KINDS: dict[str, tuple[tuple[_Ask, int], ...]] = {
     "still": (
-        (Asker.shape, 2), (Asker.color, 2), (Asker.exists, 2), (Asker.count, 3), (Asker.place, 2),
-        (Asker.relation, 4), (Asker.describe, 2), (Asker.read, 3),
+        (Asker.shape, 1), (Asker.color, 1), (Asker.exists, 2), (Asker.count, 4), (Asker.place, 1),
+        (Asker.relation, 4), (Asker.describe, 5), (Asker.read, 2),
     ),
     "text": ((Asker.read, 6), (Asker.color, 1), (Asker.describe, 1), (Asker.place, 1)),
     "pair": ((Asker.compare, 1),),

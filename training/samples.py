@@ -9,41 +9,36 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from mdi.media import smart_resize
 from mdi.model.rope import MediaSpan, prompt_positions
-from training.fonts import font
+from training.cells import Cells, Grid
 from training.questions import WORDINGS, Asker, Question
-from training.scenes import COLORS, FACTOR, LETTERS, SHAPES, Look, Picture, Scene, SceneMaker, Thing, draw, draw_thing
+from training.scenes import FACTOR, Picture, Scene, SceneMaker, draw
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
-MIN_PIXELS, MAX_PIXELS = 112 * 112, 448 * 448
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 168 * 168  # scenes look alike at all sizes: more pixels would show no more
 PATCH, MERGE, TEMPORAL = 14, 2, 2
-COLUMNS_PER_CELL = 4  # a cell may show the middles of up to so many letters, side by side
-KIND_NAMES = ("", *SHAPES, "text")
-COLOR_NAMES = ("", *COLORS)
 SYSTEM_PROMPTS = (
     SYSTEM, SYSTEM, SYSTEM, SYSTEM, "Answer in one word.", "You look at pictures and answer questions.",
     "Answer briefly.", "You are a careful observer.",
 )  # fmt: skip
 
-Grid = tuple[int, int]  # tokens: rows, columns
 GRIDS: tuple[tuple[Grid, float], ...] = (
-    ((4, 4), 0.58), ((4, 5), 0.06), ((5, 4), 0.06), ((4, 6), 0.03), ((6, 4), 0.03), ((3, 6), 0.02), ((6, 3), 0.02),
-    ((6, 6), 0.07), ((8, 8), 0.05), ((6, 9), 0.015), ((9, 6), 0.015),
-    ((11, 11), 0.02), ((12, 16), 0.015), ((16, 16), 0.015),
+    ((4, 4), 0.12), ((4, 5), 0.25), ((5, 4), 0.25), ((5, 5), 0.04), ((4, 6), 0.04), ((6, 4), 0.04), ((5, 6), 0.2),
+    ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
 )  # fmt: skip
-KINDS = (("still", 0.39), ("text", 0.24), ("pair", 0.13), ("film", 0.15), ("easy", 0.07), ("blind", 0.02))
+KINDS = (("still", 0.32), ("text", 0.32), ("pair", 0.18), ("film", 0.14), ("easy", 0.02), ("blind", 0.02))
 BRANCHES = {"still": 6, "easy": 6, "text": 3, "pair": 6, "film": 6}
 
 
@@ -68,7 +63,7 @@ class Layout:
     weights: list[float]
     branches: list[int]
     positions: Tensor  # [3, T]
-    asked: list[int]  # where each question ends: the position of the token before its answer
+    asked: list[int]  # where each question ends, the position of the token before its answer; then other such places
 
 
 @dataclass
@@ -76,17 +71,16 @@ class Sample:
     rows: Tensor  # uint8 [media, t * patches, 1176]
     layout: Layout
     questions: list[Question]
-    cells: Tensor  # int64 [cells of all media, 3]: kind, colour, centres; IGNORED where not known
-    letters: Tensor  # int64 [cells, COLUMNS_PER_CELL]: 0, or 1 + the index of the letter with its middle there
-    pointed: Tensor  # float32 [questions, 2, cells of all media]: which cells show what it is about; see `_pointed`
+    cells: Cells
+    pointed: Tensor  # float32 [asked, 2, cells of all media]: which cells show what it is about; see `Cells.pointed`
 
 
 @dataclass
 class TrainingBatch:
     """The samples stacked, tokens padded.
 
-    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [questions, 2];
-    pointed: [questions, 2, media * t * cells].
+    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [n, 2],
+    those of the questions first; pointed: [n, 2, media * t * cells].
     """
 
     plan: Plan
@@ -121,20 +115,16 @@ class BatchMaker:
 
     def _plan(self, random: Random) -> Plan:
         kind = random.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
-        grid = (4, 4)
-        if kind in ("still", "text"):
-            grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
-        elif kind in ("pair", "film"):
-            grid = random.choices(((4, 4), (4, 5), (5, 4), (6, 6), (8, 8)), (0.7, 0.07, 0.07, 0.12, 0.04))[0]
+        grid = (4, 4) if kind == "easy" else _grid(random)
         n_frames = random.choice((4, 4, 6, 8)) if kind == "film" else 1
         n_media = 2 if kind == "pair" else max(1, n_frames // TEMPORAL)
         patches = grid[0] * grid[1] * MERGE**2 * n_media
         return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
 
     def _sight_plan(self, random: Random) -> Plan:
-        grid = random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
+        grid = _grid(random)
         patches = grid[0] * grid[1] * MERGE**2
-        kind = random.choices(("still", "text", "page"), (0.4, 0.15, 0.45))[0]
+        kind = random.choices(("still", "text", "page"), (0.12, 0.28, 0.6))[0]
         return Plan(kind, grid, 1, max(3, self._patches_per_batch // patches), asks=False)
 
     def _sample(self, seed: str, plan: Plan) -> Sample:
@@ -155,29 +145,35 @@ class BatchMaker:
         media = [[frame, frame] for frame in frames] if plan.kind != "film" else [frames]
         rows = torch.stack([torch.from_numpy(cut(np.stack(film))) for film in media])
         labelled = pictures if plan.kind != "film" else pictures[1::2]
-        cells, letters, looks = _cell_labels(labelled, plan.grid) if pictures else _unknown_cells(plan.grid)
+        cells = Cells.of(labelled, plan.grid) if pictures else Cells.unknown(plan.grid)
         layout = _lay_out(self._tokens, random, plan, questions)
-        return Sample(rows, layout, questions, cells, letters, _pointed(questions, looks))
+        pointed = cells.pointed(questions)
+        if plan.kind in ("still", "text"):
+            pointed = _point_while_speaking(self._tokens, layout, questions, pointed, cells)
+        return Sample(rows, layout, questions, cells, pointed)
 
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
         """A scene that something can be asked about."""
         makers = {"still": maker.still, "text": maker.text, "page": maker.page, "pair": maker.pair}
-        count = BRANCHES.get(plan.kind, 0) + (8 if plan.grid[0] * plan.grid[1] > 60 else 0)
         while True:
             width, height = _canvas(maker.random, plan.grid)
             film = plan.kind == "film"
             scene = maker.film(width, height, plan.n_frames) if film else makers[plan.kind](width, height)
             if not plan.asks:
                 return scene, []
-            if questions := Asker(maker.random, self._held_out).questions(scene, count):
+            if questions := Asker(maker.random, self._held_out).questions(scene, BRANCHES[plan.kind]):
                 return scene, questions
+
+
+def _grid(random: Random) -> Grid:
+    return random.choices([grid for grid, _ in GRIDS], [weight for _, weight in GRIDS])[0]
 
 
 def _canvas(random: Random, grid: Grid) -> tuple[int, int]:
     """A size in pixels that is resized to `grid`."""
     rows, columns = grid
     while True:
-        scale = random.choice((1.0, 1.0, random.uniform(0.5, 1.0))) if rows * columns <= 18 else 1.0
+        scale = random.choice((1.0, 1.0, random.uniform(0.5, 1.0), random.uniform(1.0, 2.6)))
         width = round(columns * FACTOR * scale + random.uniform(-12, 12))
         height = round(rows * FACTOR * scale + random.uniform(-12, 12))
         if smart_resize(height, width, FACTOR, MIN_PIXELS, MAX_PIXELS) == (rows * FACTOR, columns * FACTOR):
@@ -232,8 +228,8 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
         question = Question("strange", random.choice((text, strange_question(random))), BLIND)
     empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
     layout = _lay_out(tokens, random, plan, [question])
-    cells, letters, _ = _unknown_cells(plan.grid)
-    return Sample(empty, layout, [question], cells[:0], letters[:0], _pointed([question], []))
+    cells = Cells.of([], plan.grid)
+    return Sample(empty, layout, [question], cells, cells.pointed([question]))
 
 
 # Tokens
@@ -304,99 +300,34 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
         padded("weights", 0.0, torch.float32),
         padded("branches", -1, torch.int64),
         positions,
-        torch.stack([sample.cells for sample in samples]),
-        torch.stack([sample.letters for sample in samples]),
-        torch.tensor([(row, end) for row, sample in enumerate(samples) for end in sample.layout.asked]).view(-1, 2),
-        torch.cat([sample.pointed for sample in samples]),
+        torch.stack([sample.cells.shown for sample in samples]),
+        torch.stack([sample.cells.letters for sample in samples]),
+        *_collate_pointed(samples),
         [sample.questions for sample in samples],
     )
 
 
-# What every cell of the grid shows: extra supervision for the vision tower
+def _point_while_speaking(
+    tokens: ChatTokens, layout: Layout, questions: Sequence[Question], pointed: Tensor, cells: Cells
+) -> Tensor:
+    """Where an answer goes through things or letters, each token points at the next; adds to `layout.asked`."""
+    more = []
+    for question, rows, end in zip(questions, pointed, tuple(layout.asked), strict=True):
+        spoken = cells.spoken(question)
+        for index, last in enumerate(tokens.last_characters(question.answer) if spoken else ()):
+            target = next((mask for first, behind, mask in spoken if first <= last < behind), None)
+            if target is not None and index == 0:
+                rows[1] = target
+            elif target is not None:
+                layout.asked.append(end + index)
+                more.append(torch.stack([torch.full_like(target, IGNORED), target]))
+    return torch.cat([pointed, torch.stack(more)]) if more else pointed
 
 
-ShownLooks = list[list[Look | None]]  # of each picture: the look of what each cell shows
-
-
-def _unknown_cells(grid: Grid) -> tuple[Tensor, Tensor, ShownLooks]:
-    n_cells = grid[0] * grid[1]
-    return torch.full((1, n_cells, 3), IGNORED), torch.zeros(1, n_cells, COLUMNS_PER_CELL, dtype=torch.int64), []
-
-
-def _pointed(questions: Sequence[Question], looks: ShownLooks) -> Tensor:
-    """1 where a cell shows what a question is about, and, behind that, what it is compared with; IGNORED: not known."""
-    n_cells = sum(map(len, looks))
-    pointed = torch.full((len(questions), 2, n_cells), float(IGNORED))
-    for question, rows in zip(questions, pointed, strict=True):
-        for wanted, row in zip((question.about, question.other), rows, strict=True):
-            if wanted is not None and looks:
-                hits = [
-                    look in wanted and question.nth in (None, index)
-                    for index, shown in enumerate(looks)
-                    for look in shown
-                ]
-                row[:] = torch.tensor(hits, dtype=torch.float32)
-    return pointed
-
-
-def _cell_labels(pictures: Sequence[Picture], grid: Grid) -> tuple[Tensor, Tensor, ShownLooks]:
-    cells = torch.zeros(len(pictures), grid[0] * grid[1], 3, dtype=torch.int64)
-    letters = torch.zeros(len(pictures), grid[0] * grid[1], COLUMNS_PER_CELL, dtype=torch.int64)
-    looks = [_label(picture, grid, cells[index], letters[index]) for index, picture in enumerate(pictures)]
-    return cells, letters, looks
-
-
-def _label(picture: Picture, grid: Grid, cells: Tensor, letters: Tensor) -> list[Look | None]:
-    """Fills in the thing that fills most of each cell, how many have their centre there, and which letters."""
-    looks: list[Look | None] = [None] * len(cells)
-    if not picture.things:
-        return looks
-    rows, columns = grid
-    across, down = picture.extent
-    fine = 6
-    image = Image.new("L", (columns * fine, rows * fine))
-    canvas = ImageDraw.Draw(image)
-    scale_x, scale_y = image.width / across, image.height / down
-    for number, thing in enumerate(picture.things, start=1):
-        _draw_label(canvas, thing, scale_x, scale_y, number)
-        cell = _cell(thing.x, thing.y, picture, grid)
-        if thing.kind == "text":
-            _label_letters(thing, picture, grid, letters)
-        else:
-            cells[cell, 2] = min(3, int(cells[cell, 2]) + 1)
-    blocks = np.asarray(image).reshape(rows, fine, columns, fine).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
-    counts = np.stack([(blocks == number).sum(1) for number in range(1, len(picture.things) + 1)], 1)
-    winner, most = counts.argmax(1), counts.max(1)
-    for covered in np.flatnonzero(most >= fine * fine * 0.12).tolist():
-        thing = picture.things[winner[covered]]
-        cells[covered, 0] = KIND_NAMES.index(thing.kind)
-        cells[covered, 1] = COLOR_NAMES.index(thing.color)
-        looks[covered] = thing.look
-    return looks
-
-
-def _draw_label(canvas: ImageDraw.ImageDraw, thing: Thing, scale_x: float, scale_y: float, number: int) -> None:
-    if thing.kind == "text":
-        half_w, half_h = thing.size * thing.aspect / 2, thing.size / 2
-        box = ((thing.x - half_w) * scale_x, (thing.y - half_h) * scale_y)
-        canvas.rectangle((*box, (thing.x + half_w) * scale_x, (thing.y + half_h) * scale_y), number)
-        return
-    scale = (scale_x + scale_y) / 2  # the resize keeps the aspect ratio, but for rounding to whole tokens
-    draw_thing(canvas, replace(thing, x=thing.x * scale_x / scale, y=thing.y * scale_y / scale), scale, number)
-
-
-def _label_letters(thing: Thing, picture: Picture, grid: Grid, letters: Tensor) -> None:
-    face = font(thing.font, 64)
-    ends = [face.getlength(thing.text[:index]) for index in range(len(thing.text) + 1)]
-    for character, left, right in zip(thing.text, ends, ends[1:], strict=False):
-        middle = (left + right) / 2 / ends[-1]
-        x = thing.x + (middle - 0.5) * thing.size * thing.aspect
-        column = int(x / picture.extent[0] * grid[1] * COLUMNS_PER_CELL) % COLUMNS_PER_CELL
-        letters[_cell(x, thing.y, picture, grid), column] = 1 + LETTERS.index(character)
-
-
-def _cell(x: float, y: float, picture: Picture, grid: Grid) -> int:
-    across, down = picture.extent
-    column = min(grid[1] - 1, max(0, int(x / across * grid[1])))
-    row = min(grid[0] - 1, max(0, int(y / down * grid[0])))
-    return row * grid[1] + column
+def _collate_pointed(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Those of the questions first, in their order."""
+    places = [(row, end) for row, sample in enumerate(samples) for end in sample.layout.asked]
+    of_question = [index < len(sample.questions) for sample in samples for index in range(len(sample.layout.asked))]
+    order = sorted(range(len(places)), key=lambda index: not of_question[index])
+    pointed = torch.cat([sample.pointed for sample in samples])
+    return torch.tensor(places).view(-1, 2)[order], pointed[order]

@@ -56,6 +56,10 @@ class ChatTokens:
     def text(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def last_characters(self, text: str) -> list[int]:
+        """Index of the last character of each token of `text`."""
+        return [end - 1 for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -34,7 +34,7 @@ from training.tokens import ChatTokens, train_tokenizer
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
-CELL_WEIGHT, POINTING_WEIGHT = 0.4, 1.0
+CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
 EVALUATE_EVERY = 250
 SIGHT_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
@@ -42,8 +42,8 @@ SAVE_EVERY = 100
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 N_WORKERS = 1  # processes that draw; one keeps up with two cores that compute
 EVALUATION = (
-    Plan("still", (4, 4), 1, 64), Plan("text", (4, 4), 1, 64), Plan("pair", (4, 4), 1, 48),
-    Plan("film", (4, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (8, 8), 1, 12),
+    Plan("still", (4, 5), 1, 64), Plan("text", (5, 4), 1, 64), Plan("pair", (4, 5), 1, 48), Plan("text", (6, 5), 1, 24),
+    Plan("film", (5, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (5, 6), 1, 32),
 )  # fmt: skip
 
 
@@ -117,8 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--sight-steps", type=int, default=8000, help="the first steps train the vision tower alone")
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--sight-steps", type=int, default=5500, help="the first steps train the vision tower alone")
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
     arguments = parser.parse_args()
@@ -174,8 +174,8 @@ class Run:
                 self.step += 1
                 progress.update(task, completed=self.step)
                 if self.step % LOG_EVERY == 0:
-                    loss, pointing, cells = (_mean(losses) for losses in zip(*recent, strict=True))
-                    self._log(step=self.step, loss=round(loss, 4), pointing=round(pointing, 4), cells=round(cells, 4))
+                    loss, grounding, cells = (_mean(losses) for losses in zip(*recent, strict=True))
+                    self._log(step=self.step, loss=round(loss, 4), grounding=round(grounding, 4), cells=round(cells, 4))
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
                 if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.sight_steps):
                     self._evaluate()
@@ -192,8 +192,8 @@ class Run:
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.peak * share * group["share"]
         with torch.autocast("cpu", torch.bfloat16):
-            losses = answers_loss, pointing_loss, cell_loss = self.student.loss(batch)
-        torch.autograd.backward(answers_loss + POINTING_WEIGHT * pointing_loss + CELL_WEIGHT * cell_loss)
+            losses = answers_loss, grounding_loss, cell_loss = self.student.loss(batch)
+        torch.autograd.backward(answers_loss + GROUNDING_WEIGHT * grounding_loss + CELL_WEIGHT * cell_loss)
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -148,6 +148,9 @@ def serve(
     media_dir: Annotated[Path | None, typer.Option(help="Requests may name files in this folder.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
     recovery_timeout: Annotated[float, typer.Option(help="Seconds that requests wait for lost nodes.")] = 120,
+    spare_after: Annotated[
+        float, typer.Option(help="Seconds that a lost node has to come back before a spare takes its place.")
+    ] = 5,
     ckpt_folder: CkptFolder = CHECKPOINTS,
     hf_token: HfToken = None,
 ) -> None:
@@ -179,6 +182,7 @@ def serve(
             max_pixels=max_pixels,
             media=MediaPolicy(media_dir=media_dir),
             recovery_limits=recovery_limits,
+            spare_after=spare_after,
             ckpt_folder=ckpt_folder,
             hf_token=hf_token,
         ) as engine,
@@ -192,8 +196,17 @@ def secondary(
     index: Annotated[
         int | None, typer.Argument(help="Which node of --nodes-config this is: 0 is the one after the starter.")
     ] = None,
-    chunk: Annotated[Path | None, typer.Option(help="The node's chunk, as `mdi prepare` wrote it.")] = None,
+    chunk: Annotated[
+        Path | None,
+        typer.Option(help="The node's chunk, as `mdi prepare` wrote it; without one, the starter sends it."),
+    ] = None,
     nodes_config: NodesJson = None,
+    spare: Annotated[
+        int | None, typer.Option(help="Which spare of --nodes-config this is: it waits until a node is lost.")
+    ] = None,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Where chunks from the starter are kept; ~/.cache/mdi/chunks if not given.")
+    ] = None,
     listen: Annotated[
         str | None, typer.Option(help="Address to listen at, host:port; without --nodes-config 127.0.0.1:0.")
     ] = None,
@@ -204,26 +217,32 @@ def secondary(
     certs: Certs = CERTS,
     insecure: Insecure = False,
 ) -> None:
-    """Run one node: a secondary, or the finisher, whichever its chunk is.
+    """Run one node: a secondary, the finisher, or a spare, whichever the nodes-config or its chunk says.
 
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
+    from mdi.checkpoint.cache import ChunkCache, default_cache_folder
     from mdi.cluster.nodes import NodesConfig
     from mdi.pipeline.node import serve_node
     from mdi.pipeline.tls import Identity, encryption_enabled
 
-    if (index is None) != (nodes_config is None):
-        raise ConfigError("name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0")
-    if chunk is None:
-        raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
-    name = chunk.stem.removeprefix("model_")
-    if nodes_config is not None and index is not None:
-        node = NodesConfig.read(nodes_config).node(index)
-        if node.name != name:
-            raise ConfigError(f"node {index} is the {node.name}, but {chunk.name} is the chunk of {name}")
-        listen = listen or node.address
+    if (index is None and spare is None) != (nodes_config is None) or (index is not None and spare is not None):
+        raise ConfigError(
+            "name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0 (or --spare 0)"
+        )
+    name, cache, hands_over = chunk.stem.removeprefix("model_") if chunk else "", None, False
+    if nodes_config is not None:
+        config = NodesConfig.read(nodes_config)
+        node = config.spare(spare) if spare is not None else config.node(index or 0)
+        if chunk and node.name != name:
+            raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {name}")
+        name, listen = node.name, listen or node.address
         device, dtype, threads = device or node.device, dtype or node.dtype, threads or node.threads
+        cache, hands_over = ChunkCache(cache_folder or default_cache_folder()), bool(config.spares)
+    elif chunk is None:
+        raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
     serve_node(
+        name,
         chunk,
         listen=listen or "127.0.0.1:0",
         device=device or "cpu",
@@ -232,6 +251,9 @@ def secondary(
         with_parent=with_parent,
         insecure=insecure,
         identity=Identity.load(certs, name) if encryption_enabled() else None,
+        cache=cache,
+        hands_over=hands_over,
+        progress=None if with_parent else _NodeProgress(),
     )
 
 
@@ -358,7 +380,7 @@ def certs_init(
 
 @certs_app.command("node")
 def certs_node(
-    name: Annotated[str, typer.Argument(help="starter, secondary0, secondary1, ..., finisher.")],
+    name: Annotated[str, typer.Argument(help="starter, secondary0, secondary1, ..., finisher, spare0, ...")],
     addr: Annotated[
         list[str] | None, typer.Option(help="A host name or IP address of the node, to note in it.")
     ] = None,
@@ -395,6 +417,7 @@ def _engine(
     insecure: bool,
     dtype: str | None,
     device: str | None,
+    spare_after: float = 5,
     **options: Any,
 ) -> Engine:
     """Loads a model, showing who is there and how far each node has loaded."""
@@ -406,7 +429,7 @@ def _engine(
     by_hand, encryption, startup = None, encryption_enabled(), _Startup()
     if nodes_config:
         config = NodesConfig.read(nodes_config)
-        by_hand = ByHand(config, wait_s, certs, insecure, startup.waiting)
+        by_hand = ByHand(config, wait_s, certs, insecure, startup.waiting, spare_after)
         dtype, device = dtype or config.starter.dtype, device or config.starter.device
     with startup.shown():
         return Engine(
@@ -423,10 +446,11 @@ def _engine(
 class _Startup:
     """What is on the screen while an engine starts: who is awaited, and how far each node has loaded.
 
-    Where there is no terminal, a line for each node whenever something about it changed.
+    Where there is no terminal, and later on, a line for each node whenever something about it changed.
     """
 
     def __init__(self) -> None:
+        self._live = False
         self._present: Sequence[Presence] = ()
         self._progress = Progress(*BYTES_COLUMNS)
         self._tasks: dict[str, Any] = {}
@@ -434,13 +458,15 @@ class _Startup:
     @contextmanager
     def shown(self) -> Iterator[None]:
         if err.is_terminal:
+            self._live = True
             with Live(get_renderable=self._render, console=err, transient=True):
                 yield
+            self._live = False
         else:
             yield
 
     def waiting(self, present: Sequence[Presence]) -> None:
-        if not err.is_terminal:
+        if not self._live:
             for presence in present:
                 if presence.note and presence not in self._present:
                     state = "is there" if presence.there else "is awaited"
@@ -458,13 +484,35 @@ class _Startup:
         self._progress.update(self._tasks[node], completed=done, total=total)
 
     def _render(self) -> RenderableType:
-        if all(presence.there for presence in self._present):
+        if not any(presence.missing for presence in self._present):
             return self._progress
         table = Table("node", "address", "", "", title="waiting for nodes", title_justify="left")
         for presence in self._present:
             state = "[green]there[/]" if presence.there else "[yellow]missing[/]"
             table.add_row(presence.node.name, presence.node.address, state, presence.note)
         return Group(table, self._progress)
+
+
+class _NodeProgress:
+    """What a node shows while it receives its weights and loads: a bar, or two lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._doing = ""
+        self._bar = Progress(*BYTES_COLUMNS, console=err, transient=True, disable=not err.is_terminal)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._doing:
+            self._doing = what
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total)
+            if not err.is_terminal:
+                err.print(f"{what}: {(total - done) / 1e6:,.1f} of {total / 1e6:,.1f} MB to go", highlight=False)
+        self._bar.update(self._task, completed=done, total=total)
+        if done >= total:
+            self._bar.stop()
+            self._bar.remove_task(self._task)
+            self._doing = ""
+            err.print(f"{what}: done", highlight=False)
 
 
 BYTES_COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -481,7 +529,7 @@ def _print_nodes(engine: Engine) -> None:
     for node in engine.nodes():
         table.add_row(
             node.name,
-            f"{node.first_layer}-{node.last_layer - 1}",
+            f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "spare",
             node.dtype,
             node.device,
             f"{node.resident_bytes / 1e6:,.0f} MB",

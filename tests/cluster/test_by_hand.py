@@ -112,6 +112,27 @@ def test_a_node_that_was_lost_is_awaited_again() -> None:
         again.join()
 
 
+def test_a_spare_is_taken_with_its_own_certificate_alone(tmp_path: Path) -> None:
+    authority = create_authority(tmp_path)
+    create_node(tmp_path, "starter")
+    port, spare_port = free_port(), free_port()
+    spare = {"addr": "127.0.0.1", "communication": {"port": spare_port}}
+    by_hand = ByHand(config_of(port, spare=[spare]), wait_s=30, certs=tmp_path, spare_after_s=0)
+    identity = by_hand.identity(encryption=True)
+    with answering(authority.issue("finisher"), "finisher", port):
+        nodes = AwaitedNodes(by_hand, identity)
+    try:
+        for impostor, name in (("spare1", "spare0"), ("finisher", "spare0"), ("spare0", "spare1")):
+            with answering(authority.issue(impostor), name, spare_port), pytest.raises(LinkError, match="nothing list"):
+                nodes.restart(["finisher"], 1.5)
+        with answering(authority.issue("spare0"), "spare0", spare_port):
+            nodes.restart(["finisher"], 30)
+        taken = [(node.name, node.certificate, node.address) for node in nodes.nodes]
+        assert taken == [("finisher", "spare0", f"127.0.0.1:{spare_port}")]
+    finally:
+        nodes.close()
+
+
 def test_closing_ends_the_wait() -> None:
     port = free_port()
     with answering(None, "finisher", port):
@@ -133,13 +154,14 @@ def test_what_is_not_supported_yet_is_refused() -> None:
     extra = {"addr": "127.0.0.1", "communication": {"port": 5001}}
     with pytest.raises(ConfigError, match=r"nodes\.vision is not supported yet"):
         ByHand(config_of(5000, vision=extra))
-    with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is not supported yet"):
-        ByHand(config_of(5000, spare=[extra]))
 
 
 def test_nodes_on_other_machines_need_encryption_or_leave() -> None:
     config = config_of(5000, addr="10.11.12.13")
     with pytest.raises(ConfigError, match=r"nodes\.secondary\[0\] is on another machine.*ENABLE_ENCRYPTION=1"):
         ByHand(config).identity(encryption=False)
+    spare = {"addr": "10.11.12.14", "communication": {"port": 5001}}
+    with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is on another machine"):
+        ByHand(config_of(5000, spare=[spare])).identity(encryption=False)
     assert ByHand(config, insecure=True).identity(encryption=False) is None
     assert ByHand(config_of(5000)).identity(encryption=False) is None

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
+from training.cells import COLOR_NAMES
 from training.model import Student
 from training.muon import BatchedMuon
-from training.samples import COLOR_NAMES, SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.scenes import LETTERS
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
 from mdi.checkpoint.source import Source
@@ -183,12 +185,24 @@ def test_questions_point_at_what_they_are_about(kind: str, maker: BatchMaker) ->
     """Judged by the answers: a colour asked for is that of every cell pointed at, none of an absent thing is."""
     batch = maker(4, Plan(kind, (4, 4), 4 if kind == "film" else 1, 24))
     questions = [question for row in batch.questions for question in row]
-    colors = batch.cells[batch.asked[:, 0]].flatten(1, 2)[..., 1]
+    rows = batch.asked[: len(questions), 0]
+    colors = batch.cells[rows].flatten(1, 2)[..., 1]
     judged = 0
-    for question, pointed, shown in zip(questions, batch.pointed[:, 0] > 0, colors, strict=True):
+    for question, pointed, shown in zip(questions, batch.pointed[: len(questions), 0] > 0, colors, strict=True):
         if question.answer in COLOR_NAMES:
             judged += int(pointed.any())
             assert {COLOR_NAMES[color] for color in shown[pointed].tolist()} <= {question.answer}
         if question.skill == "count" and question.answer == "0":
             assert not pointed.any()
     assert judged > 3
+
+
+def test_reading_points_at_one_letter_after_the_other(maker: BatchMaker, tokens: ChatTokens) -> None:
+    """The letter that the token behind spells is among those of the cell pointed at."""
+    batch = maker(4, Plan("text", (4, 5), 1, 24))
+    n_questions = sum(map(len, batch.questions))
+    assert len(batch.asked) > n_questions
+    for (row, at), pointed in zip(batch.asked[n_questions:].tolist(), batch.pointed[n_questions:, 1], strict=True):
+        (cell,) = pointed.nonzero()
+        spelled = tokens.decode([int(batch.labels[row, at + 1])])
+        assert spelled in {LETTERS[index - 1] for index in batch.letters[row, 0, cell].flatten().tolist() if index}

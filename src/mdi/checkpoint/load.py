@@ -44,12 +44,17 @@ class LoadedStage:
 
 
 def load_chunk(
-    path: Path, *, device: str = "cpu", dtype: str | None = None, progress: ByteProgress | None = None
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: ByteProgress | None = None,
+    verified: Callable[[Manifest, ChunkEntry], None] | None = None,
 ) -> LoadedStage:
     """A stage from the chunk that `mdi prepare` wrote, its checksum verified against the manifest beside it.
 
     dtype: what the caller expects it in; None takes it as it is. progress: told (done, all) bytes, where
-    every byte counts twice: verified, loaded.
+    every byte counts twice: verified, loaded. verified: told in between what it is.
     Raises CheckpointError for a damaged chunk, or one of another dtype or plan.
     """
     if not path.is_file():
@@ -64,6 +69,8 @@ def load_chunk(
     shapes = stage_shapes(config, entry.spec)
     count = counter(progress, entry.size_bytes + data_bytes(shapes, manifest.dtype))
     _check_chunk(path, entry, manifest, shapes, count)
+    if verified:
+        verified(manifest, entry)
     return _load(config, entry.spec, shapes, manifest.dtype, device, lambda name: _mapped(path, name), count)
 
 

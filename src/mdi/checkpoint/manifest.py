@@ -17,6 +17,11 @@ from mdi.model.weights import StageSpec
 FILE_NAME = "manifest.json"
 
 
+def chunk_file(role: str) -> str:
+    """The name of a role's chunk in its folder."""
+    return f"model_{role}.safetensors"
+
+
 class ChunkEntry(BaseModel):
     """One chunk file. sha256: of the whole file, hexadecimal."""
 
@@ -73,18 +78,24 @@ class Manifest(BaseModel):
     def read(cls, folder: Path) -> Manifest:
         """Raises CheckpointError when there is none, or none that can be used."""
         try:
-            manifest = cls.model_validate_json((folder / FILE_NAME).read_text(encoding="utf-8"))
-            expected = plan_hash(ModelConfig.from_hf(manifest.config), manifest.plan, manifest.dtype)
+            return cls.parse((folder / FILE_NAME).read_bytes())
         except FileNotFoundError:
             raise CheckpointError(
                 f"there is no {FILE_NAME} in {str(folder)!r}: run `mdi prepare`, and keep its folder together"
             ) from None
-        except (ValidationError, UnicodeDecodeError, ConfigError, KeyError, TypeError):
+        except CheckpointError as error:
+            raise CheckpointError(f"{FILE_NAME} in {str(folder)!r} {error}: run `mdi prepare` again") from None
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Manifest:
+        """From the file's JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
+        try:
+            manifest = cls.model_validate_json(text)
+            expected = plan_hash(ModelConfig.from_hf(manifest.config), manifest.plan, manifest.dtype)
+        except (ValidationError, ConfigError, KeyError, TypeError):
             expected = None
         if expected is None or expected != manifest.plan_hash:
-            raise CheckpointError(
-                f"{FILE_NAME} in {str(folder)!r} is damaged or of another version: run `mdi prepare` again"
-            )
+            raise CheckpointError("is damaged or of another version")
         return manifest
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
-from mdi.checkpoint.manifest import ChunkEntry, Manifest, plan_hash
+from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.plan import make_plan, role_names
 from mdi.checkpoint.source import STORED_DTYPES, Source, parse_dtype
 from mdi.checkpoint.writer import write_safetensors
@@ -59,7 +59,7 @@ def prepare(
     with _new_folder(folder, total) as unfinished:
         chunks = []
         for role, spec, stage in zip(role_names(n_nodes), plan.stages, shapes, strict=True):
-            file = unfinished / f"model_{role}.safetensors"
+            file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
             sha256, size = write_safetensors(file, stage, parse_dtype(dtype), source.tensor, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))

@@ -19,6 +19,7 @@ from typing import Protocol
 from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
+from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.tls import VARIABLE, Identity
 
 START_TIMEOUT_S = 60.0
@@ -49,6 +50,9 @@ class Launcher(Protocol):
 
     def restarts(self, name: str) -> int:
         """How often a node was started anew."""
+
+    def spares(self) -> list[NodeStatus]:
+        """Nodes without a place, there to take one."""
 
     def close(self) -> None:
         """Ends every node and waits for it. Safe to call twice."""
@@ -96,6 +100,9 @@ class LocalLauncher:
 
     def restarts(self, name: str) -> int:
         return self._restarts[name]
+
+    def spares(self) -> list[NodeStatus]:
+        return []
 
     def close(self) -> None:
         with self._lock:

@@ -23,6 +23,7 @@ from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.cluster.launcher import Launcher, LocalLauncher
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.cluster.supervisor import Supervisor
+from mdi.cluster.visit import Chunks
 from mdi.errors import CheckpointError
 from mdi.pipeline.grpc_link import LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
@@ -77,7 +78,7 @@ class Cluster:
         return self._supervisor
 
     def nodes(self) -> list[NodeStatus]:
-        """What every node holds and does, in pipeline order."""
+        """What every node holds and does, in pipeline order, and then spares."""
         spec = self._loaded.spec
         traffic = self._supervisor.traffic if self._supervisor else Traffic()
         here = NodeStatus(
@@ -112,17 +113,17 @@ class Cluster:
         self._manifest_digest = manifest.digest
         chunks = [folder / chunk.file for chunk in manifest.chunks]
         if config.by_hand:
-            self._launcher = self._await_nodes(config.by_hand)
+            self._launcher = self._await_nodes(config.by_hand, Chunks(folder, manifest))
         else:
             self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
         undo.callback(self._launcher.close)
         return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
 
-    def _await_nodes(self, by_hand: ByHand) -> AwaitedNodes:
+    def _await_nodes(self, by_hand: ByHand, chunks: Chunks) -> AwaitedNodes:
         self._identity = by_hand.identity(self._config.encryption)
         if by_hand.config.starter.threads:
             torch.set_num_threads(by_hand.config.starter.threads)
-        return AwaitedNodes(by_hand, self._identity)
+        return AwaitedNodes(by_hand, self._identity, chunks, self._progress)
 
     def _start_nodes(self, chunks: list[Path], dtype: str) -> LocalLauncher:
         """Processes here; encrypted, with certificates of an authority that lives as long as this object."""

@@ -115,6 +115,13 @@ class NodesConfig:
         if self.n_nodes > n_layers:
             raise ConfigError(f"nodes names {self.n_nodes} nodes, more than the model's {n_layers} layers")
 
+    def spare(self, index: int) -> NodeConfig:
+        """A spare by its place among them. Raises ConfigError when there is none."""
+        if 0 <= index < len(self.spares):
+            return self.spares[index]
+        known = ", ".join(spare.name for spare in self.spares)
+        raise ConfigError(f"the nodes-config has no spare {index} in nodes.spare: it has {known or 'none'}")
+
     def node(self, index: int) -> NodeConfig:
         """A node after the starter, by its place in the pipeline. Raises ConfigError when there is none."""
         if 0 <= index < len(self.pipeline):

@@ -70,10 +70,10 @@ class Supervisor:
         self._thread.start()
 
     def status(self) -> list[NodeStatus]:
-        """What was last heard of every node, in pipeline order."""
+        """What was last heard of every node, in pipeline order, and then of spares."""
         with self._lock:
             lost = self._away | self._lost.keys()
-        return [
+        nodes = [
             replace(
                 node,
                 state="lost" if node.name in lost else node.state,
@@ -81,6 +81,7 @@ class Supervisor:
             )
             for node in self._link.status()
         ]
+        return [*nodes, *self._launcher.spares()]
 
     def close(self) -> None:
         """Ends the links, then the nodes. Safe to call twice."""

@@ -38,6 +38,8 @@ STATES: dict[int, NodeState] = {
     wire_pb2.NodeStatus.LOADING: "loading",
     wire_pb2.NodeStatus.LOADED: "loaded",
     wire_pb2.NodeStatus.FAILED: "failed",
+    wire_pb2.NodeStatus.WAITING: "waiting",
+    wire_pb2.NodeStatus.RECEIVING: "receiving",
 }
 
 LoadProgress = Callable[[str, int, int], None]
@@ -46,10 +48,16 @@ LoadProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """A node's name and where it listens, host:port."""
+    """A node's name and where it listens, host:port. spare: the own name of a spare in its place, or empty."""
 
     name: str
     address: str
+    spare: str = ""
+
+    @property
+    def certificate(self) -> str:
+        """The name in its certificate."""
+        return self.spare or self.name
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,9 @@ class Wiring:
         self._traffic = traffic
         self._over = False  # lost or closed: nothing more is delivered
         self._identity = identity
-        self._channels = [open_channel(node.address, node.name, identity, wire.CHANNEL_OPTIONS) for node in nodes]
+        self._channels = [
+            open_channel(node.address, node.certificate, identity, wire.CHANNEL_OPTIONS) for node in nodes
+        ]
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, progress: LoadProgress | None, deadline: float) -> None:
@@ -268,6 +278,8 @@ class Wiring:
                 progress(node.name, status.done_bytes, status.total_bytes)
             if status.state == wire_pb2.NodeStatus.FAILED:
                 raise LinkError(f"node {node.name}: {status.error}", node.name)
+            if status.state in (wire_pb2.NodeStatus.WAITING, wire_pb2.NodeStatus.RECEIVING):
+                raise LinkError(f"node {node.name} was started anew, and has no weights yet", node.name)
             if status.state == wire_pb2.NodeStatus.LOADED:
                 return
             if time.monotonic() > deadline:
@@ -275,7 +287,7 @@ class Wiring:
             await asyncio.sleep(POLL_S)
 
     async def _explained(self, node: NodeAddress, error: LinkError) -> LinkError:
-        reason = await asyncio.to_thread(why_unreachable, node.address, node.name, self._identity)
+        reason = await asyncio.to_thread(why_unreachable, node.address, node.certificate, self._identity)
         return LinkError(f"{error}: {reason}", node.name) if reason else error
 
     async def _configure(self, index: int) -> None:
@@ -288,7 +300,8 @@ class Wiring:
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
             next_address=following.address,
-            next_name=following.name,
+            next_name=following.certificate,
+            previous_name=self._nodes[index - 1].certificate if index else "starter",
         )
         answer = await self._ask(index, "Configure", request, wire_pb2.Configured, RPC_TIMEOUT_S)
         if answer.error:
@@ -325,21 +338,9 @@ class Wiring:
     async def _status(self, index: int, timeout_s: float) -> wire_pb2.NodeStatus:
         asked_s = time.monotonic()
         status = await self._ask(index, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus, timeout_s)
-        state = STATES[status.state]
-        self._seen[self._nodes[index].name] = NodeStatus(
-            name=self._nodes[index].name,
-            state="ready" if state == "loaded" and status.epoch == self.epoch else state,
-            first_layer=status.first_layer,
-            last_layer=status.last_layer,
-            dtype=status.dtype,
-            device=status.device,
-            resident_bytes=status.resident_bytes,
-            pid=status.pid,
-            busy_share=status.busy_share,
-            sent_bytes=status.sent_bytes,
-            received_bytes=status.received_bytes,
-            round_trip_s=time.monotonic() - asked_s,
-        )
+        seen = node_status(status, self._nodes[index].name, time.monotonic() - asked_s)
+        ready = seen.state == "loaded" and status.epoch == self.epoch
+        self._seen[seen.name] = replace(seen, state="ready") if ready else seen
         return status
 
     async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M], timeout_s: float) -> wire.M:
@@ -375,3 +376,22 @@ class Wiring:
         if not self._over:
             self._over = True
             self._deliver(error)
+
+
+def node_status(status: wire_pb2.NodeStatus, name: str, round_trip_s: float) -> NodeStatus:
+    """What a node said of itself when it was asked under this name."""
+    return NodeStatus(
+        name=name,
+        state="leaving" if status.leaving else STATES[status.state],
+        first_layer=status.first_layer,
+        last_layer=status.last_layer,
+        dtype=status.dtype,
+        device=status.device,
+        resident_bytes=status.resident_bytes,
+        pid=status.pid,
+        busy_share=status.busy_share,
+        sent_bytes=status.sent_bytes,
+        received_bytes=status.received_bytes,
+        round_trip_s=round_trip_s,
+        spare=status.spare,
+    )

@@ -33,8 +33,9 @@ class GaveUp:
     error: LinkError
 
 
-NodeState = Literal["loading", "loaded", "ready", "failed", "lost"]
-"""loaded: the weights are there, the links are not. failed: the chunk is no good. lost: dead or silent."""
+NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "failed", "lost", "leaving"]
+"""waiting, receiving: its weights; a spare waits for a role, too. loaded: the weights are there, the links are not.
+failed: the chunk is no good. lost: dead or silent. leaving: told to end, it waits to be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class NodeStatus:
     first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
     busy_share: of the last second or more, spent computing. sent_bytes, received_bytes: over its links since it
     started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started anew.
+    spare: a spare's own name; `name` is the role it took, or the same.
     """
 
     name: str
@@ -59,6 +61,7 @@ class NodeStatus:
     received_bytes: int
     round_trip_s: float | None = None
     restarts: int = 0
+    spare: str = ""
 
 
 Delivery = Result | LinkError | Rewired | GaveUp

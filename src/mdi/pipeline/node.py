@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,15 +27,19 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
+from mdi.checkpoint.cache import CachedChunk, ChunkCache
 from mdi.checkpoint.load import LoadedStage, load_chunk
-from mdi.checkpoint.manifest import Manifest
+from mdi.checkpoint.manifest import ChunkEntry, Manifest
+from mdi.checkpoint.source import parse_dtype
 from mdi.errors import CheckpointError, ConfigError, LinkError, MDIError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
+from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
 from mdi.pipeline.link import Result
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.stage import Stage
-from mdi.pipeline.tls import VARIABLE, CallerCheck, Identity, add_port, open_channel
+from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
+from mdi.pipeline.weights import Intake
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +50,17 @@ CALLERS = {  # nodes that a method is for, by the beginnings of their names
     wire.method("Configure"): ("starter",),
     wire.method("Status"): ("starter",),
     wire.method("Results"): ("starter",),
-    wire.method("Batches"): ("starter", "secondary"),
+    wire.method("Batches"): ("starter", "secondary", "spare"),
+    wire.method("Offer"): ("starter",),
+    wire.method("Weights"): ("starter",),
+    wire.method("Release"): ("starter",),
 }
+LEAVE_TIMEOUT_S = 30.0
 
 
 def serve_node(
-    chunk: Path,
+    name: str,
+    chunk: Path | None,
     *,
     listen: str,
     device: str = "cpu",
@@ -58,9 +69,15 @@ def serve_node(
     with_parent: bool = False,
     insecure: bool = False,
     identity: Identity | None = None,
+    cache: ChunkCache | None = None,
+    hands_over: bool = False,
+    progress: LoadProgress | None = None,
 ) -> None:
     """Serves a chunk's stage until told to stop (SIGTERM, SIGINT).
 
+    name: its role, or a spare's own name. chunk: None waits for the starter to send it; `cache` is where it is kept
+    then, and where another goes that the starter has in its place. hands_over: told to stop, it waits to be replaced by
+    a spare. progress: told (what is done, bytes done, bytes in all) while it receives and loads.
     listen: host:port; port 0 picks a free one. One line of JSON on standard output names the port before the chunk is
     loaded, so that progress can be asked for. with_parent: end as soon as standard input does, which the parent holds.
     identity: links are encrypted, and only nodes with a certificate of the same authority may call; None: in the clear.
@@ -71,16 +88,30 @@ def serve_node(
         torch.set_num_threads(threads)
     if with_parent:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    node = Node(chunk, device=device, dtype=dtype, identity=identity)
-    asyncio.run(_serve(node, listen, insecure, identity, stop_if_failed=not with_parent))
+    if chunk is None and cache:
+        cache.check()
+    node = Node(
+        name, chunk, device=device, dtype=dtype, identity=identity, cache=cache, progress=progress or _no_progress
+    )
+    asyncio.run(_serve(node, listen, insecure, identity, stop_if_failed=not with_parent, hands_over=hands_over))
     if node.error and not with_parent:
         raise CheckpointError(node.error)
 
 
-async def _serve(node: Node, listen: str, insecure: bool, identity: Identity | None, stop_if_failed: bool) -> None:
-    stop = asyncio.Event()
+async def _serve(
+    node: Node, listen: str, insecure: bool, identity: Identity | None, stop_if_failed: bool, hands_over: bool
+) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def end() -> None:
+        if hands_over and node.leave(stop.set):
+            print(f"node {node.name} hands over to a spare; again to end at once", file=sys.stderr)  # noqa: T201
+            loop.call_later(LEAVE_TIMEOUT_S, stop.set)
+        else:
+            stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     options = (*wire.CHANNEL_OPTIONS, *wire.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
     server = grpc.aio.server(options=options, interceptors=[CallerCheck(CALLERS)] if identity else [])
     server.add_generic_rpc_handlers((node.handlers(),))
@@ -133,9 +164,10 @@ class Wiring:
     A batch belongs to the wiring it arrived in: once that is replaced, what it still computes goes nowhere.
     """
 
-    def __init__(self, epoch: int, stage: Stage) -> None:
+    def __init__(self, epoch: int, stage: Stage, previous_name: str) -> None:
         self.epoch = epoch
         self.stage = stage
+        self.previous_name = previous_name
         self.out: asyncio.Queue[Outgoing | None] = asyncio.Queue()
         self.next_lost = False
         self.next_error = ""
@@ -181,17 +213,40 @@ class Wiring:
 
 
 class Node:
-    """One chunk's stage behind the gRPC service of wire.proto."""
+    """One chunk's stage behind the gRPC service of wire.proto. See `serve_node`.
 
-    def __init__(self, chunk: Path, *, device: str, dtype: str | None, identity: Identity | None = None) -> None:
+    The chunk is the one it was given, or the one that the starter offers: then it is in the cache, or sent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        chunk: Path | None,
+        *,
+        device: str,
+        dtype: str | None,
+        identity: Identity | None,
+        cache: ChunkCache | None,
+        progress: LoadProgress,
+    ) -> None:
         self._chunk = chunk
         self._device = device
         self._dtype = dtype
         self._identity = identity
-        self.name = chunk.stem.removeprefix("model_")
+        self.name = name
+        self._spare = name if name.startswith("spare") else ""
         self._manifest_digest = ""
+        self._sha256 = ""  # of the chunk that is loaded, or is being loaded and was verified
+        self._loading = False
         self._loaded: LoadedStage | None = None
         self.error = ""
+        self._cache = cache
+        self._intake = Intake()
+        self._offering = asyncio.Lock()
+        self._damaged = ""  # why the chunk that was sent is of no use
+        self._asked_s = -math.inf  # when the starter last asked
+        self._released: Callable[[], None] | None = None
+        self._show = progress
         self._progress = (0, 0)
         self._traffic = wire.Traffic()
         self._wiring: Wiring | None = None
@@ -218,40 +273,90 @@ class Node:
                 "Results": grpc.unary_stream_rpc_method_handler(
                     self._results, parser(wire_pb2.ResultsRequest), self._traffic.serialize
                 ),
+                "Offer": grpc.unary_unary_rpc_method_handler(self._offer, parser(wire_pb2.Offer), wire.serialize),
+                "Weights": grpc.stream_unary_rpc_method_handler(
+                    self._weights, parser(wire_pb2.WeightsPiece), wire.serialize
+                ),
+                "Release": grpc.unary_unary_rpc_method_handler(
+                    self._release, parser(wire_pb2.ReleaseRequest), wire.serialize
+                ),
             },
         )
 
     def start(self, failed: Callable[[], None]) -> None:
         """Begins to load, and to compute what arrives. failed: called in the event loop when the chunk is no good."""
         self._asyncio = asyncio.get_running_loop()
-        threading.Thread(target=self._load, args=(failed,), name="mdi-load", daemon=True).start()
+        self._failed = failed
+        if self._chunk:
+            self._begin_loading(self._chunk)
         threading.Thread(target=self._compute, name="mdi-compute", daemon=True).start()
 
     async def stop(self) -> None:
         """Ends the sending side."""
         self._work.put(None)
+        await self._intake.stop()
         await self._unwire()
 
-    def _load(self, failed: Callable[[], None]) -> None:
-        def note(done: int, total: int) -> None:
-            self._progress = (done, total)
+    def leave(self, released: Callable[[], None]) -> bool:
+        """Says from now on that it is about to end; False when nobody has to be told, or was already.
+
+        released: called in the event loop when another has taken its place, or none can.
+        """
+        asked = time.monotonic() - self._asked_s < MISSED_BEATS * HEARTBEAT_S
+        if self._wiring is None or not asked or self._released:
+            return False
+        self._released = released
+        return True
+
+    def _begin_loading(self, chunk: Path, cached: CachedChunk | None = None) -> None:
+        self._loading = True
+        threading.Thread(target=self._load, args=(chunk, cached), name="mdi-load", daemon=True).start()
+
+    def _load(self, chunk: Path, cached: CachedChunk | None) -> None:
+        def note_verified(manifest: Manifest, entry: ChunkEntry) -> None:
+            self._manifest_digest, self._sha256 = manifest.digest, entry.sha256
 
         try:
-            loaded = load_chunk(self._chunk, device=self._device, dtype=self._dtype, progress=note)
-            self._manifest_digest = Manifest.read(self._chunk.parent).digest
-            self._loaded = loaded
+            self._loaded = load_chunk(
+                chunk,
+                device=self._device,
+                dtype=self._dtype,
+                progress=lambda done, total: self._note("loading", done, total),
+                verified=note_verified,
+            )
+        except CheckpointError as error:
+            self._reject(cached, error) if cached else self._fail(str(error))
         except MDIError as error:
-            self.error = str(error)
+            self._fail(str(error))
         except Exception:
             log.exception("the chunk could not be loaded")
-            self.error = "the chunk could not be loaded; this node's log has the details"
-        if self.error:
-            self._asyncio.call_soon_threadsafe(failed)
+            self._fail("the chunk could not be loaded; this node's log has the details")
+        finally:
+            self._loading = False
+
+    def _fail(self, error: str) -> None:
+        self.error = error
+        self._asyncio.call_soon_threadsafe(self._failed)
+
+    def _reject(self, cached: CachedChunk, error: CheckpointError) -> None:
+        """What is wrong in the cache is no loss: the starter has it."""
+        log.warning("%s; it is removed, and asked for again", error)
+        self._manifest_digest = self._sha256 = ""
+        self._damaged = str(error) if self._intake.came_whole else ""
+        try:
+            cached.discard()
+        except CheckpointError as refused:
+            self._fail(str(refused))
+
+    def _note(self, what: str, done: int, total: int) -> None:
+        self._progress = (done, total)
+        self._show(what, done, total)
 
     async def _status(self, _request: wire_pb2.StatusRequest, _context: object) -> wire_pb2.NodeStatus:
         done, total = self._progress
+        self._asked_s = time.monotonic()
         status = State(
-            state=State.FAILED if self.error else State.LOADED if self._loaded else State.LOADING,
+            state=self._state(),
             error=self.error,
             done_bytes=done,
             total_bytes=total,
@@ -262,6 +367,8 @@ class Node:
             manifest_digest=self._manifest_digest,
             sent_bytes=self._traffic.sent_bytes,
             received_bytes=self._traffic.received_bytes,
+            spare=self._spare,
+            leaving=self._released is not None,
         )
         if self._loaded:
             status.first_layer, status.last_layer = (
@@ -276,11 +383,78 @@ class Node:
             status.busy_share = self._wiring.stage.busy.share()
         return status
 
+    def _state(self) -> wire_pb2.NodeStatus.State:
+        if self.error:
+            return State.FAILED
+        if self._loaded:
+            return State.LOADED
+        if self._loading:
+            return State.LOADING
+        return State.RECEIVING if self._intake.receiving else State.WAITING
+
+    async def _offer(self, request: wire_pb2.Offer, _context: object) -> wire_pb2.Offered:
+        """Whose chunk this node is to hold: it has it, or gets it from the cache, or wants it sent."""
+        if request.version != wire.VERSION:
+            return wire_pb2.Offered(error=_other_version(request.version))
+        try:
+            async with self._offering:
+                return await self._answer_offer(Manifest.parse(request.manifest), request.role)
+        except CheckpointError as error:
+            return wire_pb2.Offered(error=str(error))
+
+    async def _answer_offer(self, manifest: Manifest, role: str) -> wire_pb2.Offered:
+        chunk = self._place(manifest, role)
+        if self._sha256 == chunk.entry.sha256:
+            self.name, self._manifest_digest = role, manifest.digest
+            return wire_pb2.Offered(ready=True)
+        if self._loading:
+            return wire_pb2.Offered()
+        await self._drop()
+        self.name = role
+        if self._damaged:
+            error, self._damaged = self._damaged, ""
+            return wire_pb2.Offered(damaged=True, error=error)
+        have_bytes = await self._intake.expect(chunk)
+        if chunk.complete:
+            self._begin_loading(chunk.path, chunk)
+            return wire_pb2.Offered()
+        return wire_pb2.Offered(wanted=True, have_bytes=have_bytes)
+
+    def _place(self, manifest: Manifest, role: str) -> CachedChunk:
+        """Where the role's chunk is kept. Raises CheckpointError when this node cannot take it."""
+        if not NODE_NAME.fullmatch(role) or (role != self.name and not self._spare):
+            raise CheckpointError(f"is {self.name}, and cannot be {role}")
+        if self._cache is None:
+            raise CheckpointError("was started for its own chunk alone: start it with --nodes-config")
+        if self._dtype and parse_dtype(self._dtype) != parse_dtype(manifest.dtype):
+            raise CheckpointError(
+                f"is to compute in {self._dtype}, and the chunks are {manifest.dtype}: "
+                f"run `mdi prepare --dtype {self._dtype}`, or change its dtype"
+            )
+        return self._cache.chunk(manifest, role)
+
+    async def _drop(self) -> None:
+        await self._unwire()
+        self._loaded, self._sha256, self._manifest_digest = None, "", ""
+
+    async def _weights(self, pieces: AsyncIterator[wire_pb2.WeightsPiece], _context: object) -> wire_pb2.Received:
+        try:
+            chunk = await self._intake.receive(pieces, lambda *done: self._note("receiving weights", *done))
+        except CheckpointError as error:
+            log.error("%s", error)
+            return wire_pb2.Received(error=str(error))
+        if chunk:
+            self._begin_loading(chunk.path, chunk)
+        return wire_pb2.Received()
+
+    async def _release(self, _request: wire_pb2.ReleaseRequest, _context: object) -> wire_pb2.Released:
+        if self._released:
+            self._asyncio.call_soon(self._released)
+        return wire_pb2.Released()
+
     async def _configure(self, request: wire_pb2.Configuration, _context: object) -> wire_pb2.Configured:
         if request.version != wire.VERSION:
-            return wire_pb2.Configured(
-                error=f"speaks protocol {wire.VERSION}, not {request.version}: use one version of mdi"
-            )
+            return wire_pb2.Configured(error=_other_version(request.version))
         if self._loaded is None:
             return wire_pb2.Configured(error=self.error or "is still loading")
         if request.manifest_digest != self._manifest_digest:
@@ -290,7 +464,7 @@ class Node:
             )
         await self._unwire()
         stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
-        self._wiring = Wiring(request.epoch, stage)
+        self._wiring = Wiring(request.epoch, stage, request.previous_name)
         if request.next_address:
             self._wiring.open(request.next_address, request.next_name, self._identity, self._traffic)
         return wire_pb2.Configured()
@@ -300,9 +474,14 @@ class Node:
         if wiring:
             await wiring.close()
 
-    async def _batches(self, pieces: AsyncIterator[wire_pb2.Piece], _context: object) -> wire_pb2.Configured:
-        if self._loaded is None:
+    async def _batches(
+        self, pieces: AsyncIterator[wire_pb2.Piece], context: grpc.aio.ServicerContext
+    ) -> wire_pb2.Configured:
+        if self._loaded is None or self._wiring is None:
             return wire_pb2.Configured(error="is not configured")
+        if self._identity and (caller := peer_name(context)) != self._wiring.previous_name:
+            log.warning("refused batches of node %s: node %s sends them", caller, self._wiring.previous_name)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"node {caller} may not send batches to {self.name}")
         decoder = wire.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
         try:
             async for piece in pieces:
@@ -359,3 +538,11 @@ class Node:
     def _failure(self, error: Exception) -> wire_pb2.Failure:
         text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
         return wire_pb2.Failure(node=self.name, message=text)
+
+
+def _other_version(theirs: int) -> str:
+    return f"speaks protocol {wire.VERSION}, not {theirs}: use one version of mdi"
+
+
+def _no_progress(_what: str, _done: int, _total: int) -> None:
+    pass

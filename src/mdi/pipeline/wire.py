@@ -20,7 +20,7 @@ from mdi.pipeline.link import Result
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
 
-VERSION = 2
+VERSION = 3
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_MESSAGE_BYTES = 4 * 2**20

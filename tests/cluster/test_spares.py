@@ -1,0 +1,257 @@
+"""Spares take the places of nodes that are lost or told to end: real processes, real signals, every token compared."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.manifest import chunk_file
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import Source
+from mdi.cluster.by_hand import ByHand
+from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.recovery import RecoveryLimits
+from mdi.engine import Completion, NodeStatus, Stream
+from mdi.errors import LinkError
+from mdi.pipeline.tls import Identity
+from tests.cluster.by_hand import NAMES, Machines
+from tests.links import call
+
+REQUESTS = [
+    (f"Prompt {number}: " + "many words, " * 40, SamplingParams(temperature=number % 2, seed=number, max_tokens=400))
+    for number in range(3)
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("spares") / "tiny"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    prepare(Source.open(path), 3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint: Path) -> list[tuple[int, ...]]:
+    with Engine(checkpoint) as engine:
+        return tokens([engine.submit(*request).completion() for request in REQUESTS])
+
+
+@pytest.fixture
+def undo() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
+    return [sample.token_ids for completion in completions for sample in completion.samples]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def engine_of(
+    checkpoint: Path, machines: Machines, undo: ExitStack, *, spare_after_s: float = 0.5, **limits: float
+) -> Engine:
+    by_hand = ByHand(
+        NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs", spare_after_s=spare_after_s
+    )
+    recovery = replace(RecoveryLimits(timeout_s=100), **limits)  # type: ignore[arg-type]
+    return undo.enter_context(
+        Engine(checkpoint, by_hand=by_hand, encryption=machines.encrypted, recovery_limits=recovery)
+    )
+
+
+def running(engine: Engine) -> list[Stream]:
+    """Requests whose answers are being written."""
+    streams = [engine.submit(*request) for request in REQUESTS]
+    wait_for(lambda: min(stream.completion_tokens for stream in streams) > 20)
+    return streams
+
+
+def rest(streams: Sequence[Stream]) -> list[tuple[int, ...]]:
+    return tokens([stream.completion() for stream in streams])
+
+
+def shown(engine: Engine) -> list[tuple[str, str, str]]:
+    return [(node.name, node.state, node.spare) for node in engine.nodes()]
+
+
+def row(engine: Engine, name: str) -> NodeStatus:
+    return next(node for node in engine.nodes() if node.name == name)
+
+
+@pytest.mark.parametrize("victim", NAMES)
+def test_a_spare_takes_a_lost_nodes_place_and_streams_keep_their_tokens(
+    victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    engine = engine_of(checkpoint, machines, undo)
+    wait_for(lambda: ("spare0", "waiting", "spare0") in shown(engine))
+    streams = running(engine)
+    nodes[victim].popen.kill()
+    assert rest(streams) == undisturbed
+    assert engine.recovery.recoveries == 1
+    assert engine.recovery.failed_requests == 0
+    expected = [("starter", "ready", "")] + [(name, "ready", "spare0" if name == victim else "") for name in NAMES]
+    assert shown(engine) == expected
+    assert row(engine, victim).pid == nodes["spare0"].popen.pid
+    assert nodes["spare0"].says("receiving weights: done")
+    assert list(machines.cache("spare0").glob(f"*/{chunk_file(victim)}"))
+
+
+def test_a_node_that_is_back_in_time_is_taken_and_gets_its_weights_again_on_a_fresh_disk(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    engine = engine_of(checkpoint, machines, undo, spare_after_s=60)
+    streams = running(engine)
+    nodes["finisher"].popen.kill()
+    nodes["finisher"].popen.wait()
+    shutil.rmtree(machines.cache("finisher"))
+    again = machines.node("finisher")
+    assert rest(streams) == undisturbed
+    assert again.says("receiving weights: done")
+    assert ("finisher", "ready", "") in shown(engine)
+    assert ("spare0", "waiting", "spare0") in shown(engine)
+
+
+def test_places_change_hands_as_nodes_come_and_go(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    """Both nodes are lost at once, to two spares; one spare is lost, and the node is back at home."""
+    machines = Machines(tmp_path, undo, spares=2, encrypted=True)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0", "spare1")}
+    engine = engine_of(checkpoint, machines, undo)
+    streams = running(engine)
+    for name in NAMES:
+        nodes[name].popen.kill()
+    assert rest(streams) == undisturbed
+    places = {name: row(engine, name).spare for name in NAMES}
+    assert set(places.values()) == {"spare0", "spare1"}
+    streams = running(engine)
+    nodes[places["finisher"]].popen.kill()
+    home = machines.node("finisher")
+    assert rest(streams) == undisturbed
+    assert row(engine, "finisher").spare == ""
+    wait_for(lambda: (places["finisher"], "lost", places["finisher"]) in shown(engine))
+    streams = running(engine)
+    home.popen.kill()
+    machines.node(places["finisher"])
+    assert rest(streams) == undisturbed
+    assert row(engine, "finisher").spare == places["finisher"]
+    assert [node.restarts for node in engine.nodes()] == [0, 1, 3]
+
+
+def test_a_starter_that_starts_again_finds_the_spare_in_the_place_it_took(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    with ExitStack() as first:
+        engine = engine_of(checkpoint, machines, first)
+        streams = running(engine)
+        nodes["secondary0"].popen.kill()
+        assert rest(streams) == undisturbed
+    started = time.monotonic()
+    engine = engine_of(checkpoint, machines, undo)
+    assert time.monotonic() - started < 60  # it waits 120 s for nodes
+    assert rest(running(engine)) == undisturbed
+    assert ("secondary0", "ready", "spare0") in shown(engine)
+
+
+@pytest.mark.parametrize("victim", NAMES)
+def test_a_node_told_to_end_hands_over_to_a_spare(
+    victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    engine = engine_of(checkpoint, machines, undo, spare_after_s=1000)
+    streams = running(engine)
+    nodes[victim].popen.terminate()
+    wait_for(lambda: row(engine, victim).state == "leaving")
+    assert nodes[victim].says(f"node {victim} hands over to a spare")
+    assert nodes[victim].popen.wait(25) == 0
+    assert rest(streams) == undisturbed
+    assert engine.recovery.failed_requests == 0
+    assert row(engine, victim).spare == "spare0"
+
+
+def test_a_node_told_to_end_ends_when_no_spare_is_there(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1)
+    nodes = {name: machines.node(name) for name in NAMES}
+    engine = engine_of(checkpoint, machines, undo)
+    streams = running(engine)
+    told = time.monotonic()
+    nodes["finisher"].popen.terminate()
+    assert nodes["finisher"].popen.wait(25) == 0
+    assert time.monotonic() - told < 15  # it waits 30 s at most
+    machines.node("finisher")
+    assert rest(streams) == undisturbed
+    engine.close()
+    time.sleep(4)  # no starter asks any more
+    nodes["secondary0"].popen.terminate()
+    assert nodes["secondary0"].popen.wait(10) == 0
+
+
+def test_told_twice_a_node_ends_at_once(checkpoint: Path, tmp_path: Path, undo: ExitStack) -> None:
+    machines = Machines(tmp_path, undo, spares=1)
+    nodes = {name: machines.node(name) for name in NAMES}
+    engine_of(checkpoint, machines, undo)
+    nodes["finisher"].popen.send_signal(signal.SIGINT)
+    nodes["finisher"].says("hands over")
+    nodes["finisher"].popen.send_signal(signal.SIGINT)
+    assert nodes["finisher"].popen.wait(10) == 0
+
+
+def test_without_anybody_to_take_the_place_requests_fail_with_the_cause(
+    checkpoint: Path, tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1)
+    nodes = {name: machines.node(name) for name in NAMES}
+    engine = engine_of(checkpoint, machines, undo, timeout_s=4)
+    streams = running(engine)
+    nodes["finisher"].popen.kill()
+    with pytest.raises(LinkError, match="finisher: nothing listens at"):
+        streams[0].completion()
+    assert engine.recovery.failed_requests == len(streams)
+
+
+def test_only_the_node_before_may_send_batches_and_only_the_starter_weights(
+    checkpoint: Path, tmp_path: Path, undo: ExitStack
+) -> None:
+    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
+    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    engine = engine_of(checkpoint, machines, undo)
+    streams = running(engine)
+    address = f"127.0.0.1:{machines.ports['finisher']}"
+    for caller, method in (
+        ("spare0", "Batches"),
+        ("secondary0", "Offer"),
+        ("spare0", "Weights"),
+        ("spare0", "Release"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="may not") as refused:
+            call(address, "finisher", Identity.load(tmp_path / "certs", caller), method)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert nodes["finisher"].says("refused batches of node spare0: node secondary0 sends them")
+    assert len(rest(streams)) == len(streams)
+    assert engine.recovery.recoveries == 0
