@@ -2,9 +2,12 @@
 
     python -m benchmarks.faults                      # 100 faults, some minutes
     python -m benchmarks.faults --faults 2 --seconds 60
+    python -m benchmarks.faults --by-hand            # encrypted, over hosts of their own; Linux, as root
 
-Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen. The
-seed decides them and the pauses in between. Exit code 1 for a lost request, a wrong token, or anything left behind.
+Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen; by
+hand also a cable pulled for a while. Nodes started by hand are started again at once, as systemd would, and a frozen
+one thaws as soon as it is missed. The seed decides the faults and the pauses in between. Exit code 1 for a lost
+request, a wrong token, or anything left behind.
 """
 
 from __future__ import annotations
@@ -20,26 +23,35 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from benchmarks.by_hand import Machine, NodesByHand
+from benchmarks.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.cluster.by_hand import ByHand
+from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.demo import picture
 from mdi.errors import MDIError
 
 N_NODES = 4
 N_CLIENTS = 8
+PORT = 5000
 LONGEST_PAUSE_S = 2.0
 POLL_S = 0.01
 LIMITS = RecoveryLimits(timeout_s=300, max_losses=10**6)
 KINDS = ("kill", "kill two", "kill again", "kill another meanwhile", "freeze")
+CABLE = "pull a cable"
 Request = tuple[Any, SamplingParams]
 console = Console()
 
@@ -68,22 +80,125 @@ class Recovery:
         return self.back_s - (self.loaded_s - self.noticed_s)
 
 
+class Nodes(Protocol):
+    """The nodes behind the starter, and what can be done to them."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def kinds(self) -> Sequence[str]: ...
+
+    def kill(self, name: str) -> None: ...
+
+    def kill_again(self, name: str) -> None:
+        """As soon as it has been started again."""
+
+    def disturb(self, kind: str, name: str) -> None:
+        """Freezes it, or pulls its cable."""
+
+    def relieve(self, kind: str, name: str) -> None:
+        """The fault was noticed: what people would do now."""
+
+
+class LocalNodes:
+    """Nodes that the engine has started, and starts again by itself."""
+
+    kinds = KINDS
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.names = [node.name for node in engine.nodes()[1:]]
+        self._before: set[int] = set()
+
+    def kill(self, name: str) -> None:
+        self._before = node_pids()
+        os.kill(self._pid(name), signal.SIGKILL)
+
+    def kill_again(self, name: str) -> None:
+        wait_until(lambda: node_pids() - self._before)
+        os.kill((node_pids() - self._before).pop(), signal.SIGKILL)
+
+    def disturb(self, kind: str, name: str) -> None:
+        os.kill(self._pid(name), signal.SIGSTOP)
+
+    def relieve(self, kind: str, name: str) -> None:
+        """The engine has killed it."""
+
+    def _pid(self, name: str) -> int:
+        return next(node.pid for node in self._engine.nodes() if node.name == name)
+
+
+class HostsByHand:
+    """Nodes on hosts of their own that somebody starts again whenever they end."""
+
+    kinds = (*KINDS, CABLE)
+
+    def __init__(self, nodes: NodesByHand, hosts: dict[str, Host]) -> None:
+        self.names = nodes.names
+        self._nodes = nodes
+        self._hosts = hosts
+
+    def kill(self, name: str) -> None:
+        self._nodes.kill(name)
+        self._nodes.start(name)
+
+    kill_again = kill
+
+    def disturb(self, kind: str, name: str) -> None:
+        if kind == CABLE:
+            self._hosts[name].cut()
+        else:
+            self._nodes.send(name, signal.SIGSTOP)
+
+    def relieve(self, kind: str, name: str) -> None:
+        if kind == CABLE:
+            self._hosts[name].heal()
+        else:
+            self._nodes.send(name, signal.SIGCONT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=1800, help="no new fault after this time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by-hand", action="store_true", help="nodes on hosts of their own, encrypted")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mdi-faults-") as folder:
-        path = write_random_checkpoint(Path(folder) / "random-tiny", tiny_config())
-        with Engine(path, n_nodes=N_NODES, sequence_length=2048, recovery_limits=LIMITS) as engine:
-            count, recoveries, left = soak(engine, options.faults, options.seconds, random.Random(options.seed))
+    if options.by_hand and (reason := why_not()):
+        sys.exit(reason)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdi-faults-")))
+        path = write_random_checkpoint(folder / "random-tiny", tiny_config())
+        engine, nodes = by_hand(path, folder, stack) if options.by_hand else local(path, stack)
+        count, recoveries, left = soak(engine, nodes, options.faults, options.seconds, random.Random(options.seed))
     left += [f"process {child.pid}" for child in psutil.Process().children(recursive=True)]
     report(count, recoveries, left)
     sys.exit(bool(count.wrong or count.lost or left))
 
 
-def soak(engine: Engine, n_faults: int, seconds: float, rng: random.Random) -> tuple[Count, list[Recovery], list[str]]:
+def local(path: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
+    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, sequence_length=2048, recovery_limits=LIMITS))
+    return engine, LocalNodes(engine)
+
+
+def by_hand(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
+    """The engine in this process, which is on the first host until the stack ends."""
+    names = ["starter", *(f"secondary{index}" for index in range(N_NODES - 2)), "finisher"]
+    network = stack.enter_context(Network(*names))
+    machines = [Machine(host.address, PORT, host.inside) for host in network.hosts.values()]
+    nodes = stack.enter_context(NodesByHand(path, folder, machines, encrypted=True))
+    for name in nodes.names:
+        nodes.start(name)
+    stack.enter_context(network.hosts["starter"].inside())  # and so are all threads that are made from now on
+    config = ByHand(NodesConfig.read(nodes.config), certs=nodes.certs("starter"))
+    running = Engine(path, by_hand=config, encryption=True, sequence_length=2048, recovery_limits=LIMITS)
+    return stack.enter_context(running), HostsByHand(nodes, network.hosts)
+
+
+def soak(
+    engine: Engine, nodes: Nodes, n_faults: int, seconds: float, rng: random.Random
+) -> tuple[Count, list[Recovery], list[str]]:
     """The requests' fate, the recoveries, and what was left behind."""
     requests = questions()
     expected = [engine.submit(*request).completion().token_ids for request in requests]
@@ -99,9 +214,11 @@ def soak(engine: Engine, n_faults: int, seconds: float, rng: random.Random) -> t
     deadline = time.monotonic() + seconds
     recoveries = list[Recovery]()
     try:
-        while len(recoveries) < n_faults and time.monotonic() < deadline and not engine.error:
+        for _ in track(range(n_faults), "faults", console=Console(stderr=True)):
             time.sleep(rng.uniform(0, LONGEST_PAUSE_S))
-            recoveries.append(strike(engine, rng.choice(KINDS), rng))
+            recoveries.append(strike(engine, nodes, rng.choice(nodes.kinds), rng))
+            if time.monotonic() > deadline or engine.error:
+                break
     finally:
         stop.set()
         for thread in clients:
@@ -140,21 +257,24 @@ def client(
         count.wrong += tokens != expected[number]
 
 
-def strike(engine: Engine, kind: str, rng: random.Random) -> Recovery:
+def strike(engine: Engine, nodes: Nodes, kind: str, rng: random.Random) -> Recovery:
     """One fault, and the time until all is well again."""
-    pids = [node.pid for node in engine.nodes()[1:]]
-    victims = rng.sample(pids, 2)
+    victim, other = rng.sample(nodes.names, 2)
     before, started_s = engine.recovery.recoveries, time.monotonic()
-    os.kill(victims[0], signal.SIGSTOP if kind == "freeze" else signal.SIGKILL)
+    if kind in ("freeze", CABLE):
+        nodes.disturb(kind, victim)
+    else:
+        nodes.kill(victim)
     if kind == "kill two":
-        os.kill(victims[1], signal.SIGKILL)
-    wait_until(lambda: engine.recovery.recoveries > before or engine.error)
+        nodes.kill(other)
+    wait_until(lambda: engine.recovery.recovering or engine.recovery.recoveries > before or engine.error)
     noticed_s = time.monotonic() - started_s
+    if kind in ("freeze", CABLE):
+        nodes.relieve(kind, victim)
     if kind == "kill again":
-        wait_until(lambda: node_pids() - {*pids})
-        os.kill((node_pids() - {*pids}).pop(), signal.SIGKILL)
+        nodes.kill_again(victim)
     if kind == "kill another meanwhile":
-        os.kill(victims[1], signal.SIGKILL)
+        nodes.kill(other)
     loaded_s = 0.0
     while engine.recovery.recovering or engine.recovery.recoveries == before:
         if not loaded_s and all(node.state in ("loaded", "ready") for node in engine.nodes()):
@@ -193,7 +313,7 @@ def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
     table = Table(
         "fault", "times", "noticed", "started and loaded", "the rest", "in all", "worst", title="seconds, median"
     )
-    for kind in KINDS:
+    for kind in (*KINDS, CABLE):
         of_kind = [recovery for recovery in recoveries if recovery.kind == kind]
         if of_kind:
             columns = (
@@ -205,7 +325,7 @@ def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
             medians = [f"{statistics.median(column):.2f}" for column in columns]
             table.add_row(kind, str(len(of_kind)), *medians, f"{max(columns[-1]):.2f}")
     console.print(table)
-    own = [recovery.own_s for recovery in recoveries if recovery.kind != "freeze"]
+    own = [recovery.own_s for recovery in recoveries if recovery.kind not in ("freeze", CABLE)]
     if own:
         console.print(f"recovery time beyond loading: median {statistics.median(own):.2f} s, worst {max(own):.2f} s")
     console.print(f"{len(recoveries)} faults, {count.right} right answers")

@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import grpc
 import torch
@@ -272,9 +273,11 @@ async def serve(folder: Path) -> None:
 
 
 async def _serve_ours(folder: Path, identity: Identity) -> int:
-    node_module.Stage = Arrival  # type: ignore[misc,assignment]
+    patch.object(node_module, "Stage", Arrival).start()
     chunk = folder / "wide" / "chunks" / "2nodes" / "model_finisher.safetensors"
-    node = node_module.Node(chunk, device="cpu", dtype=None, identity=identity)
+    node = node_module.Node(
+        "finisher", chunk, device="cpu", dtype=None, identity=identity, cache=None, progress=lambda *_: None
+    )
     server = grpc.aio.server(options=(*wire.CHANNEL_OPTIONS, *wire.SERVER_OPTIONS))
     server.add_generic_rpc_handlers((node.handlers(),))
     port = int(server.add_secure_port("127.0.0.1:0", server_credentials(identity)))

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.by_hand import Machine, NodesByHand
+from benchmarks.hosts import Capture, Host, Network, why_not
 from benchmarks.server import serving
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -39,7 +40,6 @@ from mdi.engine.prompt import PixelRange, Prompt
 from mdi.model.batch import Batch, Slice
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.stage import Stage
-from tests.cluster.hosts import Capture, Host, Network, why_not
 from tests.conftest import node_processes
 
 REASON = why_not()
