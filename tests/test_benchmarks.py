@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.hosts import why_not
+
+WHY_NO_HOSTS = why_not()
+SOAKED = ("lost requests: 0", "recovery time", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -15,9 +19,14 @@ import pytest
         (("benchmarks.fullsize", "--tiny", "--folder", "FOLDER"), ("resident MB", "image encode", "prefill", "decode")),
         (("benchmarks.media", "--runs", "1"), ("ratio",)),
         (("benchmarks.links", "--rounds", "2", "--json", "FILE"), ("our link", "of the bare stream's rate")),
-        (("benchmarks.faults", "--faults", "2", "--seconds", "60"), ("lost requests: 0", "recovery time", "nothing")),
+        (("benchmarks.faults", "--faults", "2", "--seconds", "60"), SOAKED),
+        pytest.param(
+            ("benchmarks.faults", "--by-hand", "--faults", "2"),
+            SOAKED,
+            marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
+        ),
     ],
-    ids=["fullsize", "media", "links", "faults"],
+    ids=["fullsize", "media", "links", "faults", "faults by hand"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
     places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json")}
