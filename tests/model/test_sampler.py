@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from mdi.model import sampler
-from mdi.model.batch import Draw
+from mdi.model.batch import Adjustment, Draw
 from mdi.model.sampler import sample, uniform
 
 PLAIN = Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, sample=0, position=0)
@@ -74,3 +76,60 @@ def test_looking_at_the_likeliest_first_changes_no_draw(
     shortcut = sample(logits, draws(200, **changes))
     monkeypatch.setattr(sampler, "HEAD_SIZE", 10**9)
     assert sample(logits, draws(200, **changes)) == shortcut
+
+
+def adjustment(seen: dict[int, int] | None = None, biases: dict[int, float] | None = None, **penalties: float) -> Draw:
+    seen, biases = seen or {}, biases or {}
+    made = Adjustment(
+        penalties.get("repetition", 1.0),
+        penalties.get("presence", 0.0),
+        penalties.get("frequency", 0.0),
+        tuple(seen),
+        tuple(seen.values()),
+        tuple(biases),
+        tuple(biases.values()),
+    )
+    return replace(PLAIN, temperature=0.0, adjustment=made)
+
+
+def test_a_repetition_penalty_is_that_of_transformers() -> None:
+    logits = torch.randn(1, 50)
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[3, 7, 7, 11]]), logits.clone())
+    ours = logits[0].clone()
+    made = adjustment({3: 0, 7: 2, 11: 1}, repetition=1.7).adjustment
+    assert made
+    sampler.adjust(ours, made)
+    assert torch.equal(ours, theirs[0])
+
+
+def test_presence_counts_once_and_frequency_every_time() -> None:
+    ours = torch.zeros(5)
+    made = adjustment({0: 0, 1: 1, 2: 3}, presence=0.5, frequency=0.25).adjustment
+    assert made
+    sampler.adjust(ours, made)
+    assert ours.tolist() == [0.0, -0.75, -1.25, 0.0, 0.0]
+
+
+def test_biases_force_and_forbid_tokens() -> None:
+    logits = torch.randn(3, 40)
+    best = int(logits[1].argmax())
+    forced, forbidden = adjustment(biases={5: 100.0}), adjustment(biases={best: -math.inf})
+    tokens = sample(logits, [forced, forbidden, replace(PLAIN, temperature=0.0)])
+    assert tokens[0].id == 5
+    assert tokens[1].id == int(logits[1].topk(2).indices[1])
+    assert tokens[2].id == int(logits[2].argmax())
+
+
+def test_logprobs_are_the_models_own_whatever_is_adjusted() -> None:
+    logits = torch.randn(1, 40)
+    [token] = sample(logits, [replace(adjustment(biases={5: 100.0}), top_logprobs=3)])
+    expected = logits[0].log_softmax(-1)
+    values, ids = expected.topk(3)
+    assert token.logprob == pytest.approx(float(expected[5]))
+    assert [token_id for token_id, _ in token.top] == ids.tolist()
+    assert [logprob for _, logprob in token.top] == pytest.approx(values.tolist())
+
+
+def test_no_more_likeliest_tokens_are_told_than_there_are() -> None:
+    [token] = sample(torch.randn(1, 4), [replace(PLAIN, top_logprobs=20)])
+    assert len(token.top) == 4

@@ -26,7 +26,7 @@ from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
 from mdi.engine.tokenizer import Tokenizer
-from mdi.errors import ClosedError, ConfigError, MDIError, OverloadedError
+from mdi.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.params import SamplingParams
 from mdi.pipeline.grpc_link import LoadProgress
@@ -91,6 +91,7 @@ class Engine:
         self.sequence_length = _sequence_length(sequence_length, source.model_config.max_positions)
         self.max_queue = max_queue
         self._defaults = generation_defaults(path)
+        self._vocab_size = source.model_config.vocab_size
         tokenizer = Tokenizer(path)
         spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
         policy = media or MediaPolicy(media_dir=None, any_file=True)
@@ -141,6 +142,7 @@ class Engine:
         what goes wrong later (media, lengths) is raised by the stream.
         """
         self._prompts.check(prompt)
+        self._check_token_ids(params or SamplingParams())
         pixels = PixelRange(min_pixels, max_pixels)
         params = (params or SamplingParams()).with_defaults(self._defaults)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -217,6 +219,12 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        """The finisher indexes logits with them."""
+        for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if unknown := [token_id for token_id in ids if token_id >= self._vocab_size]:
+                raise InputError(f"{field}: the model has {self._vocab_size} tokens, and no token {unknown[0]}", field)
+
     def _accept(self, request: Request) -> None:
         with self._lock:
             if self._closed:
@@ -249,15 +257,20 @@ class Engine:
 
 
 def generation_defaults(path: Path) -> SamplingParams:
-    """The checkpoint's sampling defaults, from generation_config.json; greedy where it does not ask for sampling."""
+    """The checkpoint's sampling defaults, from generation_config.json; greedy where it does not ask for sampling.
+
+    A repetition penalty holds for both, as in transformers.
+    """
     config = _read_json(path / "generation_config.json")
+    penalty = config.get("repetition_penalty")
     if not config.get("do_sample", False):
-        return SamplingParams(temperature=0.0)
+        return SamplingParams(temperature=0.0, repetition_penalty=penalty)
     return SamplingParams(
         temperature=config.get("temperature", 1.0),
         top_k=config.get("top_k", 50),
         top_p=config.get("top_p", 1.0),
         min_p=config.get("min_p"),
+        repetition_penalty=penalty,
     )
 
 

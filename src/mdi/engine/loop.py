@@ -206,8 +206,9 @@ class StepLoop:
             return
         room = self._sequence_length - len(prompt.token_ids)
         max_tokens = min(room, params.max_tokens or room)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         sequences = [
-            Sequence(request, index, prompt, Detokenizer(self._tokenizer, params.stop), max_tokens)
+            Sequence(request, index, prompt, Detokenizer(self._tokenizer, params.stop), max_tokens, ends)
             for index in range(params.n)
         ]
         self._live[request] = sequences
@@ -242,7 +243,7 @@ class StepLoop:
         tokens = iter(result.tokens)
         for item in work:
             sequence = item.sequence
-            if item.samples and (piece := sequence.append(next(tokens), self._end_ids)):
+            if item.samples and (piece := sequence.append(next(tokens))):
                 sequence.request.stream.put(piece)
             if sequence.finished or sequence.request.cancelled:
                 self._leave(sequence)

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+TopLogprobs = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one position, in falling order, and their logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Text of sample `index` that became certain, and the tokens behind it. A sample's last has a finish reason.
 
-    logprobs: natural logarithm of each token's probability under the model, before temperature and filters.
+    logprobs: natural logarithm of each token's probability under the model, before penalties, temperature and filters.
+    top_logprobs: one for each token, as many as the request asked for.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
     finish_reason: FinishReason | None = None
 
 
@@ -37,6 +41,7 @@ class Sample:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
     finish_reason: FinishReason
 
 
@@ -58,6 +63,10 @@ class Completion:
     @property
     def logprobs(self) -> tuple[float, ...]:
         return self.samples[0].logprobs
+
+    @property
+    def top_logprobs(self) -> tuple[TopLogprobs, ...]:
+        return self.samples[0].top_logprobs
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -91,5 +100,6 @@ def _join(pieces: list[Piece]) -> Sample:
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        top_logprobs=tuple(top for piece in pieces for top in piece.top_logprobs),
         finish_reason=reason,
     )

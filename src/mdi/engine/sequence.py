@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.outputs import FinishReason, Piece
 from mdi.engine.prompt import Prompt
 from mdi.engine.stream import Stream
-from mdi.model.batch import Draw, Token
+from mdi.model.batch import Adjustment, Draw, Token
 from mdi.params import SamplingParams
 
 
@@ -36,19 +37,28 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """Sample `index` of a request. `computed` of its tokens are in its slot's cache; `in_flight`: a batch has it."""
+    """Sample `index` of a request. `computed` of its tokens are in its slot's cache; `in_flight`: a batch has it.
+
+    end_ids: tokens that end it.
+    """
 
     request: Request
     index: int
     prompt: Prompt
     detokenizer: Detokenizer
     max_tokens: int
+    end_ids: frozenset[int]
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)
+    _seen: dict[int, int] = field(default_factory=dict)  # what penalties are for, and how often the answer has it
+
+    def __post_init__(self) -> None:
+        if self.request.params.repetition_penalty != 1:
+            self._seen = dict.fromkeys(self.prompt.token_ids, 0)
 
     @property
     def length(self) -> int:
@@ -84,14 +94,37 @@ class Sequence:
             self.request.seed,
             self.index,
             position=self.length,
+            top_logprobs=params.top_logprobs,
+            adjustment=self._adjustment(),
         )
 
-    def append(self, token: Token, end_ids: frozenset[int]) -> Piece | None:
+    def _adjustment(self) -> Adjustment | None:
+        params = self.request.params
+        assert params.repetition_penalty is not None
+        penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        biases = dict(params.logit_bias)
+        if len(self.generated) < params.min_tokens:
+            biases |= dict.fromkeys(self.end_ids, -math.inf)
+        if not penalised and not biases:
+            return None
+        seen = self._seen if penalised else {}
+        return Adjustment(
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            tuple(seen),
+            tuple(seen.values()),
+            tuple(biases),
+            tuple(biases.values()),
+        )
+
+    def append(self, token: Token) -> Piece | None:
         """Takes a drawn token; gives the piece that became certain, if any. The last one sets `finished`."""
         self.generated.append(token.id)
+        self._seen[token.id] = self._seen.get(token.id, 0) + 1
         self._unsent.append(token)
         text = self.detokenizer.push(token.id)
-        reason = self._finish_reason(token.id, end_ids)
+        reason = self._finish_reason(token.id)
         if reason:
             self.finished = True
             text += self.detokenizer.finish()
@@ -103,10 +136,11 @@ class Sequence:
             text,
             tuple(token.id for token in tokens),
             tuple(token.logprob for token in tokens),
+            tuple(token.top for token in tokens),
             reason,
         )
 
-    def _finish_reason(self, token_id: int, end_ids: frozenset[int]) -> FinishReason | None:
-        if token_id in end_ids or self.detokenizer.stopped:
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
+        if token_id in self.end_ids or self.detokenizer.stopped:
             return "stop"
         return "length" if len(self.generated) >= self.max_tokens else None

@@ -11,10 +11,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What is done to one row of logits before a draw: penalties for the tokens of `seen`, then biases.
+
+    seen: different tokens, of prompt and answer; counts: how often each is in the answer. The penalties are those of
+    `SamplingParams`. biases: added to the logits of `biased`; minus infinity forbids a token.
+    """
+
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seen: tuple[int, ...]
+    counts: tuple[int, ...]
+    biased: tuple[int, ...]
+    biases: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """How one token is drawn. (seed, sample, position) decides the random number, whatever the batch or node.
 
     position: tokens of the sequence before the drawn one. sample: which of a request's n samples this is.
+    top_logprobs: how many of the likeliest tokens are told with it.
     """
 
     temperature: float
@@ -24,6 +42,8 @@ class Draw:
     seed: int
     sample: int
     position: int
+    top_logprobs: int = 0
+    adjustment: Adjustment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +103,11 @@ class Visual:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A drawn token and the natural logarithm of its probability under the model, before temperature and filters."""
+    """A drawn token and the natural logarithm of its probability under the model, before adjustment and filters.
+
+    top: the likeliest tokens, in falling order, and theirs.
+    """
 
     id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()

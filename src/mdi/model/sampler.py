@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdi.model.batch import Draw, Token
+from mdi.model.batch import Adjustment, Draw, Token
 
 HEAD_SIZE = 1024
 """Likeliest tokens looked at first; the whole vocabulary is sorted only when a draw falls behind them."""
@@ -17,20 +17,55 @@ HEAD_SIZE = 1024
 def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Token, ...]:
     """Draws one token per row. logits: [rows, vocab_size] in any float dtype; draws: one per row."""
     logits = logits.float()
-    greedy = logits.argmax(-1).tolist()
+    adjusted = _adjusted(logits, draws)
+    greedy = adjusted.argmax(-1).tolist()
     picked = [
         best if draw.temperature == 0 else _draw(row, draw)
-        for best, row, draw in zip(greedy, logits, draws, strict=True)
+        for best, row, draw in zip(greedy, adjusted, draws, strict=True)
     ]
     chosen = logits.gather(1, torch.tensor(picked, device=logits.device)[:, None])[:, 0]
-    logprobs = (chosen - logits.logsumexp(-1)).tolist()
-    return tuple(Token(token, logprob) for token, logprob in zip(picked, logprobs, strict=True))
+    normalisers = logits.logsumexp(-1)
+    logprobs = (chosen - normalisers).tolist()
+    tops = [
+        _top(*row, draw.top_logprobs) if draw.top_logprobs else ()
+        for *row, draw in zip(logits, normalisers, draws, strict=True)
+    ]
+    return tuple(map(Token, picked, logprobs, tops))
 
 
 def uniform(draw: Draw) -> float:
     """A number in [0, 1) decided by seed, sample and position: Philox counters (Salmon et al., SC 2011)."""
     key = np.array([draw.seed % 2**64, draw.sample], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key, counter=draw.position)).random())
+
+
+def adjust(logits: Tensor, adjustment: Adjustment) -> None:
+    """Applies penalties and biases in place. logits: float32 [vocab_size]."""
+    if adjustment.seen:
+        seen = torch.tensor(adjustment.seen, device=logits.device)
+        counts = torch.tensor(adjustment.counts, dtype=logits.dtype, device=logits.device)
+        values, penalty = logits[seen], adjustment.repetition_penalty
+        values = torch.where(values > 0, values / penalty, values * penalty)
+        values -= adjustment.presence_penalty * (counts > 0) + adjustment.frequency_penalty * counts
+        logits[seen] = values
+    if adjustment.biased:
+        biased = torch.tensor(adjustment.biased, device=logits.device)
+        logits[biased] += torch.tensor(adjustment.biases, dtype=logits.dtype, device=logits.device)
+
+
+def _adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    if not any(draw.adjustment for draw in draws):
+        return logits
+    adjusted = logits.clone()
+    for row, draw in zip(adjusted, draws, strict=True):
+        if draw.adjustment:
+            adjust(row, draw.adjustment)
+    return adjusted
+
+
+def _top(logits: Tensor, normaliser: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    values, ids = logits.topk(min(count, len(logits)))
+    return tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
 
 
 def _draw(logits: Tensor, draw: Draw) -> int:

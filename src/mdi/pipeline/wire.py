@@ -6,6 +6,7 @@ The messages are in wire.proto; `make proto` regenerates wire_pb2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -13,14 +14,14 @@ from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from mdi.errors import LinkError
-from mdi.model.batch import Batch, Draw, Slice, Token
+from mdi.model.batch import Adjustment, Batch, Draw, Slice, Token
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.link import Result
 
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
 
-VERSION = 3
+VERSION = 4
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -153,6 +154,7 @@ def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
         batch_id=result.batch_id,
         token_ids=[token.id for token in result.tokens],
         logprobs=[token.logprob for token in result.tokens],
+        tops=map(_encode_top, result.tokens) if any(token.top for token in result.tokens) else (),
     )
 
 
@@ -161,9 +163,10 @@ def decode_result(message: wire_pb2.Result) -> Result | LinkError:
     if message.HasField("failure"):
         name = message.failure.node
         return LinkError(f"node {name} failed: {message.failure.message}", name)
-    if len(message.token_ids) != len(message.logprobs):
+    tops = tuple(map(_decode_top, message.tops)) or ((),) * len(message.token_ids)
+    if not len(message.token_ids) == len(message.logprobs) == len(tops) or None in tops:
         return LinkError("a result's tokens and logprobs do not add up")
-    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs)))
+    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops)))
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -190,16 +193,49 @@ def _encode_draw(draw: Draw) -> wire_pb2.Draw:
         seed=(draw.seed + 2**63) % 2**64 - 2**63,
         sample=draw.sample,
         position=draw.position,
+        top_logprobs=draw.top_logprobs,
+        adjustment=wire_pb2.Adjustment(**asdict(draw.adjustment)) if draw.adjustment else None,
     )
 
 
 def _decode_slice(message: wire_pb2.Slice) -> Slice:
-    if not message.HasField("draw"):
-        return Slice(message.slot, message.start, message.length)
-    draw = message.draw
-    return Slice(
-        message.slot,
-        message.start,
-        message.length,
-        Draw(draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.seed, draw.sample, draw.position),
+    draw = _decode_draw(message.draw) if message.HasField("draw") else None
+    return Slice(message.slot, message.start, message.length, draw)
+
+
+def _decode_draw(message: wire_pb2.Draw) -> Draw:
+    return Draw(
+        message.temperature,
+        message.top_k,
+        message.top_p,
+        message.min_p,
+        message.seed,
+        message.sample,
+        message.position,
+        message.top_logprobs,
+        _decode_adjustment(message.adjustment) if message.HasField("adjustment") else None,
     )
+
+
+def _decode_adjustment(message: wire_pb2.Adjustment) -> Adjustment:
+    if len(message.seen) != len(message.counts) or len(message.biased) != len(message.biases):
+        raise LinkError("a draw's penalties and biases do not add up")
+    return Adjustment(
+        message.repetition_penalty,
+        message.presence_penalty,
+        message.frequency_penalty,
+        tuple(message.seen),
+        tuple(message.counts),
+        tuple(message.biased),
+        tuple(message.biases),
+    )
+
+
+def _encode_top(token: Token) -> wire_pb2.Top:
+    return wire_pb2.Top(token_ids=[token_id for token_id, _ in token.top], logprobs=[value for _, value in token.top])
+
+
+def _decode_top(message: wire_pb2.Top) -> tuple[tuple[int, float], ...] | None:
+    if len(message.token_ids) != len(message.logprobs):
+        return None
+    return tuple(zip(message.token_ids, message.logprobs, strict=True))

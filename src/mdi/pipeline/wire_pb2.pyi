@@ -7,8 +7,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Adjustment(_message.Message):
+    __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "seen", "counts", "biased", "biases")
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    BIASED_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seen: _containers.RepeatedScalarFieldContainer[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    biased: _containers.RepeatedScalarFieldContainer[int]
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seen: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., biased: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Draw(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position", "top_logprobs", "adjustment")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +34,8 @@ class Draw(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ADJUSTMENT_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -23,7 +43,9 @@ class Draw(_message.Message):
     seed: int
     sample: int
     position: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., sample: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    top_logprobs: int
+    adjustment: Adjustment
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., sample: _Optional[int] = ..., position: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., adjustment: _Optional[_Union[Adjustment, _Mapping]] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("slot", "start", "length", "draw")
@@ -73,19 +95,29 @@ class Failure(_message.Message):
     message: str
     def __init__(self, node: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
+class Top(_message.Message):
+    __slots__ = ("token_ids", "logprobs")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Result(_message.Message):
-    __slots__ = ("epoch", "batch_id", "token_ids", "logprobs", "failure")
+    __slots__ = ("epoch", "batch_id", "token_ids", "logprobs", "failure", "tops")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    TOPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     batch_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     failure: Failure
-    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    tops: _containers.RepeatedCompositeFieldContainer[Top]
+    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., tops: _Optional[_Iterable[_Union[Top, _Mapping]]] = ...) -> None: ...
 
 class Configuration(_message.Message):
     __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_name", "previous_name")
