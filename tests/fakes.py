@@ -35,7 +35,7 @@ Script = Callable[[Prompt, SamplingParams], Iterable[Step]]
 
 def piece(text: str, finish: FinishReason | None = None, *, index: int = 0) -> Piece:
     """A piece of one token."""
-    return Piece(index, text, (1,), (0.0,), finish)
+    return Piece(index, text, (1,), (0.0,), ((),), finish)
 
 
 def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
@@ -134,6 +134,9 @@ class FakeEngine:
 
     def ready(self, timeout_s: float) -> bool:
         return self.answer_ready()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<%d>" % token_id
 
     def part(self, number: int) -> Any:
         """A content part of the last call's last message."""

@@ -25,7 +25,7 @@ class SamplingParams:
     top_k: draw from the k most likely tokens; 0 is off.
     top_p: draw from the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv:1904.09751).
     min_p: drop tokens less likely than min_p times the likeliest (arXiv:2407.01082).
-    repetition_penalty: divides the logits above 0, and multiplies those below, of all tokens in prompt and answer so far
+    repetition_penalty: divides the logits above 0 of all tokens in prompt and answer, and multiplies those below
         (arXiv:1909.05858); 1 is off.
     presence_penalty: taken off the logits of tokens that are in the answer, as OpenAI's.
     frequency_penalty: taken off once for each time that they are.

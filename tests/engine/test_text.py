@@ -57,6 +57,18 @@ def test_a_chat_is_tokenised_as_transformers_does(
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.text())
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_special_tokens_stand_for_their_names(tokenizer: Tokenizer) -> None:
+    [token_id] = tokenizer.backend.encode("<|im_end|>", add_special_tokens=False).ids
+    assert tokenizer.token_bytes(token_id) == b"<|im_end|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<", "|>", "<|im_", "end|>", "a", "\n"]), min_size=1, max_size=8))
 def test_no_user_text_ever_makes_a_special_token(tokenizer: Tokenizer, texts: list[str]) -> None:
     parts = [{"type": "text", "text": text} for text in texts]

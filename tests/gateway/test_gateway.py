@@ -111,6 +111,50 @@ def test_the_openai_client_streams_the_same_text(server: Server, picture: str) -
     assert chunks[-1].usage == whole.usage
 
 
+def test_the_openai_client_gets_logprobs_of_chats(server: Server) -> None:
+    request: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "temperature": 0}
+    request |= {"model": "tiny", "logprobs": True, "top_logprobs": 3, "extra_body": {"ignore_eos": True}}
+    whole = server.client.chat.completions.create(**request).choices[0]
+    chunks = [chunk.choices[0] for chunk in server.client.chat.completions.create(**request, stream=True)]
+    assert whole.logprobs
+    assert whole.logprobs.content
+    told = whole.logprobs.content
+    assert [entry.logprob for entry in told] == [entry.top_logprobs[0].logprob for entry in told]
+    assert [len(entry.top_logprobs) for entry in told] == [3] * 5
+    assert b"".join(bytes(entry.bytes or ()) for entry in told).decode(errors="replace") == whole.message.content
+    streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content or ()]
+    assert streamed == told
+
+
+def test_the_openai_client_gets_logprobs_of_completions(server: Server) -> None:
+    request: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 5, "temperature": 0, "logprobs": 2}
+    whole = server.client.completions.create(**request).choices[0]
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(**request, stream=True)]
+    assert whole.logprobs
+    assert whole.logprobs.tokens
+    assert whole.logprobs.token_logprobs
+    assert whole.logprobs.top_logprobs
+    assert whole.logprobs.text_offset
+    for token, logprob, top in zip(
+        whole.logprobs.tokens, whole.logprobs.token_logprobs, whole.logprobs.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob == max(top.values())
+    assert whole.logprobs.text_offset[0] == 0
+    offsets = [offset for chunk in chunks if chunk.logprobs for offset in chunk.logprobs.text_offset or ()]
+    assert offsets == whole.logprobs.text_offset
+
+
+def test_penalties_and_biases_reach_the_model(server: Server) -> None:
+    request: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
+    request |= {"model": "tiny", "logprobs": True}
+    plain = server.client.chat.completions.create(**request).choices[0]
+    biased = server.client.chat.completions.create(**request, logit_bias={"70": 100}).choices[0]
+    assert biased.logprobs
+    assert biased.logprobs.content
+    assert {entry.token for entry in biased.logprobs.content} == {server.engine.token_bytes(70).decode()}
+    assert biased.message.content != plain.message.content
+
+
 def test_the_openai_client_gets_n_choices_and_stop_strings(server: Server) -> None:
     answer = server.client.chat.completions.create(
         model="tiny",
@@ -280,7 +324,11 @@ BAD_CHATS = [
     ({"stop": [""]}, 400, "stop"),
     ({"model": "gpt-9"}, 404, "model"),
     ({"tools": [{"type": "function"}]}, 400, "tools"),
-    ({"presence_penalty": 1.0}, 400, "presence_penalty"),
+    ({"presence_penalty": 2.5}, 400, "presence_penalty"),
+    ({"logit_bias": {"1000000": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, 400, "logit_bias.a"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages"),
     ({"max_pixels": -1}, 400, "max_pixels"),
 ]

@@ -92,7 +92,7 @@ class Engine:
         self.max_queue = max_queue
         self._defaults = generation_defaults(path)
         self._vocab_size = source.model_config.vocab_size
-        tokenizer = Tokenizer(path)
+        self._tokenizer = tokenizer = Tokenizer(path)
         spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
         policy = media or MediaPolicy(media_dir=None, any_file=True)
         video = video_spec(path, max_pixels)
@@ -165,6 +165,10 @@ class Engine:
             yield from stream
         finally:
             stream.cancel()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for: part of a text in UTF-8, not always whole characters."""
+        return self._tokenizer.token_bytes(token_id)
 
     def nodes(self) -> list[NodeStatus]:
         """What every node holds and does, as last heard of it, in pipeline order."""

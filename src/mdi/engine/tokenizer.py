@@ -13,6 +13,17 @@ from tokenizers import Tokenizer as Backend
 from mdi.errors import CheckpointError, InputError
 
 
+def _bytes_by_character() -> dict[str, bytes]:
+    """The characters that byte-level BPE writes for bytes: printable ones stand for themselves (GPT-2's encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {character: bytes([byte]) for character, byte in characters.items()}
+
+
+BYTES = _bytes_by_character()
+
+
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, loaded by transformers.
 
@@ -41,6 +52,13 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._loaded.chat_template is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
+        text = self.backend.id_to_token(token_id)
+        if text is None or text in self._special_ids:
+            return (text or "").encode()
+        return b"".join(BYTES.get(character) or character.encode() for character in text)
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; strings that look like special tokens are plain text."""

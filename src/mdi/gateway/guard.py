@@ -92,7 +92,7 @@ def refusal(findings: Sequence[Any]) -> InputError:
     first = findings[0]
     field = ""
     for part in first["loc"]:
-        if part != "body":
+        if part not in ("body", "[key]"):
             field += f"[{part}]" if isinstance(part, int) else f".{part}"
     field = field.removeprefix(".")
     if first["type"] == "json_invalid":

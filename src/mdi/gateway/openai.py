@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from mdi.engine import Piece, Sample, Usage
 from mdi.engine.prompt import Message
 from mdi.errors import InputError, MediaError, ModelNotFoundError
+from mdi.gateway.logprobs import Teller, chat_logprobs, nothing, text_logprobs
 from mdi.gateway.schemas import PART_FIELDS, ChatRequest, CompletionRequest
 from mdi.gateway.streaming import Running, TextEngine, events, whole
 from mdi.params import SamplingParams
@@ -52,13 +52,14 @@ def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) 
         messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
         running = engine.submit(messages, params, min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         envelope = _Envelope.new(engine, "chatcmpl")
+        tell = chat_logprobs(engine.token_bytes) if body.logprobs else nothing
         if body.stream:
             usage = (lambda: running.usage) if body.wants_usage else None
-            kind, choices = "chat.completion.chunk", _chat_chunks()
+            kind, choices = "chat.completion.chunk", _chat_chunks(tell)
             render = envelope.renderer(kind, choices, usage)
             return await events(request, running, timeout_s, render)
         done = await whole(request, running, timeout_s)
-        choices_made = starmap(_chat_choice, enumerate(done.samples))
+        choices_made = [_chat_choice(index, sample, tell) for index, sample in enumerate(done.samples)]
         return JSONResponse(envelope.wrap("chat.completion", choices_made, done.usage))
 
     @routes.post("/completions")
@@ -66,12 +67,13 @@ def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) 
         check_model(body.model)
         running = _submit_all(engine, body.prompt, body.params())
         envelope = _Envelope.new(engine, "cmpl")
+        tell = nothing if body.logprobs is None else text_logprobs(engine.token_bytes)
         if body.stream:
             usage = (lambda: running.usage) if body.wants_usage else None
-            render = envelope.renderer("text_completion", _text_chunks, usage)
+            render = envelope.renderer("text_completion", _text_chunks(tell), usage)
             return await events(request, running, timeout_s, render)
         done = await whole(request, running, timeout_s)
-        choices = starmap(_text_choice, enumerate(done.samples))
+        choices = [_text_choice(index, sample, tell) for index, sample in enumerate(done.samples)]
         return JSONResponse(envelope.wrap("text_completion", choices, done.usage))
 
     return routes
@@ -184,35 +186,37 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _chat_choice(index: int, sample: Sample) -> dict[str, Any]:
+def _chat_choice(index: int, sample: Sample, tell: Teller) -> dict[str, Any]:
     message = {"role": "assistant", "content": sample.text}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": sample.finish_reason}
+    logprobs = tell(index, sample)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": sample.finish_reason}
 
 
-def _text_choice(index: int, sample: Sample) -> dict[str, Any]:
-    return {"index": index, "text": sample.text, "logprobs": None, "finish_reason": sample.finish_reason}
+def _text_choice(index: int, part: Sample | Piece, tell: Teller) -> dict[str, Any]:
+    return {"index": index, "text": part.text, "logprobs": tell(index, part), "finish_reason": part.finish_reason}
 
 
-def _chat_chunks() -> Callable[[Piece], list[dict[str, Any]]]:
-    """Every sample's first chunk names the role, its last one the finish reason."""
+def _chat_chunks(tell: Teller) -> Callable[[Piece], list[dict[str, Any]]]:
+    """Every sample's first chunk names the role, its last one the finish reason; the one between has all tokens."""
     started: set[int] = set()
 
+    def choice(index: int, delta: dict[str, str], reason: str | None = None, told: Any = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+
     def choices(piece: Piece) -> list[dict[str, Any]]:
-        deltas: list[tuple[dict[str, str], str | None]] = []
+        made = []
         if piece.index not in started:
             started.add(piece.index)
-            deltas.append(({"role": "assistant", "content": ""}, None))
-        if piece.text:
-            deltas.append(({"content": piece.text}, None))
+            made.append(choice(piece.index, {"role": "assistant", "content": ""}))
+        told = tell(piece.index, piece)
+        if piece.text or told:
+            made.append(choice(piece.index, {"content": piece.text}, told=told))
         if piece.finish_reason:
-            deltas.append(({}, piece.finish_reason))
-        return [
-            {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": reason}
-            for delta, reason in deltas
-        ]
+            made.append(choice(piece.index, {}, piece.finish_reason))
+        return made
 
     return choices
 
 
-def _text_chunks(piece: Piece) -> list[dict[str, Any]]:
-    return [{"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}]
+def _text_chunks(tell: Teller) -> Callable[[Piece], list[dict[str, Any]]]:
+    return lambda piece: [_text_choice(piece.index, piece, tell)]

@@ -60,11 +60,6 @@ IGNORED = frozenset(
 """OpenAI's fields that change nothing about an answer here."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -89,6 +84,13 @@ class _Sampling(BaseModel):
     top_k: Count | None = None
     top_p: Number | None = None
     min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[int, Number] | None = None
+    stop_token_ids: list[Count] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Count | None = None
     seed: Count | None = None
     stop: Strings | None = None
     min_pixels: Count | None = None
@@ -96,7 +98,12 @@ class _Sampling(BaseModel):
     stream: bool | None = None
 
     def _params(
-        self, *, max_tokens: int | None, n: int | None, names: Mapping[str, str] = MappingProxyType({})
+        self,
+        *,
+        max_tokens: int | None,
+        n: int | None,
+        top_logprobs: int | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> SamplingParams:
         """names: what the request calls a setting, where that is not our name."""
         try:
@@ -106,6 +113,14 @@ class _Sampling(BaseModel):
                 top_k=self.top_k,
                 top_p=self.top_p,
                 min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                logit_bias=self.logit_bias or {},
+                stop_token_ids=self.stop_token_ids or (),
+                ignore_eos=self.ignore_eos or False,
+                min_tokens=self.min_tokens or 0,
+                top_logprobs=top_logprobs or 0,
                 seed=self.seed,
                 stop=self.stop or (),
                 n=1 if n is None else n,
@@ -173,14 +188,22 @@ class ChatRequest(_OpenAI):
 
     messages: Messages
     max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
 
     def params(self) -> SamplingParams:
         """Raises InputError for what is asked for and not supported."""
         self._check_extras()
+        if self.top_logprobs and not self.logprobs:
+            raise InputError("top_logprobs needs logprobs to be true", "top_logprobs")
         if self.max_completion_tokens is None:
-            return self._params(max_tokens=self.max_tokens, n=self.n)
-        names = {"max_tokens": "max_completion_tokens"}
-        return self._params(max_tokens=self.max_completion_tokens, n=self.n, names=names)
+            return self._params(max_tokens=self.max_tokens, n=self.n, top_logprobs=self.top_logprobs)
+        return self._params(
+            max_tokens=self.max_completion_tokens,
+            n=self.n,
+            top_logprobs=self.top_logprobs,
+            names={"max_tokens": "max_completion_tokens"},
+        )
 
 
 class CompletionRequest(_OpenAI):
@@ -188,8 +211,10 @@ class CompletionRequest(_OpenAI):
 
     prompt: Annotated[Strings, Field(min_length=1, max_length=MAX_SAMPLES)]
     max_tokens: Count | None = 16
+    logprobs: Count | None = None
 
     def params(self) -> SamplingParams:
         """Raises InputError for what is asked for and not supported."""
         self._check_extras()
-        return self._params(max_tokens=self.max_tokens, n=self.n)
+        names = {"top_logprobs": "logprobs"}
+        return self._params(max_tokens=self.max_tokens, n=self.n, top_logprobs=self.logprobs, names=names)

@@ -27,8 +27,8 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Token, ...]:
     normalisers = logits.logsumexp(-1)
     logprobs = (chosen - normalisers).tolist()
     tops = [
-        _top(*row, draw.top_logprobs) if draw.top_logprobs else ()
-        for *row, draw in zip(logits, normalisers, draws, strict=True)
+        _top(row, normaliser, draw.top_logprobs) if draw.top_logprobs else ()
+        for row, normaliser, draw in zip(logits, normalisers, draws, strict=True)
     ]
     return tuple(map(Token, picked, logprobs, tops))
 

@@ -163,10 +163,11 @@ def decode_result(message: wire_pb2.Result) -> Result | LinkError:
     if message.HasField("failure"):
         name = message.failure.node
         return LinkError(f"node {name} failed: {message.failure.message}", name)
-    tops = tuple(map(_decode_top, message.tops)) or ((),) * len(message.token_ids)
-    if not len(message.token_ids) == len(message.logprobs) == len(tops) or None in tops:
+    tops = [tuple(zip(top.token_ids, top.logprobs, strict=False)) for top in message.tops]
+    n_tokens = len(message.token_ids)
+    if len(message.logprobs) != n_tokens or len(tops) not in (0, n_tokens):
         return LinkError("a result's tokens and logprobs do not add up")
-    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops)))
+    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops or [()] * n_tokens)))
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -233,9 +234,3 @@ def _decode_adjustment(message: wire_pb2.Adjustment) -> Adjustment:
 
 def _encode_top(token: Token) -> wire_pb2.Top:
     return wire_pb2.Top(token_ids=[token_id for token_id, _ in token.top], logprobs=[value for _, value in token.top])
-
-
-def _decode_top(message: wire_pb2.Top) -> tuple[tuple[int, float], ...] | None:
-    if len(message.token_ids) != len(message.logprobs):
-        return None
-    return tuple(zip(message.token_ids, message.logprobs, strict=True))
