@@ -175,6 +175,7 @@ class FakeLink:
         self, deliver: Deliver, breaks: Iterable[int] = (), *, late: bool = False, stays_away: bool = False
     ) -> None:
         self.asked_to_recover = threading.Event()
+        self.computed = 0  # tokens
         self.swallows = False  # batches: nothing comes back, and nobody notices
         self._deliver = deliver
         self._breaks = deque(breaks)
@@ -235,6 +236,8 @@ class FakeLink:
 
     def _compute(self, batch: Batch, hidden: Tensor) -> Result | GaveUp:
         tokens, first = [], 0
+        for copy in batch.copies:
+            self._caches[copy.target] = self._caches[copy.source][: copy.length]
         for part in batch.slices:
             cache = self._caches.setdefault(part.slot, [])
             if part.start > len(cache):
@@ -242,6 +245,7 @@ class FakeLink:
             rows = torch.cat((hidden, batch.positions.T.double()), dim=1)[first : first + part.length]
             cache[part.start :] = map(tuple, rows.tolist())
             first += part.length
+            self.computed += part.length
             if part.draw:
                 tokens.append(_drawn(cache, part.draw))
         return Result(batch.id, tuple(tokens))

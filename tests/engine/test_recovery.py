@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from mdi.engine.loop import Cancel, Close, StepLoop, Submit
 from mdi.engine.outputs import Completion
+from mdi.engine.outputs import Sample as OneSample
 from mdi.engine.prompt import Media, Prompt
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
@@ -102,6 +104,12 @@ REQUESTS: Sequence[tuple[Prompt, SamplingParams]] = [
     (text("three at once"), SamplingParams(max_tokens=7, temperature=1.0, seed=6, n=3)),
     (picture(), GREEDY),
 ]
+QUESTIONS: Sequence[tuple[Prompt, SamplingParams]] = [
+    (text("the same words as before, and more: a"), GREEDY),
+    (text("the same words as before, and more: ab"), WARM),
+    (text("the same words as before, and more: "), SamplingParams(max_tokens=4, n=4, seed=2)),
+    *REQUESTS,
+]
 
 
 def completions(world: World, requests: Sequence[tuple[Prompt, SamplingParams]] = REQUESTS) -> list[Completion]:
@@ -124,11 +132,54 @@ def test_streams_go_on_with_the_tokens_they_would_have_had(tokenizer: Tokenizer,
         expected = completions(undisturbed)
         assert completions(disturbed) == expected
         assert disturbed.scheduler.running == disturbed.scheduler.waiting == disturbed.scheduler.in_flight == 0
-        assert len(disturbed.scheduler._free_slots) == N_SLOTS
+        assert disturbed.scheduler._slots.free == N_SLOTS
         assert len(disturbed.ended) == len(REQUESTS)
     finally:
         undisturbed.loop.close()
         disturbed.loop.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    order=st.permutations([*range(len(QUESTIONS)), 0, 1, 2]),
+    breaks=st.lists(st.integers(0, 12), max_size=4),
+    together=st.booleans(),
+)
+def test_what_slots_hold_from_before_changes_no_answer(
+    tokenizer: Tokenizer, order: list[int], breaks: list[int], together: bool
+) -> None:
+    world = World(tokenizer, breaks=breaks)
+    try:
+        each = [order] if together else [[number] for number in order]
+        answers = [answer for some in each for answer in completions(world, [QUESTIONS[number] for number in some])]
+        assert [answer.samples for answer in answers] == [alone(tokenizer, number) for number in order]
+        assert world.scheduler._slots.free == N_SLOTS
+    finally:
+        world.loop.close()
+
+
+@cache
+def alone(tokenizer: Tokenizer, number: int) -> tuple[OneSample, ...]:
+    """What nodes answer that have never been asked before."""
+    world = World(tokenizer)
+    try:
+        return completions(world, [QUESTIONS[number]])[0].samples
+    finally:
+        world.loop.close()
+
+
+def test_a_second_question_computes_only_what_is_new(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    first, second = (completions(world, [question])[0] for question in QUESTIONS[:2])
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens == len(QUESTIONS[0][0].token_ids)
+
+
+def test_samples_share_their_prompt(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    prompt = text("one long prompt for all of these samples")
+    completions(world, [(prompt, SamplingParams(max_tokens=4, n=3, seed=1, temperature=1.0))])
+    assert world.link.computed < len(prompt.token_ids) + 3 * 6
 
 
 def test_nodes_were_really_lost(make_world: Callable[..., World]) -> None:

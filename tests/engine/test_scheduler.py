@@ -17,6 +17,16 @@ class FakeSequence:
     computed: int = 0
     in_flight: bool = False
     encoded: bool = True
+    reused: int = 0
+    held: bool = False
+
+    @property
+    def keys(self) -> list[int]:
+        """Like no other's."""
+        return [id(self)] * (self.prompt + self.drawn)
+
+    def whole(self, length: int) -> int:
+        return length
 
     @property
     def remaining(self) -> int:

@@ -167,7 +167,7 @@ class StepLoop:
             positions.append(_positions(sequence, start, end))
             visuals += _visuals(sequence, start, end, row=len(token_ids))
             token_ids += sequence.token_ids(start, end)
-        batch = Batch(self._next_batch_id, tuple(slices), torch.cat(positions, dim=1))
+        batch = Batch(self._next_batch_id, tuple(slices), torch.cat(positions, dim=1), self._scheduler.take_copies())
         self._next_batch_id += 1
         return batch, self._stage.embed(torch.tensor(token_ids), visuals)
 
@@ -243,6 +243,8 @@ class StepLoop:
         tokens = iter(result.tokens)
         for item in work:
             sequence = item.sequence
+            if sequence.index == 0:
+                sequence.request.stream.cached_tokens = sequence.reused
             if item.samples and (piece := sequence.append(next(tokens))):
                 sequence.request.stream.put(piece)
             if sequence.finished or sequence.request.cancelled:

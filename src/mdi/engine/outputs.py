@@ -28,10 +28,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: the prompt's (media included), and of all its samples together."""
+    """Tokens of a request: the prompt's (media included), and of all its samples together.
+
+    cached_tokens: those of the prompt that were not computed, since a sequence before had begun with them.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class Prompt:
     positions: Tensor
     delta: int
     media: tuple[Media, ...]
+
+    @cached_property
+    def keys(self) -> tuple[int, ...]:
+        """For each token what tells it from others: its id, or for an image's or a video's what this one shows."""
+        keys = list(self.token_ids)
+        for item in self.media:
+            shown = -int.from_bytes(item.patches.digest) - 1
+            keys[item.span.start : item.span.start + item.span.length] = [shown] * item.span.length
+        return tuple(keys)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from mdi.engine.slots import Cached, Slots
+from mdi.model.batch import Copy
 
-class Schedulable(Protocol):
-    """What the scheduler sees of a sequence."""
 
-    slot: int | None
-    computed: int
+class Schedulable(Cached, Protocol):
+    """What the scheduler sees of a sequence. held: it waits for another one, whose cache it will share."""
+
     in_flight: bool
+
+    @property
+    def held(self) -> bool: ...
 
     @property
     def remaining(self) -> int: ...
@@ -50,7 +54,8 @@ class Scheduler(Generic[S]):
         self.token_budget = token_budget
         self.max_in_flight = max_in_flight
         self.in_flight = 0
-        self._free_slots = deque(range(n_slots))
+        self._slots: Slots[S] = Slots(n_slots)
+        self._copies: list[Copy] = []
         self._waiting: deque[S] = deque()
         self._running: deque[S] = deque()
 
@@ -73,8 +78,7 @@ class Scheduler(Generic[S]):
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-            self._free_slots.append(sequence.slot)
-            sequence.slot = None
+            self._slots.give_back(sequence)
 
     def schedule(self) -> list[Work[S]]:
         """The next batch; empty when there is nothing to do or the pipeline is full. Its sequences become in flight."""
@@ -100,15 +104,22 @@ class Scheduler(Generic[S]):
     def restart(self) -> None:
         """Nothing in flight comes back, and the caches are empty: every running sequence begins again, in its slot."""
         self.in_flight = 0
+        self._copies.clear()
+        self._slots.forget()
         for sequence in self._running:
             sequence.in_flight = False
-            sequence.computed = 0
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """What the batch just scheduled copies first, be it for sequences that come in a later one."""
+        copies = tuple(self._copies)
+        self._copies.clear()
+        return copies
 
     def _admit(self) -> None:
-        while self._free_slots and self._waiting:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._free_slots.popleft()
-            sequence.computed = 0
+        while self._slots.free and (sequence := next((s for s in self._waiting if not s.held), None)):
+            self._waiting.remove(sequence)
+            if copy := self._slots.take(sequence):
+                self._copies.append(copy)
             self._running.append(sequence)
 
     def _decode(self) -> list[Work[S]]:

@@ -20,7 +20,7 @@ class Request:
     """What a caller submitted, while it runs. `params` are complete: defaults filled in, seed drawn.
 
     embeddings: one [tokens, hidden_size] per medium of the prompt, as they get encoded; kept for as long as the request
-    lives, so that its prompt can be prefilled again.
+    lives, so that its prompt can be prefilled again. prefilled: by its first sample; the others share that.
     """
 
     stream: Stream
@@ -29,6 +29,7 @@ class Request:
     prompt: Prompt | None = None
     embeddings: list[Tensor] = field(default_factory=list)
     cancelled: bool = False
+    prefilled: bool = False
 
     @property
     def encoded(self) -> bool:
@@ -39,7 +40,7 @@ class Request:
 class Sequence:
     """Sample `index` of a request. `computed` of its tokens are in its slot's cache; `in_flight`: a batch has it.
 
-    end_ids: tokens that end it.
+    end_ids: tokens that end it. keys, reused: see `slots.py`.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
+    reused: int = 0
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.request.params.repetition_penalty != 1:
             self._seen = dict.fromkeys(self.prompt.token_ids, 0)
+        self.keys = list(self.prompt.keys)
 
     @property
     def length(self) -> int:
@@ -73,6 +76,16 @@ class Sequence:
     def ready(self) -> bool:
         """Whether a batch may take it."""
         return not self.in_flight and self.request.encoded
+
+    @property
+    def held(self) -> bool:
+        return self.index > 0 and not self.request.prefilled
+
+    def whole(self, length: int) -> int:
+        for media in self.prompt.media:
+            if media.span.start < length < media.span.start + media.span.length:
+                return media.span.start
+        return length
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The tokens at indices [start, end), of prompt and answer as one."""
@@ -121,6 +134,8 @@ class Sequence:
     def append(self, token: Token) -> Piece | None:
         """Takes a drawn token; gives the piece that became certain, if any. The last one sets `finished`."""
         self.generated.append(token.id)
+        self.keys.append(token.id)
+        self.request.prefilled = True
         self._seen[token.id] = self._seen.get(token.id, 0) + 1
         self._unsent.append(token)
         text = self.detokenizer.push(token.id)

@@ -20,6 +20,7 @@ class Stream:
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self._cancel = cancel
         self._items: queue.SimpleQueue[Piece | MDIError | None] = queue.SimpleQueue()
         self._wake: Callable[[], None] | None = None
@@ -28,7 +29,7 @@ class Stream:
     @property
     def usage(self) -> Usage:
         """Tokens so far; complete when the stream has ended."""
-        return Usage(self.prompt_tokens, self.completion_tokens)
+        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def cancel(self) -> None:
         """Ends the request within one step of the engine. From any thread, at any time, as often as you like."""

@@ -129,7 +129,11 @@ class _Joined:
     @property
     def usage(self) -> Usage:
         each = [part.usage for part in self.parts]
-        return Usage(sum(usage.prompt_tokens for usage in each), sum(usage.completion_tokens for usage in each))
+        return Usage(
+            sum(usage.prompt_tokens for usage in each),
+            sum(usage.completion_tokens for usage in each),
+            sum(usage.cached_tokens for usage in each),
+        )
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         for number, part in enumerate(self.parts):
@@ -178,11 +182,12 @@ class _Envelope:
         return chunks
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

@@ -64,12 +64,25 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `length` tokens of one slot's cache into another's."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w)."""
+    """One step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w).
+
+    copies: done first, one after the other.
+    """
 
     id: int
     slices: tuple[Slice, ...]
     positions: Tensor
+    copies: tuple[Copy, ...] = ()
 
     @property
     def n_tokens(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mdi.model.batch import Copy
 from mdi.model.config import ModelConfig
 
 
@@ -28,3 +29,8 @@ class KVCache:
         self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.n_slots = n_slots
         self.sequence_length = sequence_length
+
+    def copy(self, copy: Copy) -> None:
+        """The beginning of one slot into another."""
+        for layer in self.layers:
+            layer[copy.target, : copy.length] = layer[copy.source, : copy.length]

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from mdi.errors import LinkError
-from mdi.model.batch import Adjustment, Batch, Draw, Slice, Token
+from mdi.model.batch import Adjustment, Batch, Copy, Draw, Slice, Token
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.link import Result
 
@@ -81,6 +81,7 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.
         positions=batch.positions.flatten().tolist(),
         dtype=NAMES[hidden.dtype],
         width=hidden.shape[1],
+        copies=[wire_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
     )
     data = hidden.cpu().contiguous().view(torch.uint8).flatten().numpy()
     for start in range(0, len(data), PIECE_BYTES):
@@ -127,7 +128,8 @@ class BatchDecoder:
         self._header, self._data = None, bytearray()
         positions = torch.tensor(header.positions, dtype=torch.int64).view(3, self._n_tokens)
         hidden = torch.frombuffer(data, dtype=self._dtype).view(self._n_tokens, self._width)
-        return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions), hidden
+        copies = tuple(Copy(copy.source, copy.target, copy.length) for copy in header.copies)
+        return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions, copies), hidden
 
     def _checked(self, header: wire_pb2.Header) -> int:
         """The batch's tokens. Makes nothing of the slices: there may be many, and nothing behind them."""

@@ -59,17 +59,29 @@ class Slice(_message.Message):
     draw: Draw
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
 
+class Copy(_message.Message):
+    __slots__ = ("source", "target", "length")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    source: int
+    target: int
+    length: int
+    def __init__(self, source: _Optional[int] = ..., target: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
 class Header(_message.Message):
-    __slots__ = ("slices", "positions", "dtype", "width")
+    __slots__ = ("slices", "positions", "dtype", "width", "copies")
     SLICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     slices: _containers.RepeatedCompositeFieldContainer[Slice]
     positions: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     width: int
-    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ...) -> None: ...
+    copies: _containers.RepeatedCompositeFieldContainer[Copy]
+    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class Piece(_message.Message):
     __slots__ = ("epoch", "batch_id", "header", "data", "last", "failure")
