@@ -143,6 +143,9 @@ def serve(
     device: Device = None,
     sequence_length: SequenceLength = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")] = 16,
+    vision_cache_mb: Annotated[
+        int, typer.Option(min=0, help="Memory for encoded images and videos, for the next that ask about them.")
+    ] = 256,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     media_dir: Annotated[Path | None, typer.Option(help="Requests may name files in this folder.")] = None,
@@ -178,6 +181,7 @@ def serve(
             device=device,
             sequence_length=sequence_length,
             max_sequences=max_sequences,
+            vision_cache_bytes=vision_cache_mb * 2**20,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             media=MediaPolicy(media_dir=media_dir),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.loop import Cancel, Close, StepLoop, Submit
 from mdi.engine.outputs import Completion
 from mdi.engine.outputs import Sample as OneSample
@@ -52,6 +53,7 @@ class World:
             tokenizer,
             frozenset({END}),
             LENGTH,
+            EmbeddingCache(10**6),
             self.ended.append,
         )
 

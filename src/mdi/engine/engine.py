@@ -19,6 +19,7 @@ from mdi.checkpoint.source import Source, locate
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.local import Cluster, ClusterConfig
 from mdi.cluster.recovery import RecoveryLimits
+from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.outputs import Completion, Piece, RecoveryStatus
 from mdi.engine.prompt import Message, PixelRange, Prompt, PromptBuilder
@@ -38,6 +39,7 @@ DEFAULT_SEQUENCE_LENGTH = 4096
 MEDIA_THREADS = 2
 PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
+VISION_CACHE_BYTES = 256 * 2**20  # 65 images of 1,280 tokens of the 2B model
 TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
 
@@ -51,6 +53,7 @@ class Engine:
     max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into;
     max_pixels also lowers the limit of a video's frames.
     media: where images and videos may come from; by default any local file and any public URL.
+    vision_cache_bytes: encoded images and videos that are kept for further requests; 0 keeps none.
     recovery_limits: how long and how often lost nodes are brought back before requests fail.
     encryption: links between nodes are encrypted (mutual TLS). by_hand: the nodes are not started here but by hand, on
     this or other machines; it says how many there are and what layers they get.
@@ -73,6 +76,7 @@ class Engine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         media: MediaPolicy | None = None,
+        vision_cache_bytes: int = VISION_CACHE_BYTES,
         recovery_limits: RecoveryLimits | None = None,
         encryption: bool = False,
         by_hand: ByHand | None = None,
@@ -120,6 +124,7 @@ class Engine:
                 tokenizer.backend,
                 end_ids(path, source.config),
                 self.sequence_length,
+                EmbeddingCache(vision_cache_bytes),
                 self._ended,
             )
         except BaseException:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.engine.detokenizer import Detokenizer
+from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.outputs import RecoveryStatus
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
@@ -57,6 +58,7 @@ class StepLoop:
     computed again from its first token on, and goes on with the tokens it would have had.
 
     connect: given where results go, makes the link to the next node; None when this node is the only one.
+    encoded: images and videos of requests before.
     ended: told of every request that left, for whatever reason.
     """
 
@@ -68,6 +70,7 @@ class StepLoop:
         tokenizer: Tokenizer,
         end_ids: frozenset[int],
         sequence_length: int,
+        encoded: EmbeddingCache,
         ended: Callable[[Request], None],
     ) -> None:
         self.error: MDIError | None = None
@@ -78,6 +81,7 @@ class StepLoop:
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._sequence_length = sequence_length
+        self._encoded = encoded
         self._ended = ended
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._live: dict[Request, list[Sequence]] = {}
@@ -125,20 +129,25 @@ class StepLoop:
             with self._stage.busy:
                 next(self._encoder)
         except StopIteration as done:
-            self._to_encode[0].embeddings.append(done.value)
+            request = self._to_encode[0]
+            self._encoded.put(request.next_media.patches.digest, done.value)
+            request.embeddings.append(done.value)
             self._encoder = None
         return True
 
     def _next_encode(self) -> bool:
-        while self._to_encode and (self._to_encode[0].encoded or self._to_encode[0].cancelled):
-            self._to_encode.popleft()
-        if not self._to_encode:
-            return False
-        request = self._to_encode[0]
-        assert request.prompt is not None
-        media = request.prompt.media[len(request.embeddings)]
-        self._encoder = self._stage.encode_steps(torch.from_numpy(media.patches.rows), media.patches.grid)
-        return True
+        while self._to_encode:
+            request = self._to_encode[0]
+            if request.encoded or request.cancelled:
+                self._to_encode.popleft()
+                continue
+            patches = request.next_media.patches
+            known = self._encoded.get(patches.digest)
+            if known is None:
+                self._encoder = self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
+                return True
+            request.embeddings.append(known)
+        return False
 
     def _dispatch(self) -> bool:
         """Schedules one batch and runs it through the first stage."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.outputs import FinishReason, Piece
-from mdi.engine.prompt import Prompt
+from mdi.engine.prompt import Media, Prompt
 from mdi.engine.stream import Stream
 from mdi.model.batch import Adjustment, Draw, Token
 from mdi.params import SamplingParams
@@ -34,6 +34,12 @@ class Request:
     @property
     def encoded(self) -> bool:
         return self.prompt is not None and len(self.embeddings) == len(self.prompt.media)
+
+    @property
+    def next_media(self) -> Media:
+        """The first that is not encoded."""
+        assert self.prompt is not None
+        return self.prompt.media[len(self.embeddings)]
 
 
 @dataclass(eq=False)

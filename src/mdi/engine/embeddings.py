@@ -1,0 +1,34 @@
+"""Encoded images and videos, kept for the next request that shows the same. Bounded in bytes; of one thread."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+
+class EmbeddingCache:
+    """Embeddings by the digest of what was encoded; the one used longest ago leaves first.
+
+    limit_bytes: of all together; 0 keeps nothing.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.size_bytes = 0
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """[tokens, hidden_size], not to be written to; None when they have to be encoded."""
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+        return self._kept.get(digest)
+
+    def put(self, digest: bytes, embeddings: Tensor) -> None:
+        if digest in self._kept or embeddings.nbytes > self._limit_bytes:
+            return
+        self._kept[digest] = embeddings
+        self.size_bytes += embeddings.nbytes
+        while self.size_bytes > self._limit_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.size_bytes -= oldest.nbytes
