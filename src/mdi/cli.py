@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 for what the caller can mend (input, options, checkpoints)
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,12 @@ from mdi.errors import CheckpointError, ConfigError, InputError, MDIError
 from mdi.params import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
+    from mdi.checkpoint.plan import Machine, StageSummary
     from mdi.cluster.by_hand import Presence
+    from mdi.cluster.nodes import NodesConfig
+    from mdi.cluster.survey import Finding
     from mdi.engine import Engine
+    from mdi.model.weights import StageSpec
 
 app = typer.Typer(
     name="mdi",
@@ -42,6 +47,7 @@ Layers = Annotated[str | None, typer.Option(help="Layers per node, overriding th
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option(help="Where this node computes: cpu (the default), cuda, cuda:1, mps.")]
 SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
+MaxSequences = Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
 Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or data: URL; may be repeated.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
@@ -101,30 +107,93 @@ def prepare(
 def plan(
     model: Model,
     n_nodes: NNodes = 1,
+    nodes_config: NodesJson = None,
+    certs: Certs = CERTS,
+    insecure: Insecure = False,
     layers: Layers = None,
     dtype: Dtype = None,
+    sequence_length: SequenceLength = None,
+    max_sequences: MaxSequences = 16,
     ckpt_folder: CkptFolder = CHECKPOINTS,
     hf_token: HfToken = None,
 ) -> None:
-    """Show which layers would go to which node, and what each would hold, before anything is loaded."""
+    """Show which layers would go to which node, and what each would hold, before anything is loaded.
+
+    With --nodes-config, nodes that run are asked what their machines can do, and get what these can carry.
+    """
     from mdi.checkpoint.plan import make_plan, role_names, stage_summary
     from mdi.checkpoint.source import Source, locate
+    from mdi.cluster.nodes import NodesConfig
+    from mdi.engine.engine import sequence_length_of
 
     config = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
+    chosen, dtype = _parse_layers(layers), dtype or config.dtype
+    cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
+    findings: list[Finding] = []
+    if nodes_config:
+        nodes = NodesConfig.read(nodes_config)
+        nodes.check_layers(config.n_layers)
+        chosen, n_nodes = chosen or nodes.layers, nodes.n_nodes
+        findings = _findings(nodes, certs, insecure, dtype)
+    machines = [finding.machine for finding in findings]
+    made = make_plan(config, n_nodes, chosen, machines=machines, dtype=dtype, cache_tokens=cache_tokens)
+    names = role_names(made.n_nodes)
+    rows = [
+        (name, spec, stage_summary(config, spec, dtype, cache_tokens))
+        for name, spec in zip(names, made.stages, strict=True)
+    ]
+    out.print(_machines_table(rows, machines) if machines else _stages_table(rows))
+    for name, finding in zip(names, findings, strict=False):
+        if finding.unknown:
+            out.print(f"{name} was not asked, and is taken to be as fast as this machine: {finding.unknown}")
+
+
+def _findings(nodes: NodesConfig, certs: Path, insecure: bool, dtype: str) -> list[Finding]:
+    from mdi.cluster.by_hand import ByHand
+    from mdi.cluster.survey import look_around
+    from mdi.pipeline.tls import encryption_enabled
+
+    by_hand = ByHand(nodes, certs=certs, insecure=insecure)
+    device = nodes.starter.device or "cpu"
+    with err.status("measuring the machines, one after the other"):
+        return look_around(by_hand, by_hand.identity(encryption_enabled()), dtype, device)
+
+
+def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:
     table = Table("node", "layers", "holds", "parameters", "size", "share of a step")
-    made = make_plan(config, n_nodes, _parse_layers(layers))
-    for name, spec in zip(role_names(n_nodes), made.stages, strict=True):
-        summary = stage_summary(config, spec, dtype or config.dtype)
+    for name, spec, summary in rows:
         parts = [("embedding", spec.embedding), ("vision", spec.vision), ("LM head", spec.head)]
         table.add_row(
             name,
-            f"{spec.first_layer}-{spec.last_layer - 1} ({len(spec.layers)})",
+            _layers_text(spec),
             ", ".join(part for part, held in parts if held) or "-",
             f"{summary.parameters:,}",
             f"{summary.size_bytes / 1e6:,.0f} MB",
             f"{summary.step_share:.0%}",
         )
-    out.print(table)
+    return table
+
+
+def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machines: Sequence[Machine]) -> Table:
+    """Time of a token is that of its slowest node once all nodes have work, and that of all nodes for a lone stream."""
+    table = Table("node", "layers", "weights", "cache", "room", "reads", "computes", "a token", "1,000 of a prompt")
+    for (name, spec, summary), machine in zip(rows, machines, strict=True):
+        table.add_row(
+            name,
+            _layers_text(spec),
+            f"{summary.size_bytes / 1e6:,.0f} MB",
+            f"{summary.cache_bytes / 1e6:,.0f} MB",
+            "?" if math.isinf(machine.memory_bytes) else f"{machine.memory_bytes / 1e9:,.1f} GB",
+            f"{machine.bytes_per_s / 1e9:,.1f} GB/s",
+            f"{machine.flops_per_s / 1e12:,.2f} TFLOP/s",
+            f"{machine.token_s(summary.size_bytes / summary.parameters * summary.step_parameters) * 1e3:,.1f} ms",
+            f"{machine.prompt_token_s(summary.step_parameters) * 1e3:,.2f} s",
+        )
+    return table
+
+
+def _layers_text(spec: StageSpec) -> str:
+    return f"{spec.first_layer}-{spec.last_layer - 1} ({len(spec.layers)})"
 
 
 @app.command()
@@ -142,7 +211,7 @@ def serve(
     dtype: Dtype = None,
     device: Device = None,
     sequence_length: SequenceLength = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")] = 16,
+    max_sequences: MaxSequences = 16,
     vision_cache_mb: Annotated[
         int, typer.Option(min=0, help="Memory for encoded images and videos, for the next that ask about them.")
     ] = 256,

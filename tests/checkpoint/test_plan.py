@@ -6,8 +6,20 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from mdi.checkpoint.plan import Costs, Plan, balance, costs, make_plan, role_names, stage_summary
+from mdi.checkpoint.plan import (
+    Costs,
+    Machine,
+    Plan,
+    StageLoad,
+    balance,
+    costs,
+    make_plan,
+    role_names,
+    stage_summary,
+)
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
 from mdi.errors import ConfigError
 from mdi.model.config import ModelConfig
@@ -36,15 +48,32 @@ def test_every_layer_is_on_exactly_one_node_for_all_counts() -> None:
 def test_no_split_has_a_faster_slowest_node_nor_is_any_as_fast_one_more_even(cost: Costs) -> None:
     for n_layers in range(1, 13):
         for n_nodes in range(1, n_layers + 1):
-            ours = rating(balance(n_layers, n_nodes, cost), cost)
-            assert ours == min(rating(split, cost) for split in all_splits(n_layers, n_nodes))
+            loads = [StageLoad(0, cost.layer, n_layers)] * n_nodes
+            loads[0] = replace(loads[0], fixed=cost.start)
+            loads[-1] = replace(loads[-1], fixed=loads[-1].fixed + cost.head)
+            ours = rating(balance(n_layers, loads), loads)
+            assert ours == min(rating(split, loads) for split in all_splits(n_layers, n_nodes))
 
 
-def rating(split: tuple[int, ...], cost: Costs) -> tuple[int, int]:
-    loads = [count * cost.layer for count in split]
-    loads[0] += cost.start
-    loads[-1] += cost.head
-    return max(loads), sum(load**2 for load in loads)
+@given(
+    n_layers=st.integers(1, 11),
+    loads=st.lists(st.builds(StageLoad, *[st.integers(1, 9)] * 3), min_size=1, max_size=5),
+)
+def test_no_split_that_fits_unequal_machines_is_better(n_layers: int, loads: list[StageLoad]) -> None:
+    assume(len(loads) <= n_layers <= sum(load.most for load in loads))
+    ours = balance(n_layers, loads)
+    assert fits(ours, loads)
+    fitting = [split for split in all_splits(n_layers, len(loads)) if fits(split, loads)]
+    assert rating(ours, loads) == min(rating(split, loads) for split in fitting)
+
+
+def fits(split: tuple[int, ...], loads: list[StageLoad]) -> bool:
+    return all(count <= load.most for count, load in zip(split, loads, strict=True))
+
+
+def rating(split: tuple[int, ...], loads: list[StageLoad]) -> tuple[float, float]:
+    costs = [load.cost(count) for count, load in zip(split, loads, strict=True)]
+    return max(costs), sum(cost**2 for cost in costs)
 
 
 def all_splits(n_layers: int, n_nodes: int) -> list[tuple[int, ...]]:
@@ -72,6 +101,36 @@ def test_the_2b_plan_on_three_nodes_accounts_for_every_parameter() -> None:
     assert [summary.size_bytes for summary in summaries] == [2 * summary.parameters for summary in summaries]
     assert sum(summary.step_share for summary in summaries) == pytest.approx(1)
     assert max(summary.step_share for summary in summaries) < 0.36
+
+
+def test_a_machine_twice_as_fast_gets_about_twice_as_many_layers() -> None:
+    fast, slow = Machine(40e9, 1e12), Machine(20e9, 0.5e12)
+    first, middle, last = make_plan(FULL_SIZE, 3, machines=[slow, fast, slow]).layers
+    assert middle == pytest.approx(2 * first, abs=1)
+    assert last < first
+
+
+def test_memory_limits_what_a_fast_machine_gets() -> None:
+    fast, slow = Machine(100e9, 1e13, memory_bytes=1e9), Machine(20e9, 0.5e12)
+    stages = make_plan(FULL_SIZE, 3, machines=[slow, fast, slow], dtype="bfloat16", cache_tokens=4096).stages
+    middle = stage_summary(FULL_SIZE, stages[1], "bfloat16", 4096)
+    assert 0.9e9 < middle.size_bytes + middle.cache_bytes <= 1e9
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "layers", "message"),
+    [
+        ((8, 0.01, 8), None, "secondary0 cannot hold 1 layer: of its 0.0 GB, 0.1 GB are missing. Add a node"),
+        ((2.5, 0.5, 1.2), None, "room for 19 of the model's 28 layers: 0.9 GB are missing"),
+        ((8, 0.9, 8), (10, 10, 8), "secondary0 cannot hold 10 layers: of its 0.9 GB, 0.1 GB are missing"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_is_missing(
+    memory_gb: tuple[float, ...], layers: tuple[int, ...] | None, message: str
+) -> None:
+    machines = [Machine(memory_bytes=gb * 1e9) for gb in memory_gb]
+    with pytest.raises(ConfigError, match=message):
+        make_plan(FULL_SIZE, 3, layers, machines=machines, dtype="bfloat16", cache_tokens=4096)
 
 
 def test_layers_by_hand_are_taken_as_they_are() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,6 +14,11 @@ from mdi.model.weights import StageSpec, layer_shapes, stage_shapes, vision_shap
 
 VISION_SHARE = 0.02
 """Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""
+
+PROMPT_TOKENS = 3.0
+"""Tokens of a prompt for each of its answer that machines are weighed for: an image, say, and some lines about it."""
+
+SMALLER = "Add a node or memory, or serve fewer or shorter sequences (--max-sequences, --sequence-length)"
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,49 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a node's machine can do; the default is as fast as any other, and large enough.
+
+    bytes_per_s: weights read for one token. flops_per_s: in products of many rows. memory_bytes: what a stage may take.
+    """
+
+    bytes_per_s: float = 1.0
+    flops_per_s: float = math.inf
+    memory_bytes: float = math.inf
+
+    def token_s(self, step_bytes: float) -> float:
+        """Seconds for a token of an answer."""
+        return step_bytes / self.bytes_per_s
+
+    def prompt_token_s(self, parameters: float) -> float:
+        """Seconds for a token of a prompt: a multiplication and an addition for each parameter."""
+        return 2 * parameters / self.flops_per_s
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """What a stage with so many layers costs a node: `fixed` and `layer` for each; it has room for `most`."""
+
+    fixed: float
+    layer: float
+    most: int
+
+    def cost(self, n_layers: int) -> float:
+        return self.fixed + n_layers * self.layer
+
+
+@dataclass(frozen=True)
 class StageSummary:
-    """What a stage holds. step_share: its part of the weights that one decode step reads over all nodes."""
+    """What a stage holds. step_share: its part of the weights that one decode step reads over all nodes.
+
+    step_parameters: those. cache_bytes: of the KV cache of all slots.
+    """
 
     parameters: int
     size_bytes: int
+    step_parameters: int
     step_share: float
+    cache_bytes: int
 
 
 def costs(config: ModelConfig) -> Costs:
@@ -67,10 +110,20 @@ def costs(config: ModelConfig) -> Costs:
     return Costs(_count(layer_shapes(config, 0)), head, int(vision * VISION_SHARE))
 
 
-def make_plan(config: ModelConfig, n_nodes: int, layers: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    n_nodes: int,
+    layers: Sequence[int] | None = None,
+    *,
+    machines: Sequence[Machine] = (),
+    dtype: str | None = None,
+    cache_tokens: int = 0,
+) -> Plan:
     """The plan whose slowest node is fastest; `layers` sets the layers per node by hand.
 
-    Raises ConfigError when the layers cannot be split that way.
+    machines: one for each node; without them all are alike. dtype: the checkpoint's own if None. cache_tokens: the KV
+    cache's slots times their length, over all of which a stage's memory is counted.
+    Raises ConfigError when the layers cannot be split that way, or do not fit: it says how much is missing.
     """
     if n_nodes < 1:
         raise ConfigError(f"a model needs at least one node, got {n_nodes}")
@@ -78,26 +131,98 @@ def make_plan(config: ModelConfig, n_nodes: int, layers: Sequence[int] | None = 
         raise ConfigError(f"{n_nodes} nodes are more than the model's {config.n_layers} layers: use fewer")
     if layers is not None:
         _check_layers(config, n_nodes, layers)
-    return _plan(config, layers or balance(config.n_layers, n_nodes, costs(config)))
+    machines = machines or [Machine()] * n_nodes
+    needs = _Needs(config, dtype or config.dtype, cache_tokens)
+    _check_memory(needs, machines, layers)
+    return _plan(config, layers or balance(config.n_layers, needs.loads(machines)))
 
 
-def balance(n_layers: int, n_nodes: int, cost: Costs) -> tuple[int, ...]:
-    """Layers per node that minimise the costliest node; among those, the sum of squares. Dynamic programming.
+def balance(n_layers: int, loads: Sequence[StageLoad]) -> tuple[int, ...]:
+    """Layers per node that minimise the costliest node; among those, the sum of squares.
 
-    The starter is charged `cost.start` and the finisher `cost.head` on top; every node gets a layer.
+    Every node gets a layer, and none more than it has room for: there must be room for all.
     """
-    # layers placed -> (worst, squares, split)
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
-    for node in range(n_nodes):
-        extra = cost.start * (node == 0) + cost.head * (node == n_nodes - 1)
-        after: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-        for placed, (worst, squares, split) in best.items():
-            for count in range(1, n_layers - placed - (n_nodes - node - 1) + 1):
-                load = count * cost.layer + extra
-                candidate = (max(worst, load), squares + load**2, (*split, count))
-                after[placed + count] = min(after.get(placed + count, candidate), candidate)
+    worst, _ = _split(n_layers, loads, math.inf, max)
+    _, split = _split(n_layers, loads, worst, lambda squares, cost: squares + cost**2)
+    return split
+
+
+def _split(
+    n_layers: int, loads: Sequence[StageLoad], limit: float, add: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The least sum, by `add`, of the nodes' costs, none above `limit`, and its split. Dynamic programming."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers placed
+    for node, load in enumerate(loads):
+        after: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for placed, (total, split) in best.items():
+            left = n_layers - placed - (len(loads) - node - 1)
+            for count in range(1, min(left, load.most) + 1):
+                if load.cost(count) <= limit:
+                    candidate = (add(total, load.cost(count)), (*split, count))
+                    after[placed + count] = min(after.get(placed + count, candidate), candidate)
         best = after
-    return best[n_layers][2]
+    return best[n_layers]
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What stages of a model take, in seconds and bytes."""
+
+    config: ModelConfig
+    dtype: str
+    cache_tokens: int
+
+    @property
+    def itemsize(self) -> int:
+        return parse_dtype(self.dtype).itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer's weights, and of its part of the cache."""
+        cache = self.cache_tokens * 2 * self.config.kv_size
+        return (costs(self.config).layer + cache) * self.itemsize
+
+    def fixed_bytes(self, index: int, n_nodes: int) -> int:
+        """Of what a node has besides layers."""
+        none = StageSpec(0, 0, index == 0, index == 0 and self.config.vision is not None, index == n_nodes - 1)
+        return _count(stage_shapes(self.config, none)) * self.itemsize
+
+    def loads(self, machines: Sequence[Machine]) -> list[StageLoad]:
+        """In seconds for a token of the answer, with what it takes of the prompt."""
+        cost, n_nodes = costs(self.config), len(machines)
+        loads = []
+        for index, machine in enumerate(machines):
+            extra = cost.start * (index == 0) + cost.head * (index == n_nodes - 1)
+            room = (machine.memory_bytes - self.fixed_bytes(index, n_nodes)) / self.layer_bytes
+            most = int(max(0, min(room, self.config.n_layers)))
+            loads.append(StageLoad(self._seconds(machine, extra), self._seconds(machine, cost.layer), most))
+        return loads
+
+    def _seconds(self, machine: Machine, parameters: int) -> float:
+        prompt_s = PROMPT_TOKENS * machine.prompt_token_s(parameters)
+        return machine.token_s(parameters * self.itemsize) + prompt_s
+
+
+def _check_memory(needs: _Needs, machines: Sequence[Machine], layers: Sequence[int] | None) -> None:
+    names, n_layers = role_names(len(machines)), needs.config.n_layers
+    for index, (name, machine) in enumerate(zip(names, machines, strict=True)):
+        count = layers[index] if layers else 1
+        missing = needs.fixed_bytes(index, len(machines)) + count * needs.layer_bytes - machine.memory_bytes
+        if missing > 0:
+            raise ConfigError(
+                f"{name} cannot hold {count} layer{'s' * (count > 1)}: of its {_gb(machine.memory_bytes)}, "
+                f"{_gb(missing)} are missing. {SMALLER}"
+            )
+    room = sum(load.most for load in needs.loads(machines))
+    if layers is None and room < n_layers:
+        raise ConfigError(
+            f"the nodes have room for {room} of the model's {n_layers} layers: "
+            f"{_gb((n_layers - room) * needs.layer_bytes)} are missing. {SMALLER}"
+        )
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
 
 
 def role_names(n_nodes: int) -> tuple[str, ...]:
@@ -107,13 +232,14 @@ def role_names(n_nodes: int) -> tuple[str, ...]:
     return ("starter", *(f"secondary{index}" for index in range(n_nodes - 2)), "finisher")
 
 
-def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str) -> StageSummary:
-    """Parameters, bytes in `dtype`, and share of a decode step of one stage."""
-    parameters = _count(stage_shapes(config, spec))
+def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens: int = 0) -> StageSummary:
+    """Parameters, bytes in `dtype`, and share of a decode step of one stage; cache_tokens: see `make_plan`."""
+    parameters, itemsize = _count(stage_shapes(config, spec)), parse_dtype(dtype).itemsize
     cost = costs(config)
     load = len(spec.layers) * cost.layer + cost.start * spec.vision + cost.head * spec.head
     total = config.n_layers * cost.layer + cost.start + cost.head
-    return StageSummary(parameters, parameters * parse_dtype(dtype).itemsize, load / total)
+    cache_bytes = len(spec.layers) * cache_tokens * 2 * config.kv_size * itemsize
+    return StageSummary(parameters, parameters * itemsize, load, load / total, cache_bytes)
 
 
 def _plan(config: ModelConfig, layers: Sequence[int]) -> Plan:

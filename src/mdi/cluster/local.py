@@ -23,6 +23,7 @@ from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.cluster.launcher import Launcher, LocalLauncher
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.cluster.supervisor import Supervisor
+from mdi.cluster.survey import survey
 from mdi.cluster.visit import Chunks
 from mdi.errors import CheckpointError
 from mdi.pipeline.grpc_link import LoadProgress, PipelineSettings
@@ -108,6 +109,8 @@ class Cluster:
 
     def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
         config = self._config
+        if config.by_hand:
+            self._identity = config.by_hand.identity(config.encryption)
         folder = self._prepared(source)
         manifest = Manifest.read(folder)
         self._manifest_digest = manifest.digest
@@ -120,7 +123,6 @@ class Cluster:
         return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
 
     def _await_nodes(self, by_hand: ByHand, chunks: Chunks) -> AwaitedNodes:
-        self._identity = by_hand.identity(self._config.encryption)
         if by_hand.config.starter.threads:
             torch.set_num_threads(by_hand.config.starter.threads)
         return AwaitedNodes(by_hand, self._identity, chunks, self._progress)
@@ -134,7 +136,10 @@ class Cluster:
         return LocalLauncher(chunks, dtype=dtype, device=config.device, threads=threads, authority=authority)
 
     def _prepared(self, source: Source) -> Path:
-        """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced."""
+        """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced.
+
+        Nodes started by hand are awaited and measured first, unless somebody has decided on their layers.
+        """
         config = self._config
         folder = chunk_folder(source.path, config.n_nodes)
         if not folder.exists():
@@ -142,7 +147,7 @@ class Cluster:
                 source,
                 config.n_nodes,
                 dtype=config.dtype,
-                layers=config.layers,
+                layers=config.layers or self._measured_layers(source),
                 progress=self._shown("preparing chunks"),
             )
         manifest = Manifest.read(folder)
@@ -159,6 +164,16 @@ class Cluster:
                 f"run `mdi prepare --n-nodes {config.n_nodes} --dtype {config.dtype}`"
             )
         return folder
+
+    def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
+        config, dtype = self._config, self._config.dtype or source.model_config.dtype
+        if config.by_hand is None:
+            return None
+        machines = survey(config.by_hand, self._identity, dtype, config.device)
+        cache_tokens = config.n_slots * config.sequence_length
+        return make_plan(
+            source.model_config, config.n_nodes, machines=machines, dtype=dtype, cache_tokens=cache_tokens
+        ).layers
 
     def _shown(self, name: str) -> ByteProgress | None:
         progress = self._progress

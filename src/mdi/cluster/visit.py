@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from mdi.checkpoint.manifest import Manifest, chunk_file
+from mdi.checkpoint.plan import Machine
 from mdi.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
@@ -26,6 +27,7 @@ from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 POLL_S = 1.0
 CHECK_POLL_S = 0.1
 RPC_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 60.0  # the slowest of machines
 
 Note = Callable[[bool, str], None]
 """Told whether a node is there, and what it does or why it cannot be reached."""
@@ -90,6 +92,18 @@ class Visitor:
         except grpc.aio.AioRpcError as error:
             return _no_answer(node, error)
         return status if status.spare == node.spare else _mistaken(node, status)
+
+    async def probe(self, node: NodeAddress, dtype: str) -> Machine | str:
+        """What a node's machine can do, or why that is not known. dtype: for a node that was given none."""
+        if reason := await self._why_unreachable(node):
+            return reason
+        try:
+            async with self._channel(node) as channel:
+                asked = wire_pb2.ProbeRequest(dtype=dtype)
+                found = await _ask(channel, "Probe", asked, wire_pb2.Probed, PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            return _no_answer(node, error)
+        return Machine(found.bytes_per_s, found.flops_per_s, found.memory_bytes)
 
     async def release(self, node: NodeAddress) -> None:
         """Lets a node go that is leaving; one that is gone already needs no leave."""
@@ -168,10 +182,12 @@ async def _status(channel: grpc.aio.Channel) -> wire_pb2.NodeStatus:
     return await _ask(channel, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus)
 
 
-async def _ask(channel: grpc.aio.Channel, name: str, request: Message, answer: type[wire.M]) -> wire.M:
+async def _ask(
+    channel: grpc.aio.Channel, name: str, request: Message, answer: type[wire.M], timeout_s: float = RPC_TIMEOUT_S
+) -> wire.M:
     call = channel.unary_unary(
         wire.method(name),
         request_serializer=wire.serialize,
         response_deserializer=lambda data: wire.parse(answer, data),
     )
-    return await call(request, timeout=RPC_TIMEOUT_S)  # type: ignore[no-any-return]
+    return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]

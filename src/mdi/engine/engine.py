@@ -92,7 +92,7 @@ class Engine:
             by_hand.config.check_layers(source.model_config.n_layers)
             n_nodes, layers = by_hand.config.n_nodes, by_hand.config.layers
         self.model_name = path.resolve().name
-        self.sequence_length = _sequence_length(sequence_length, source.model_config.max_positions)
+        self.sequence_length = sequence_length_of(sequence_length, source.model_config.max_positions)
         self.max_queue = max_queue
         self._defaults = generation_defaults(path)
         self._vocab_size = source.model_config.vocab_size
@@ -305,7 +305,8 @@ def video_spec(path: Path, max_pixels: int | None = None) -> VideoSpec:
     return VideoSpec.from_hf(config).with_options(max_pixels=max_pixels)
 
 
-def _sequence_length(wanted: int | None, limit: int) -> int:
+def sequence_length_of(wanted: int | None, limit: int) -> int:
+    """The one that is wanted, or a usual one. limit: the model's. Raises ConfigError beyond it."""
     if wanted is None:
         return min(DEFAULT_SEQUENCE_LENGTH, limit)
     if not 2 <= wanted <= limit:

@@ -36,6 +36,7 @@ from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
 from mdi.pipeline.link import Result
+from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
@@ -53,6 +54,7 @@ CALLERS = {  # nodes that a method is for, by the beginnings of their names
     wire.method("Batches"): ("starter", "secondary", "spare"),
     wire.method("Offer"): ("starter",),
     wire.method("Weights"): ("starter",),
+    wire.method("Probe"): ("starter",),
     wire.method("Release"): ("starter",),
 }
 LEAVE_TIMEOUT_S = 30.0
@@ -277,6 +279,9 @@ class Node:
                 "Weights": grpc.stream_unary_rpc_method_handler(
                     self._weights, parser(wire_pb2.WeightsPiece), wire.serialize
                 ),
+                "Probe": grpc.unary_unary_rpc_method_handler(
+                    self._probe, parser(wire_pb2.ProbeRequest), wire.serialize
+                ),
                 "Release": grpc.unary_unary_rpc_method_handler(
                     self._release, parser(wire_pb2.ReleaseRequest), wire.serialize
                 ),
@@ -446,6 +451,13 @@ class Node:
         if chunk:
             self._begin_loading(chunk.path, chunk)
         return wire_pb2.Received()
+
+    async def _probe(self, request: wire_pb2.ProbeRequest, _context: object) -> wire_pb2.Probed:
+        folder = self._cache.folder if self._cache else None
+        found = await asyncio.to_thread(probe, self._device, self._dtype or request.dtype, folder)
+        return wire_pb2.Probed(
+            bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
+        )
 
     async def _release(self, _request: wire_pb2.ReleaseRequest, _context: object) -> wire_pb2.Released:
         if self._released:

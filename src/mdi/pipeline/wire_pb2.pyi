@@ -261,6 +261,22 @@ class Received(_message.Message):
     error: str
     def __init__(self, error: _Optional[str] = ...) -> None: ...
 
+class ProbeRequest(_message.Message):
+    __slots__ = ("dtype",)
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: str
+    def __init__(self, dtype: _Optional[str] = ...) -> None: ...
+
+class Probed(_message.Message):
+    __slots__ = ("bytes_per_s", "flops_per_s", "memory_bytes")
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes_per_s: float
+    flops_per_s: float
+    memory_bytes: float
+    def __init__(self, bytes_per_s: _Optional[float] = ..., flops_per_s: _Optional[float] = ..., memory_bytes: _Optional[float] = ...) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -1,0 +1,72 @@
+"""What the machines of a nodes-config can do, so that the plan gives each what it can carry. Asks; starts nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mdi.checkpoint.cache import default_cache_folder
+from mdi.checkpoint.plan import Machine
+from mdi.cluster.by_hand import AwaitedNodes, ByHand
+from mdi.cluster.nodes import NodeConfig
+from mdi.cluster.visit import Visitor
+from mdi.errors import LinkError
+from mdi.pipeline.grpc_link import NodeAddress
+from mdi.pipeline.probe import probe
+from mdi.pipeline.tls import Identity
+
+PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weight
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A node's machine as far as it is known. unknown: why it could not be asked; empty when it could."""
+
+    machine: Machine
+    unknown: str = ""
+
+
+def survey(by_hand: ByHand, identity: Identity | None, dtype: str, device: str) -> list[Machine]:
+    """All machines, the starter's first; waits for nodes as the start of a cluster does.
+
+    dtype, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be measured.
+    """
+    awaited = AwaitedNodes(by_hand, identity)
+    try:
+        findings = _ask_all(by_hand, identity, awaited.nodes, dtype, device)
+    finally:
+        awaited.close()
+    for finding, node in zip(findings[1:], awaited.nodes, strict=True):
+        if finding.unknown:
+            raise LinkError(f"node {node.name} could not be measured: {finding.unknown}", node.name)
+    return [finding.machine for finding in findings]
+
+
+def look_around(by_hand: ByHand, identity: Identity | None, dtype: str, device: str) -> list[Finding]:
+    """The same for who is there just now; who is not is taken to be as fast as this machine."""
+    nodes = [NodeAddress(node.name, node.address) for node in by_hand.config.pipeline]
+    return _ask_all(by_hand, identity, nodes, dtype, device)
+
+
+def _ask_all(
+    by_hand: ByHand, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
+) -> list[Finding]:
+    """One after the other: two on one machine would slow each other down."""
+    config, visitor = by_hand.config, Visitor(identity, None, None)
+    here = probe(device, dtype, default_cache_folder())
+    findings = [Finding(_limited(here, config.starter))]
+    for node, described in zip(nodes, config.pipeline, strict=True):
+        found = asyncio.run(visitor.probe(node, dtype))
+        if isinstance(found, str):
+            findings.append(Finding(_limited(replace(here, memory_bytes=math.inf), described), found))
+        else:
+            findings.append(Finding(_limited(found, described)))
+    return findings
+
+
+def _limited(machine: Machine, node: NodeConfig) -> Machine:
+    """What the nodes-config allows of it."""
+    allowed = math.inf if node.memory_gb is None else max(0.0, node.memory_gb * 1e9 - PROCESS_BYTES)
+    return replace(machine, memory_bytes=min(machine.memory_bytes, allowed))

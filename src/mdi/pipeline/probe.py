@@ -1,0 +1,105 @@
+"""How fast this machine reads weights and multiplies: measured once, and kept in a file. Knows torch, no network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from mdi.checkpoint.plan import Machine
+from mdi.checkpoint.source import parse_dtype
+from mdi.model.linear import Linear
+
+FILE_NAME = "speed.json"
+WIDTH = 2048
+READ_BYTES = 256 * 2**20  # more than any cache holds
+PROMPT_ROWS = 512
+SHORTEST_S = 0.2
+KEPT_SHARE = 0.9  # of the memory that is free: something else may want some
+
+
+def probe(device: str, dtype: str, folder: Path | None) -> Machine:
+    """What this machine can do now: its speed as measured once, and the memory that is free.
+
+    folder: where the measurement is kept. Takes a second or two the first time.
+    """
+    free = _free_bytes(torch.device(device)) * KEPT_SHARE
+    known, key = _read(folder), _key(device, dtype)
+    if key not in known:
+        known[key] = measure(device, dtype)
+        _write(folder, known)
+    bytes_per_s, flops_per_s = known[key]
+    return Machine(bytes_per_s, flops_per_s, free)
+
+
+def measure(device: str, dtype: str) -> tuple[float, float]:
+    """Bytes a second of weights read for one token, and operations a second over a prompt."""
+    kind, place = parse_dtype(dtype), torch.device(device)
+    count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
+    layers = [Linear([torch.full((WIDTH, WIDTH), 0.01, dtype=kind, device=place)]) for _ in range(count)]
+    one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))
+
+    def read() -> None:
+        for layer in layers:
+            layer(one)
+        _wait_for(place)
+
+    def multiply() -> None:
+        layers[0](many)
+        _wait_for(place)
+
+    with torch.inference_mode():
+        read_s, multiply_s = _seconds(read), _seconds(multiply)
+    return count * WIDTH**2 * kind.itemsize / read_s, 2 * PROMPT_ROWS * WIDTH**2 / multiply_s
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The fastest of several runs: what else the machine does only slows it."""
+    work()
+    best, began_s = float("inf"), time.perf_counter()
+    while time.perf_counter() - began_s < SHORTEST_S:
+        before_s = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - before_s)
+    return best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _key(device: str, dtype: str) -> str:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+    return f"{platform.node()}, {device} {name}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _read(folder: Path | None) -> dict[str, tuple[float, float]]:
+    """What was measured before; nothing where the file is missing or damaged."""
+    try:
+        found = json.loads((folder / FILE_NAME).read_text()) if folder else {}
+        return {key: (float(reads), float(multiplies)) for key, (reads, multiplies) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(folder: Path | None, known: dict[str, tuple[float, float]]) -> None:
+    """Where that cannot be, it is measured again next time."""
+    if folder:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / FILE_NAME).write_text(json.dumps(known, indent=1))

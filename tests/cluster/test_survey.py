@@ -1,0 +1,123 @@
+"""Machines measured, and what the plan makes of it: real processes on this machine, which differ by their config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.manifest import Manifest
+from mdi.checkpoint.prepare import chunk_folder
+from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.cli import app
+from mdi.cluster.by_hand import ByHand
+from mdi.cluster.nodes import NodesConfig
+from mdi.errors import ConfigError
+from mdi.pipeline import probe as probing
+from mdi.pipeline.probe import FILE_NAME, probe
+from tests.cluster.by_hand import NAMES, Machines
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+PLENTY_GB = 1000.0
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "tiny", tiny_config(num_hidden_layers=8))
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    with ExitStack() as undo:
+        yield Machines(tmp_path, undo)
+
+
+def limit(machines: Machines, **memory_gb: float) -> None:
+    """Writes what nodes may use into the nodes-config."""
+    document = json.loads(machines.config.read_text())
+    for index, name in enumerate(NAMES):
+        document["nodes"]["secondary"][index]["memory_gb"] = memory_gb.get(name, PLENTY_GB)
+    machines.config.write_text(json.dumps(document))
+
+
+def speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+    """What this process measures of itself."""
+    monkeypatch.setattr(probing, "measure", lambda _device, _dtype: (bytes_per_s, 1e12))
+
+
+def test_a_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds(monkeypatch, 5e9)
+    first = probe("cpu", "float32", tmp_path / "cache")
+    assert (first.bytes_per_s, first.flops_per_s) == (5e9, 1e12)
+    assert 1e6 < first.memory_bytes < 1e15
+    speeds(monkeypatch, 7e9)
+    assert probe("cpu", "float32", tmp_path / "cache").bytes_per_s == 5e9
+    assert probe("cpu", "bfloat16", tmp_path / "cache").bytes_per_s == 7e9
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": ["x", "y"]}'])
+def test_a_damaged_measurement_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    (tmp_path / FILE_NAME).write_text(damage)
+    speeds(monkeypatch, 5e9)
+    assert probe("cpu", "float32", tmp_path).bytes_per_s == 5e9
+    speeds(monkeypatch, 7e9)
+    assert probe("cpu", "float32", tmp_path).bytes_per_s == 5e9
+
+
+def test_a_real_measurement_is_of_this_world() -> None:
+    reads, multiplies = probing.measure("cpu", "float32")
+    assert 1e8 < reads < 1e13
+    assert 1e8 < multiplies < 1e16
+
+
+def test_a_plan_is_made_for_the_machines_there_are(
+    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    speeds(monkeypatch, 1.0)  # the starter is hopeless
+    limit(machines)
+    for name in NAMES:
+        machines.node(name)
+    by_hand = ByHand(NodesConfig.read(machines.config), wait_s=120)
+    with Engine(checkpoint, by_hand=by_hand, dtype="float32", sequence_length=64, max_sequences=2) as engine:
+        assert engine.chat("Hello", GREEDY).token_ids
+    split = Manifest.read(chunk_folder(checkpoint, 3)).plan.layers
+    assert split[0] == 1
+    assert sum(split) == 8
+    for name in NAMES:
+        assert (machines.cache(name) / FILE_NAME).exists()
+
+
+def test_what_fits_nowhere_is_refused_before_anything_is_written(
+    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    speeds(monkeypatch, 1e9)
+    limit(machines, secondary0=0.3)
+    for name in NAMES:
+        machines.node(name)
+    by_hand = ByHand(NodesConfig.read(machines.config), wait_s=120)
+    with pytest.raises(ConfigError, match=r"secondary0 cannot hold 1 layer: of its 0.0 GB, .* are missing"):
+        Engine(checkpoint, by_hand=by_hand, dtype="float32", sequence_length=64, max_sequences=2)
+    assert not chunk_folder(checkpoint, 3).exists()
+
+
+def test_the_plan_is_shown_beforehand_and_says_who_was_not_asked(
+    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "160")
+    limit(machines)
+    machines.node("finisher").says("listens")
+    done = CliRunner().invoke(app, ["plan", str(checkpoint), "--nodes-config", str(machines.config)])
+    assert done.exit_code == 0, done.output
+    assert "GB/s" in done.output
+    assert "TFLOP/s" in done.output
+    assert "secondary0 was not asked, and is taken to be as fast as this machine: nothing listens" in done.output
+    assert "finisher was not asked" not in done.output
+    assert not chunk_folder(checkpoint, 3).exists()
