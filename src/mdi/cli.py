@@ -80,6 +80,9 @@ def prepare(
     n_nodes: NNodes = 1,
     dtype: Dtype = None,
     layers: Layers = None,
+    vision_node: Annotated[
+        bool, typer.Option("--vision-node", help="One chunk more: the vision tower, for a node of its own.")
+    ] = False,
     ckpt_folder: CkptFolder = CHECKPOINTS,
     skip_convert: Annotated[
         bool, typer.Option("--skip-convert", help="Download nothing: the checkpoint is here.")
@@ -98,9 +101,11 @@ def prepare(
             n_nodes,
             dtype=dtype,
             layers=_parse_layers(layers),
+            vision_node=vision_node,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    out.print(f"{n_nodes} chunk{'s' * (n_nodes > 1)} in {folder}", soft_wrap=True)
+    n_chunks = n_nodes + vision_node
+    out.print(f"{n_chunks} chunk{'s' * (n_chunks > 1)} in {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -121,7 +126,7 @@ def plan(
 
     With --nodes-config, nodes that run are asked what their machines can do, and get what these can carry.
     """
-    from mdi.checkpoint.plan import make_plan, role_names, stage_summary
+    from mdi.checkpoint.plan import make_plan, stage_summary
     from mdi.checkpoint.source import Source, locate
     from mdi.cluster.nodes import NodesConfig
     from mdi.engine.engine import sequence_length_of
@@ -129,21 +134,25 @@ def plan(
     config = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
     chosen, dtype = _parse_layers(layers), dtype or config.dtype
     cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
-    findings: list[Finding] = []
+    findings, apart = list["Finding"](), False
     if nodes_config:
         nodes = NodesConfig.read(nodes_config)
         nodes.check_layers(config.n_layers)
-        chosen, n_nodes = chosen or nodes.layers, nodes.n_nodes
+        chosen, n_nodes, apart = chosen or nodes.layers, nodes.n_nodes, nodes.vision is not None
         findings = _findings(nodes, certs, insecure, dtype)
     machines = [finding.machine for finding in findings]
-    made = make_plan(config, n_nodes, chosen, machines=machines, dtype=dtype, cache_tokens=cache_tokens)
-    names = role_names(made.n_nodes)
-    rows = [
-        (name, spec, stage_summary(config, spec, dtype, cache_tokens))
-        for name, spec in zip(names, made.stages, strict=True)
-    ]
-    out.print(_machines_table(rows, machines) if machines else _stages_table(rows))
-    for name, finding in zip(names, findings, strict=False):
+    made = make_plan(
+        config,
+        n_nodes,
+        chosen,
+        machines=machines,
+        dtype=dtype,
+        cache_tokens=cache_tokens,
+        vision_node=apart,
+    )
+    rows = [(name, spec, stage_summary(config, spec, dtype, cache_tokens)) for name, spec in made.roles.items()]
+    out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
+    for name, finding in zip(made.roles, findings, strict=False):
         if finding.unknown:
             out.print(f"{name} was not asked, and is taken to be as fast as this machine: {finding.unknown}")
 
@@ -277,6 +286,7 @@ def secondary(
     spare: Annotated[
         int | None, typer.Option(help="Which spare of --nodes-config this is: it waits until a node is lost.")
     ] = None,
+    vision: Annotated[bool, typer.Option("--vision", help="This is the vision node of --nodes-config.")] = False,
     cache_folder: Annotated[
         Path | None, typer.Option(help="Where chunks from the starter are kept; ~/.cache/mdi/chunks if not given.")
     ] = None,
@@ -290,7 +300,7 @@ def secondary(
     certs: Certs = CERTS,
     insecure: Insecure = False,
 ) -> None:
-    """Run one node: a secondary, the finisher, or a spare, whichever the nodes-config or its chunk says.
+    """Run one node: a secondary, the finisher, the vision node or a spare, as the nodes-config or its chunk says.
 
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
@@ -299,14 +309,16 @@ def secondary(
     from mdi.pipeline.node import serve_node
     from mdi.pipeline.tls import Identity, encryption_enabled
 
-    if (index is None and spare is None) != (nodes_config is None) or (index is not None and spare is not None):
+    if (index is not None) + (spare is not None) + vision != (nodes_config is not None):
         raise ConfigError(
-            "name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0 (or --spare 0)"
+            "name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0 "
+            "(or --spare 0, or --vision)"
         )
     name, cache, hands_over = chunk.stem.removeprefix("model_") if chunk else "", None, False
     if nodes_config is not None:
         config = NodesConfig.read(nodes_config)
-        node = config.spare(spare) if spare is not None else config.node(index or 0)
+        place = config.spare(spare) if spare is not None else None
+        node = place or (config.vision_node if vision else config.node(index or 0))
         if chunk and node.name != name:
             raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {name}")
         name, listen = node.name, listen or node.address
@@ -602,7 +614,7 @@ def _print_nodes(engine: Engine) -> None:
     for node in engine.nodes():
         table.add_row(
             node.name,
-            f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "spare",
+            f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare",
             node.dtype,
             node.device,
             f"{node.resident_bytes / 1e6:,.0f} MB",

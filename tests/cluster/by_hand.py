@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from mdi.cluster.certs import create_authority, create_node
 from tests.e2e.test_commands import ENVIRONMENT
@@ -69,18 +70,28 @@ class Process:
 
 
 class Machines:
-    """Two nodes, and spares, each with a port, a cache folder and certificates of its own; nothing runs yet.
+    """Two nodes, spares and a vision node, each with a port, a cache folder and certificates of its own; none runs yet.
 
     slow: the starter reaches nodes only through links that pass so many bytes a second.
     """
 
     def __init__(
-        self, root: Path, undo: ExitStack, *, spares: int = 0, encrypted: bool = False, slow: float | None = None
+        self,
+        root: Path,
+        undo: ExitStack,
+        *,
+        names: Sequence[str] = NAMES,
+        spares: int = 0,
+        vision: bool = False,
+        encrypted: bool = False,
+        slow: float | None = None,
     ) -> None:
         self.root = root
         self.encrypted = encrypted
         self._undo = undo
-        self.ports = {name: free_port() for name in (*NAMES, *(f"spare{index}" for index in range(spares)))}
+        self.ports = {
+            name: free_port() for name in (*names, *["vision"] * vision, *(f"spare{index}" for index in range(spares)))
+        }
         self.links: dict[str, Recorder] = {}
         if slow:
             self.links = {name: Recorder(f"127.0.0.1:{port}", slow) for name, port in self.ports.items()}
@@ -91,11 +102,13 @@ class Machines:
             name: {"addr": "127.0.0.1", "communication": {"port": port}}
             for name, port in {"starter": 1, **seen}.items()
         }
-        nodes = {
+        nodes: dict[str, Any] = {
             "starter": entries["starter"],
-            "secondary": [entries[name] for name in NAMES],
+            "secondary": [entries[name] for name in names],
             "spare": [entry for name, entry in entries.items() if name.startswith("spare")],
         }
+        if vision:
+            nodes["vision"] = entries["vision"]
         self.config = root / "nodes.json"
         self.config.write_text(json.dumps({"nodes": nodes}))
         if encrypted:
@@ -108,11 +121,15 @@ class Machines:
 
     def node(self, name: str, *options: str | Path) -> Process:
         """Starts a node, or a spare."""
-        place = ("--spare", name.removeprefix("spare")) if name.startswith("spare") else (str(NAMES.index(name)),)
-        return self.run(
-            *("secondary", "--nodes-config", self.config, *place, "--cache-folder", self.cache(name)),
-            *("--listen", f"127.0.0.1:{self.ports[name]}", "--threads", "1", *options),
-        )
+        if name == "vision":
+            place: tuple[str, ...] = ("--vision",)
+        elif name.startswith("spare"):
+            place = ("--spare", name.removeprefix("spare"))
+        else:
+            place = (str(NAMES.index(name)),)
+        words: list[str | Path] = ["secondary", "--nodes-config", self.config, *place]
+        words += ["--cache-folder", self.cache(name), "--listen", f"127.0.0.1:{self.ports[name]}", "--threads", "1"]
+        return self.run(*words, *options)
 
     def run(self, *words: str | Path) -> Process:
         certs = ("--certs", self.root / "certs") if self.encrypted else ()

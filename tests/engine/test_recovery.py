@@ -54,6 +54,7 @@ class World:
             frozenset({END}),
             LENGTH,
             EmbeddingCache(10**6),
+            None,
             self.ended.append,
         )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mdi.checkpoint.plan import Plan
+from mdi.checkpoint.plan import VISION, Plan
 from mdi.errors import CheckpointError, ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec
@@ -56,7 +56,9 @@ class Manifest(BaseModel):
 
     @property
     def plan(self) -> Plan:
-        return Plan(tuple(chunk.spec for chunk in self.chunks))
+        specs = {chunk.role: chunk.spec for chunk in self.chunks}
+        vision = specs.pop(VISION, None)
+        return Plan(tuple(specs.values()), vision)
 
     @property
     def digest(self) -> str:
@@ -101,5 +103,5 @@ class Manifest(BaseModel):
 
 def plan_hash(config: ModelConfig, plan: Plan, dtype: str) -> str:
     """What nodes must agree on to work together: sha256 over model, plan and dtype, hexadecimal."""
-    text = json.dumps([repr(config), [repr(stage) for stage in plan.stages], dtype])
+    text = json.dumps([repr(config), [repr(stage) for stage in plan.roles.values()], dtype])
     return hashlib.sha256(text.encode()).hexdigest()

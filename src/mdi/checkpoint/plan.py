@@ -15,6 +15,9 @@ from mdi.model.weights import StageSpec, layer_shapes, stage_shapes, vision_shap
 VISION_SHARE = 0.02
 """Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""
 
+VISION = "vision"
+"""The role of a node that has the vision tower and nothing else."""
+
 PROMPT_TOKENS = 3.0
 """Tokens of a prompt for each of its answer that machines are weighed for: an image, say, and some lines about it."""
 
@@ -25,10 +28,12 @@ SMALLER = "Add a node or memory, or serve fewer or shorter sequences (--max-sequ
 class Plan:
     """One stage per node, in pipeline order: every layer exactly once, embedding first, head last.
 
+    vision: what a node beside the pipeline holds, the vision tower alone; None where the starter has it.
     Raises ConfigError for stages that are not that.
     """
 
     stages: tuple[StageSpec, ...]
+    vision: StageSpec | None = None
 
     def __post_init__(self) -> None:
         first = 0
@@ -46,6 +51,12 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """Layers per node."""
         return tuple(len(stage.layers) for stage in self.stages)
+
+    @property
+    def roles(self) -> dict[str, StageSpec]:
+        """What each node holds, by its name, in pipeline order; a vision node comes last."""
+        roles = dict(zip(role_names(self.n_nodes), self.stages, strict=True))
+        return roles | ({VISION: self.vision} if self.vision else {})
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,13 @@ def make_plan(
     machines: Sequence[Machine] = (),
     dtype: str | None = None,
     cache_tokens: int = 0,
+    vision_node: bool = False,
 ) -> Plan:
     """The plan whose slowest node is fastest; `layers` sets the layers per node by hand.
 
     machines: one for each node; without them all are alike. dtype: the checkpoint's own if None. cache_tokens: the KV
-    cache's slots times their length, over all of which a stage's memory is counted.
+    cache's slots times their length, over all of which a stage's memory is counted. vision_node: the vision tower is
+    on a node of its own.
     Raises ConfigError when the layers cannot be split that way, or do not fit: it says how much is missing.
     """
     if n_nodes < 1:
@@ -132,9 +145,11 @@ def make_plan(
     if layers is not None:
         _check_layers(config, n_nodes, layers)
     machines = machines or [Machine()] * n_nodes
-    needs = _Needs(config, dtype or config.dtype, cache_tokens)
+    if vision_node and config.vision is None:
+        raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
+    needs = _Needs(config, dtype or config.dtype, cache_tokens, vision_node)
     _check_memory(needs, machines, layers)
-    return _plan(config, layers or balance(config.n_layers, needs.loads(machines)))
+    return _plan(config, layers or balance(config.n_layers, needs.loads(machines)), vision_node)
 
 
 def balance(n_layers: int, loads: Sequence[StageLoad]) -> tuple[int, ...]:
@@ -171,6 +186,7 @@ class _Needs:
     config: ModelConfig
     dtype: str
     cache_tokens: int
+    vision_node: bool
 
     @property
     def itemsize(self) -> int:
@@ -184,7 +200,8 @@ class _Needs:
 
     def fixed_bytes(self, index: int, n_nodes: int) -> int:
         """Of what a node has besides layers."""
-        none = StageSpec(0, 0, index == 0, index == 0 and self.config.vision is not None, index == n_nodes - 1)
+        sees = index == 0 and self.config.vision is not None and not self.vision_node
+        none = StageSpec(0, 0, index == 0, sees, index == n_nodes - 1)
         return _count(stage_shapes(self.config, none)) * self.itemsize
 
     def loads(self, machines: Sequence[Machine]) -> list[StageLoad]:
@@ -192,7 +209,7 @@ class _Needs:
         cost, n_nodes = costs(self.config), len(machines)
         loads = []
         for index, machine in enumerate(machines):
-            extra = cost.start * (index == 0) + cost.head * (index == n_nodes - 1)
+            extra = cost.start * (index == 0 and not self.vision_node) + cost.head * (index == n_nodes - 1)
             room = (machine.memory_bytes - self.fixed_bytes(index, n_nodes)) / self.layer_bytes
             most = int(max(0, min(room, self.config.n_layers)))
             loads.append(StageLoad(self._seconds(machine, extra), self._seconds(machine, cost.layer), most))
@@ -242,14 +259,14 @@ def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens
     return StageSummary(parameters, parameters * itemsize, load, load / total, cache_bytes)
 
 
-def _plan(config: ModelConfig, layers: Sequence[int]) -> Plan:
+def _plan(config: ModelConfig, layers: Sequence[int], vision_node: bool) -> Plan:
     stages, first = [], 0
     for index, count in enumerate(layers):
         start, end = index == 0, index == len(layers) - 1
-        vision = start and config.vision is not None
+        vision = start and config.vision is not None and not vision_node
         stages.append(StageSpec(first, first + count, embedding=start, vision=vision, head=end))
         first += count
-    return Plan(tuple(stages))
+    return Plan(tuple(stages), StageSpec(0, 0, vision=True) if vision_node else None)
 
 
 def _check_layers(config: ModelConfig, n_nodes: int, layers: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
-from mdi.checkpoint.plan import make_plan, role_names
+from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import STORED_DTYPES, Source, parse_dtype
 from mdi.checkpoint.writer import write_safetensors
 from mdi.errors import CheckpointError
@@ -27,9 +27,9 @@ ByteProgress = Callable[[int, int], None]
 RESERVE_BYTES = 64 * 2**20
 
 
-def chunk_folder(source: Path, n_nodes: int) -> Path:
-    """Where a checkpoint's chunks for so many nodes lie."""
-    return source / "chunks" / f"{n_nodes}nodes"
+def chunk_folder(source: Path, n_nodes: int, *, vision_node: bool = False) -> Path:
+    """Where a checkpoint's chunks for so many nodes lie, and for one with the vision tower beside them."""
+    return source / "chunks" / f"{n_nodes}nodes{'-vision' * vision_node}"
 
 
 def prepare(
@@ -38,27 +38,28 @@ def prepare(
     *,
     dtype: str | None = None,
     layers: Sequence[int] | None = None,
+    vision_node: bool = False,
     progress: ByteProgress | None = None,
 ) -> Path:
     """Writes `chunks/{n}nodes/` in the checkpoint's folder, replacing what is there, and returns it.
 
-    dtype: the checkpoint's own if None. layers: per node, overriding the plan. progress: told (written, all)
-    bytes. Needs memory for one tensor. Raises CheckpointError for missing or misshapen tensors and for a full
-    disk, ConfigError for an impossible split.
+    dtype: the checkpoint's own if None. layers: per node, overriding the plan. vision_node: one chunk more has the
+    vision tower, and the starter's has none. progress: told (written, all) bytes. Needs memory for one tensor.
+    Raises CheckpointError for missing or misshapen tensors and for a full disk, ConfigError for an impossible split.
     """
     config = source.model_config
     dtype = dtype or config.dtype
-    plan = make_plan(config, n_nodes, layers)
-    shapes = [stage_shapes(config, spec) for spec in plan.stages]
+    plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
+    shapes = [stage_shapes(config, spec) for spec in plan.roles.values()]
     for stage in shapes:
         check_tensors(source, stage)
     total = sum(data_bytes(stage, dtype) for stage in shapes)
     count = counter(progress, total)
     identity = plan_hash(config, plan, dtype)
-    folder = chunk_folder(source.path, n_nodes)
+    folder = chunk_folder(source.path, n_nodes, vision_node=vision_node)
     with _new_folder(folder, total) as unfinished:
         chunks = []
-        for role, spec, stage in zip(role_names(n_nodes), plan.stages, shapes, strict=True):
+        for (role, spec), stage in zip(plan.roles.items(), shapes, strict=True):
             file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
             sha256, size = write_safetensors(file, stage, parse_dtype(dtype), source.tensor, metadata, count)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mdi.checkpoint.plan import VISION
 from mdi.cluster.launcher import Died
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
@@ -75,8 +76,6 @@ class ByHand:
     spare_after_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.config.vision:
-            raise ConfigError(f"{self.config.vision.key} is not supported yet: leave it out of the nodes-config")
         if not self.wait_s > 0:
             raise ConfigError(f"nodes are waited for longer than 0 s, not {self.wait_s:g}")
         if not self.spare_after_s >= 0:
@@ -86,7 +85,7 @@ class ByHand:
         """The starter's, when links are encrypted. Raises ConfigError when they are not and would have to be."""
         if encryption:
             return Identity.load(self.certs, "starter")
-        for node in (*self.config.pipeline, *self.config.spares):
+        for node in self.config.all[1:]:
             if not self.insecure and not is_loopback(node.addr):
                 raise ConfigError(
                     f"{node.key} is on another machine ({node.addr}), and links are not encrypted: "
@@ -110,7 +109,8 @@ class AwaitedNodes:
         progress: LoadProgress | None = None,
     ) -> None:
         config = by_hand.config
-        self._homes = {node.name: NodeAddress(node.name, node.address) for node in config.pipeline}
+        vision = (config.vision,) if config.vision else ()
+        self._homes = {node.name: NodeAddress(node.name, node.address) for node in (*config.pipeline, *vision)}
         self._spares = [NodeAddress(node.name, node.address, spare=node.name) for node in config.spares]
         self._places = dict(self._homes)  # where each node is: at home, or a spare in its place
         self._claimed: set[str] = set()  # spares that are being made ready
@@ -128,7 +128,7 @@ class AwaitedNodes:
 
     @property
     def nodes(self) -> list[NodeAddress]:
-        return list(self._places.values())
+        return [place for name, place in self._places.items() if name != VISION]
 
     def watch(self, died: Died) -> None:
         """Of nodes that were told to end, once a spare can take their place; the links notice all other losses."""
@@ -231,6 +231,8 @@ class AwaitedNodes:
         yield self._places[name]
         if self._places[name] != self._homes[name]:
             yield self._homes[name]
+        if name == VISION:
+            return  # images wait for it, and nothing else does
         for spare in self._spares:
             wanted = late or self._roles.get(spare.name) == name
             if wanted and self._is_free(spare) and spare.name not in self._claimed:

@@ -24,9 +24,10 @@ from mdi.cluster.launcher import Launcher, LocalLauncher
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.cluster.supervisor import Supervisor
 from mdi.cluster.survey import survey
+from mdi.cluster.vision import VisionNode
 from mdi.cluster.visit import Chunks
 from mdi.errors import CheckpointError
-from mdi.pipeline.grpc_link import LoadProgress, PipelineSettings
+from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
 from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import Identity
@@ -50,9 +51,15 @@ class ClusterConfig:
     encryption: bool = False
     by_hand: ByHand | None = None
 
+    @property
+    def vision(self) -> NodeAddress | None:
+        """The node that encodes images, where the starter does not."""
+        node = self.by_hand.config.vision if self.by_hand else None
+        return NodeAddress(node.name, node.address) if node else None
+
 
 class Cluster:
-    """The first stage, loaded here, and the nodes that hold the others.
+    """The first stage, loaded here, and the nodes that hold the others. vision: the one that encodes images, if any.
 
     Chunks are prepared when there are none yet. progress: told (node, bytes done, bytes in all).
     """
@@ -63,8 +70,11 @@ class Cluster:
         self._supervisor: Supervisor | None = None
         self._launcher: Launcher | None = None
         self._identity: Identity | None = None
+        self.vision: VisionNode | None = None
         with ExitStack() as undo:
-            loaded = self._load_alone(source) if config.n_nodes == 1 else self._load_together(source, undo)
+            loaded = (
+                self._load_together(source, undo) if config.n_nodes > 1 or config.vision else self._load_alone(source)
+            )
             self.stage = Stage(loaded, n_slots=config.n_slots, sequence_length=config.sequence_length)
             self._loaded = loaded
             undo.pop_all()
@@ -95,10 +105,13 @@ class Cluster:
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
         )
-        return [here, *(self._supervisor.status() if self._supervisor else [])]
+        vision = [self.vision.status()] if self.vision else []
+        return [here, *(self._supervisor.status() if self._supervisor else []), *vision]
 
     def close(self) -> None:
         """Ends every process started here. Safe to call twice; the link is closed by who asked for it."""
+        if self.vision:
+            self.vision.close()
         if self._launcher:
             self._launcher.close()
 
@@ -120,6 +133,10 @@ class Cluster:
         else:
             self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
         undo.callback(self._launcher.close)
+        if config.vision:
+            timeout_s, width = config.recovery.timeout_s, source.model_config.hidden_size
+            self.vision = VisionNode(config.vision, self._identity, Chunks(folder, manifest), width, timeout_s)
+            undo.callback(self.vision.close)
         return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
 
     def _await_nodes(self, by_hand: ByHand, chunks: Chunks) -> AwaitedNodes:
@@ -141,17 +158,18 @@ class Cluster:
         Nodes started by hand are awaited and measured first, unless somebody has decided on their layers.
         """
         config = self._config
-        folder = chunk_folder(source.path, config.n_nodes)
+        folder = chunk_folder(source.path, config.n_nodes, vision_node=config.vision is not None)
         if not folder.exists():
             return prepare(
                 source,
                 config.n_nodes,
                 dtype=config.dtype,
                 layers=config.layers or self._measured_layers(source),
+                vision_node=config.vision is not None,
                 progress=self._shown("preparing chunks"),
             )
         manifest = Manifest.read(folder)
-        wanted = make_plan(source.model_config, config.n_nodes, config.layers)
+        wanted = make_plan(source.model_config, config.n_nodes, config.layers, vision_node=config.vision is not None)
         if config.layers and manifest.plan != wanted:
             raise CheckpointError(
                 f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, "
@@ -171,9 +189,15 @@ class Cluster:
             return None
         machines = survey(config.by_hand, self._identity, dtype, config.device)
         cache_tokens = config.n_slots * config.sequence_length
-        return make_plan(
-            source.model_config, config.n_nodes, machines=machines, dtype=dtype, cache_tokens=cache_tokens
-        ).layers
+        made = make_plan(
+            source.model_config,
+            config.n_nodes,
+            machines=machines,
+            dtype=dtype,
+            cache_tokens=cache_tokens,
+            vision_node=config.vision is not None,
+        )
+        return made.layers
 
     def _shown(self, name: str) -> ByteProgress | None:
         progress = self._progress

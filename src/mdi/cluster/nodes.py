@@ -115,6 +115,13 @@ class NodesConfig:
         if self.n_nodes > n_layers:
             raise ConfigError(f"nodes names {self.n_nodes} nodes, more than the model's {n_layers} layers")
 
+    @property
+    def vision_node(self) -> NodeConfig:
+        """Raises ConfigError when there is none."""
+        if self.vision is None:
+            raise ConfigError("the nodes-config has no node nodes.vision")
+        return self.vision
+
     def spare(self, index: int) -> NodeConfig:
         """A spare by its place among them. Raises ConfigError when there is none."""
         if 0 <= index < len(self.spares):

@@ -125,6 +125,7 @@ class Engine:
                 end_ids(path, source.config),
                 self.sequence_length,
                 EmbeddingCache(vision_cache_bytes),
+                self._cluster.vision,
                 self._ended,
             )
         except BaseException:

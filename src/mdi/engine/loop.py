@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mdi.cluster.vision import Encoded, VisionNode
 from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.outputs import RecoveryStatus
@@ -48,7 +49,16 @@ class Close:
     """End the loop; running requests fail with ClosedError."""
 
 
-Event = Submit | Cancel | Close | Result | LinkError | Rewired | GaveUp
+@dataclass(frozen=True)
+class Seen:
+    """What the vision node made of the request's next image or video."""
+
+    request: Request
+    digest: bytes
+    outcome: Encoded
+
+
+Event = Seen | Submit | Cancel | Close | Result | LinkError | Rewired | GaveUp
 
 
 class StepLoop:
@@ -58,7 +68,7 @@ class StepLoop:
     computed again from its first token on, and goes on with the tokens it would have had.
 
     connect: given where results go, makes the link to the next node; None when this node is the only one.
-    encoded: images and videos of requests before.
+    encoded: images and videos of requests before. vision: where others are encoded; None encodes them here.
     ended: told of every request that left, for whatever reason.
     """
 
@@ -71,6 +81,7 @@ class StepLoop:
         end_ids: frozenset[int],
         sequence_length: int,
         encoded: EmbeddingCache,
+        vision: VisionNode | None,
         ended: Callable[[Request], None],
     ) -> None:
         self.error: MDIError | None = None
@@ -82,6 +93,8 @@ class StepLoop:
         self._end_ids = end_ids
         self._sequence_length = sequence_length
         self._encoded = encoded
+        self._vision = vision
+        self._looking = False  # the vision node is
         self._ended = ended
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._live: dict[Request, list[Sequence]] = {}
@@ -136,18 +149,41 @@ class StepLoop:
         return True
 
     def _next_encode(self) -> bool:
-        while self._to_encode:
+        """Finds the next image that has to be encoded; whether that begins here."""
+        while self._to_encode and not self._looking:
             request = self._to_encode[0]
             if request.encoded or request.cancelled:
                 self._to_encode.popleft()
                 continue
             patches = request.next_media.patches
             known = self._encoded.get(patches.digest)
+            if known is None and self._vision:
+                self._looking = True
+                self._vision.encode(torch.from_numpy(patches.rows), patches.grid, self._told(request, patches.digest))
+                return False
             if known is None:
                 self._encoder = self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
                 return True
             request.embeddings.append(known)
         return False
+
+    def _told(self, request: Request, digest: bytes) -> Callable[[Encoded], None]:
+        return lambda outcome: self._inbox.put(Seen(request, digest, outcome))
+
+    def _see(self, seen: Seen) -> None:
+        self._looking = False
+        request, outcome = seen.request, seen.outcome
+        if isinstance(outcome, Tensor):
+            self._encoded.put(seen.digest, outcome)
+            if not request.cancelled:
+                request.embeddings.append(outcome)
+        elif request in self._live:
+            failed = self.recovery.failed_requests + 1
+            self.recovery = replace(self.recovery, failed_requests=failed)
+            request.cancelled = True
+            for sequence in self._live[request]:
+                self._scheduler.remove(sequence)
+            self._end(request, outcome)
 
     def _dispatch(self) -> bool:
         """Schedules one batch and runs it through the first stage."""
@@ -193,6 +229,8 @@ class StepLoop:
         match event:
             case Submit(request):
                 self._start(request)
+            case Seen():
+                self._see(event)
             case Cancel(request):
                 self._cancel(request)
             case Result():

@@ -33,12 +33,15 @@ from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.source import parse_dtype
 from mdi.errors import CheckpointError, ConfigError, LinkError, MDIError
 from mdi.model.batch import Batch
+from mdi.model.rope import Grid
+from mdi.model.vision import VisionTower
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
 from mdi.pipeline.link import Result
 from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.stage import Stage
+from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
+from mdi.pipeline.stage import BusyMeter, Stage
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
 
@@ -55,6 +58,7 @@ CALLERS = {  # nodes that a method is for, by the beginnings of their names
     wire.method("Offer"): ("starter",),
     wire.method("Weights"): ("starter",),
     wire.method("Probe"): ("starter",),
+    wire.method("Encode"): ("starter",),
     wire.method("Release"): ("starter",),
 }
 LEAVE_TIMEOUT_S = 30.0
@@ -245,6 +249,8 @@ class Node:
         self._cache = cache
         self._intake = Intake()
         self._offering = asyncio.Lock()
+        self._seeing = asyncio.Lock()  # one image after the other
+        self._busy = BusyMeter()  # of a vision node
         self._damaged = ""  # why the chunk that was sent is of no use
         self._asked_s = -math.inf  # when the starter last asked
         self._released: Callable[[], None] | None = None
@@ -278,6 +284,9 @@ class Node:
                 "Offer": grpc.unary_unary_rpc_method_handler(self._offer, parser(wire_pb2.Offer), wire.serialize),
                 "Weights": grpc.stream_unary_rpc_method_handler(
                     self._weights, parser(wire_pb2.WeightsPiece), wire.serialize
+                ),
+                "Encode": grpc.stream_stream_rpc_method_handler(
+                    self._encode, self._traffic.parser(wire_pb2.Rows), self._traffic.serialize
                 ),
                 "Probe": grpc.unary_unary_rpc_method_handler(
                     self._probe, parser(wire_pb2.ProbeRequest), wire.serialize
@@ -381,6 +390,7 @@ class Node:
                 self._loaded.spec.last_layer,
             )
             status.dtype = wire.NAMES[self._loaded.dtype]
+            status.busy_share = self._busy.share()
         if self._wiring:
             status.epoch = self._wiring.epoch
             status.next_lost = self._wiring.next_lost
@@ -451,6 +461,24 @@ class Node:
         if chunk:
             self._begin_loading(chunk.path, chunk)
         return wire_pb2.Received()
+
+    async def _encode(
+        self, pieces: AsyncIterator[wire_pb2.Rows], _context: object
+    ) -> AsyncIterator[wire_pb2.Embeddings]:
+        try:
+            digest, grid, data = await collect_rows(pieces)
+            if self._loaded is None or self._loaded.vision is None or self._manifest_digest != digest:
+                raise LinkError(self.error or "does not have these weights, or is still loading them")
+            async with self._seeing:
+                embeddings = await asyncio.to_thread(self._see, self._loaded.vision, rows_of(self._loaded, grid, data))
+            for piece in embedding_pieces(embeddings):
+                yield piece
+        except LinkError as error:
+            yield wire_pb2.Embeddings(error=str(error))
+
+    def _see(self, tower: VisionTower, patches: tuple[Tensor, Grid]) -> Tensor:
+        with self._busy, torch.inference_mode():
+            return run_to_end(tower.encode_steps(*patches))
 
     async def _probe(self, request: wire_pb2.ProbeRequest, _context: object) -> wire_pb2.Probed:
         folder = self._cache.folder if self._cache else None

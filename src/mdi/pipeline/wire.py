@@ -83,16 +83,19 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.
         width=hidden.shape[1],
         copies=[wire_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
     )
-    data = hidden.cpu().contiguous().view(torch.uint8).flatten().numpy()
-    for start in range(0, len(data), PIECE_BYTES):
-        end = start + PIECE_BYTES
+    left = hidden.nbytes
+    for data in pieces(hidden):
+        first, left = left == hidden.nbytes, left - len(data)
         yield wire_pb2.Piece(
-            epoch=epoch,
-            batch_id=batch.id,
-            header=header if start == 0 else None,
-            data=data[start:end].tobytes(),
-            last=end >= len(data),
+            epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
         )
+
+
+def pieces(tensor: Tensor) -> Iterator[bytes]:
+    """A tensor's bytes, row-major, in pieces below 1 MiB."""
+    data = tensor.cpu().contiguous().view(torch.uint8).flatten().numpy()
+    for start in range(0, len(data), PIECE_BYTES):
+        yield data[start : start + PIECE_BYTES].tobytes()
 
 
 class BatchDecoder:

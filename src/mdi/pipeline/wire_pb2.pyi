@@ -99,6 +99,24 @@ class Piece(_message.Message):
     failure: Failure
     def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
+class Rows(_message.Message):
+    __slots__ = ("manifest_digest", "grid", "data")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GRID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: str
+    grid: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, manifest_digest: _Optional[str] = ..., grid: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Embeddings(_message.Message):
+    __slots__ = ("data", "error")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    error: str
+    def __init__(self, data: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+
 class Failure(_message.Message):
     __slots__ = ("node", "message")
     NODE_FIELD_NUMBER: _ClassVar[int]

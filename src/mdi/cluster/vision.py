@@ -1,0 +1,153 @@
+"""A node that has the vision tower and nothing else: images are encoded there, and while it is away they wait.
+
+Beside the pipeline: nobody else waits for it, and nothing is wired anew when it is lost. What it was encoding is sent
+again as soon as it is back with its weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import grpc
+from torch import Tensor
+
+from mdi.checkpoint.source import parse_dtype
+from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
+from mdi.errors import LinkError, MDIError
+from mdi.model.rope import Grid
+from mdi.pipeline import wire
+from mdi.pipeline.grpc_link import NodeAddress, node_status
+from mdi.pipeline.link import NodeStatus
+from mdi.pipeline.sight import encode_there
+from mdi.pipeline.tls import Identity, open_channel
+
+log = logging.getLogger(__name__)
+
+Encoded = Tensor | MDIError
+"""Embeddings, [tokens, hidden_size], or why there are none."""
+
+
+class VisionNode:
+    """The starter's end. Its own thread talks to the node, and looks after it every second.
+
+    timeout_s: how long an image waits for a node that is away.
+    """
+
+    def __init__(
+        self, node: NodeAddress, identity: Identity | None, chunks: Chunks, width: int, timeout_s: float
+    ) -> None:
+        self._node = node
+        self._identity = identity
+        self._digest = chunks.manifest.digest
+        self._dtype = parse_dtype(chunks.manifest.dtype)
+        self._width = width
+        self._timeout_s = timeout_s
+        self._visitor = Visitor(identity, chunks, None)
+        self._traffic = wire.Traffic()
+        self._seen = NodeStatus(node.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0)
+        self._losses = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="mdi-vision", daemon=True)
+        self._thread.start()
+        self._tasks = {asyncio.run_coroutine_threadsafe(self._watch(), self._loop)}
+
+    @property
+    def traffic(self) -> wire.Traffic:
+        """Bytes of patch rows sent and of embeddings received."""
+        return self._traffic
+
+    def encode(self, rows: Tensor, grid: Grid, done: Callable[[Encoded], None]) -> None:
+        """Begins to have an image or video encoded. rows: float32 [patches, patch_elements]; done: told the outcome,
+        in the thread of this object.
+        """
+
+        async def work() -> None:
+            try:
+                done(await self._encode(rows.to(self._dtype), grid))
+            except MDIError as error:
+                done(error)
+            except Exception:
+                log.exception("an image could not be encoded")
+                done(LinkError("an image could not be encoded; the server's log has the details", self._node.name))
+
+        task = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def status(self) -> NodeStatus:
+        """As last heard of it, a second ago or so."""
+        return replace(self._seen, restarts=self._losses)
+
+    def close(self) -> None:
+        """Ends the thread; the node stays. Safe to call twice."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _encode(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Again and again, until it is done or the time is over."""
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return await self._encode_once(rows, grid)
+            except (LinkError, grpc.aio.AioRpcError) as error:
+                reason = _said(error)
+            self._losses += 1
+            log.warning("node %s did not encode an image (%s); trying again", self._node.name, reason)
+            await self._until_ready(deadline_s, reason)
+
+    async def _encode_once(self, rows: Tensor, grid: Grid) -> Tensor:
+        options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
+        channel = open_channel(self._node.address, self._node.certificate, self._identity, options)
+        try:
+            return await encode_there(channel, self._digest, rows, grid, self._width, self._traffic)
+        finally:
+            await channel.close()
+
+    async def _until_ready(self, deadline_s: float, reason: str) -> None:
+        """Until the node is back with its weights. Raises LinkError when that takes too long."""
+
+        def note(_there: bool, text: str) -> None:
+            nonlocal reason
+            reason = text
+
+        while time.monotonic() < deadline_s:
+            if await self._visitor.visit(self._node, note) is Visit.READY:
+                await asyncio.sleep(POLL_S / 10)  # it may still be loading
+                return
+            await asyncio.sleep(POLL_S / 4)
+        raise LinkError(
+            f"the image was not encoded within {self._timeout_s:g} s: {self._node.name}: {reason}", self._node.name
+        )
+
+    async def _watch(self) -> None:
+        while True:
+            asked_s = time.monotonic()
+            status = await self._visitor.look(self._node)
+            if isinstance(status, str):
+                self._seen = replace(self._seen, state="lost")
+            else:
+                seen = node_status(status, self._node.name, time.monotonic() - asked_s)
+                self._seen = replace(seen, state="ready") if seen.state == "loaded" else seen
+            await asyncio.sleep(POLL_S)
+
+
+def _said(error: LinkError | grpc.aio.AioRpcError) -> str:
+    return str(error) if isinstance(error, LinkError) else "the link broke: did it end?"

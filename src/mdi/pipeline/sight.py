@@ -1,0 +1,87 @@
+"""An image's way to a vision node and back: patch rows out, embeddings in. Both ends; knows no waiting, no retries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Generator, Iterator
+
+import grpc
+import torch
+from torch import Tensor
+
+from mdi.checkpoint.load import LoadedStage
+from mdi.errors import LinkError
+from mdi.model.rope import Grid
+from mdi.pipeline import wire, wire_pb2
+
+
+async def encode_there(
+    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: wire.Traffic
+) -> Tensor:
+    """Has a vision node encode one image or video. rows: in the dtype of its weights -> [tokens, width] in the same.
+
+    digest: of the manifest that its weights are of. Raises LinkError when it cannot, AioRpcError when it is lost.
+    """
+    call = channel.stream_stream(
+        wire.method("Encode"),
+        request_serializer=traffic.serialize,
+        response_deserializer=traffic.parser(wire_pb2.Embeddings),
+    )(_row_pieces(digest, rows, grid))
+    data = bytearray()
+    async for piece in call:
+        if piece.error:
+            raise LinkError(piece.error)
+        data += piece.data
+    if not data or len(data) % (width * rows.itemsize):
+        raise LinkError(f"{len(data)} bytes of embeddings arrived, of {width} numbers a token")
+    return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
+
+
+async def collect_rows(pieces: AsyncIterator[wire_pb2.Rows]) -> tuple[str, Grid, bytearray]:
+    """Manifest digest, grid and bytes, all of them. Raises LinkError for more than a batch may have."""
+    digest, grid, data = "", (0, 0, 0), bytearray()
+    async for piece in pieces:
+        if piece.grid:
+            digest, grid = piece.manifest_digest, _grid(piece)
+        data += piece.data
+        if len(data) > wire.MAX_BATCH_BYTES:
+            raise LinkError(f"an image is larger than {wire.MAX_BATCH_BYTES} bytes")
+    return digest, grid, data
+
+
+def rows_of(loaded: LoadedStage, grid: Grid, data: bytearray) -> tuple[Tensor, Grid]:
+    """What `VisionTower.encode_steps` takes. Raises LinkError for bytes that are not what the grid says."""
+    vision = loaded.config.vision
+    assert vision is not None
+    expected = math.prod(grid) * vision.patch_elements * loaded.dtype.itemsize
+    if not data or len(data) != expected or grid[1] % vision.merge_size or grid[2] % vision.merge_size:
+        raise LinkError(f"{len(data)} bytes of patch rows arrived for a grid of {grid}")
+    return torch.frombuffer(data, dtype=loaded.dtype).view(-1, vision.patch_elements), grid
+
+
+def embedding_pieces(embeddings: Tensor) -> Iterator[wire_pb2.Embeddings]:
+    """[tokens, width] as messages."""
+    return (wire_pb2.Embeddings(data=data) for data in wire.pieces(embeddings))
+
+
+def run_to_end(steps: Generator[None, None, Tensor]) -> Tensor:
+    """A generator's result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+async def _row_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[wire_pb2.Rows]:
+    first = True
+    for data in wire.pieces(rows):
+        yield wire_pb2.Rows(manifest_digest=digest, grid=grid, data=data) if first else wire_pb2.Rows(data=data)
+        first = False
+
+
+def _grid(piece: wire_pb2.Rows) -> Grid:
+    if len(piece.grid) != 3:
+        raise LinkError("a grid has three sides")
+    t, h, w = piece.grid
+    return t, h, w

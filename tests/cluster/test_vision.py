@@ -1,0 +1,186 @@
+"""A vision node beside the pipeline: real processes, the answers of one engine, and what happens when it is gone."""
+
+from __future__ import annotations
+
+import io
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
+from mdi.cluster.by_hand import ByHand
+from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.recovery import RecoveryLimits
+from mdi.errors import ConfigError, LinkError
+from mdi.pipeline.link import NodeStatus
+from tests.cluster.by_hand import NAMES, Machines, Process
+from tests.media.videos import encoded, numbered
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+SHORT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a vision tower so deep that an image takes a while."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("vision") / "tiny", tiny_config(vision_config={"depth": 24}))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> Iterator[Engine]:
+    with Engine(checkpoint, dtype="float32", sequence_length=1024) as engine:
+        yield engine
+
+
+class Served:
+    """An engine over nodes started by hand, one of which has the vision tower."""
+
+    def __init__(self, checkpoint: Path, machines: Machines, names: tuple[str, ...], undo: ExitStack) -> None:
+        self.machines = machines
+        self.processes = {name: machines.node(name) for name in (*names, "vision")}
+        by_hand = ByHand(NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs")
+        self.engine = undo.enter_context(
+            Engine(
+                checkpoint,
+                by_hand=by_hand,
+                encryption=machines.encrypted,
+                dtype="float32",
+                sequence_length=1024,
+                vision_cache_bytes=0,
+                recovery_limits=RecoveryLimits(timeout_s=60),
+            )
+        )
+
+    @property
+    def vision(self) -> Process:
+        return self.processes["vision"]
+
+    @property
+    def status(self) -> NodeStatus:
+        return next(node for node in self.engine.nodes() if node.name == "vision")
+
+    def end_vision(self) -> None:
+        self.vision.popen.kill()
+        self.vision.popen.wait()
+
+    def start_vision(self) -> None:
+        self.processes["vision"] = self.machines.node("vision")
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with ExitStack() as undo:
+        machines = Machines(tmp_path_factory.mktemp("served"), undo, vision=True, encrypted=True)
+        yield Served(checkpoint, machines, NAMES, undo)
+
+
+def about(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
+
+
+def image(seed: int, side: int = 112) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return {"type": "image", "image": buffer.getvalue()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def test_images_and_videos_are_encoded_elsewhere_with_the_same_answers(served: Served, alone: Engine) -> None:
+    film = {"type": "video", "video": encoded(numbered(30), fps=10)}
+    for messages in (about(image(1)), about(image(2), image(3)), about(film), "No image at all."):
+        ours = served.engine.chat(messages, GREEDY)
+        assert ours.token_ids == alone.chat(messages, GREEDY).token_ids
+        assert ours.logprobs == pytest.approx(alone.chat(messages, GREEDY).logprobs, abs=1e-4)
+
+
+def test_the_starter_has_no_vision_weights(served: Served) -> None:
+    stage = served.engine._cluster.stage
+    assert stage._vision is None
+    assert not stage.spec.vision
+    assert [node.name for node in served.engine.nodes()] == ["starter", *NAMES, "vision"]
+
+
+def test_the_node_is_shown(served: Served) -> None:
+    served.engine.chat(about(image(4)), GREEDY)
+    wait_for(lambda: served.status.received_bytes > 10_000)
+    assert served.status.state == "ready"
+    assert (served.status.dtype, served.status.device) == ("float32", "cpu")
+    assert served.status.sent_bytes > 1_000
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alone: Engine, how: str) -> None:
+    question = about(image(5, side=616))
+    losses = served.status.restarts
+    stream = served.engine.submit(question, GREEDY)
+    wait_for(lambda: served.engine._loop._looking)
+    if how == "killed":
+        served.end_vision()
+        text = served.engine.chat("A word meanwhile.", GREEDY)
+        served.start_vision()
+    else:
+        served.vision.popen.send_signal(signal.SIGSTOP)
+        text = served.engine.chat("A word meanwhile.", GREEDY)
+        wait_for(lambda: served.status.restarts > losses)
+        served.vision.popen.send_signal(signal.SIGCONT)
+    assert text.token_ids == alone.chat("A word meanwhile.", GREEDY).token_ids
+    assert stream.completion().token_ids == alone.chat(question, GREEDY).token_ids
+    assert served.status.restarts > losses
+
+
+def test_images_fail_alone_when_their_node_does_not_come_back(
+    served: Served, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert served.engine._cluster.vision
+    monkeypatch.setattr(served.engine._cluster.vision, "_timeout_s", SHORT_S)
+    served.end_vision()
+    wait_for(lambda: served.status.state == "lost")
+    failed = served.engine.recovery.failed_requests
+    with pytest.raises(LinkError, match=r"not encoded within 2 s: vision: nothing listens at .*: start the node"):
+        served.engine.chat(about(image(6)), GREEDY)
+    assert served.engine.recovery.failed_requests == failed + 1
+    assert served.engine.chat("A word.", GREEDY).token_ids == alone.chat("A word.", GREEDY).token_ids
+    served.start_vision()
+    monkeypatch.undo()
+    assert served.engine.chat(about(image(6)), GREEDY).token_ids == alone.chat(about(image(6)), GREEDY).token_ids
+
+
+def test_a_request_can_be_cancelled_while_its_image_waits(served: Served) -> None:
+    served.end_vision()
+    stream = served.engine.submit(about(image(7)), GREEDY)
+    time.sleep(0.3)
+    stream.cancel()
+    assert list(stream) == []
+    served.start_vision()
+    assert served.engine.chat(about(image(8)), GREEDY).token_ids
+
+
+def test_a_starter_alone_can_have_a_vision_node(checkpoint: Path, alone: Engine, tmp_path: Path) -> None:
+    with ExitStack() as undo:
+        machines = Machines(tmp_path, undo, names=(), vision=True)
+        engine = Served(checkpoint, machines, (), undo).engine
+        assert [node.name for node in engine.nodes()] == ["starter", "vision"]
+        assert engine.chat(about(image(9)), GREEDY).token_ids == alone.chat(about(image(9)), GREEDY).token_ids
+
+
+def test_a_text_model_needs_none(tmp_path: Path) -> None:
+    path = write_random_checkpoint(tmp_path / "text", tiny_text_config())
+    with ExitStack() as undo:
+        machines = Machines(tmp_path, undo, names=(), vision=True)
+        with pytest.raises(ConfigError, match="no vision tower for a node of its own: leave the vision node out"):
+            Served(path, machines, (), undo)

@@ -1,0 +1,63 @@
+"""What a vision node makes of bytes that are no image."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdi.checkpoint.load import LoadedStage, load_source
+from mdi.checkpoint.source import Source
+from mdi.errors import LinkError
+from mdi.pipeline import wire, wire_pb2
+from mdi.pipeline.sight import collect_rows, rows_of
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> LoadedStage:
+    return load_source(Source.open(tiny_checkpoint), dtype="float32")
+
+
+def collected(*pieces: wire_pb2.Rows) -> tuple[str, tuple[int, int, int], bytearray]:
+    async def stream() -> AsyncIterator[wire_pb2.Rows]:
+        for piece in pieces:
+            yield piece
+
+    return asyncio.run(collect_rows(stream()))
+
+
+def test_pieces_are_put_together() -> None:
+    first = wire_pb2.Rows(manifest_digest="abc", grid=[1, 4, 6], data=b"12")
+    assert collected(first, wire_pb2.Rows(data=b"34")) == ("abc", (1, 4, 6), bytearray(b"1234"))
+
+
+@pytest.mark.parametrize("grid", [[1], [1, 2], [1, 2, 3, 4]])
+def test_a_grid_has_three_sides(grid: list[int]) -> None:
+    with pytest.raises(LinkError, match="three sides"):
+        collected(wire_pb2.Rows(grid=grid))
+
+
+def test_no_more_is_taken_than_a_batch_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 10)
+    with pytest.raises(LinkError, match="larger than 10 bytes"):
+        collected(wire_pb2.Rows(data=b"123456"), wire_pb2.Rows(data=b"789012"))
+
+
+@given(
+    grid=st.tuples(*[st.integers(0, 2**31)] * 3) | st.tuples(*[st.integers(0, 6)] * 3),
+    size=st.integers(0, 40).map(lambda count: count * 1176),
+)
+def test_bytes_that_do_not_fit_their_grid_are_refused(
+    loaded: LoadedStage, grid: tuple[int, int, int], size: int
+) -> None:
+    try:
+        rows, _ = rows_of(loaded, grid, bytearray(size))
+    except LinkError:
+        return
+    t, h, w = grid
+    assert len(rows) == t * h * w > 0
+    assert h % 2 == w % 2 == 0
