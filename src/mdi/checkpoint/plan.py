@@ -36,6 +36,8 @@ class Plan:
     vision: StageSpec | None = None
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("a plan needs a stage")
         first = 0
         for index, stage in enumerate(self.stages):
             ends = (index == 0, index == self.n_nodes - 1)
