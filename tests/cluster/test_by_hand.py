@@ -150,12 +150,6 @@ def test_a_wait_of_no_length_is_refused(wait_s: float) -> None:
         ByHand(config_of(5000), wait_s=wait_s)
 
 
-def test_what_is_not_supported_yet_is_refused() -> None:
-    extra = {"addr": "127.0.0.1", "communication": {"port": 5001}}
-    with pytest.raises(ConfigError, match=r"nodes\.vision is not supported yet"):
-        ByHand(config_of(5000, vision=extra))
-
-
 def test_nodes_on_other_machines_need_encryption_or_leave() -> None:
     config = config_of(5000, addr="10.11.12.13")
     with pytest.raises(ConfigError, match=r"nodes\.secondary\[0\] is on another machine.*ENABLE_ENCRYPTION=1"):

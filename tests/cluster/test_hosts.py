@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Every token's text can be told from others, and none ends an answer.
     """
     path = tmp_path_factory.mktemp("hosts") / "tiny"
-    write_random_checkpoint(path, tiny_config(vision_config={"depth": 24}))
+    write_random_checkpoint(path, tiny_config(vision_config={"depth": 96}))
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {

@@ -259,7 +259,7 @@ def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoin
         (("secondary",), "give this node its chunk"),
         (("secondary", "0"), "--nodes-config FILE 0"),
         (("secondary", "--nodes-config", "CONFIG"), "--nodes-config FILE 0"),
-        (("secondary", "0", "--nodes-config", "CONFIG", "--spare", "0"), "--nodes-config FILE 0 (or --spare 0)"),
+        (("secondary", "0", "--nodes-config", "CONFIG", "--spare", "0"), "FILE 0 (or --spare 0, or --vision)"),
         (("secondary", "--nodes-config", "CONFIG", "--spare", "0"), "no spare 0 in nodes.spare: it has none"),
         (
             ("secondary", "--nodes-config", "CONFIG", "0", "--cache-folder", "CONFIG"),
@@ -273,7 +273,7 @@ def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoin
         (("ask", "CHECKPOINT", "x", "--nodes-config", "CONFIG", "--n-nodes", "3"), "leave both out"),
         (("ask", "CHECKPOINT", "x", "--nodes-config", "CONFIG", "--layers", "2,2,2"), "leave both out"),
         (("ask", "CHECKPOINT", "x", "--nodes-config", "CONFIG", "--wait-s", "0"), "longer than 0 s"),
-        (("serve", "CHECKPOINT", "--nodes-config", "VISION"), "nodes.vision is not supported yet"),
+        (("secondary", "--nodes-config", "CONFIG", "--vision"), "has no node nodes.vision"),
         (("serve", "CHECKPOINT", "--nodes-config", "ELSEWHERE"), "is on another machine"),
         (("serve", "CHECKPOINT", "--nodes-config", "LAYERS"), "add up to 1 + 1 + 1 = 3, but the model has 6"),
         (("certs", "node", "finisher", "--folder", "/no/such"), "run `mdi certs init` first"),
@@ -289,11 +289,9 @@ def test_bad_commands_end_with_exit_code_2_and_the_cause(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("VISION", "ELSEWHERE", "LAYERS"):
+    for name in ("ELSEWHERE", "LAYERS"):
         changed = json.loads(nodes_config.read_text())
-        if name == "VISION":
-            changed["nodes"]["vision"] = {"addr": "127.0.0.1", "communication": {"port": 9}}
-        elif name == "ELSEWHERE":
+        if name == "ELSEWHERE":
             changed["nodes"]["secondary"][0]["addr"] = "10.11.12.13"
         else:
             for one in (changed["nodes"]["starter"], *changed["nodes"]["secondary"]):
@@ -303,7 +301,7 @@ def test_bad_commands_end_with_exit_code_2_and_the_cause(
         "CHECKPOINT": checkpoint,
         "CONFIG": nodes_config,
         "FINISHER": checkpoint / "chunks" / "3nodes" / "model_finisher.safetensors",
-        **{name: tmp_path / name for name in ("VISION", "ELSEWHERE", "LAYERS")},
+        **{name: tmp_path / name for name in ("ELSEWHERE", "LAYERS")},
     }
     assert exit_code(["mdi", *(str(places.get(word, word)) for word in words)], monkeypatch) == 2
     assert message in capfd.readouterr().err

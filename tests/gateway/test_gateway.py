@@ -123,7 +123,9 @@ def test_the_openai_client_gets_logprobs_of_chats(server: Server) -> None:
     assert [len(entry.top_logprobs) for entry in told] == [3] * 5
     assert b"".join(bytes(entry.bytes or ()) for entry in told).decode(errors="replace") == whole.message.content
     streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content or ()]
-    assert streamed == told
+    assert [(entry.token, entry.bytes) for entry in streamed] == [(entry.token, entry.bytes) for entry in told]
+    for again, entry in zip(streamed, told, strict=True):  # of a prompt whose keys and values were kept
+        assert again.logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
 def test_the_openai_client_gets_logprobs_of_completions(server: Server) -> None:
