@@ -23,13 +23,20 @@ def main() -> None:
             return functional.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
 
         def ours(q: torch.Tensor = queries, k: torch.Tensor = keys, v: torch.Tensor = values) -> torch.Tensor:
-            return attend_fully(q, k.clone(), v)
+            return attended(q, k.clone(), v)
 
         theirs_s, ours_s = in_turns(fused, ours, runs=5 if patches < 2000 else 2)
-        exact = attend_fully(queries.float(), keys.float(), values.float())
+        exact = attended(queries.float(), keys.float(), values.float())
         errors = [float((out().float() - exact).norm() / exact.norm()) for out in (fused, ours)]
         ratio = f"{theirs_s / ours_s:5.2f}x"
         print(f"{patches:8} {theirs_s * 1e3:9.2f} {ours_s * 1e3:9.2f} {ratio} {errors[0]:12.4f} {errors[1]:11.4f}")
+
+
+def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(queries.shape[1], HEADS, HEAD_DIM, dtype=queries.dtype)
+    for _ in attend_fully(queries, keys, values, out):
+        pass
+    return out.flatten(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
@@ -35,7 +35,7 @@ Script = Callable[[Prompt, SamplingParams], Iterable[Step]]
 
 def piece(text: str, finish: FinishReason | None = None, *, index: int = 0) -> Piece:
     """A piece of one token."""
-    return Piece(index, text, (1,), (0.0,), ((),), finish)
+    return Piece(index, text, (1,), (0.0,), ((),), (0.0,), finish)
 
 
 def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
@@ -146,7 +146,8 @@ class FakeEngine:
 class FakeStage:
     """A first stage whose hidden states are the token ids, or the media's embeddings: float64 [tokens, 1]."""
 
-    busy = nullcontext()
+    def working(self, work: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
         hidden = token_ids.double()[:, None]

@@ -31,7 +31,7 @@ SHORT_S = 2.0
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a vision tower so deep that an image takes a while."""
-    return write_random_checkpoint(tmp_path_factory.mktemp("vision") / "tiny", tiny_config(vision_config={"depth": 24}))
+    return write_random_checkpoint(tmp_path_factory.mktemp("vision") / "tiny", tiny_config(vision_config={"depth": 48}))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_node_is_shown(served: Served) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alone: Engine, how: str) -> None:
-    question = about(image(5, side=616))
+    question = about(image(5, side=840))
     losses = served.status.restarts
     stream = served.engine.submit(question, GREEDY)
     wait_for(lambda: served.engine._loop._looking)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,8 @@ from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
 from mdi.errors import ClosedError, LinkError
 from mdi.media import Patches
-from mdi.model.rope import MediaSpan
+from mdi.model.batch import Batch
+from mdi.model.rope import Grid, MediaSpan
 from mdi.params import SamplingParams
 from mdi.pipeline.link import Deliver
 from mdi.pipeline.stage import Stage
@@ -42,12 +44,12 @@ WARM = SamplingParams(max_tokens=15, temperature=1.0, seed=5)
 class World:
     """A loop over fake nodes, with three slots and batches of five tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, **link: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, stage: FakeStage | None = None, **link: Any) -> None:
         self.scheduler: Scheduler[Sample] = Scheduler(n_slots=N_SLOTS, token_budget=5, max_in_flight=3)
         self.ended: list[Request] = []
         self._link_options = link
         self.loop = StepLoop(
-            cast(Stage, FakeStage()),
+            cast(Stage, stage or FakeStage()),
             self._connect,
             self.scheduler,
             tokenizer,
@@ -268,3 +270,36 @@ def test_closing_while_nodes_are_away_fails_what_runs(make_world: Callable[..., 
     with pytest.raises(ClosedError):
         list(request.stream)
     assert world.loop.recovery.failed_requests == 0
+
+
+class SlowStage(FakeStage):
+    """Notes the order of its work: "run" for a batch, "part" for a part of an image, of which there are 200."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def run(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.004)
+        self.done.append("run")
+        return hidden
+
+    def encode_steps(self, rows: torch.Tensor, grid: Grid) -> Generator[None, None, torch.Tensor]:
+        for _ in range(200):
+            time.sleep(0.001)
+            self.done.append("part")
+            yield
+        return (yield from super().encode_steps(rows, grid))
+
+
+def test_streams_and_the_encoding_of_an_image_take_turns(make_world: Callable[..., World]) -> None:
+    stage = SlowStage()
+    world = make_world(stage=stage)
+    stream = world.submit(text("a"), SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)).stream
+    next(stream)
+    seeing = world.submit(picture(), GREEDY).stream
+    assert len(list(stream)) > 10
+    turns = [len(list(turn)) for what, turn in groupby(stage.done[stage.done.index("part") :]) if what == "part"]
+    streamed = turns[:-1]  # the last one ends with nobody else there
+    assert len(streamed) > 10
+    assert max(streamed) < 50  # some 4 where the machine is not busy
+    assert seeing.completion().text

@@ -29,6 +29,7 @@ from mdi.cluster.visit import Chunks
 from mdi.errors import CheckpointError
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
+from mdi.pipeline.spans import Span
 from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
@@ -107,6 +108,15 @@ class Cluster:
         )
         vision = [self.vision.status()] if self.vision else []
         return [here, *(self._supervisor.status() if self._supervisor else []), *vision]
+
+    def spans(self, record: bool) -> dict[str, list[Span]]:
+        """What every node did since it was last asked, by this machine's clock. record: whether to note more.
+
+        Raises LinkError when one does not answer.
+        """
+        vision = {"vision": self.vision.spans(record)} if self.vision else {}
+        others = self._supervisor.spans(record) if self._supervisor else {}
+        return {"starter": self.stage.recorder.take(record), **others, **vision}
 
     def close(self) -> None:
         """Ends every process started here. Safe to call twice; the link is closed by who asked for it."""

@@ -18,6 +18,7 @@ from mdi.errors import LinkError
 from mdi.model.batch import Batch
 from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Delivery, GaveUp, NodeStatus, Rewired
+from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
 
@@ -82,6 +83,10 @@ class Supervisor:
             for node in self._link.status()
         ]
         return [*nodes, *self._launcher.spares()]
+
+    def spans(self, record: bool) -> dict[str, list[Span]]:
+        """See `GrpcLink.spans`."""
+        return self._link.spans(record)
 
     def close(self) -> None:
         """Ends the links, then the nodes. Safe to call twice."""

@@ -24,6 +24,7 @@ from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.sight import encode_there
+from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,10 @@ class VisionNode:
     def status(self) -> NodeStatus:
         """As last heard of it, a second ago or so."""
         return replace(self._seen, restarts=self._losses)
+
+    def spans(self, record: bool) -> list[Span]:
+        """What the node did since it was last asked. record: whether to note more. Raises LinkError when it is away."""
+        return asyncio.run_coroutine_threadsafe(self._visitor.spans(self._node, record), self._loop).result()
 
     def close(self) -> None:
         """Ends the thread; the node stays. Safe to call twice."""

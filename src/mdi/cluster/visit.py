@@ -6,6 +6,7 @@ Knows one address at a time; who is to be visited, and when again, is decided el
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mdi.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
 from mdi.pipeline.reach import why_unreachable
+from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 
@@ -104,6 +106,17 @@ class Visitor:
         except grpc.aio.AioRpcError as error:
             return _no_answer(node, error)
         return Machine(found.bytes_per_s, found.flops_per_s, found.memory_bytes)
+
+    async def spans(self, node: NodeAddress, record: bool) -> list[Span]:
+        """What a node did since it was last asked, by this machine's clock. Raises LinkError without an answer."""
+        try:
+            async with self._channel(node) as channel:
+                await _status(channel)  # once connected, the answer is a matter of moments
+                asked_s = time.perf_counter()
+                answer = await _ask(channel, "Spans", wire_pb2.SpansRequest(record=record), wire_pb2.Spans)
+                return wire.decode_spans(answer, asked_s, time.perf_counter())
+        except grpc.aio.AioRpcError as error:
+            raise LinkError(_no_answer(node, error), node.name) from None
 
     async def release(self, node: NodeAddress) -> None:
         """Lets a node go that is leaving; one that is gone already needs no leave."""

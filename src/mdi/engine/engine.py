@@ -32,6 +32,7 @@ from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.params import SamplingParams
 from mdi.pipeline.grpc_link import LoadProgress
 from mdi.pipeline.link import NodeStatus
+from mdi.pipeline.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,6 @@ class Engine:
         spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
         policy = media or MediaPolicy(media_dir=None, any_file=True)
         video = video_spec(path, max_pixels)
-        self._prompts = PromptBuilder(source.model_config, tokenizer, spec, policy, self.sequence_length, video)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -116,6 +116,9 @@ class Engine:
             by_hand=by_hand,
         )
         self._cluster = Cluster(source, config, progress)
+        self._prompts = PromptBuilder(
+            source.model_config, tokenizer, spec, policy, self.sequence_length, video, self._cluster.stage.recorder
+        )
         try:
             self._loop = StepLoop(
                 self._cluster.stage,
@@ -179,6 +182,13 @@ class Engine:
     def nodes(self) -> list[NodeStatus]:
         """What every node holds and does, as last heard of it, in pipeline order."""
         return self._cluster.nodes()
+
+    def spans(self, record: bool) -> dict[str, list[Span]]:
+        """What every node did when, since this was last asked; by name. record: whether to note more from now on.
+
+        Raises LinkError when a node does not answer.
+        """
+        return self._cluster.spans(record)
 
     def ready(self, timeout_s: float) -> bool:
         """Whether a token comes through all nodes within this time: of a running request, or else of one made up.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -102,6 +103,7 @@ class StepLoop:
         self._to_encode: deque[Request] = deque()
         self._encoder: Generator[None, None, Tensor] | None = None
         self._next_batch_id = 0
+        self._dispatch_s = 0.0  # how long the last one took
         self._link = connect(self._inbox.put) if connect else None
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
         self._thread.start()
@@ -130,17 +132,22 @@ class StepLoop:
 
     def _step(self) -> None:
         encoded = self._encode()
+        started_s = time.perf_counter()
         dispatched = self._dispatch()
+        self._dispatch_s = time.perf_counter() - started_s
         self._receive(wait=not (encoded or dispatched))
 
     def _encode(self) -> bool:
-        """One block of the image being encoded, if any: decode steps run in between."""
+        """Parts of the image being encoded, for as long as the streams just took: both keep half of their pace."""
+        until_s = time.perf_counter() + self._dispatch_s
         if self._encoder is None and not self._next_encode():
             return False
         assert self._encoder is not None
         try:
-            with self._stage.busy:
+            with self._stage.working("encode"):
                 next(self._encoder)
+                while time.perf_counter() < until_s:
+                    next(self._encoder)
         except StopIteration as done:
             request = self._to_encode[0]
             self._encoded.put(request.next_media.patches.digest, done.value)

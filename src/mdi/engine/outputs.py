@@ -15,7 +15,8 @@ class Piece:
     """Text of sample `index` that became certain, and the tokens behind it. A sample's last has a finish reason.
 
     logprobs: natural logarithm of each token's probability under the model, before penalties, temperature and filters.
-    top_logprobs: one for each token, as many as the request asked for.
+    top_logprobs: one for each token, as many as the request asked for. times_s: when each was drawn, by
+    time.perf_counter.
     """
 
     index: int
@@ -23,6 +24,7 @@ class Piece:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...]
+    times_s: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
 
 

@@ -18,6 +18,7 @@ from mdi.errors import InputError, MediaError, PromptTooLongError
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
 from mdi.model.config import ModelConfig
 from mdi.model.rope import MediaSpan, prompt_positions
+from mdi.pipeline.spans import Recorder
 
 Message = dict[str, Any]
 """A role and a content: text, or a list of parts:
@@ -77,7 +78,7 @@ class PixelRange:
 
 
 class PromptBuilder:
-    """Turns messages into prompts that fit `sequence_length`."""
+    """Turns messages into prompts that fit `sequence_length`. recorder: told how long media take."""
 
     def __init__(
         self,
@@ -87,8 +88,10 @@ class PromptBuilder:
         policy: MediaPolicy,
         sequence_length: int,
         video: VideoSpec | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._config = config
+        self._recorder = recorder or Recorder()
         self._tokenizer = tokenizer
         self._spec = spec
         self._video = video or VideoSpec()
@@ -146,17 +149,21 @@ class PromptBuilder:
     def _load_image(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
         assert self._spec is not None
         spec = self._spec.with_pixels(**limits)
-        image = decode_image(fetch(part["image"], self._policy), self._policy)
-        height, width = spec.resized(image.height, image.width)
-        self._check_room("image", height * width // spec.factor**2, room, "lower max_pixels")
-        return image_patches(image, spec)
+        with self._recorder.span("fetch"):
+            data = fetch(part["image"], self._policy)
+        with self._recorder.span("preprocess"):
+            image = decode_image(data, self._policy)
+            height, width = spec.resized(image.height, image.width)
+            self._check_room("image", height * width // spec.factor**2, room, "lower max_pixels")
+            return image_patches(image, spec)
 
     def _load_video(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
         assert self._spec is not None
         sampling = {name: part.get(name) for name in SAMPLING}
-        video = open_video(part["video"], self._policy, self._video.with_options(**limits, **sampling), self._spec)
-        self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
-        return video.patches()
+        with self._recorder.span("preprocess"):  # which fetches, too
+            video = open_video(part["video"], self._policy, self._video.with_options(**limits, **sampling), self._spec)
+            self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
+            return video.patches()
 
     def _check_room(self, kind: str, n_tokens: int, room: int, remedy: str) -> None:
         """Told before any patch is made."""

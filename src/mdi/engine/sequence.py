@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -61,7 +62,7 @@ class Sequence:
     reused: int = 0
     in_flight: bool = False
     finished: bool = False
-    _unsent: list[Token] = field(default_factory=list)
+    _unsent: list[tuple[Token, float]] = field(default_factory=list)  # and when they were drawn
     _seen: dict[int, int] = field(default_factory=dict)  # what penalties are for, and how often the answer has it
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class Sequence:
         self.keys.append(token.id)
         self.request.prefilled = True
         self._seen[token.id] = self._seen.get(token.id, 0) + 1
-        self._unsent.append(token)
+        self._unsent.append((token, time.perf_counter()))
         text = self.detokenizer.push(token.id)
         reason = self._finish_reason(token.id)
         if reason:
@@ -151,13 +152,15 @@ class Sequence:
             text += self.detokenizer.finish()
         elif not text:
             return None
-        tokens, self._unsent = self._unsent, []
+        tokens, times_s = zip(*self._unsent, strict=True)
+        self._unsent = []
         return Piece(
             self.index,
             text,
             tuple(token.id for token in tokens),
             tuple(token.logprob for token in tokens),
             tuple(token.top for token in tokens),
+            times_s,
             reason,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,27 +103,29 @@ def _attend_part(queries: Tensor, cache: Tensor, part: Part) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(length, n_heads * head_dim)
 
 
-def attend_fully(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of every token to every token. All [heads, tokens, head_dim] -> [tokens, heads * head_dim].
+def attend_fully(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> Generator[None, None, None]:
+    """Attention of every token to every token, yielding after every small part of it.
 
-    May overwrite `keys`.
+    queries, keys, values: [heads, tokens, head_dim]; out: [tokens, heads, head_dim]. May overwrite `keys`.
 
     In bfloat16 on CPUs as blocks of two products and a softmax: 1.3 to 1.6 times as fast there as torch's fused kernel
     (benchmarks/attention.py). Scores are rounded to bfloat16 then, as in transformers' eager attention; taking the mean
     key away first, which no softmax notices, keeps them small and the rounding harmless (arXiv:2410.02367, 3.2).
     """
-    if queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
-        out = functional.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
-        return out.transpose(0, 1).flatten(1)
     heads, tokens, head_dim = queries.shape
-    keys = keys.sub_(keys.mean(1, keepdim=True)).mul_(head_dim**-0.5).transpose(1, 2)
-    out = torch.empty(tokens, heads, head_dim, dtype=queries.dtype)
-    n_heads = max(1, SCORES // tokens**2)
-    n_rows = max(64, SCORES // tokens)
+    blocked = queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    n_heads, n_rows = heads, max(64, 2 * SCORES // tokens)
+    if blocked:
+        keys = keys.sub_(keys.mean(1, keepdim=True)).mul_(head_dim**-0.5).transpose(1, 2)
+        n_heads, n_rows = max(1, SCORES // tokens**2), max(64, SCORES // tokens)
     for head in range(0, heads, n_heads):
         group = slice(head, head + n_heads)
         for row in range(0, tokens, n_rows):
             rows = slice(row, row + n_rows)
-            scores = torch.bmm(queries[group, rows], keys[group])
-            out[rows, group] = torch.bmm(scores.softmax(-1), values[group]).transpose(0, 1)
-    return out.flatten(1)
+            if blocked:
+                scores = torch.bmm(queries[group, rows], keys[group])
+                attended = torch.bmm(scores.softmax(-1), values[group])
+            else:
+                attended = functional.scaled_dot_product_attention(queries[group, rows], keys[group], values[group])
+            out[rows, group] = attended.transpose(0, 1)
+            yield

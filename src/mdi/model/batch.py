@@ -89,6 +89,11 @@ class Batch:
         return sum(part.length for part in self.slices)
 
     @property
+    def prefills(self) -> bool:
+        """Whether it computes more than the newest token of running sequences."""
+        return any(part.length > 1 for part in self.slices)
+
+    @property
     def drawn_rows(self) -> list[int]:
         """Rows of the packed batch whose logits are sampled: the last one of each slice that draws."""
         rows, end = [], 0

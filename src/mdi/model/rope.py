@@ -70,6 +70,9 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    def __getitem__(self, rows: slice) -> Rotation:
+        return Rotation(self.cos[rows], self.sin[rows])
+
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Rotates x: [tokens, heads, head_dim] by halves (the sign of the swapped half is in `sin`)."""
         half = x.shape[-1] // 2

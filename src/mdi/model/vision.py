@@ -6,7 +6,7 @@ positions and attention within each frame, then a merger that turns 2 x 2 neighb
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mdi.model.linear import Linear
 from mdi.model.rope import Grid, Rotation, vision_rotation
 
 LAYER_NORM_EPS = 1e-6
+PART_ROWS = 512  # patches that a linear layer takes at once: from here on more are no faster (docs/performance.md)
 ROTATED_ROWS = 128
 QUICK_GELU = 1.702
 
@@ -38,17 +39,23 @@ class VisionTower:
         ]
 
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
-        """Encodes one image or video, yielding before every block so that the caller can do something else in between.
+        """Encodes one image or video, yielding after every small part so that the caller can do something in between.
 
         rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size] in the weights' dtype.
         """
         rotation = vision_rotation(grid, self.config.merge_size, self.config.head_dim, self.device)
-        hidden = self.patch_embed(rows.to(self.device, self.dtype))
-        for block in self.blocks:
+        hidden = torch.empty(len(rows), self.config.width, dtype=self.dtype, device=self.device)
+        for part in parts(len(rows)):
+            hidden[part] = self.patch_embed(rows[part].to(self.device, self.dtype))
             yield
-            hidden = block.forward(hidden, rotation, frames=grid[0])
+        for block in self.blocks:
+            yield from block.steps(hidden, rotation, frames=grid[0])
         merged = self.merger_norm(hidden).view(-1, self.config.merged_width)
-        return self.merger[1](functional.gelu(self.merger[0](merged)))
+        embeddings = []
+        for part in parts(len(merged)):
+            embeddings.append(self.merger[1](functional.gelu(self.merger[0](merged[part]))))
+            yield
+        return torch.cat(embeddings)
 
 
 class VisionBlock:
@@ -63,31 +70,39 @@ class VisionBlock:
         self.fc1 = Linear([get(prefix + "mlp.fc1.weight")], [get(prefix + "mlp.fc1.bias")])
         self.fc2 = Linear([get(prefix + "mlp.fc2.weight")], [get(prefix + "mlp.fc2.bias")])
 
-    def forward(self, hidden: Tensor, rotation: Rotation, frames: int) -> Tensor:
-        """hidden: [patches, width], whole frames one after the other."""
-        hidden = self.proj.add_to(hidden, self._attention(self.norm1(hidden), rotation, frames))
-        inner = self.fc1(self.norm2(hidden))
-        return self.fc2.add_to(hidden, _quick_gelu(inner))
+    def steps(self, hidden: Tensor, rotation: Rotation, frames: int) -> Generator[None, None, None]:
+        """Runs the block in place, yielding after every part. hidden: [patches, width], whole frames in a row."""
+        patches, heads, head_dim = len(hidden), self.config.n_heads, self.config.head_dim
+        values = torch.empty(heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
+        turned = torch.empty(2 * heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
+        for part in parts(patches):
+            qkv = self.qkv(self.norm1(hidden[part])).view(-1, 3 * heads, head_dim)
+            _rotate(qkv[:, : 2 * heads], rotation[part], out=turned[:, part])
+            values[:, part] = qkv[:, 2 * heads :].transpose(0, 1)
+            yield
+        attention = torch.empty(patches, heads, head_dim, dtype=hidden.dtype, device=hidden.device)
+        for frame in parts(patches, patches // frames):
+            queries, keys = turned[:, frame].chunk(2)
+            yield from attend_fully(queries, keys, values[:, frame], out=attention[frame])
+        for part in parts(patches):
+            hidden[part] = self.proj.add_to(hidden[part], attention[part].flatten(1))
+            inner = self.fc1(self.norm2(hidden[part]))
+            hidden[part] = self.fc2.add_to(hidden[part], _quick_gelu(inner))
+            yield
 
-    def _attention(self, x: Tensor, rotation: Rotation, frames: int) -> Tensor:
-        patches, heads, head_dim = len(x), self.config.n_heads, self.config.head_dim
-        qkv = self.qkv(x).view(patches, 3 * heads, head_dim)
-        turned = _rotate(qkv[:, : 2 * heads], rotation)
-        by_frame = (qkv[:, 2 * heads :].transpose(0, 1), *turned.chunk(2))
-        split = (part.chunk(frames, dim=1) for part in by_frame)
-        return torch.cat([attend_fully(queries, keys, values) for values, queries, keys in zip(*split, strict=True)])
+
+def parts(rows: int, size: int = PART_ROWS) -> Iterator[slice]:
+    """Slices of at most `size` that cover so many rows."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def _rotate(x: Tensor, rotation: Rotation, out: Tensor) -> None:
     """Turns queries and keys in float32, some rows at a time so that the copies stay in the processor's cache.
 
-    x: [patches, heads, head_dim] -> [heads, patches, head_dim] in the same dtype.
+    x: [patches, heads, head_dim]; out: [heads, patches, head_dim] in the same dtype.
     """
-    turned = torch.empty(x.shape[1], x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)
-    for start in range(0, len(x), ROTATED_ROWS):
-        rows = slice(start, start + ROTATED_ROWS)
-        turned[:, rows] = Rotation(rotation.cos[rows], rotation.sin[rows])(x[rows].float()).transpose(0, 1)
-    return turned
+    for rows in parts(len(x), ROTATED_ROWS):
+        out[:, rows] = rotation[rows](x[rows].float()).transpose(0, 1)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

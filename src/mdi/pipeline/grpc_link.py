@@ -25,6 +25,7 @@ from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Deliver, NodeState, NodeStatus
 from mdi.pipeline.reach import why_unreachable
+from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,14 @@ class GrpcLink:
     def status(self) -> list[NodeStatus]:
         """What was last heard of every node, a second ago or less where it is well."""
         return [self._seen[name] for name in self._names if name in self._seen]
+
+    def spans(self, record: bool) -> dict[str, list[Span]]:
+        """What every node did since it was last asked, by this machine's clock. record: whether to note more.
+
+        Raises LinkError when one does not answer.
+        """
+        wiring = self._wiring
+        return self._call(wiring.spans(record)) if wiring else {}
 
     def close(self) -> None:
         """Ends the streams and the thread, and fails a `wire` that waits. Safe to call twice."""
@@ -342,6 +351,17 @@ class Wiring:
         ready = seen.state == "loaded" and status.epoch == self.epoch
         self._seen[seen.name] = replace(seen, state="ready") if ready else seen
         return status
+
+    async def spans(self, record: bool) -> dict[str, list[Span]]:
+        """See `GrpcLink.spans`."""
+        taken = await asyncio.gather(*(self._spans(index, record) for index in range(len(self._nodes))))
+        return dict(zip((node.name for node in self._nodes), taken, strict=True))
+
+    async def _spans(self, index: int, record: bool) -> list[Span]:
+        asked_s = time.perf_counter()
+        request = wire_pb2.SpansRequest(record=record)
+        answer = await self._ask(index, "Spans", request, wire_pb2.Spans, RPC_TIMEOUT_S)
+        return wire.decode_spans(answer, asked_s, time.perf_counter())
 
     async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M], timeout_s: float) -> wire.M:
         node = self._nodes[index].name

@@ -41,6 +41,7 @@ from mdi.pipeline.link import Result
 from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
+from mdi.pipeline.spans import Recorder
 from mdi.pipeline.stage import BusyMeter, Stage
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
@@ -60,6 +61,7 @@ CALLERS = {  # nodes that a method is for, by the beginnings of their names
     wire.method("Probe"): ("starter",),
     wire.method("Encode"): ("starter",),
     wire.method("Release"): ("starter",),
+    wire.method("Spans"): ("starter",),
 }
 LEAVE_TIMEOUT_S = 30.0
 
@@ -251,6 +253,7 @@ class Node:
         self._offering = asyncio.Lock()
         self._seeing = asyncio.Lock()  # one image after the other
         self._busy = BusyMeter()  # of a vision node
+        self._recorder = Recorder()
         self._damaged = ""  # why the chunk that was sent is of no use
         self._asked_s = -math.inf  # when the starter last asked
         self._released: Callable[[], None] | None = None
@@ -290,6 +293,9 @@ class Node:
                 ),
                 "Probe": grpc.unary_unary_rpc_method_handler(
                     self._probe, parser(wire_pb2.ProbeRequest), wire.serialize
+                ),
+                "Spans": grpc.unary_unary_rpc_method_handler(
+                    self._spans, parser(wire_pb2.SpansRequest), wire.serialize
                 ),
                 "Release": grpc.unary_unary_rpc_method_handler(
                     self._release, parser(wire_pb2.ReleaseRequest), wire.serialize
@@ -477,7 +483,7 @@ class Node:
             yield wire_pb2.Embeddings(error=str(error))
 
     def _see(self, tower: VisionTower, patches: tuple[Tensor, Grid]) -> Tensor:
-        with self._busy, torch.inference_mode():
+        with self._busy, self._recorder.span("encode"), torch.inference_mode():
             return run_to_end(tower.encode_steps(*patches))
 
     async def _probe(self, request: wire_pb2.ProbeRequest, _context: object) -> wire_pb2.Probed:
@@ -486,6 +492,9 @@ class Node:
         return wire_pb2.Probed(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )
+
+    async def _spans(self, request: wire_pb2.SpansRequest, _context: object) -> wire_pb2.Spans:
+        return wire.encode_spans(self._recorder.take(request.record), time.perf_counter())
 
     async def _release(self, _request: wire_pb2.ReleaseRequest, _context: object) -> wire_pb2.Released:
         if self._released:
@@ -503,7 +512,12 @@ class Node:
                 "run `mdi prepare` again, and give every node its new chunk"
             )
         await self._unwire()
-        stage = Stage(self._loaded, n_slots=request.n_slots, sequence_length=request.sequence_length)
+        stage = Stage(
+            self._loaded,
+            n_slots=request.n_slots,
+            sequence_length=request.sequence_length,
+            recorder=self._recorder,
+        )
         self._wiring = Wiring(request.epoch, stage, request.previous_name)
         if request.next_address:
             self._wiring.open(request.next_address, request.next_name, self._identity, self._traffic)

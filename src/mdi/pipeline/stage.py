@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mdi.model.batch import Batch, Token, Visual
 from mdi.model.kv_cache import KVCache
 from mdi.model.rope import DecoderRope, Grid
 from mdi.model.sampler import sample
+from mdi.pipeline.spans import Recorder, Work
 
 SHORTEST_SAMPLE_S = 0.5
 
@@ -49,15 +51,18 @@ class BusyMeter:
 class Stage:
     """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time.
 
-    busy: the time it spends in `run`.
+    busy: the time it spends at work. recorder: told of all work.
     """
 
-    def __init__(self, loaded: LoadedStage, *, n_slots: int, sequence_length: int) -> None:
+    def __init__(
+        self, loaded: LoadedStage, *, n_slots: int, sequence_length: int, recorder: Recorder | None = None
+    ) -> None:
         config, dtype, device = loaded.config, loaded.dtype, loaded.device
         self.spec = loaded.spec
         self.config = config
         self.device = device
         self.busy = BusyMeter()
+        self.recorder = recorder or Recorder()
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope_theta, config.mrope_section, dtype, device)
@@ -77,12 +82,18 @@ class Stage:
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: Tensor) -> Tensor | tuple[Token, ...]:
         """Runs the stage's layers: hidden [tokens, hidden_size] -> the same, or the drawn tokens where the head is."""
-        with self.busy:
+        with self.working("prefill" if batch.prefills else "decode", batch.id, batch.n_tokens):
             hidden = self.forward(batch, hidden)
             if not self.spec.head:
                 return hidden
             draws = batch.draws
             return sample(self._decoder.logits(hidden[batch.drawn_rows]), draws) if draws else ()
+
+    @contextmanager
+    def working(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
+        """The body counts as work of this stage."""
+        with self.busy, self.recorder.span(work, batch_id, n_tokens):
+            yield
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:

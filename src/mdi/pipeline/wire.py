@@ -5,9 +5,9 @@ The messages are in wire.proto; `make proto` regenerates wire_pb2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from google.protobuf.message import DecodeError, Message
@@ -17,11 +17,12 @@ from mdi.errors import LinkError
 from mdi.model.batch import Adjustment, Batch, Copy, Draw, Slice, Token
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.link import Result
+from mdi.pipeline.spans import Span, Work
 
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
 
-VERSION = 4
+VERSION = 5
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -173,6 +174,23 @@ def decode_result(message: wire_pb2.Result) -> Result | LinkError:
     if len(message.logprobs) != n_tokens or len(tops) not in (0, n_tokens):
         return LinkError("a result's tokens and logprobs do not add up")
     return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops or [()] * n_tokens)))
+
+
+def encode_spans(spans: Iterable[Span], now_s: float) -> wire_pb2.Spans:
+    return wire_pb2.Spans(now_s=now_s, spans=[wire_pb2.Span(**asdict(span)) for span in spans])
+
+
+def decode_spans(message: wire_pb2.Spans, asked_s: float, answered_s: float) -> list[Span]:
+    """Spans by this machine's clock. asked_s, answered_s: when, by that one.
+
+    The node is taken to have answered in the middle of that time; if its clock tells a time in between, it is the same
+    clock.
+    """
+    shift_s = 0.0 if asked_s <= message.now_s <= answered_s else (asked_s + answered_s) / 2 - message.now_s
+    return [
+        Span(cast(Work, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
+        for span in message.spans
+    ]
 
 
 def parse(kind: type[M], data: bytes) -> M:

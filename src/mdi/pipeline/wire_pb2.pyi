@@ -295,6 +295,34 @@ class Probed(_message.Message):
     memory_bytes: float
     def __init__(self, bytes_per_s: _Optional[float] = ..., flops_per_s: _Optional[float] = ..., memory_bytes: _Optional[float] = ...) -> None: ...
 
+class SpansRequest(_message.Message):
+    __slots__ = ("record",)
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    record: bool
+    def __init__(self, record: _Optional[bool] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("work", "start_s", "end_s", "batch_id", "n_tokens")
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    work: str
+    start_s: float
+    end_s: float
+    batch_id: int
+    n_tokens: int
+    def __init__(self, work: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., batch_id: _Optional[int] = ..., n_tokens: _Optional[int] = ...) -> None: ...
+
+class Spans(_message.Message):
+    __slots__ = ("now_s", "spans")
+    NOW_S_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    now_s: float
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, now_s: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

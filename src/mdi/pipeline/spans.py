@@ -1,0 +1,52 @@
+"""What a node did when. Nothing is kept unless somebody asked for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+KEPT = 50_000  # spans that nobody has taken; 2 MB as a message
+
+Work = Literal["fetch", "preprocess", "encode", "prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Work without a pause. start_s, end_s: of a clock that starts anywhere. batch_id, n_tokens: of batches only."""
+
+    work: Work
+    start_s: float
+    end_s: float
+    batch_id: int = -1
+    n_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+class Recorder:
+    """Notes spans while it is told to, from any thread."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._spans: list[Span] = []
+
+    @contextmanager
+    def span(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
+        """Notes how long the body takes."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.recording and len(self._spans) < KEPT:
+                self._spans.append(Span(work, start_s, time.perf_counter(), batch_id, n_tokens))
+
+    def take(self, recording: bool) -> list[Span]:
+        """Everything noted since the last time. recording: whether to go on."""
+        self.recording = recording
+        taken, self._spans = self._spans, []
+        return taken
