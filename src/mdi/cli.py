@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mdi.errors import CheckpointError, ConfigError, InputError, MDIError
@@ -435,6 +435,79 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    model: Model,
+    streams: Annotated[str, typer.Option(help="Streams at once, each alike.")] = "1,4,16",
+    prompt_lengths: Annotated[str, typer.Option(help="Tokens of prompts, about; streams use the first.")] = "64,512",
+    image_sizes: Annotated[str, typer.Option(help="Sides of square images, in pixels; '' for none.")] = "224,448",
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    peer: Annotated[str | None, typer.Option(help="transformers: the same work there as well, and ratios.")] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for bench.json, tokens.csv and plots.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="File for a trace, for ui.perfetto.dev.")] = None,
+    n_nodes: NNodes = 1,
+    nodes_config: NodesJson = None,
+    wait_s: WaitS = 600,
+    certs: Certs = CERTS,
+    insecure: Insecure = False,
+    layers: Layers = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    ckpt_folder: CkptFolder = CHECKPOINTS,
+    hf_token: HfToken = None,
+) -> None:
+    """Measure a model on these nodes: time to first token, between tokens, throughput, and where time and memory go."""
+    from mdi.bench.run import room_for, run_bench, write_files
+    from mdi.bench.scenario import sweep
+    from mdi.bench.trace import write_trace
+    from mdi.checkpoint.source import Source, locate
+
+    if peer not in (None, "transformers"):
+        raise ConfigError(f"--peer knows transformers, not {peer!r}")
+    source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
+    sides = _parse_numbers(image_sizes, "--image-sizes") if image_sizes and source.model_config.vision else ()
+    scenarios = sweep(
+        _parse_numbers(streams, "--streams"),
+        _parse_numbers(prompt_lengths, "--prompt-lengths"),
+        sides,
+        answer_tokens,
+    )
+    room = room_for(scenarios)
+    engine = _engine(
+        str(source.path),
+        n_nodes=n_nodes,
+        nodes_config=nodes_config,
+        wait_s=wait_s,
+        certs=certs,
+        insecure=insecure,
+        layers=_parse_layers(layers),
+        dtype=dtype,
+        device=device,
+        sequence_length=room.sequence_length,
+        max_sequences=room.max_sequences,
+        max_pixels=room.max_pixels,
+    )
+    with engine, _runs_bar() as progress:
+        task = progress.add_task("", total=None)
+        done = run_bench(
+            engine,
+            source,
+            scenarios,
+            peer=peer is not None,
+            progress=lambda what, n, total: progress.update(task, description=what, completed=n, total=total),
+        )
+    for table in done.tables():
+        out.print(table)
+    written = write_files(done, out_folder) if out_folder else []
+    if trace:
+        write_trace(trace, done.runs)
+        written.append(trace)
+    for path in written:
+        out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
 certs_app = typer.Typer(
     no_args_is_help=True,
     help="Certificates for encrypted links between nodes. Make all of them in one place, copy each node its own, "
@@ -609,6 +682,11 @@ def _bytes_bar() -> Iterator[Progress]:
         yield progress
 
 
+def _runs_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
 def _print_nodes(engine: Engine) -> None:
     table = Table("node", "layers", "dtype", "device", "memory", title=engine.model_name)
     for node in engine.nodes():
@@ -652,11 +730,13 @@ def _questions(prompt: str) -> list[str]:
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+    return None if text is None else _parse_numbers(text, "--layers")
+
+
+def _parse_numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
-            f"--layers takes whole numbers with commas between them, like 10,10,8; got {text!r}"
+            f"{option} takes whole numbers with commas between them, like 10,10,8; got {text!r}"
         ) from None

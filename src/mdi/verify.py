@@ -7,7 +7,7 @@ process, exactly as nodes would run them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,26 @@ class Oracle:
             **inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None
         )
         return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[Message]], n_tokens: int, note: Callable[..., Tensor]) -> int:
+        """Greedy answers of exactly so many tokens to prompts of one length, as one batch; that length.
+
+        note: a stopping criterion, called after every step. Images only, and as many in every prompt.
+        """
+        each = [self._inputs(messages) for messages in prompts]
+        inputs = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+        self._model.generate(
+            **inputs,
+            max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens,
+            do_sample=False,
+            top_k=None,
+            top_p=None,
+            temperature=None,
+            stopping_criteria=[note],
+        )
+        return inputs["input_ids"].shape[1]
 
     def text(self, messages: Sequence[Message], max_tokens: int) -> str:
         """The greedy answer as text."""
