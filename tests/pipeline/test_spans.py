@@ -55,4 +55,5 @@ def test_another_clock_is_shifted_to_this_one() -> None:
     message = wire.encode_spans(SPANS, now_s=13.0)
     encode, decode = wire.decode_spans(message, asked_s=100.0, answered_s=100.5)
     assert (encode.start_s, encode.end_s) == pytest.approx((97.25, 98.75))
-    assert (decode.start_s, decode.batch_id, decode.n_tokens) == (pytest.approx(99.25), 4, 2)
+    assert decode.start_s == pytest.approx(99.25)
+    assert (decode.batch_id, decode.n_tokens) == (4, 2)
