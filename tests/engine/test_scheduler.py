@@ -65,6 +65,37 @@ def test_decode_goes_first_and_a_prefill_chunk_fills_the_rest() -> None:
     assert [(item.sequence, item.length) for item in work] == [(short, 1), (long, 7)]
 
 
+def test_prompts_take_little_of_a_batch_while_others_decode() -> None:
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, token_budget=32, max_in_flight=1)
+    scheduler.prefill_budget = 4
+    scheduler.add([FakeSequence(prompt=3, answer=3)])
+    finish(scheduler, scheduler.schedule())
+    scheduler.add([FakeSequence(prompt=80, answer=1)])
+    lengths = []
+    for _ in range(4):
+        work = scheduler.schedule()
+        lengths.append([item.length for item in work])
+        finish(scheduler, work)
+    assert lengths == [[1, 4], [1, 4], [32], [32]]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    """Nor the long one for ever: prompts take turns."""
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, token_budget=8, max_in_flight=1)
+    long = FakeSequence(prompt=80, answer=1)
+    scheduler.add([long])
+    finish(scheduler, scheduler.schedule())
+    steps = 0
+    while long.drawn == 0:
+        short = FakeSequence(prompt=4, answer=1)
+        scheduler.add([short])
+        for _ in range(2):
+            finish(scheduler, scheduler.schedule())
+        assert short.drawn == 1
+        steps += 2
+        assert steps < 40
+
+
 def test_sequences_wait_for_a_slot_in_order_of_arrival() -> None:
     scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=1, token_budget=8, max_in_flight=1)
     first, second = FakeSequence(prompt=2, answer=1), FakeSequence(prompt=2, answer=1)

@@ -21,6 +21,7 @@ from mdi.cluster.vision import Encoded, VisionNode
 from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.outputs import RecoveryStatus
+from mdi.engine.pace import Pace
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.errors import ClosedError, LinkError, MDIError
@@ -103,6 +104,8 @@ class StepLoop:
         self._to_encode: deque[Request] = deque()
         self._encoder: Generator[None, None, Tensor] | None = None
         self._next_batch_id = 0
+        self._pace = Pace(scheduler.token_budget, scheduler.max_in_flight)
+        self._scheduler.prefill_budget = self._pace.tokens
         self._dispatch_s = 0.0  # how long the last one took
         self._link = connect(self._inbox.put) if connect else None
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
@@ -201,7 +204,10 @@ class StepLoop:
             return False
         batch, hidden = self._pack(work)
         self._in_flight[batch.id] = work
+        started_s = time.perf_counter()
         out = self._stage.run(batch, hidden)
+        self._pace.note(batch.n_tokens, time.perf_counter() - started_s)
+        self._scheduler.prefill_budget = self._pace.tokens
         if isinstance(out, Tensor):
             assert self._link is not None
             self._link.send(batch, out)

@@ -50,8 +50,11 @@ class Scheduler(Generic[S]):
     once, at least the number of nodes.
     """
 
+    prefill_budget: int
+    """Most tokens of prompts in a batch while other sequences decode; at first as many as otherwise."""
+
     def __init__(self, *, n_slots: int, token_budget: int, max_in_flight: int) -> None:
-        self.token_budget = token_budget
+        self.token_budget = self.prefill_budget = token_budget
         self.max_in_flight = max_in_flight
         self.in_flight = 0
         self._slots: Slots[S] = Slots(n_slots)
@@ -85,8 +88,10 @@ class Scheduler(Generic[S]):
         if self.in_flight >= self.max_in_flight:
             return []
         self._admit()
-        work = self._decode()
-        work += self._prefill(self.token_budget - len(work))
+        decoding = [sequence for sequence in self._running if _decodes(sequence)]
+        work = self._decode(decoding)
+        left = self.token_budget - len(work)
+        work += self._prefill(min(left, self.prefill_budget) if decoding else left)
         for item in work:
             item.sequence.in_flight = True
             self._running.remove(item.sequence)  # to the back: those that waited longest come first next time
@@ -122,8 +127,7 @@ class Scheduler(Generic[S]):
                 self._copies.append(copy)
             self._running.append(sequence)
 
-    def _decode(self) -> list[Work[S]]:
-        decoding = [sequence for sequence in self._running if sequence.remaining == 1 and sequence.computed > 0]
+    def _decode(self, decoding: list[S]) -> list[Work[S]]:
         ready = [sequence for sequence in decoding if sequence.ready]
         fair = _divide_up(len(decoding), self.max_in_flight)
         left = _divide_up(len(ready), self.max_in_flight - self.in_flight)
@@ -135,12 +139,16 @@ class Scheduler(Generic[S]):
         for sequence in self._running:
             if budget == 0:
                 break
-            if not sequence.ready or (sequence.remaining == 1 and sequence.computed > 0):
+            if not sequence.ready or _decodes(sequence):
                 continue
             length = min(sequence.remaining, budget)
             work.append(Work(sequence, sequence.computed, length, samples=length == sequence.remaining))
             budget -= length
         return work
+
+
+def _decodes(sequence: Schedulable) -> bool:
+    return sequence.remaining == 1 and sequence.computed > 0
 
 
 def _divide_up(total: int, parts: int) -> int:

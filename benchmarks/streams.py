@@ -1,0 +1,283 @@
+"""Many streams at once on the exact Qwen2-VL-2B shape: what they cost each other. Random weights, one machine.
+
+    python -m benchmarks.streams                  # 5 GB of disk, 12 GB of memory, some ten minutes
+    python -m benchmarks.streams --tiny           # the same steps on a tiny model, in seconds
+    python -m benchmarks.streams --only image     # of what has "image" in its name
+
+Every figure is a ratio of two runs in one process, or of two that alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from mdi import Engine, SamplingParams
+from mdi.bench.measure import Run, measure
+from mdi.bench.scenario import Scenario, noise
+from mdi.checkpoint.prepare import chunk_folder, prepare
+from mdi.checkpoint.source import Source
+from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
+from mdi.cluster.by_hand import ByHand
+from mdi.cluster.nodes import NodesConfig
+from mdi.engine.stream import Stream
+
+SEQUENCE_LENGTH = 2048
+console = Console()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the work. image_side: of a usual image; large: width and height of a photograph of 12 megapixels."""
+
+    prompt_tokens: int = 64
+    answer_tokens: int = 24
+    image_side: int = 448
+    large: tuple[int, int] = (4032, 3024)
+    runs: int = 2
+
+
+TINY = Sizes(16, 8, 112, (1280, 960), 1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio, what it should be at least, and the numbers behind it."""
+
+    work: str
+    ratio: float
+    target: float
+    behind: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="where the random checkpoint is kept")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself")
+    parser.add_argument("--only", default="", help="part of the names of what to measure")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = TINY if options.tiny else Sizes()
+    config = tiny_config(torch_dtype="bfloat16") if options.tiny else QWEN2_VL_2B
+    path = options.folder / ("random-tiny" if options.tiny else "random-2b")
+    if not (path / "config.json").exists():
+        console.print(f"writing {path}")
+        write_random_checkpoint(path, config, dtype="bfloat16", std=0.02)
+    if options.worker:
+        work_on_cores(path, sizes, options.worker)
+        return
+    table = Table(
+        "work", "ratio", "target", "behind it", title=f"{path.name}, bfloat16, {torch.get_num_threads()} threads"
+    )
+    for figure in figures(path, sizes, options.only):
+        met = "met" if figure.ratio >= figure.target else "MISSED"
+        table.add_row(figure.work, f"{figure.ratio:.2f}", f"{figure.target} {met}", figure.behind)
+        console.print(f"{figure.work}: {figure.ratio:.2f} ({figure.behind})")
+    console.print(table)
+
+
+def figures(path: Path, sizes: Sizes, only: str) -> Iterator[Figure]:
+    """All that were asked for, one after the other."""
+    in_engine: dict[str, Callable[[Engine, Sizes], Figure]] = {
+        "16 streams against one": sixteen_streams,
+        "decode with an image in the context against without": image_in_context,
+        "first token of a first question about an image against a second": second_question,
+        "8 streams while a large image is encoded against undisturbed": during_an_encode,
+    }
+    chosen = {name: measured for name, measured in in_engine.items() if only in name}
+    if chosen:
+        with Engine(path, dtype="bfloat16", sequence_length=SEQUENCE_LENGTH, max_sequences=16) as engine:
+            measure(engine, Scenario(1, sizes.prompt_tokens, 56, 2), seed=0)
+            for measured in chosen.values():
+                yield measured(engine, sizes)
+    if only in "two nodes of one core against one node of one core":
+        yield two_nodes(path, sizes)
+
+
+def sixteen_streams(engine: Engine, sizes: Sizes) -> Figure:
+    one, many = (
+        median_run(engine, Scenario(streams, sizes.prompt_tokens, None, sizes.answer_tokens), sizes)
+        for streams in (1, 16)
+    )
+    behind = f"{one.decode_rate:.2f} and {many.decode_rate:.2f} tokens/s"
+    return Figure("16 streams against one", many.decode_rate / one.decode_rate, 10, behind)
+
+
+def image_in_context(engine: Engine, sizes: Sizes) -> Figure:
+    text, seeing = (
+        median_run(engine, Scenario(1, sizes.prompt_tokens, side, sizes.answer_tokens), sizes)
+        for side in (None, sizes.image_side)
+    )
+    behind = f"{seeing.decode_rate:.2f} and {text.decode_rate:.2f} tokens/s"
+    return Figure("decode with an image in the context", seeing.decode_rate / text.decode_rate, 0.95, behind)
+
+
+def second_question(engine: Engine, sizes: Sizes) -> Figure:
+    image = noise(sizes.image_side, np.random.default_rng(7))
+    seconds = []
+    for question in ("What is in this picture?", "Where was it taken, do you think?"):
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        stream = engine.submit([{"role": "user", "content": parts}], SamplingParams(temperature=0, max_tokens=1))
+        started_s = time.perf_counter()
+        [piece] = list(stream)
+        seconds.append(piece.times_s[0] - started_s)
+    first_s, second_s = seconds
+    behind = f"{first_s:.2f} s and {second_s:.2f} s"
+    return Figure("first token of a second question about an image", first_s / second_s, 5, behind)
+
+
+def during_an_encode(engine: Engine, sizes: Sizes) -> Figure:
+    """Token rate of 8 streams before an image comes and while it is encoded; and how long that takes."""
+    photograph = io.BytesIO()
+    width, height = sizes.large
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+        photograph, "JPEG"
+    )
+    seeing = [{"role": "user", "content": [{"type": "image", "image": photograph.getvalue()}]}]
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    prompts = Scenario(8, sizes.prompt_tokens, None, 1).prompts(seed=3)
+    streams = [engine.submit(prompt, endless) for prompt in prompts]
+    times = Times(streams)
+    times.wait_for(8 * 4)
+    undisturbed_s = time.perf_counter()
+    times.wait_for(times.count + 8 * sizes.answer_tokens)
+    until_s = time.perf_counter()
+    together_s = encode_s(engine, seeing)
+    ended_s = time.perf_counter()
+    for stream in streams:
+        stream.cancel()
+    times.join()
+    photograph.write(b" ")  # another image, as far as caches know
+    alone = [{"role": "user", "content": [{"type": "image", "image": flipped(photograph.getvalue())}]}]
+    alone_s = encode_s(engine, alone)
+    before, during = times.rate(undisturbed_s, until_s), times.rate(ended_s - together_s, ended_s)
+    behind = f"{during:.1f} and {before:.1f} tokens/s; encoded in {together_s:.1f} s, alone in {alone_s:.1f} s"
+    return Figure("8 streams while a large image is encoded", during / before, 0.5, behind)
+
+
+def encode_s(engine: Engine, messages: list[dict[str, object]]) -> float:
+    """Seconds from the first part of the image's encoding to its last."""
+    engine.spans(record=True)
+    engine.chat(messages, SamplingParams(max_tokens=1))
+    spans = [span for span in engine.spans(record=False)["starter"] if span.work == "encode"]
+    return spans[-1].end_s - spans[0].start_s
+
+
+def flipped(jpeg: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+class Times:
+    """When each token of some streams came, noted in threads of their own until the streams end."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self._times_s: list[float] = []
+        self._threads = [threading.Thread(target=self._follow, args=(stream,), daemon=True) for stream in streams]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def count(self) -> int:
+        return len(self._times_s)
+
+    def wait_for(self, count: int) -> None:
+        while self.count < count:
+            time.sleep(0.01)
+
+    def rate(self, start_s: float, end_s: float) -> float:
+        """Tokens a second."""
+        return sum(start_s <= time_s < end_s for time_s in self._times_s) / (end_s - start_s)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _follow(self, stream: Stream) -> None:
+        for piece in stream:
+            self._times_s += piece.times_s
+
+
+def two_nodes(path: Path, sizes: Sizes) -> Figure:
+    """4 streams over processes that are bound to a core each."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(sizes.runs):
+        for cores, found in rates.items():
+            command = [sys.executable, "-m", "benchmarks.streams", "--worker", str(cores), "--folder", str(path.parent)]
+            command += ["--tiny"] if sizes == TINY else []
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found.append(float(json.loads(done.stdout.splitlines()[-1])))
+    one, two = (statistics.median(found) for found in rates.values())
+    return Figure("two nodes of one core against one, 4 streams", two / one, 1.8, f"{two:.2f} and {one:.2f} tokens/s")
+
+
+def work_on_cores(path: Path, sizes: Sizes, cores: int) -> None:
+    """In a process of its own: prints the decode rate of 4 streams over so many nodes, on a core each."""
+    os.sched_setaffinity(0, {0})
+    torch.set_num_threads(1)
+    scenario = Scenario(4, sizes.prompt_tokens, None, sizes.answer_tokens)
+    with bound_engine(path, cores) as engine:
+        measure(engine, Scenario(1, 8, None, 2), seed=0)
+        print(json.dumps(measure(engine, scenario, seed=1).decode_rate))
+
+
+@contextmanager
+def bound_engine(path: Path, cores: int) -> Iterator[Engine]:
+    length = 512
+    if cores == 1:
+        with Engine(path, dtype="bfloat16", sequence_length=length, max_sequences=4) as engine:
+            yield engine
+        return
+    chunks = chunk_folder(path, 2)
+    if not chunks.exists():
+        prepare(Source.open(path), 2, dtype="bfloat16")
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(TemporaryDirectory(prefix="mdi-streams-")))
+        config = folder / "nodes.json"
+        ports = 21000 + os.getpid() % 20000
+        nodes = [{"addr": "127.0.0.1", "communication": {"port": ports + i}, "threads": 1} for i in (0, 1)]
+        config.write_text(json.dumps({"nodes": {"starter": nodes[0], "secondary": [], "finisher": nodes[1]}}))
+        command = [
+            "mdi",
+            "secondary",
+            "--nodes-config",
+            str(config),
+            "0",
+            "--chunk",
+            str(chunks / "model_finisher.safetensors"),
+        ]
+        node = subprocess.Popen([sys.executable, "-m", *command], preexec_fn=lambda: os.sched_setaffinity(0, {1}))
+        undo.callback(node.wait)
+        undo.callback(node.kill)
+        by_hand = ByHand(NodesConfig.read(config), wait_s=120, certs=folder)
+        yield undo.enter_context(
+            Engine(path, by_hand=by_hand, dtype="bfloat16", sequence_length=length, max_sequences=4)
+        )
+
+
+def median_run(engine: Engine, scenario: Scenario, sizes: Sizes) -> Run:
+    runs = [measure(engine, scenario, seed=1 + number) for number in range(sizes.runs)]
+    return sorted(runs, key=lambda run: run.decode_rate)[len(runs) // 2]
+
+
+if __name__ == "__main__":
+    main()
