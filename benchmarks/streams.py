@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def during_an_encode(engine: Engine, sizes: Sizes) -> Figure:
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
         photograph, "JPEG"
     )
-    seeing = [{"role": "user", "content": [{"type": "image", "image": photograph.getvalue()}]}]
+    seeing: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image", "image": photograph.getvalue()}]}]
     endless = SamplingParams(temperature=0, ignore_eos=True)
     prompts = Scenario(8, sizes.prompt_tokens, None, 1).prompts(seed=3)
     streams = [engine.submit(prompt, endless) for prompt in prompts]
@@ -166,14 +167,16 @@ def during_an_encode(engine: Engine, sizes: Sizes) -> Figure:
         stream.cancel()
     times.join()
     photograph.write(b" ")  # another image, as far as caches know
-    alone = [{"role": "user", "content": [{"type": "image", "image": flipped(photograph.getvalue())}]}]
+    alone: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image", "image": flipped(photograph.getvalue())}]}
+    ]
     alone_s = encode_s(engine, alone)
     before, during = times.rate(undisturbed_s, until_s), times.rate(ended_s - together_s, ended_s)
     behind = f"{during:.1f} and {before:.1f} tokens/s; encoded in {together_s:.1f} s, alone in {alone_s:.1f} s"
     return Figure("8 streams while a large image is encoded", during / before, 0.5, behind)
 
 
-def encode_s(engine: Engine, messages: list[dict[str, object]]) -> float:
+def encode_s(engine: Engine, messages: list[dict[str, Any]]) -> float:
     """Seconds from the first part of the image's encoding to its last."""
     engine.spans(record=True)
     engine.chat(messages, SamplingParams(max_tokens=1))
