@@ -192,9 +192,11 @@ class _RandomTensors:
     def draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0  # norms scale by about 1
         spread = 0.1 if len(shape) == 1 else self.std or 1 / math.sqrt(math.prod(shape[1:]))
-        block = (self._block * spread + center).to(self.dtype)
-        start = int(torch.randint(_BLOCK, (), generator=self._generator))
-        return _repeat(block.roll(-start), math.prod(shape)).view(shape)
+        start, length = int(torch.randint(_BLOCK, (), generator=self._generator)), math.prod(shape)
+        numbers = self._block[start : start + length]
+        if len(numbers) < length:
+            numbers = torch.cat((numbers, self._block[: min(start, length - len(numbers))]))
+        return _repeat((numbers * spread + center).to(self.dtype), length).view(shape)
 
 
 def _repeat(block: Tensor, length: int) -> Tensor:
