@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +20,9 @@ from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
 from mdi.errors import LinkError, MDIError
 from mdi.model.rope import Grid
 from mdi.pipeline import wire
-from mdi.pipeline.grpc_link import NodeAddress, node_status
+from mdi.pipeline.grpc_link import MISSED_BEATS, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus
+from mdi.pipeline.loop_thread import LoopThread
 from mdi.pipeline.sight import encode_there
 from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
@@ -52,10 +52,9 @@ class VisionNode:
         self._traffic = wire.Traffic()
         self._seen = NodeStatus(node.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0)
         self._losses = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="mdi-vision", daemon=True)
-        self._thread.start()
-        self._tasks = {asyncio.run_coroutine_threadsafe(self._watch(), self._loop)}
+        self._silence = asyncio.Event()  # another one each time it is set
+        self._thread = LoopThread("mdi-vision")
+        self._tasks = {self._thread.begin(self._watch())}
 
     @property
     def traffic(self) -> wire.Traffic:
@@ -76,7 +75,7 @@ class VisionNode:
                 log.exception("an image could not be encoded")
                 done(LinkError("an image could not be encoded; the server's log has the details", self._node.name))
 
-        task = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        task = self._thread.begin(work())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -86,25 +85,11 @@ class VisionNode:
 
     def spans(self, record: bool) -> list[Span]:
         """What the node did since it was last asked. record: whether to note more. Raises LinkError when it is away."""
-        return asyncio.run_coroutine_threadsafe(self._visitor.spans(self._node, record), self._loop).result()
+        return self._thread.call(self._visitor.spans(self._node, record))
 
     def close(self) -> None:
         """Ends the thread; the node stays. Safe to call twice."""
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    async def _cancel_all(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._thread.close()
 
     async def _encode(self, rows: Tensor, grid: Grid) -> Tensor:
         """Again and again, until it is done or the time is over."""
@@ -121,9 +106,16 @@ class VisionNode:
     async def _encode_once(self, rows: Tensor, grid: Grid) -> Tensor:
         options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
         channel = open_channel(self._node.address, self._node.certificate, self._identity, options)
+        encoding = asyncio.create_task(encode_there(channel, self._digest, rows, grid, self._width, self._traffic))
+        silence = asyncio.create_task(self._silence.wait())
         try:
-            return await encode_there(channel, self._digest, rows, grid, self._width, self._traffic)
+            await asyncio.wait((encoding, silence), return_when=asyncio.FIRST_COMPLETED)
+            if not encoding.done():
+                raise LinkError(f"it was silent {MISSED_BEATS} times", self._node.name)
+            return await encoding
         finally:
+            encoding.cancel()
+            silence.cancel()
             await channel.close()
 
     async def _until_ready(self, deadline_s: float, reason: str) -> None:
@@ -143,12 +135,19 @@ class VisionNode:
         )
 
     async def _watch(self) -> None:
+        """Looks after it. A frozen node breaks no stream that waits for room to send: silence has to."""
+        missed = 0
         while True:
             asked_s = time.monotonic()
             status = await self._visitor.look(self._node)
             if isinstance(status, str):
                 self._seen = replace(self._seen, state="lost")
+                missed += 1
+                if missed % MISSED_BEATS == 0:
+                    self._silence.set()
+                    self._silence = asyncio.Event()
             else:
+                missed = 0
                 seen = node_status(status, self._node.name, time.monotonic() - asked_s)
                 self._seen = replace(seen, state="ready") if seen.state == "loaded" else seen
             await asyncio.sleep(POLL_S)

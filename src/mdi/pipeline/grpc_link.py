@@ -24,6 +24,7 @@ from mdi.errors import LinkError
 from mdi.model.batch import Batch
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Deliver, NodeState, NodeStatus
+from mdi.pipeline.loop_thread import LoopThread
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
@@ -96,9 +97,7 @@ class GrpcLink:
         self._traffic = wire.Traffic()
         self._wiring: Wiring | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="mdi-link", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("mdi-link")
 
     @classmethod
     def connect(
@@ -150,7 +149,7 @@ class GrpcLink:
         wiring = self._wiring
         if wiring:
             for piece in wire.encode_batch(batch, hidden, wiring.epoch):
-                self._loop.call_soon_threadsafe(wiring.outbox.put_nowait, piece)
+                self._thread.post(wiring.outbox.put_nowait, piece)
 
     def status(self) -> list[NodeStatus]:
         """What was last heard of every node, a second ago or less where it is well."""
@@ -169,20 +168,14 @@ class GrpcLink:
         if self._closing:
             return
         self._closing = True
-        self._loop.call_soon_threadsafe(self._stop_opening)
+        self._thread.post(self._stop_opening)
         with self._changing:
             self._call(self._unwire())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        self._thread.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            return self._thread.call(coroutine)
         except CancelledError:
             raise LinkError("the link was closed") from None
 

@@ -1,0 +1,51 @@
+"""An asyncio loop in a thread of its own, for callers that know no asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs from the start until it is closed."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts it there, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs it there to its end. From any thread but this one."""
+        return self.begin(coroutine).result()
+
+    def post(self, callback: Callable[..., object], *arguments: Any) -> None:
+        """Has it called there soon, from any thread."""
+        self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def close(self) -> None:
+        """Cancels what still runs there and ends the thread. Safe to call twice."""
+        if self._thread.is_alive():
+            self.call(_cancel_others())
+            self.post(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
