@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from mdi.checkpoint.synthetic import CHAT_TEMPLATE
@@ -73,6 +73,14 @@ def export(student: Student, tokenizer: Path, folder: Path) -> None:
             "chat_template": CHAT_TEMPLATE,
         },
     )
+
+
+def load(student: Student, folder: Path) -> None:
+    """Gives a student the weights that `export` wrote; the heads that are thrown away stay as they are."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in student.hf.state_dict().items():
+        if name != "lm_head.weight":  # tied to the embeddings
+            tensor.copy_(tensors[_hub_name(name)])
 
 
 def _hub_name(name: str) -> str:

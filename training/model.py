@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdi.media.image import CLIP_MEAN, CLIP_STD
 from mdi.model.rope import vision_rotation
@@ -25,6 +26,7 @@ POINTING_LAYER, FINDING_LAYER = 3, 4  # the layer behind them answers
 RARE = 3.0  # weight of the few cells that a question is about
 N_PLACES = 8  # along a side of the picture
 MAX_PICTURES = 4
+ATTENTION = "branches"  # a name of our own among transformers' attention functions
 LETTER_WEIGHT, PLACE_WEIGHT = 3.0, 0.3
 
 
@@ -88,7 +90,9 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = Qwen2VLConfig.from_dict(hub_config())
-        self.hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        self.hf = Qwen2VLForConditionalGeneration._from_config(
+            config, attn_implementation=ATTENTION, dtype=torch.float32
+        )
         width = config.text_config.hidden_size
         self.kinds = nn.Linear(width, len(KIND_NAMES))
         self.colors = nn.Linear(width, len(COLOR_NAMES))
@@ -129,8 +133,8 @@ class Student(nn.Module):
         pads = (self.hf.config.image_token_id, self.hf.config.video_token_id)
         is_media = (batch.ids == pads[0]) | (batch.ids == pads[1])
         embeddings = embeddings.to(media.dtype).masked_scatter(is_media[..., None], media)
-        hidden_from = torch.where(branch_mask(batch.branches), 0.0, -torch.inf)[:, None].to(media.dtype)
-        mask = {"full_attention": hidden_from}
+        hidden_from = torch.where(branch_mask(batch.branches), 0.0, -torch.inf).to(media.dtype)
+        mask = {"full_attention": hidden_from[:, None].repeat(1, self.hf.config.text_config.num_attention_heads, 1, 1)}
         hidden = language(
             inputs_embeds=embeddings, position_ids=batch.positions, attention_mask=mask, use_cache=False,
             output_hidden_states=True,
@@ -236,10 +240,34 @@ def _attend(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Full attention within each picture; x: [pictures, patches, width]."""
     n, length, width = x.shape
     q, k, v = attention.qkv(x).view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = _rotate(q, cos, sin) @ _rotate(k, cos, sin).transpose(-1, -2) * q.shape[-1] ** -0.5
-    out = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v  # in bfloat16 on CPU several times a fused kernel
+    scores = (_rotate(q, cos, sin) * q.shape[-1] ** -0.5) @ _rotate(k, cos, sin).transpose(-1, -2)
+    out = scores.softmax(-1) @ v  # in bfloat16 on CPU several times as fast as a fused kernel
     projected: Tensor = attention.proj(out.transpose(1, 2).reshape(n, length, width))
     return projected
+
+
+def _attend_branches(
+    _: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    **rest: Any,  # noqa: ARG001
+) -> tuple[Tensor, None]:
+    """Grouped attention for transformers' layers; q: [n, heads, T, d], k, v: [n, groups, T, d], mask: [n, heads, T, T].
+
+    Half the time of transformers' own: nothing is copied per head, nothing computed in float32.
+    """
+    n, n_heads, length, width = q.shape
+    groups = (n * k.shape[1], -1)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.baddbmm(mask.view(*groups, length), (q * scaling).reshape(*groups, width), k.mT)
+    out = scores.softmax(-1) @ v
+    return out.view(n, n_heads, length, width).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend_branches)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

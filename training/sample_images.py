@@ -14,7 +14,7 @@ from training.held_out import exams
 
 FOLDER = Path(__file__).parents[1] / "src" / "mdi" / "assets" / "samples"
 CHOSEN = {
-    "shape": 1, "color": 1, "exists": 1, "count": 2, "position": 2, "read": 2, "describe": 1, "compare": 1,
+    "shape": 1, "color": 1, "exists": 1, "count": 1, "position": 2, "read": 2, "describe": 1, "compare": 1,
     "motion": 1, "change": 1,
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Trains the bundled checkpoint: `python -m training.train --run runs/first`. Ctrl-C, and call again to go on.
 
+`--from src/mdi/assets/bundled` trains a finished checkpoint further; add `--sight-steps 0`, for it sees already.
 Writes into the run folder: tokenizer.json, state.pt (to resume), log.jsonl, curves.png, and at the end (or with
 --export) checkpoint/, a folder in Hugging Face layout.
 """
@@ -11,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -25,13 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.corpus import corpus
 from training.curves import draw_curves
-from training.export import export
+from training.export import export, load
 from training.model import Student
 from training.muon import BatchedMuon
 from training.samples import BatchMaker, Plan, TrainingBatch
 from training.tokens import ChatTokens, train_tokenizer
 
-WARMUP_STEPS = 50
+WARMUP_STEPS = 150
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
 CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
@@ -116,7 +118,8 @@ def answers(batch: TrainingBatch, correct: Tensor, at: Tensor) -> Iterator[tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--from", type=Path, dest="origin", help="folder of a checkpoint to start with")
+    parser.add_argument("--steps", type=int, default=22000)
     parser.add_argument("--sight-steps", type=int, default=5500, help="the first steps train the vision tower alone")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -126,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    run = Run(arguments.run, arguments.steps, arguments.sight_steps, arguments.rate)
+    run = Run(arguments.run, arguments.steps, arguments.sight_steps, arguments.rate, arguments.origin)
     if not arguments.export:
         run.train()
     export(run.student, arguments.run / "tokenizer.json", arguments.run / "checkpoint")
@@ -143,9 +146,11 @@ def keep_freed_memory() -> None:
 class Run:
     """One training run and its folder."""
 
-    def __init__(self, folder: Path, steps: int, sight_steps: int, peak: float) -> None:
+    def __init__(self, folder: Path, steps: int, sight_steps: int, peak: float, origin: Path | None = None) -> None:
         self.folder, self.steps, self.sight_steps, self.peak = folder, steps, sight_steps, peak
         tokenizer = folder / "tokenizer.json"
+        if origin and not tokenizer.exists():
+            shutil.copyfile(origin / "tokenizer.json", tokenizer)
         if not tokenizer.exists():
             train_tokenizer(corpus()).save(str(tokenizer))
         tokens = ChatTokens(tokenizer)
@@ -155,6 +160,8 @@ class Run:
         self.step = 0
         if (folder / "state.pt").exists():
             self._resume()
+        elif origin:
+            load(self.student, origin)
 
     def train(self, until: int | None = None) -> None:
         """Goes on to step `until`, by default to the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import nn
 from training.cells import COLOR_NAMES
+from training.export import export
 from training.model import Student
 from training.muon import BatchedMuon
 from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
@@ -36,20 +39,22 @@ def test_any_text_survives_the_tokenizer(tokenizer_file: Path, text: str) -> Non
 @pytest.mark.parametrize("kind", ["still", "pair", "film"])
 def test_transformers_computes_the_same_logits(kind: str, student: Student, maker: BatchMaker) -> None:
     batch = maker(3, Plan(kind, (4, 5), 4 if kind == "film" else 1, 2, question_first=True))
+    theirs = copy.deepcopy(student.hf)
+    theirs.set_attn_implementation("eager")
     with torch.no_grad():
         logits, _, at, _ = student.read(batch, student.encode(batch))
         for row in range(2):
-            expected = _by_transformers(student, batch, row)[at[1][at[0] == row]]
+            expected = _by_transformers(theirs, student, batch, row)[at[1][at[0] == row]]
             torch.testing.assert_close(logits[at[0] == row], expected, rtol=1e-4, atol=1e-5)
 
 
-def _by_transformers(student: Student, batch: TrainingBatch, row: int) -> torch.Tensor:
+def _by_transformers(theirs: nn.Module, student: Student, batch: TrainingBatch, row: int) -> torch.Tensor:
     length = int((batch.branches[row] >= 0).sum())
     rows = (batch.rows[row].flatten(0, 1).float() / 255 - student.shift) * student.scale
     grid = torch.tensor([[batch.plan.n_frames // 2 or 1, 8, 10]] * batch.rows.shape[1])
     name = "pixel_values_videos" if batch.plan.kind == "film" else "pixel_values"
     grids = "video_grid_thw" if batch.plan.kind == "film" else "image_grid_thw"
-    output = student.hf(
+    output = theirs(
         input_ids=batch.ids[row : row + 1, :length],
         position_ids=batch.positions[:, row : row + 1, :length],
         **{name: rows, grids: grid},
@@ -120,6 +125,13 @@ def test_two_halves_of_a_run_make_the_whole(
     for name, tensor in whole.items():
         torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 1000
+
+
+def test_a_run_can_start_from_a_checkpoint(untrained: Path, tmp_path: Path) -> None:
+    run = train.Run(tmp_path, steps=4, sight_steps=0, peak=1e-3, origin=untrained)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (untrained / "tokenizer.json").read_bytes()
+    export(run.student, tmp_path / "tokenizer.json", tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (untrained / "model.safetensors").read_bytes()
 
 
 def test_accuracy_counts_whole_answers(student: Student, maker: BatchMaker) -> None:
