@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.model.batch import Batch, Draw, Slice
+from mdi.model.weights import EMBEDDING, LM_HEAD
 from mdi.pipeline.stage import Stage
 
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 N_NODES = 3
 IMAGE_SIDE = 448
-TARGETS = {"image encode": 1.3, "prefill": 1.2, "decode": 1.3}
+TARGETS = {"image encode": 1.5, "prefill": 1.2, "decode": 1.45}
+OF_BANDWIDTH = 0.8  # of the rate at which memory can be read, decode should reach
+PROBE_BYTES, PROBES = 2**31, 5
 console = Console()
 
 
@@ -54,7 +58,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model instead, to try the benchmark itself")
     options = parser.parse_args()
     config, name = (tiny_config(torch_dtype="bfloat16"), "random-tiny") if options.tiny else (QWEN2_VL_2B, "random-2b")
-    work = Work(64, 4, 2) if options.tiny else Work(512, 12, 3)
+    work = Work(64, 4, 2) if options.tiny else Work(2000, 12, 3)
     path = options.folder / name
     if not (path / "config.json").exists():
         console.print(f"writing {path}")
@@ -135,6 +139,31 @@ def measure_speed(path: Path, work: Work) -> None:
             *row("decode", a, b, f"{work.decode_tokens / a:.2f} tok/s", f"{work.decode_tokens / b:.2f} tok/s")
         )
     console.print(table)
+    read, limit = weight_bytes(path) * work.decode_tokens / b, read_rate()
+    share = read / limit
+    console.print(
+        f"decode reads {read / 1e9:.1f} GB/s of weights, {share:.2f} of the {limit / 1e9:.1f} GB/s that memory gives; "
+        f"target {OF_BANDWIDTH} {'met' if share >= OF_BANDWIDTH else 'MISSED'}"
+    )
+
+
+def weight_bytes(path: Path) -> int:
+    """Of the bfloat16 weights that every token needs: all layers and the LM head."""
+    source = Source.open(path)
+    used = [name for name in source.names() if name.startswith("model.layers.")]
+    head = LM_HEAD if LM_HEAD in source.names() else EMBEDDING
+    return 2 * sum(prod(source.shape(name)) for name in (*used, head))
+
+
+def read_rate() -> float:
+    """Bytes a second that all threads together read from memory at best."""
+    probe = torch.ones(PROBE_BYTES // 4)
+    seconds = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        probe.sum()
+        seconds.append(time.perf_counter() - started)
+    return PROBE_BYTES / min(seconds)
 
 
 def row(name: str, theirs_s: float, ours_s: float, theirs: str, ours: str) -> tuple[str, ...]:
