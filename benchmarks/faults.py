@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.progress import track
@@ -37,11 +38,11 @@ from rich.table import Table
 from benchmarks.by_hand import Machine, NodesByHand
 from benchmarks.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
+from mdi.bench.scenario import noise
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
-from mdi.demo import picture
 from mdi.errors import MDIError
 
 N_NODES = 4
@@ -228,7 +229,15 @@ def soak(
 
 def questions() -> list[Request]:
     """Short and long prompts, with and without a picture, greedy and sampled."""
-    about = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
+    about = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": noise(224, np.random.default_rng(1))},
+                {"type": "text", "text": "What?"},
+            ],
+        }
+    ]
     prompts: list[Any] = ["Hello", "many words " * 100, about, "a list of " * 40]
     return [
         (prompt, SamplingParams(temperature=seed % 2, seed=seed, max_tokens=60 + 20 * seed))

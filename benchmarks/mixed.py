@@ -33,6 +33,7 @@ from benchmarks.server import serving
 ROUTE = "/v1/chat/completions"
 PER_SKILL = 3
 SETTLE_S = 2.0
+PARTS = 5  # after each, the server is weighed
 console = Console()
 
 
@@ -143,14 +144,14 @@ async def soak(url: str, pid: int, good: Sequence[Good], chosen: Sequence[Good |
                 progress.advance(task)
                 return found
 
-            started_s = time.perf_counter()
-            half = len(chosen) // 2
-            outcomes = list(await asyncio.gather(*map(outcome, chosen[:half])))
-            before = await settled(pid)
-            outcomes += await asyncio.gather(*map(outcome, chosen[half:]))
-            seconds = time.perf_counter() - started_s - SETTLE_S
-            after = await settled(pid)
-        report(outcomes, seconds, before, after)
+            outcomes: list[Outcome] = []
+            weights, seconds = [], 0.0
+            for part in range(PARTS):
+                started_s = time.perf_counter()
+                outcomes += await asyncio.gather(*map(outcome, chosen[part::PARTS]))
+                seconds += time.perf_counter() - started_s
+                weights.append(await settled(pid))
+        report(outcomes, seconds, weights)
         ready = (await client.get("/health/ready")).status_code
         console.print(f"ready afterwards: {ready == 200}")
 
@@ -207,7 +208,8 @@ def key(body: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in body.items() if name != "stream"})
 
 
-def report(outcomes: Sequence[Outcome], seconds: float, before: Weight, after: Weight) -> None:
+def report(outcomes: Sequence[Outcome], seconds: float, weights: Sequence[Weight]) -> None:
+    """weights: after each part of the requests."""
     for kind, count in sorted(Counter(outcome.kind for outcome in outcomes).items()):
         console.print(f"{kind}: {count}")
     errors = [outcome for outcome in outcomes if outcome.error]
@@ -216,10 +218,9 @@ def report(outcomes: Sequence[Outcome], seconds: float, before: Weight, after: W
     lost = sum(outcome.error.startswith("lost") for outcome in errors)
     console.print(f"{len(outcomes)} requests in {seconds:.1f} s, {len(outcomes) / seconds:.1f} a second")
     console.print(f"lost requests: {lost}; mixed up: {len(errors) - lost}")
-    console.print(
-        f"memory: {before.resident_bytes / 1e6:,.0f} MB after half of them, {after.resident_bytes / 1e6:,.0f} MB "
-        f"after all; descriptors: {before.descriptors}, {after.descriptors}"
-    )
+    memory = ", ".join(f"{weight.resident_bytes / 1e6:,.0f}" for weight in weights)
+    descriptors = ", ".join(str(weight.descriptors) for weight in weights)
+    console.print(f"after each {len(outcomes) // PARTS} of them, memory: {memory} MB; descriptors: {descriptors}")
 
 
 if __name__ == "__main__":

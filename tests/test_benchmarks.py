@@ -19,6 +19,11 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         (("benchmarks.fullsize", "--tiny", "--folder", "FOLDER"), ("resident MB", "image encode", "prefill", "decode")),
         (("benchmarks.media", "--runs", "1"), ("ratio",)),
         (("benchmarks.links", "--rounds", "2", "--json", "FILE"), ("our link", "of the bare stream's rate")),
+        (
+            ("benchmarks.streams", "--tiny", "--only", "image", "--folder", "FOLDER"),
+            ("image in the context", "encoded in"),
+        ),
+        (("benchmarks.mixed", "--requests", "60"), ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
         (("benchmarks.faults", "--faults", "2", "--seconds", "60"), SOAKED),
         pytest.param(
             ("benchmarks.faults", "--by-hand", "--faults", "2"),
@@ -26,7 +31,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
             marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
         ),
     ],
-    ids=["fullsize", "media", "links", "faults", "faults by hand"],
+    ids=["fullsize", "media", "links", "streams", "mixed", "faults", "faults by hand"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
     places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json")}

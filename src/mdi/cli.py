@@ -39,7 +39,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face hub.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, or: bundled.")]
 CkptFolder = Annotated[Path, typer.Option(help="Where checkpoints from the hub are kept.")]
 HfToken = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated checkpoints.")]
 NNodes = Annotated[int, typer.Option("--n-nodes", min=1, help="Nodes the layers are split over.")]
@@ -559,11 +559,15 @@ def certs_node(
 
 
 @app.command()
-def demo() -> None:
-    """Three local nodes and a small random model answer questions about a picture; no network needed."""
+def demo(
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures with their answers.")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """Three local nodes and the bundled model answer questions about sample images; no network needed."""
     from mdi.demo import run
 
-    run(out)
+    run(out, out_folder)
 
 
 def _engine(

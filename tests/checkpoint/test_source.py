@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from mdi.checkpoint import bundled
 from mdi.checkpoint.source import INDEX, SINGLE, Source, locate
 from mdi.checkpoint.synthetic import tiny_config
 from mdi.errors import CheckpointError
@@ -270,3 +271,28 @@ def test_without_downloading_only_what_is_here_is_used(hub: Hub, tmp_path: Path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert locate("owner/name", ckpt_folder=tmp_path, download=False) == tmp_path / "owner" / "name"
     assert not hub.asked
+
+
+def test_the_bundled_model_is_copied_once_and_again_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped, folder = tmp_path / "shipped", tmp_path / "checkpoints"
+    shipped.mkdir()
+    (shipped / SINGLE).write_bytes(b"first")
+    monkeypatch.setattr(bundled, "SHIPPED", shipped)
+    copy = locate("bundled", ckpt_folder=folder)
+    assert copy == folder / "bundled"
+    (copy / "chunks").mkdir()
+    assert locate("bundled", ckpt_folder=folder, download=False) == copy
+    assert (copy / "chunks").exists()
+    (shipped / SINGLE).write_bytes(b"other")
+    locate("bundled", ckpt_folder=folder)
+    assert (copy / SINGLE).read_bytes() == b"other"
+    assert [path.name for path in folder.iterdir()] == ["bundled"]
+    assert not (copy / "chunks").exists()
+
+
+def test_a_bundled_model_that_cannot_be_copied_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match="--ckpt-folder"):
+        locate("bundled", ckpt_folder=tmp_path / "file")

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from benchmarks.server import serving
+from PIL import Image
 
 from mdi import cli
 
@@ -83,11 +84,15 @@ def test_verify_finds_no_difference_to_transformers(checkpoint: Path, picture: P
     assert float(found[1]) < 1e-4
 
 
-def test_the_demo_says_that_its_model_is_random() -> None:
-    shown = mdi("demo")
+def test_the_demo_answers_and_draws_its_answers(tmp_path: Path) -> None:
+    shown = mdi("demo", "--out", tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "random" in shown.stdout
+    found = re.search(r"(\d+) of (\d+) answers are right", shown.stdout)
+    assert found
+    assert int(found[1]) >= 10
     assert "secondary0" in shown.stdout
+    with Image.open(tmp_path / "answers.png") as sheet:
+        assert len(sheet.convert("RGB").getcolors(2**24) or ()) > 1000
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,7 @@ def test_the_demo_says_that_its_model_is_random() -> None:
         (("secondary", "--chunk", "x", "--listen", "8.8.8.8:0"), "loopback"),
         (("secondary", "--chunk", "x", "--listen", "nonsense"), "host:port"),
         (("plan", "CHECKPOINT", "--n-nodes", "0"), "n-nodes"),
+        (("demo", "--out", "/dev/null/demo"), "--out"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mdi.checkpoint.bundled import BUNDLED, unpack
 from mdi.errors import CheckpointError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import LM_HEAD, StageSpec, stage_shapes
@@ -124,16 +125,21 @@ class Source:
 def locate(model: str, *, ckpt_folder: Path, hf_token: str | None = None, download: bool = True) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else its download under `ckpt_folder`.
 
-    Downloads show their own progress bars and resume where they stopped. Raises CheckpointError, saying what
-    to do, when there is no such checkpoint or no way to get it.
+    `bundled`, which ships with the package, is copied there. Downloads show their own progress bars and resume where
+    they stopped. Raises CheckpointError, saying what to do, when there is no such checkpoint or no way to get it.
     """
     if Path(model).is_dir():
         return Path(model)
     kept = ckpt_folder / model
+    if model == BUNDLED:
+        return unpack(kept)
     if not download or model.count("/") != 1 or model.startswith((".", "/", "~")):
         if kept.is_dir() and model:
             return kept
-        raise CheckpointError(f"there is no checkpoint folder {model!r}; a name on the hub looks like owner/name")
+        raise CheckpointError(
+            f"there is no checkpoint folder {model!r}; a name on the hub looks like owner/name, "
+            f"and {BUNDLED!r} ships with MDI-LLM"
+        )
     return _download(model, kept, hf_token)
 
 

@@ -1,0 +1,48 @@
+"""The small trained Qwen2-VL that ships with the package. How it was made: training/ in the repository."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+import tempfile
+from pathlib import Path
+
+from mdi.errors import CheckpointError
+
+BUNDLED = "bundled"
+SHIPPED = Path(__file__).parents[1] / "assets" / BUNDLED
+
+
+def unpack(folder: Path) -> Path:
+    """Copies the bundled checkpoint to `folder`, where chunks can be written beside it, unless it is there already.
+
+    A copy of another release, or one that was changed, is replaced with all that was made of it. Raises
+    CheckpointError when it cannot be written.
+    """
+    if _is_copy(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+            copy = Path(unfinished) / folder.name
+            copy.mkdir()
+            for name in _names():
+                shutil.copy2(SHIPPED / name, copy)
+            shutil.rmtree(folder, ignore_errors=True)
+            copy.rename(folder)
+    except OSError as error:
+        if not _is_copy(folder):  # another process was as quick
+            cause = error.strerror or "it cannot be written"
+            raise CheckpointError(
+                f"the bundled model cannot be copied to {str(folder)!r} ({cause}): choose another --ckpt-folder"
+            ) from None
+    return folder
+
+
+def _is_copy(folder: Path) -> bool:
+    same, _, _ = filecmp.cmpfiles(SHIPPED, folder, _names(), shallow=False)
+    return len(same) == len(_names())
+
+
+def _names() -> list[str]:
+    return [path.name for path in SHIPPED.iterdir() if path.is_file()]

@@ -1,0 +1,85 @@
+"""The bundled checkpoint: it answers about what it never saw, as transformers does, and sees where things are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import pytest
+import torch
+from training.held_out import Exam, all_skills, exams
+from training.unknown import strange_question
+from transformers import AutoTokenizer
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.bundled import SHIPPED
+from mdi.checkpoint.source import Source
+from mdi.engine import prompt as engine_prompt
+from mdi.model.rope import MediaSpan
+from mdi.verify import Oracle
+
+MEGABYTE = 10**6
+FLOOR = 0.7  # benchmarks/quality.py measures; this notices when something breaks
+MAX_TOKENS = 64
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+PER_SKILL = 20
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(SHIPPED, dtype="float32") as engine:
+        yield engine
+
+
+def accuracy(engine: Engine, asked: Sequence[Exam]) -> float:
+    streams = [engine.submit(exam.messages(), GREEDY) for exam in asked]
+    texts = [stream.completion().text for stream in streams]
+    return sum(text == exam.question.answer for text, exam in zip(texts, asked, strict=True)) / len(asked)
+
+
+def test_it_is_small_and_opens_with_transformers() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 12 * MEGABYTE
+    source = Source.open(SHIPPED)
+    assert source.model_config.architecture == "Qwen2VLForConditionalGeneration"
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    text = "Grüße, 世界! \N{WAVING HAND SIGN}\t\x00 end"
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("skill", all_skills())
+def test_it_answers_what_it_has_never_seen(skill: str, engine: Engine) -> None:
+    assert accuracy(engine, list(exams(skill, PER_SKILL))) >= FLOOR
+
+
+def test_transformers_gives_the_same_answers(engine: Engine) -> None:
+    oracle = Oracle(Source.open(SHIPPED))
+    for skill in all_skills():
+        for exam in exams(skill, 2):
+            ours = engine.chat(exam.messages(), GREEDY).text
+            assert ours == oracle.text(exam.messages(), MAX_TOKENS)
+
+
+@pytest.mark.parametrize("skill", ["position", "motion"])
+def test_it_looks_at_the_axes_of_the_positions(skill: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list(exams(skill, 40))
+    before = accuracy(engine, asked)
+
+    def in_one_row(length: int, spans: Sequence[MediaSpan]) -> tuple[torch.Tensor, int]:
+        return torch.arange(length).expand(3, length), 0
+
+    monkeypatch.setattr(engine_prompt, "prompt_positions", in_one_row)
+    assert accuracy(engine, asked) < before - 0.1
+
+
+def test_answers_end_by_themselves_whatever_is_asked(engine: Engine) -> None:
+    random = Random("strange")
+    image = next(exams("shape", 1)).images[0]
+    questions = [strange_question(random) for _ in range(50)]
+    reasons = [
+        engine.chat(
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}], GREEDY
+        ).finish_reason
+        for text in questions
+        if text.strip()
+    ]
+    assert reasons.count("stop") >= 0.95 * len(reasons)
