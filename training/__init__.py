@@ -2,6 +2,5 @@
 
 import os
 
-# Read when torch loads: a thread that waits for others must not spin on the core that draws the next batch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Read when torch loads: a thread that waits for others spins, but not for long on the core that draws the next batch.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
