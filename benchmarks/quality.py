@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -99,7 +100,10 @@ def compare(model: str, n_nodes: int, n_questions: int) -> None:
     """Prints how many answers are those of transformers, letter for letter."""
     per_skill = -(-n_questions // len(all_skills()))
     chosen = {skill: list(exams(skill, per_skill)) for skill in all_skills()}
-    with serving(model, "--n-nodes", str(n_nodes), "--dtype", "float32") as (_, url):
+    with (
+        TemporaryDirectory() as folder,  # where chunks of another dtype cannot be
+        serving(model, "--n-nodes", str(n_nodes), "--dtype", "float32", "--ckpt-folder", folder) as (_, url),
+    ):
         answers = asyncio.run(ask_all(url, chosen))
     oracle = Oracle(Source.open(locate(model, ckpt_folder=Path("checkpoints"))))
     all_answers = [answer for given in answers.values() for answer in given]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,15 +16,19 @@ def serving(
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running server on a free port, and its URL. Raises RuntimeError when it does not start."""
     command = [sys.executable, "-m", "mdi", "serve", model, "--port", "0", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as process,
+    ):
         try:
             assert process.stdout
             line = process.stdout.readline()
             found = re.search(r"http://\S+", line)
             if found is None:
-                raise RuntimeError(f"mdi serve {model} did not start: {line.strip() or 'see its own output'}")
+                process.kill()
+                process.wait()
+                said.seek(0)
+                raise RuntimeError(f"mdi serve {model} did not start: {line}{said.read()}")
             yield process, found[0]
         finally:
             process.kill()
