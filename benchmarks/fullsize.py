@@ -30,6 +30,7 @@ from mdi.checkpoint.load import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
+from mdi.engine.engine import TOKEN_BUDGET
 from mdi.model.batch import Batch, Draw, Slice
 from mdi.model.weights import EMBEDDING, LM_HEAD
 from mdi.pipeline.stage import Stage
@@ -220,8 +221,12 @@ class Ours:
             pass
 
     def prefill(self, ids: Tensor) -> None:
+        """In batches as large as the engine makes them."""
         self.length = 0
-        self._step(ids)
+        *first, last = torch.split(ids, TOKEN_BUDGET)
+        for chunk in first:
+            self._step(chunk, draw=None)
+        self._step(last)
 
     def decode(self, n_tokens: int) -> None:
         token = 5
@@ -229,9 +234,9 @@ class Ours:
             [drawn] = self._step(torch.tensor([token]))
             token = drawn.id
 
-    def _step(self, ids: Tensor) -> Any:
+    def _step(self, ids: Tensor, draw: Draw | None = GREEDY) -> Any:
         positions = torch.arange(self.length, self.length + len(ids)).expand(3, -1)
-        batch = Batch(0, (Slice(0, self.length, len(ids), GREEDY),), positions)
+        batch = Batch(0, (Slice(0, self.length, len(ids), draw),), positions)
         self.length += len(ids)
         return self.stage.run(batch, self.stage.embed(ids))
 

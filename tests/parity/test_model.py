@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
-from mdi.model import decoder
 from mdi.model.batch import Batch, Draw, Slice, Token, Visual
 from mdi.model.rope import Grid, MediaSpan, prompt_positions
 from mdi.pipeline.stage import Stage
@@ -192,14 +191,6 @@ def test_a_chunked_prefill_gives_the_same_logits(
     prompt = PROMPTS[name]
     ours = logits_of(load_stages(checkpoint, 3), prompt, chunk)
     assert relative_difference(ours, oracle_logits(oracle, prompt)) < 1e-4
-
-
-def test_a_prefill_that_goes_through_the_mlp_in_parts_gives_the_same_logits(
-    oracle: Qwen2VLForConditionalGeneration, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoder, "MLP_ROWS", 50)
-    prompt = PROMPTS["long"]
-    assert relative_difference(logits_of(load_stages(checkpoint), prompt), oracle_logits(oracle, prompt)) < 1e-4
 
 
 def test_a_video_gives_the_logits_of_transformers_at_the_same_positions(

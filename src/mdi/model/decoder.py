@@ -22,9 +22,6 @@ from mdi.model.weights import EMBEDDING, FINAL_NORM, StageSpec, head_name, layer
 Get = Callable[[str], Tensor]
 """A tensor by its hub name, in the stage's dtype on its device. Each name is asked for once."""
 
-MLP_ROWS = 512
-"""Rows of a long prefill that go through the MLP at once: what lies between its products stays in a CPU's cache."""
-
 
 class Decoder:
     """A stage's layers, with the token embedding in front and the LM head behind where the spec says so."""
@@ -76,11 +73,6 @@ class DecoderLayer:
         """hidden: [tokens, hidden_size]; cache: this layer's slots."""
         attention = self._attention(_rms_norm(hidden, self.input_norm, self.config.rms_eps), rotation, cache, layout)
         hidden = self.out.add_to(hidden, attention)
-        if len(hidden) <= MLP_ROWS:
-            return self._mlp(hidden)
-        return torch.cat([self._mlp(rows) for rows in torch.split(hidden, MLP_ROWS)])
-
-    def _mlp(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(_rms_norm(hidden, self.mlp_norm, self.config.rms_eps)).chunk(2, dim=-1)
         return self.down.add_to(hidden, functional.silu(gate).mul_(up))
 
