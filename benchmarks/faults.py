@@ -43,7 +43,7 @@ from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
-from mdi.errors import MDIError
+from mdi.core.errors import MDIError
 
 N_NODES = 4
 N_CLIENTS = 8

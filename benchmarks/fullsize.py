@@ -30,8 +30,8 @@ from mdi.checkpoint.load import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
+from mdi.core.batch import Batch, Draw, Slice
 from mdi.engine.engine import TOKEN_BUDGET
-from mdi.model.batch import Batch, Draw, Slice
 from mdi.model.weights import EMBEDDING, LM_HEAD
 from mdi.pipeline.stage import Stage
 

@@ -41,7 +41,7 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.certs import Authority
-from mdi.model.batch import Batch, Draw, Slice, Token
+from mdi.core.batch import Batch, Draw, Slice, Token
 from mdi.pipeline import node as node_module
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mdi import SamplingParams
-from mdi.errors import InputError
+from mdi.core.errors import InputError
 
 
 @pytest.mark.parametrize(

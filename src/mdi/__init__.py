@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mdi.params import SamplingParams
+from mdi.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from mdi.engine import Completion, Engine

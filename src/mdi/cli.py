@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mdi.errors import CheckpointError, ConfigError, InputError, MDIError
-from mdi.params import SamplingParams
+from mdi.core.errors import CheckpointError, ConfigError, InputError, MDIError
+from mdi.core.sampling import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
     from mdi.checkpoint.plan import Machine, StageSummary

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mdi.checkpoint.bundled import BUNDLED
+from mdi.core.errors import ConfigError
+from mdi.core.sampling import SamplingParams
 from mdi.engine import Engine
-from mdi.errors import ConfigError
-from mdi.params import SamplingParams
 from mdi.pipeline.tls import encryption_enabled
 
 N_NODES = 3

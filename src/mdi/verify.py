@@ -18,11 +18,11 @@ from torch import Tensor
 from mdi.checkpoint.load import load_source
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import Source
+from mdi.core.batch import Batch, Draw, Slice, Visual
 from mdi.engine.engine import end_ids, patch_spec, video_spec
 from mdi.engine.prompt import Message, Prompt, PromptBuilder
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, decode_image, fetch, open_video
-from mdi.model.batch import Batch, Draw, Slice, Visual
 from mdi.model.rope import Grid, MediaSpan, prompt_positions
 from mdi.pipeline.stage import Stage
 

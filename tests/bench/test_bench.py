@@ -18,9 +18,9 @@ from mdi.bench.scenario import Scenario, sweep
 from mdi.bench.trace import write_trace
 from mdi.checkpoint.source import Source
 from mdi.cli import app
+from mdi.core.errors import ConfigError
+from mdi.core.tracing import Span
 from mdi.engine import Engine
-from mdi.errors import ConfigError
-from mdi.pipeline.spans import Span
 
 TWO = Scenario(streams=2, prompt_tokens=10, image_side=None, answer_tokens=3)
 NODES = {

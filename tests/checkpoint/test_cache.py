@@ -14,7 +14,7 @@ from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.errors import CheckpointError, ConfigError
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 

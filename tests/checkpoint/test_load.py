@@ -21,10 +21,9 @@ from mdi.checkpoint.prepare import chunk_metadata, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
 from mdi.checkpoint.writer import write_safetensors
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.model.weights import EMBEDDING, StageSpec, stage_shapes
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
@@ -84,11 +83,11 @@ def test_without_a_spec_the_whole_model_is_loaded(tiny: Path) -> None:
 def test_the_checkpoint_is_cast_on_loading(dtype: str, tiny: Path) -> None:
     source = Source.open(tiny)
     stage = load_source(source, dtype=dtype)
-    assert stage.dtype == DTYPES[dtype]
-    assert {tensor.dtype for tensor in tensors_in((stage.decoder, stage.vision))} == {DTYPES[dtype]}
+    assert stage.dtype == parse_dtype(dtype)
+    assert {tensor.dtype for tensor in tensors_in((stage.decoder, stage.vision))} == {parse_dtype(dtype)}
     embedding = stage.decoder.embedding
     assert embedding is not None
-    assert torch.equal(embedding, source.tensor(EMBEDDING).to(DTYPES[dtype]))
+    assert torch.equal(embedding, source.tensor(EMBEDDING).to(parse_dtype(dtype)))
 
 
 def test_progress_rises_to_its_total(source: Source) -> None:

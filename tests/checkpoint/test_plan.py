@@ -21,7 +21,7 @@ from mdi.checkpoint.plan import (
     stage_summary,
 )
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec
 

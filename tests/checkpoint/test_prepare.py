@@ -20,12 +20,11 @@ from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import SINGLE, Source
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.model.weights import EMBEDDING, LM_HEAD, stage_shapes
 
 Weights = dict[str, torch.Tensor]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def chunks_of(folder: Path) -> list[Weights]:
@@ -80,7 +79,7 @@ def test_an_untied_head_is_on_the_last_node_only(sharded: Path) -> None:
 def test_tensors_are_cast_as_torch_casts_them(dtype: str, tiny: Path) -> None:
     source = Source.open(tiny)
     for chunk in chunks_of(prepare(source, 2, dtype=dtype)):
-        assert all(bits(tensor) == bits(source.tensor(name).to(DTYPES[dtype])) for name, tensor in chunk.items())
+        assert all(bits(tensor) == bits(source.tensor(name).to(parse_dtype(dtype))) for name, tensor in chunk.items())
 
 
 def test_chunks_have_the_names_of_their_roles_and_lie_in_the_checkpoint_s_folder(source: Source) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mdi.checkpoint import bundled
 from mdi.checkpoint.source import INDEX, SINGLE, Source, locate
 from mdi.checkpoint.synthetic import tiny_config
-from mdi.errors import CheckpointError
+from mdi.core.errors import CheckpointError
 from mdi.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD
 
 Weights = dict[str, torch.Tensor]

@@ -15,7 +15,7 @@ import pytest
 from mdi.cluster.by_hand import AwaitedNodes, ByHand, Presence
 from mdi.cluster.certs import Authority, create_authority, create_node
 from mdi.cluster.nodes import NodesConfig
-from mdi.errors import ConfigError, LinkError
+from mdi.core.errors import ConfigError, LinkError
 from tests.links import answering, free_port
 
 

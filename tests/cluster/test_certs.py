@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mdi.cluster.certs import Authority, create_authority, create_node, expiry
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 from mdi.pipeline.tls import Identity
 
 

@@ -17,7 +17,7 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.certs import Authority
 from mdi.cluster.launcher import LocalLauncher
-from mdi.model.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Draw, Slice
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Delivery, Result

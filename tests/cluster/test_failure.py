@@ -20,8 +20,8 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.recovery import RecoveryLimits
+from mdi.core.errors import ClosedError, LinkError
 from mdi.engine import Completion, Stream
-from mdi.errors import ClosedError, LinkError
 from tests.conftest import node_processes
 
 NODES = ("secondary0", "finisher")

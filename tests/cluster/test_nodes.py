@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdi.cluster.nodes import MAX_FILE_BYTES, NodesConfig
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 
 UPSTREAM: dict[str, Any] = {
     "nodes": {

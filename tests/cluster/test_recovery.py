@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mdi.cluster.recovery import LossLog, RecoveryLimits
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 
 LIMITS = RecoveryLimits(max_losses=2, settled_s=60)
 

@@ -21,8 +21,8 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
+from mdi.core.errors import LinkError
 from mdi.engine import Completion, NodeStatus, Stream
-from mdi.errors import LinkError
 from mdi.pipeline.tls import Identity
 from tests.cluster.by_hand import NAMES, Machines
 from tests.links import call

@@ -17,7 +17,7 @@ from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cli import app
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 from mdi.pipeline import probe as probing
 from mdi.pipeline.probe import FILE_NAME, probe
 from tests.cluster.by_hand import NAMES, Machines

@@ -19,7 +19,7 @@ from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
-from mdi.errors import ConfigError, LinkError
+from mdi.core.errors import ConfigError, LinkError
 from mdi.pipeline.link import NodeStatus
 from tests.cluster.by_hand import NAMES, Machines, Process
 from tests.media.videos import encoded, numbered

@@ -22,7 +22,7 @@ from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.by_hand import AwaitedNodes, ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import Chunks
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
 from tests.cluster.by_hand import NAMES, Machines, Process
 from tests.e2e.test_commands import ENVIRONMENT
 

@@ -16,8 +16,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
-from mdi.engine import Completion
-from mdi.errors import (
+from mdi.core.errors import (
     CheckpointError,
     ClosedError,
     ConfigError,
@@ -27,6 +26,7 @@ from mdi.errors import (
     OverloadedError,
     PromptTooLongError,
 )
+from mdi.engine import Completion
 from tests.conftest import node_processes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

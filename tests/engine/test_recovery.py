@@ -16,20 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mdi.core.batch import Batch
+from mdi.core.errors import ClosedError, LinkError
+from mdi.core.outputs import Completion
+from mdi.core.outputs import Sample as OneSample
+from mdi.core.sampling import SamplingParams
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.loop import Cancel, Close, StepLoop, Submit
-from mdi.engine.outputs import Completion
-from mdi.engine.outputs import Sample as OneSample
 from mdi.engine.prompt import Media, Prompt
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
-from mdi.errors import ClosedError, LinkError
 from mdi.media import Patches
-from mdi.model.batch import Batch
 from mdi.model.rope import Grid, MediaSpan
-from mdi.params import SamplingParams
 from mdi.pipeline.link import Deliver
 from mdi.pipeline.stage import Stage
 from tests.fakes import FakeLink, FakeStage

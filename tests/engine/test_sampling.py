@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mdi import Engine, SamplingParams
+from mdi.core.errors import InputError
 from mdi.engine.prompt import PixelRange
-from mdi.errors import InputError
 
 QUESTION = "Say it again, say it again, say it again."
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdi.core.batch import Copy
 from mdi.engine.slots import LEAST_KEPT, Slots, common_length
-from mdi.model.batch import Copy
 
 PLAIN = list(range(100, 200))
 

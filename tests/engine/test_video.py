@@ -11,10 +11,10 @@ import pytest
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
+from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.engine.engine import video_spec
 from mdi.engine.prompt import PromptBuilder, check_messages
 from mdi.engine.tokenizer import Tokenizer
-from mdi.errors import InputError, MediaError, PromptTooLongError
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.model.config import ModelConfig
 from tests.media.videos import encoded, numbered

@@ -20,8 +20,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 
-from mdi.engine import Piece, RecoveryStatus
-from mdi.errors import (
+from mdi.core.errors import (
     CheckpointError,
     ClosedError,
     ConfigError,
@@ -32,9 +31,10 @@ from mdi.errors import (
     OverloadedError,
     PromptTooLongError,
 )
+from mdi.core.sampling import SamplingParams
+from mdi.engine import Piece, RecoveryStatus
 from mdi.gateway.app import GatewayConfig, create_app
 from mdi.gateway.streaming import events
-from mdi.params import SamplingParams
 from tests.fakes import HOLD, FakeEngine, echo, piece
 
 KEY = "schlüssel"

@@ -447,7 +447,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server, stream: bool) ->
 
 
 def test_a_port_in_use_is_named(server: Server) -> None:
-    from mdi.errors import ConfigError
+    from mdi.core.errors import ConfigError
 
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"{port}.*--port"):

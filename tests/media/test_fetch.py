@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpcore
 import pytest
 
-from mdi.errors import MediaError
+from mdi.core.errors import MediaError
 from mdi.media import MediaPolicy, fetch
 
 fetch_module = importlib.import_module("mdi.media.fetch")  # the package names its function the same

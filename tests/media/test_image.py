@@ -16,7 +16,7 @@ import pytest
 import skimage
 from PIL import ExifTags, Image, ImageFile, features
 
-from mdi.errors import CheckpointError, InputError, MediaError
+from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, image_patches, load_image, smart_resize
 
 POLICY = MediaPolicy()

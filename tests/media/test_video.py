@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdi.errors import CheckpointError, InputError, MediaError
+from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, image_patches, open_video, video_patches
 from mdi.media.video import frame_indices
 from tests.media.videos import LOSSLESS, colour, encoded, numbered, sound

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
-from mdi.model.batch import Batch, Draw, Slice, Token, Visual
+from mdi.core.batch import Batch, Draw, Slice, Token, Visual
 from mdi.model.rope import Grid, MediaSpan, prompt_positions
 from mdi.pipeline.stage import Stage
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages, qwen2_vl_config

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
-from mdi.errors import MediaError
+from mdi.core.errors import MediaError
 from mdi.media import MediaPolicy, PatchSpec, decode_image, image_patches, load_image, smart_resize
 
 CHECKPOINT = PatchSpec(max_pixels=12_845_056)

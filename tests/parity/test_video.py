@@ -22,11 +22,11 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mdi import Engine, SamplingParams
+from mdi.core.batch import Batch, Slice, Visual
 from mdi.engine.prompt import Message, Prompt, PromptBuilder
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
 from mdi.media.video import frame_indices
-from mdi.model.batch import Batch, Slice, Visual
 from mdi.model.config import ModelConfig
 from mdi.pipeline.stage import Stage
 from tests.media.videos import LOSSLESS, encoded

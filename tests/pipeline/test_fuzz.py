@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdi.errors import LinkError
-from mdi.model.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
 
 WIDTH = 8

@@ -19,8 +19,8 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
-from mdi.errors import LinkError
-from mdi.model.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.errors import LinkError
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Delivery, LocalLink, Result
 from mdi.pipeline.stage import Stage

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mdi.checkpoint.load import LoadedStage, load_source
 from mdi.checkpoint.source import Source
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.sight import collect_rows, rows_of
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from mdi.core.tracing import KEPT, Recorder, Span
 from mdi.pipeline import wire
-from mdi.pipeline.spans import KEPT, Recorder, Span
 
 
 def test_spans_are_noted_only_while_somebody_records() -> None:

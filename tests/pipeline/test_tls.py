@@ -16,7 +16,7 @@ import pytest
 
 from mdi.cluster import certs
 from mdi.cluster.certs import Authority, create_authority, create_node
-from mdi.errors import ConfigError, LinkError
+from mdi.core.errors import ConfigError, LinkError
 from mdi.pipeline import tls, wire_pb2
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.reach import why_unreachable

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mdi.errors import LinkError
-from mdi.model.batch import Batch, Draw, Slice, Token
+from mdi.core.batch import Batch, Draw, Slice, Token
+from mdi.core.errors import LinkError
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Result
 

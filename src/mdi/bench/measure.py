@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mdi.bench.scenario import Scenario
+from mdi.core.tracing import Span, Work
 from mdi.engine import Engine
 from mdi.engine.stream import Stream
-from mdi.pipeline.spans import Span, Work
 
 MEMORY_PERIOD_S = 0.25
 

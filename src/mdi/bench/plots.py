@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from mdi.bench.measure import MemoryLog, Run
 from mdi.bench.report import Bench
-from mdi.pipeline.spans import Work
+from mdi.core.tracing import Work
 
 COLORS: dict[Work, str] = {
     "fetch": "#9e9e9e",

@@ -13,8 +13,8 @@ from mdi.bench.peer import Transformers
 from mdi.bench.report import Bench, node_memory
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import Source
+from mdi.core.errors import ConfigError
 from mdi.engine import Engine
-from mdi.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
 """Told (what runs, runs done, runs in all)."""

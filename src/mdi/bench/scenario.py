@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mdi.params import SamplingParams
+from mdi.core.sampling import SamplingParams
 
 TEMPLATE_TOKENS = 64  # of a chat template, at most
 FEWEST_DIGITS = 8  # they tell prompts apart

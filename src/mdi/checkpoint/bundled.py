@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mdi.errors import CheckpointError
+from mdi.core.errors import CheckpointError
 
 BUNDLED = "bundled"
 SHIPPED = Path(__file__).parents[1] / "assets" / BUNDLED

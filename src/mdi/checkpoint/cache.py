@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mdi.checkpoint.manifest import FILE_NAME, ChunkEntry, Manifest, chunk_file
 from mdi.checkpoint.prepare import RESERVE_BYTES
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.errors import CheckpointError, ConfigError
 
 
 def default_cache_folder() -> Path:

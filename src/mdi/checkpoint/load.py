@@ -19,9 +19,10 @@ from torch import Tensor
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, check_tensors, chunk_metadata, counter, data_bytes
-from mdi.checkpoint.source import Source, parse_dtype
+from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import DTYPE_NAMES
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.decoder import Decoder, Get
 from mdi.model.vision import VisionTower

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.plan import VISION, Plan
-from mdi.errors import CheckpointError, ConfigError
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from mdi.checkpoint.source import parse_dtype
-from mdi.errors import ConfigError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import ConfigError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
 

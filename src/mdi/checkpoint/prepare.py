@@ -16,9 +16,10 @@ from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.plan import make_plan
-from mdi.checkpoint.source import STORED_DTYPES, Source, parse_dtype
+from mdi.checkpoint.source import STORED_DTYPES, Source
 from mdi.checkpoint.writer import write_safetensors
-from mdi.errors import CheckpointError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError
 from mdi.model.weights import Shapes, stage_shapes
 
 ByteProgress = Callable[[int, int], None]

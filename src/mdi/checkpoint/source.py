@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdi.checkpoint.bundled import BUNDLED, unpack
-from mdi.errors import CheckpointError
+from mdi.core.errors import CheckpointError
 from mdi.model.config import ModelConfig
 from mdi.model.weights import LM_HEAD, StageSpec, stage_shapes
 
@@ -27,16 +26,7 @@ ALIASES = (
     ("model.language_model.", "model."),
     ("model.visual.", "visual."),
 )  # names inside newer transformers
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = ("F64", "F32", "BF16", "F16")  # as safetensors calls what can be cast to those
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """A dtype by its name. Raises CheckpointError for one that is not computed in here."""
-    try:
-        return DTYPES[name]
-    except KeyError:
-        raise CheckpointError(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}") from None
 
 
 @dataclass(frozen=True)

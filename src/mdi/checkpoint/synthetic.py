@@ -16,8 +16,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from mdi.checkpoint.source import INDEX, SINGLE, parse_dtype
+from mdi.checkpoint.source import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
+from mdi.core.dtypes import parse_dtype
 from mdi.model.config import QWEN2, QWEN2_VL, ModelConfig
 from mdi.model.weights import Shapes, StageSpec, stage_shapes
 

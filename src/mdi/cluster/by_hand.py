@@ -21,7 +21,7 @@ from mdi.checkpoint.plan import VISION
 from mdi.cluster.launcher import Died
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
-from mdi.errors import CheckpointError, ConfigError, LinkError
+from mdi.core.errors import CheckpointError, ConfigError, LinkError
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus

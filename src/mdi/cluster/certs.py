@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mdi.cluster.nodes import HOST_NAME
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 from mdi.pipeline.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
 
 AUTHORITY_KEY_FILE = "ca.key"

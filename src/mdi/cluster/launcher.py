@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mdi.cluster.certs import AUTHORITY_DAYS, Authority
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
 from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.tls import VARIABLE, Identity

@@ -26,10 +26,11 @@ from mdi.cluster.supervisor import Supervisor
 from mdi.cluster.survey import survey
 from mdi.cluster.vision import VisionNode
 from mdi.cluster.visit import Chunks
-from mdi.errors import CheckpointError
+from mdi.core.dtypes import dtype_name
+from mdi.core.errors import CheckpointError
+from mdi.core.tracing import Span
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
-from mdi.pipeline.spans import Span
 from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
@@ -98,7 +99,7 @@ class Cluster:
             state="ready",
             first_layer=spec.first_layer,
             last_layer=spec.last_layer,
-            dtype=str(self._loaded.dtype).removeprefix("torch."),
+            dtype=dtype_name(self._loaded.dtype),
             device=str(self._loaded.device),
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),

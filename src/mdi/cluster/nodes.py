@@ -21,11 +21,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from mdi.errors import ConfigError
+from mdi.core.dtypes import DTYPE_NAMES
+from mdi.core.errors import ConfigError
 
 MAX_FILE_BYTES = 2**20
 MAX_NODES = 1024
-DTYPES = ("float32", "bfloat16", "float16")
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?)*\.?")
 
 
@@ -239,7 +239,7 @@ def _read_node(name: str, key: str, value: Any) -> NodeConfig:
         addr=_address(node.get("addr"), node.at("addr")),
         port=communication.whole("port", 1, 65535),
         device=node.text_or_none("device"),
-        dtype=node.choice_or_none("dtype", DTYPES),
+        dtype=node.choice_or_none("dtype", DTYPE_NAMES),
         threads=node.whole_or_none("threads", 1, 4096),
         memory_gb=node.positive_or_none("memory_gb"),
         layers=node.whole_or_none("layers", 1, 100_000),

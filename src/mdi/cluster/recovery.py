@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

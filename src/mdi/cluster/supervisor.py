@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mdi.cluster.launcher import Launcher
 from mdi.cluster.recovery import LossLog, RecoveryLimits
-from mdi.errors import LinkError
-from mdi.model.batch import Batch
+from mdi.core.batch import Batch
+from mdi.core.errors import LinkError
+from mdi.core.tracing import Span
 from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
 from mdi.pipeline.link import Deliver, Delivery, GaveUp, NodeStatus, Rewired
-from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
 

@@ -12,7 +12,7 @@ from mdi.checkpoint.plan import Machine
 from mdi.cluster.by_hand import AwaitedNodes, ByHand
 from mdi.cluster.nodes import NodeConfig
 from mdi.cluster.visit import Visitor
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
 from mdi.pipeline.probe import probe
 from mdi.pipeline.tls import Identity

@@ -15,16 +15,16 @@ from dataclasses import replace
 import grpc
 from torch import Tensor
 
-from mdi.checkpoint.source import parse_dtype
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
-from mdi.errors import LinkError, MDIError
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import LinkError, MDIError
+from mdi.core.tracing import Span
 from mdi.model.rope import Grid
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import MISSED_BEATS, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.loop_thread import LoopThread
 from mdi.pipeline.sight import encode_there
-from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from google.protobuf.message import Message
 
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.plan import Machine
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
+from mdi.core.tracing import Span
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
 from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 

@@ -19,20 +19,20 @@ from mdi.checkpoint.source import Source, locate
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.local import Cluster, ClusterConfig
 from mdi.cluster.recovery import RecoveryLimits
+from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
+from mdi.core.outputs import Completion, Piece, RecoveryStatus
+from mdi.core.sampling import SamplingParams
+from mdi.core.tracing import Span
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.loop import Cancel, StepLoop, Submit
-from mdi.engine.outputs import Completion, Piece, RecoveryStatus
 from mdi.engine.prompt import Message, PixelRange, Prompt, PromptBuilder
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
 from mdi.engine.tokenizer import Tokenizer
-from mdi.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
-from mdi.params import SamplingParams
 from mdi.pipeline.grpc_link import LoadProgress
 from mdi.pipeline.link import NodeStatus
-from mdi.pipeline.spans import Span
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.cluster.vision import Encoded, VisionNode
+from mdi.core.batch import Batch, Slice, Visual
+from mdi.core.errors import ClosedError, LinkError, MDIError
+from mdi.core.outputs import RecoveryStatus
 from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.embeddings import EmbeddingCache
-from mdi.engine.outputs import RecoveryStatus
 from mdi.engine.pace import Pace
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
-from mdi.errors import ClosedError, LinkError, MDIError
-from mdi.model.batch import Batch, Slice, Visual
 from mdi.pipeline.link import Deliver, GaveUp, Link, Result, Rewired
 from mdi.pipeline.stage import Stage
 

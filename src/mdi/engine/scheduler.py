@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from mdi.core.batch import Copy
 from mdi.engine.slots import Cached, Slots
-from mdi.model.batch import Copy
 
 
 class Schedulable(Cached, Protocol):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mdi.core.batch import Adjustment, Draw, Token
+from mdi.core.outputs import FinishReason, Piece
+from mdi.core.sampling import SamplingParams
 from mdi.engine.detokenizer import Detokenizer
-from mdi.engine.outputs import FinishReason, Piece
 from mdi.engine.prompt import Media, Prompt
 from mdi.engine.stream import Stream
-from mdi.model.batch import Adjustment, Draw, Token
-from mdi.params import SamplingParams
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from mdi.model.batch import Copy
+from mdi.core.batch import Copy
 
 LEAST_KEPT = 16  # shorter beginnings are computed as fast as they are copied, and take no other's place
 

@@ -6,8 +6,8 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from mdi.engine.outputs import Completion, Piece, Usage, collect
-from mdi.errors import MDIError
+from mdi.core.errors import MDIError
+from mdi.core.outputs import Completion, Piece, Usage, collect
 
 
 class Stream:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mdi.errors import CheckpointError, InputError
+from mdi.core.errors import CheckpointError, InputError
 
 
 def _bytes_by_character() -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 from mdi.gateway import generate, guard, health, openai
 from mdi.gateway.streaming import TextEngine
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response
 
+from mdi.core.errors import InputError
 from mdi.engine import Piece
 from mdi.engine.prompt import Message
-from mdi.errors import InputError
 from mdi.gateway.guard import refusal
 from mdi.gateway.schemas import PART_FIELDS, GenerateRequest, MultimodalRequest
 from mdi.gateway.streaming import TextEngine, events, whole

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mdi.errors import (
+from mdi.core.errors import (
     CheckpointError,
     ClosedError,
     ConfigError,

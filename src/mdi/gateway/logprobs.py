@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Protocol
 
-from mdi.engine.outputs import TopLogprobs
+from mdi.core.outputs import TopLogprobs
 
 LOWEST = -9999.0  # JSON has no infinity
 

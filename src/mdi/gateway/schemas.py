@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mdi.errors import InputError
-from mdi.params import MAX_SAMPLES, SamplingParams
+from mdi.core.errors import InputError
+from mdi.core.sampling import MAX_SAMPLES, SamplingParams
 
 
 def _as_list(value: Any) -> Any:

@@ -15,12 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from mdi.core.errors import MDIError
+from mdi.core.outputs import collect
+from mdi.core.sampling import SamplingParams
 from mdi.engine import Completion, NodeStatus, Piece, RecoveryStatus, Usage
-from mdi.engine.outputs import collect
 from mdi.engine.prompt import Message
-from mdi.errors import MDIError
 from mdi.gateway.guard import answer_to
-from mdi.params import SamplingParams
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"

@@ -25,7 +25,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 import httpcore
 import httpx
 
-from mdi.errors import MediaError
+from mdi.core.errors import MediaError
 from mdi.media.policy import MEBIBYTE, MediaPolicy
 
 MAX_REDIRECTS = 3

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-from mdi.errors import CheckpointError, InputError, MediaError
+from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media.fetch import fetch
 from mdi.media.policy import MediaPolicy
 

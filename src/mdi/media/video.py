@@ -25,7 +25,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from mdi.errors import CheckpointError, InputError, MediaError
+from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media.fetch import fetch
 from mdi.media.image import (
     Patches,

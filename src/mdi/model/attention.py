@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.model.batch import Slice
+from mdi.core.batch import Slice
 
 SCORES = 2**20
 """Attention scores worked on at once: what stays in a CPU's cache."""

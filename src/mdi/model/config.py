@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mdi.errors import CheckpointError
+from mdi.core.errors import CheckpointError
 
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
 QWEN2 = "Qwen2ForCausalLM"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdi.model.batch import Copy
+from mdi.core.batch import Copy
 from mdi.model.config import ModelConfig
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdi.model.batch import Adjustment, Draw, Token
+from mdi.core.batch import Adjustment, Draw, Token
 
 HEAD_SIZE = 1024
 """Likeliest tokens looked at first; the whole vocabulary is sorted only when a draw falls behind them."""

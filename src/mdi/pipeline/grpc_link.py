@@ -20,13 +20,13 @@ import grpc
 from google.protobuf.message import Message
 from torch import Tensor
 
-from mdi.errors import LinkError
-from mdi.model.batch import Batch
+from mdi.core.batch import Batch
+from mdi.core.errors import LinkError
+from mdi.core.tracing import Span
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.link import Deliver, NodeState, NodeStatus
 from mdi.pipeline.loop_thread import LoopThread
 from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.spans import Span
 from mdi.pipeline.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)

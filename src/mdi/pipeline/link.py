@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from mdi.errors import LinkError
-from mdi.model.batch import Batch, Token
+from mdi.core.batch import Batch, Token
+from mdi.core.errors import LinkError
 from mdi.pipeline.stage import Stage
 
 

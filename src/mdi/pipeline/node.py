@@ -30,9 +30,10 @@ from torch import Tensor
 from mdi.checkpoint.cache import CachedChunk, ChunkCache
 from mdi.checkpoint.load import LoadedStage, load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.checkpoint.source import parse_dtype
-from mdi.errors import CheckpointError, ConfigError, LinkError, MDIError
-from mdi.model.batch import Batch
+from mdi.core.batch import Batch
+from mdi.core.dtypes import dtype_name, parse_dtype
+from mdi.core.errors import CheckpointError, ConfigError, LinkError, MDIError
+from mdi.core.tracing import Recorder
 from mdi.model.rope import Grid
 from mdi.model.vision import VisionTower
 from mdi.pipeline import wire, wire_pb2
@@ -41,7 +42,6 @@ from mdi.pipeline.link import Result
 from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
-from mdi.pipeline.spans import Recorder
 from mdi.pipeline.stage import BusyMeter, Stage
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
@@ -395,7 +395,7 @@ class Node:
                 self._loaded.spec.first_layer,
                 self._loaded.spec.last_layer,
             )
-            status.dtype = wire.NAMES[self._loaded.dtype]
+            status.dtype = dtype_name(self._loaded.dtype)
             status.busy_share = self._busy.share()
         if self._wiring:
             status.epoch = self._wiring.epoch

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from mdi.checkpoint.plan import Machine
-from mdi.checkpoint.source import parse_dtype
+from mdi.core.dtypes import parse_dtype
 from mdi.model.linear import Linear
 
 FILE_NAME = "speed.json"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdi.checkpoint.load import LoadedStage
-from mdi.errors import LinkError
+from mdi.core.errors import LinkError
 from mdi.model.rope import Grid
 from mdi.pipeline import wire, wire_pb2
 

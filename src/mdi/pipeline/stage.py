@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mdi.checkpoint.load import LoadedStage
+from mdi.core.batch import Batch, Token, Visual
+from mdi.core.tracing import Recorder, Work
 from mdi.model.attention import CausalMasks, Layout
-from mdi.model.batch import Batch, Token, Visual
 from mdi.model.kv_cache import KVCache
 from mdi.model.rope import DecoderRope, Grid
 from mdi.model.sampler import sample
-from mdi.pipeline.spans import Recorder, Work
 
 SHORTEST_SAMPLE_S = 0.5
 

@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from mdi.errors import ConfigError
+from mdi.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

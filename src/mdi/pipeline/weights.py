@@ -17,7 +17,7 @@ import grpc
 from mdi.checkpoint.cache import CachedChunk
 from mdi.checkpoint.manifest import ChunkEntry
 from mdi.checkpoint.prepare import ByteProgress
-from mdi.errors import CheckpointError, LinkError
+from mdi.core.errors import CheckpointError, LinkError
 from mdi.pipeline import wire, wire_pb2
 
 T = TypeVar("T")

@@ -13,11 +13,12 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from mdi.errors import LinkError
-from mdi.model.batch import Adjustment, Batch, Copy, Draw, Slice, Token
+from mdi.core.batch import Adjustment, Batch, Copy, Draw, Slice, Token
+from mdi.core.dtypes import dtype_name
+from mdi.core.errors import LinkError
+from mdi.core.tracing import Span, Work
 from mdi.pipeline import wire_pb2
 from mdi.pipeline.link import Result
-from mdi.pipeline.spans import Span, Work
 
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
@@ -42,8 +43,6 @@ SERVER_OPTIONS = (  # who asks so often is no attacker
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
 )
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def method(name: str) -> str:
@@ -80,7 +79,7 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.
     header = wire_pb2.Header(
         slices=[_encode_slice(part) for part in batch.slices],
         positions=batch.positions.flatten().tolist(),
-        dtype=NAMES[hidden.dtype],
+        dtype=dtype_name(hidden.dtype),
         width=hidden.shape[1],
         copies=[wire_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
     )
@@ -142,9 +141,10 @@ class BatchDecoder:
             raise LinkError("a batch's slices and positions do not add up")
         if sum(part.length for part in header.slices) != n_tokens or not all(part.length for part in header.slices):
             raise LinkError("a batch's slices and positions do not add up")
-        if DTYPES.get(header.dtype) != self._dtype or header.width != self._width:
+        if header.dtype != dtype_name(self._dtype) or header.width != self._width:
             raise LinkError(
-                f"hidden states arrived as {header.dtype} x {header.width}, not as {NAMES[self._dtype]} x {self._width}"
+                f"hidden states arrived as {header.dtype} x {header.width}, "
+                f"not as {dtype_name(self._dtype)} x {self._width}"
             )
         if self._size_bytes(n_tokens) > MAX_BATCH_BYTES:
             raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")

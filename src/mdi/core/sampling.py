@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mdi.errors import InputError
+from mdi.core.errors import InputError
 
 MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16

@@ -6,8 +6,10 @@ Knows slots and positions, nothing of requests, texts or networks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # who only describes a batch does not need torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
