@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.fullsize import in_turns
-from mdi.model.attention import attend_fully
+from mdi.layers.attention import attend_fully
 
 HEADS, HEAD_DIM = 16, 80
 

@@ -32,8 +32,8 @@ from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Draw, Slice
 from mdi.engine.engine import TOKEN_BUDGET
-from mdi.model.weights import EMBEDDING, LM_HEAD
-from mdi.pipeline.stage import Stage
+from mdi.models.stage import Stage
+from mdi.models.weights import EMBEDDING, LM_HEAD
 
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 N_NODES = 3

@@ -35,18 +35,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mdi.checkpoint.load import LoadedStage
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.certs import Authority
 from mdi.core.batch import Batch, Draw, Slice, Token
+from mdi.core.tracing import BusyMeter
+from mdi.models.stage import LoadedStage
 from mdi.pipeline import node as node_module
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Delivery, Result
-from mdi.pipeline.stage import BusyMeter
 from mdi.pipeline.tls import Identity, channel_credentials, host_name, server_credentials
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.source import Source
 from mdi.engine import prompt as engine_prompt
-from mdi.model.rope import MediaSpan
+from mdi.layers.rope import MediaSpan
 from mdi.verify import Oracle
 
 MEGABYTE = 10**6

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import smart_resize
-from mdi.model.rope import MediaSpan, prompt_positions
 from training.cells import Cells, Grid
 from training.questions import WORDINGS, Asker, Question
 from training.scenes import FACTOR, Picture, Scene, SceneMaker, draw

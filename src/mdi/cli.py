@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: commands import what they ne
     from mdi.cluster.nodes import NodesConfig
     from mdi.cluster.survey import Finding
     from mdi.engine import Engine
-    from mdi.model.weights import StageSpec
+    from mdi.models.weights import StageSpec
 
 app = typer.Typer(
     name="mdi",

@@ -23,7 +23,7 @@ from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.model.weights import EMBEDDING, StageSpec, stage_shapes
+from mdi.models.weights import EMBEDDING, StageSpec, stage_shapes
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:

@@ -22,8 +22,8 @@ from mdi.checkpoint.plan import (
 )
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
 from mdi.core.errors import ConfigError
-from mdi.model.config import ModelConfig
-from mdi.model.weights import StageSpec
+from mdi.models.config import ModelConfig
+from mdi.models.weights import StageSpec
 
 FULL_SIZE = ModelConfig.from_hf(QWEN2_VL_2B)
 TEXT_ONLY = ModelConfig.from_hf(tiny_text_config())

@@ -22,7 +22,7 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import SINGLE, Source
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.model.weights import EMBEDDING, LM_HEAD, stage_shapes
+from mdi.models.weights import EMBEDDING, LM_HEAD, stage_shapes
 
 Weights = dict[str, torch.Tensor]
 

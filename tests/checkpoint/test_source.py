@@ -18,7 +18,7 @@ from mdi.checkpoint import bundled
 from mdi.checkpoint.source import INDEX, SINGLE, Source, locate
 from mdi.checkpoint.synthetic import tiny_config
 from mdi.core.errors import CheckpointError
-from mdi.model.weights import EMBEDDING, FINAL_NORM, LM_HEAD
+from mdi.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD
 
 Weights = dict[str, torch.Tensor]
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalG
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
-from mdi.model.config import ModelConfig
-from mdi.model.weights import stage_shapes
+from mdi.models.config import ModelConfig
+from mdi.models.weights import stage_shapes
 
 TEXTS = [
     "Hello",

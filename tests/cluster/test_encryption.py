@@ -18,10 +18,10 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.certs import Authority
 from mdi.cluster.launcher import LocalLauncher
 from mdi.core.batch import Batch, Draw, Slice
+from mdi.models.stage import Stage
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Delivery, Result
-from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import Identity
 from tests.links import Recorder
 

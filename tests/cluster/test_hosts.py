@@ -38,8 +38,8 @@ from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Slice
 from mdi.engine.prompt import PixelRange, Prompt
+from mdi.models.stage import Stage
 from mdi.pipeline import wire_pb2
-from mdi.pipeline.stage import Stage
 from tests.conftest import node_processes
 
 REASON = why_not()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mdi import Engine, SamplingParams
 from mdi.engine.embeddings import EmbeddingCache
-from mdi.model.vision import VisionTower
+from mdi.models.vision import VisionTower
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 Message = dict[str, Any]

@@ -28,10 +28,10 @@ from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
+from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
-from mdi.model.rope import Grid, MediaSpan
+from mdi.models.stage import Stage
 from mdi.pipeline.link import Deliver
-from mdi.pipeline.stage import Stage
 from tests.fakes import FakeLink, FakeStage
 
 N_SLOTS = 3

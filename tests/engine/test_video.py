@@ -16,7 +16,7 @@ from mdi.engine.engine import video_spec
 from mdi.engine.prompt import PromptBuilder, check_messages
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
-from mdi.model.config import ModelConfig
+from mdi.models.config import ModelConfig
 from tests.media.videos import encoded, numbered
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mdi.checkpoint.load import LoadedStage
-from mdi.model.config import ModelConfig
-from mdi.model.decoder import Decoder
-from mdi.model.vision import VisionTower
-from mdi.model.weights import StageSpec
-from mdi.pipeline.stage import Stage
+from mdi.models.config import ModelConfig
+from mdi.models.decoder import Decoder
+from mdi.models.stage import LoadedStage, Stage
+from mdi.models.vision import VisionTower
+from mdi.models.weights import StageSpec
 
 IMAGE, VIDEO, VISION_START, VISION_END = 250, 251, 252, 253
 

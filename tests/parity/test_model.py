@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
 from mdi.core.batch import Batch, Draw, Slice, Token, Visual
-from mdi.model.rope import Grid, MediaSpan, prompt_positions
-from mdi.pipeline.stage import Stage
+from mdi.layers.rope import Grid, MediaSpan, prompt_positions
+from mdi.models.stage import Stage
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages, qwen2_vl_config
 
 GREEDY = Draw(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, sample=0, position=0)

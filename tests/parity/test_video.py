@@ -27,8 +27,8 @@ from mdi.engine.prompt import Message, Prompt, PromptBuilder
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
 from mdi.media.video import frame_indices
-from mdi.model.config import ModelConfig
-from mdi.pipeline.stage import Stage
+from mdi.models.config import ModelConfig
+from mdi.models.stage import Stage
 from tests.media.videos import LOSSLESS, encoded
 from tests.parity.conftest import load_stages, qwen2_vl_config
 from tests.parity.test_model import encode, relative_difference

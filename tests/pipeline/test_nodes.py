@@ -21,9 +21,9 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
 from mdi.core.batch import Batch, Draw, Slice
 from mdi.core.errors import LinkError
+from mdi.models.stage import Stage
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, GrpcLink, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Delivery, LocalLink, Result
-from mdi.pipeline.stage import Stage
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")

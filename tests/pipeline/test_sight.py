@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdi.checkpoint.load import LoadedStage, load_source
+from mdi.checkpoint.load import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.errors import LinkError
+from mdi.models.stage import LoadedStage
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.sight import collect_rows, rows_of
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from mdi.bench.measure import MemoryLog, Run, node_times
 from mdi.checkpoint.plan import VISION, StageSummary, stage_summary
-from mdi.model.config import ModelConfig
-from mdi.model.weights import StageSpec
+from mdi.models.config import ModelConfig
+from mdi.models.weights import StageSpec
 from mdi.pipeline.link import NodeStatus
 
 MB = 1e6

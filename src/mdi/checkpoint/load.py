@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,25 +22,14 @@ from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import DTYPE_NAMES
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.model.config import ModelConfig
-from mdi.model.decoder import Decoder, Get
-from mdi.model.vision import VisionTower
-from mdi.model.weights import EMBEDDING, Shapes, StageSpec, stage_shapes
+from mdi.models.config import ModelConfig
+from mdi.models.decoder import Decoder, Get
+from mdi.models.stage import LoadedStage
+from mdi.models.vision import VisionTower
+from mdi.models.weights import EMBEDDING, Shapes, StageSpec, stage_shapes
 
 HASH_BLOCK = 16 * 2**20
 CODES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class LoadedStage:
-    """A stage's weights, ready to compute. vision: None where the stage has no vision tower."""
-
-    config: ModelConfig
-    spec: StageSpec
-    dtype: torch.dtype
-    device: torch.device
-    decoder: Decoder
-    vision: VisionTower | None
 
 
 def load_chunk(

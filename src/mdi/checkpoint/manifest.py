@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.plan import VISION, Plan
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.model.config import ModelConfig
-from mdi.model.weights import StageSpec
+from mdi.models.config import ModelConfig
+from mdi.models.weights import StageSpec
 
 FILE_NAME = "manifest.json"
 

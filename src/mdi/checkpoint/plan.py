@@ -9,8 +9,8 @@ from math import prod
 
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import ConfigError
-from mdi.model.config import ModelConfig
-from mdi.model.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
+from mdi.models.config import ModelConfig
+from mdi.models.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
 
 VISION_SHARE = 0.02
 """Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""

@@ -20,7 +20,7 @@ from mdi.checkpoint.source import STORED_DTYPES, Source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError
-from mdi.model.weights import Shapes, stage_shapes
+from mdi.models.weights import Shapes, stage_shapes
 
 ByteProgress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mdi.checkpoint.bundled import BUNDLED, unpack
 from mdi.core.errors import CheckpointError
-from mdi.model.config import ModelConfig
-from mdi.model.weights import LM_HEAD, StageSpec, stage_shapes
+from mdi.models.config import ModelConfig
+from mdi.models.weights import LM_HEAD, StageSpec, stage_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -19,8 +19,8 @@ from torch import Tensor
 from mdi.checkpoint.source import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
-from mdi.model.config import QWEN2, QWEN2_VL, ModelConfig
-from mdi.model.weights import Shapes, StageSpec, stage_shapes
+from mdi.models.config import QWEN2, QWEN2_VL, ModelConfig
+from mdi.models.weights import Shapes, StageSpec, stage_shapes
 
 QWEN2_VL_2B: dict[str, Any] = {
     "architectures": [QWEN2_VL],

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mdi.checkpoint.load import LoadedStage, load_chunk, load_source
+from mdi.checkpoint.load import load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
@@ -29,9 +29,9 @@ from mdi.cluster.visit import Chunks
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import CheckpointError
 from mdi.core.tracing import Span
+from mdi.models.stage import LoadedStage, Stage
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
-from mdi.pipeline.stage import Stage
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
 

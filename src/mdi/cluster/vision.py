@@ -19,7 +19,7 @@ from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.tracing import Span
-from mdi.model.rope import Grid
+from mdi.layers.rope import Grid
 from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import MISSED_BEATS, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+SHORTEST_SAMPLE_S = 0.5
 KEPT = 50_000  # spans that nobody has taken; 2 MB as a message
 
 Work = Literal["fetch", "preprocess", "encode", "prefill", "decode"]
@@ -50,3 +51,31 @@ class Recorder:
         self.recording = recording
         taken, self._spans = self._spans, []
         return taken
+
+
+class BusyMeter:
+    """The share of the time that one thread spends inside `with meter:`. Another thread reads it."""
+
+    def __init__(self) -> None:
+        self._entered_s: float | None = None
+        self._busy_s = 0.0
+        self._sample = (time.perf_counter(), 0.0)  # when it was taken, and the busy seconds until then
+        self._share = 0.0
+
+    def __enter__(self) -> None:
+        self._entered_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered_s is not None:
+            self._busy_s += time.perf_counter() - self._entered_s
+        self._entered_s = None
+
+    def share(self) -> float:
+        """Between 0 and 1, over the time since it was last asked for."""
+        entered_s, now = self._entered_s, time.perf_counter()
+        since, before = self._sample
+        if now - since >= SHORTEST_SAMPLE_S:
+            busy_s = self._busy_s + (now - entered_s if entered_s is not None else 0.0)
+            self._share = min(1.0, max(0.0, (busy_s - before) / (now - since)))
+            self._sample = (now, busy_s)
+        return self._share

@@ -26,8 +26,8 @@ from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.pace import Pace
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
+from mdi.models.stage import Stage
 from mdi.pipeline.link import Deliver, GaveUp, Link, Result, Rewired
-from mdi.pipeline.stage import Stage
 
 log = logging.getLogger(__name__)
 

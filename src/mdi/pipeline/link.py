@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdi.core.batch import Batch, Token
 from mdi.core.errors import LinkError
-from mdi.pipeline.stage import Stage
+from mdi.models.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,21 +28,21 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from mdi.checkpoint.cache import CachedChunk, ChunkCache
-from mdi.checkpoint.load import LoadedStage, load_chunk
+from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.batch import Batch
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError, LinkError, MDIError
-from mdi.core.tracing import Recorder
-from mdi.model.rope import Grid
-from mdi.model.vision import VisionTower
+from mdi.core.tracing import BusyMeter, Recorder
+from mdi.layers.rope import Grid
+from mdi.models.stage import LoadedStage, Stage
+from mdi.models.vision import VisionTower
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
 from mdi.pipeline.link import Result
 from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
-from mdi.pipeline.stage import BusyMeter, Stage
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
 

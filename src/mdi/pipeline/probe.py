@@ -14,7 +14,7 @@ import torch
 
 from mdi.checkpoint.plan import Machine
 from mdi.core.dtypes import parse_dtype
-from mdi.model.linear import Linear
+from mdi.layers.linear import Linear
 
 FILE_NAME = "speed.json"
 WIDTH = 2048

@@ -9,9 +9,9 @@ import grpc
 import torch
 from torch import Tensor
 
-from mdi.checkpoint.load import LoadedStage
 from mdi.core.errors import LinkError
-from mdi.model.rope import Grid
+from mdi.layers.rope import Grid
+from mdi.models.stage import LoadedStage
 from mdi.pipeline import wire, wire_pb2
 
 

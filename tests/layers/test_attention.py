@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mdi.model import attention
-from mdi.model.attention import CausalMasks, attend_fully
+from mdi.layers import attention
+from mdi.layers.attention import CausalMasks, attend_fully
 
 
 @pytest.mark.parametrize("tokens", [4, 100, 257])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.model.attention import attend_fully
-from mdi.model.config import VisionConfig
-from mdi.model.decoder import Get
-from mdi.model.linear import Linear
-from mdi.model.rope import Grid, Rotation, vision_rotation
+from mdi.layers.attention import attend_fully
+from mdi.layers.linear import Linear
+from mdi.layers.rope import Grid, Rotation, vision_rotation
+from mdi.models.config import VisionConfig
+from mdi.models.decoder import Get
 
 LAYER_NORM_EPS = 1e-6
 PART_ROWS = 512  # patches that a linear layer takes at once: from here on more are no faster (docs/performance.md)

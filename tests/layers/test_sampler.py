@@ -8,8 +8,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from mdi.core.batch import Adjustment, Draw
-from mdi.model import sampler
-from mdi.model.sampler import sample, uniform
+from mdi.layers import sampler
+from mdi.layers.sampler import sample, uniform
 
 PLAIN = Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, sample=0, position=0)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mdi.core.batch import Copy
-from mdi.model.config import ModelConfig
 
 
 class KVCache:
@@ -18,14 +17,16 @@ class KVCache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        *,
         n_layers: int,
         n_slots: int,
         sequence_length: int,
+        n_kv_heads: int,
+        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (n_slots, sequence_length, 2, config.n_kv_heads, config.head_dim)
+        shape = (n_slots, sequence_length, 2, n_kv_heads, head_dim)
         self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.n_slots = n_slots
         self.sequence_length = sequence_length

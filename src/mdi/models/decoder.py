@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.model.attention import Layout, attend
-from mdi.model.config import ModelConfig
-from mdi.model.kv_cache import KVCache
-from mdi.model.linear import Linear
-from mdi.model.rope import Rotation
-from mdi.model.weights import EMBEDDING, FINAL_NORM, StageSpec, head_name, layer_prefix
+from mdi.layers.attention import Layout, attend
+from mdi.layers.kv_cache import KVCache
+from mdi.layers.linear import Linear
+from mdi.layers.rope import Rotation
+from mdi.models.config import ModelConfig
+from mdi.models.weights import EMBEDDING, FINAL_NORM, StageSpec, head_name, layer_prefix
 
 Get = Callable[[str], Tensor]
 """A tensor by its hub name, in the stage's dtype on its device. Each name is asked for once."""

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mdi.checkpoint.load import LoadedStage
 from mdi.core.batch import Batch, Token, Visual
-from mdi.core.tracing import Recorder, Work
-from mdi.model.attention import CausalMasks, Layout
-from mdi.model.kv_cache import KVCache
-from mdi.model.rope import DecoderRope, Grid
-from mdi.model.sampler import sample
+from mdi.core.tracing import BusyMeter, Recorder, Work
+from mdi.layers.attention import CausalMasks, Layout
+from mdi.layers.kv_cache import KVCache
+from mdi.layers.rope import DecoderRope, Grid
+from mdi.layers.sampler import sample
+from mdi.models.config import ModelConfig
+from mdi.models.decoder import Decoder
+from mdi.models.vision import VisionTower
+from mdi.models.weights import StageSpec
 
-SHORTEST_SAMPLE_S = 0.5
 
+@dataclass(frozen=True)
+class LoadedStage:
+    """A stage's weights, ready to compute. vision: None where the stage has no vision tower."""
 
-class BusyMeter:
-    """The share of the time that one thread spends inside `with meter:`. Another thread reads it."""
-
-    def __init__(self) -> None:
-        self._entered_s: float | None = None
-        self._busy_s = 0.0
-        self._sample = (time.perf_counter(), 0.0)  # when it was taken, and the busy seconds until then
-        self._share = 0.0
-
-    def __enter__(self) -> None:
-        self._entered_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._entered_s is not None:
-            self._busy_s += time.perf_counter() - self._entered_s
-        self._entered_s = None
-
-    def share(self) -> float:
-        """Between 0 and 1, over the time since it was last asked for."""
-        entered_s, now = self._entered_s, time.perf_counter()
-        since, before = self._sample
-        if now - since >= SHORTEST_SAMPLE_S:
-            busy_s = self._busy_s + (now - entered_s if entered_s is not None else 0.0)
-            self._share = min(1.0, max(0.0, (busy_s - before) / (now - since)))
-            self._sample = (now, busy_s)
-        return self._share
+    config: ModelConfig
+    spec: StageSpec
+    dtype: torch.dtype
+    device: torch.device
+    decoder: Decoder
+    vision: VisionTower | None
 
 
 class Stage:
@@ -66,7 +51,15 @@ class Stage:
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope_theta, config.mrope_section, dtype, device)
-        self._cache = KVCache(config, len(loaded.spec.layers), n_slots, sequence_length, dtype, device)
+        self._cache = KVCache(
+            n_layers=len(loaded.spec.layers),
+            n_slots=n_slots,
+            sequence_length=sequence_length,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
         self._masks = CausalMasks(sequence_length, dtype, device)
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
