@@ -22,12 +22,13 @@ from mdi.core.errors import CheckpointError, ConfigError, InputError, MDIError
 from mdi.core.sampling import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
-    from mdi.checkpoint.plan import Machine, StageSummary
     from mdi.cluster.by_hand import Presence
     from mdi.cluster.nodes import NodesConfig
     from mdi.cluster.survey import Finding
     from mdi.engine import Engine
     from mdi.models.weights import StageSpec
+    from mdi.planning.hardware import Machine
+    from mdi.planning.plan import StageSummary
 
 app = typer.Typer(
     name="mdi",
@@ -126,10 +127,10 @@ def plan(
 
     With --nodes-config, nodes that run are asked what their machines can do, and get what these can carry.
     """
-    from mdi.checkpoint.plan import make_plan, stage_summary
     from mdi.checkpoint.source import Source, locate
     from mdi.cluster.nodes import NodesConfig
     from mdi.engine.engine import sequence_length_of
+    from mdi.planning.plan import make_plan, stage_summary
 
     config = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
     chosen, dtype = _parse_layers(layers), dtype or config.dtype

@@ -16,7 +16,6 @@ import torch
 
 from mdi.checkpoint.load import load_chunk, load_source
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import chunk_metadata, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
@@ -24,6 +23,7 @@ from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.models.weights import EMBEDDING, StageSpec, stage_shapes
+from mdi.planning.plan import make_plan
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:

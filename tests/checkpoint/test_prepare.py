@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import SINGLE, Source
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.models.weights import EMBEDDING, LM_HEAD, stage_shapes
+from mdi.planning.plan import make_plan
 
 Weights = dict[str, torch.Tensor]
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.models.config import ModelConfig
 from mdi.models.weights import stage_shapes
+from mdi.planning.plan import make_plan
 
 TEXTS = [
     "Hello",

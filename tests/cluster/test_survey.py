@@ -18,8 +18,8 @@ from mdi.cli import app
 from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.core.errors import ConfigError
-from mdi.pipeline import probe as probing
-from mdi.pipeline.probe import FILE_NAME, probe
+from mdi.planning import hardware
+from mdi.planning.hardware import FILE_NAME, measure_hardware
 from tests.cluster.by_hand import NAMES, Machines
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -47,30 +47,30 @@ def limit(machines: Machines, **memory_gb: float) -> None:
 
 def speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
     """What this process measures of itself."""
-    monkeypatch.setattr(probing, "measure", lambda _device, _dtype: (bytes_per_s, 1e12))
+    monkeypatch.setattr(hardware, "measure_speed", lambda _device, _dtype: (bytes_per_s, 1e12))
 
 
 def test_a_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds(monkeypatch, 5e9)
-    first = probe("cpu", "float32", tmp_path / "cache")
+    first = measure_hardware("cpu", "float32", tmp_path / "cache")
     assert (first.bytes_per_s, first.flops_per_s) == (5e9, 1e12)
     assert 1e6 < first.memory_bytes < 1e15
     speeds(monkeypatch, 7e9)
-    assert probe("cpu", "float32", tmp_path / "cache").bytes_per_s == 5e9
-    assert probe("cpu", "bfloat16", tmp_path / "cache").bytes_per_s == 7e9
+    assert measure_hardware("cpu", "float32", tmp_path / "cache").bytes_per_s == 5e9
+    assert measure_hardware("cpu", "bfloat16", tmp_path / "cache").bytes_per_s == 7e9
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": ["x", "y"]}'])
 def test_a_damaged_measurement_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     (tmp_path / FILE_NAME).write_text(damage)
     speeds(monkeypatch, 5e9)
-    assert probe("cpu", "float32", tmp_path).bytes_per_s == 5e9
+    assert measure_hardware("cpu", "float32", tmp_path).bytes_per_s == 5e9
     speeds(monkeypatch, 7e9)
-    assert probe("cpu", "float32", tmp_path).bytes_per_s == 5e9
+    assert measure_hardware("cpu", "float32", tmp_path).bytes_per_s == 5e9
 
 
 def test_a_real_measurement_is_of_this_world() -> None:
-    reads, multiplies = probing.measure("cpu", "float32")
+    reads, multiplies = hardware.measure_speed("cpu", "float32")
     assert 1e8 < reads < 1e13
     assert 1e8 < multiplies < 1e16
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, check_tensors, chunk_metadata, counter, data_bytes
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import DTYPE_NAMES
@@ -27,6 +26,7 @@ from mdi.models.decoder import Decoder, Get
 from mdi.models.stage import LoadedStage
 from mdi.models.vision import VisionTower
 from mdi.models.weights import EMBEDDING, Shapes, StageSpec, stage_shapes
+from mdi.planning.plan import make_plan
 
 HASH_BLOCK = 16 * 2**20
 CODES = {code: dtype for dtype, code in DTYPE_NAMES.items()}

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mdi.checkpoint.plan import VISION, Plan
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
+from mdi.planning.plan import VISION, Plan
 
 FILE_NAME = "manifest.json"
 

@@ -15,12 +15,12 @@ from math import prod
 from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.source import STORED_DTYPES, Source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError
 from mdi.models.weights import Shapes, stage_shapes
+from mdi.planning.plan import make_plan
 
 ByteProgress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""

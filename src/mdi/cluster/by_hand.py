@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mdi.checkpoint.plan import VISION
 from mdi.cluster.launcher import Died
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
@@ -27,6 +26,7 @@ from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, node_status
 from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.node import is_loopback
 from mdi.pipeline.tls import VARIABLE, Identity
+from mdi.planning.plan import VISION
 
 CLOSED_POLL_S = 0.2
 

@@ -15,7 +15,6 @@ import torch
 
 from mdi.checkpoint.load import load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
-from mdi.checkpoint.plan import make_plan
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.by_hand import AwaitedNodes, ByHand
@@ -34,6 +33,7 @@ from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
 from mdi.pipeline.link import Deliver, Link, NodeStatus
 from mdi.pipeline.tls import Identity
 from mdi.pipeline.wire import Traffic
+from mdi.planning.plan import make_plan
 
 
 @dataclass(frozen=True)

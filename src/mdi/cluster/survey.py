@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
-from mdi.checkpoint.plan import Machine
 from mdi.cluster.by_hand import AwaitedNodes, ByHand
 from mdi.cluster.nodes import NodeConfig
 from mdi.cluster.visit import Visitor
 from mdi.core.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
-from mdi.pipeline.probe import probe
 from mdi.pipeline.tls import Identity
+from mdi.planning.hardware import Machine, measure_hardware
 
 PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weight
 
@@ -55,7 +54,7 @@ def _ask_all(
 ) -> list[Finding]:
     """One after the other: two on one machine would slow each other down."""
     config, visitor = by_hand.config, Visitor(identity, None, None)
-    here = probe(device, dtype, default_cache_folder())
+    here = measure_hardware(device, dtype, default_cache_folder())
     findings = [Finding(_limited(here, config.starter))]
     for node, described in zip(nodes, config.pipeline, strict=True):
         found = asyncio.run(visitor.probe(node, dtype))

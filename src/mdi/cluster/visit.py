@@ -17,7 +17,6 @@ import grpc
 from google.protobuf.message import Message
 
 from mdi.checkpoint.manifest import Manifest, chunk_file
-from mdi.checkpoint.plan import Machine
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span
 from mdi.pipeline import wire, wire_pb2
@@ -25,6 +24,7 @@ from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.tls import Identity, open_channel
 from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
+from mdi.planning.hardware import Machine
 
 POLL_S = 1.0
 CHECK_POLL_S = 0.1

@@ -40,11 +40,11 @@ from mdi.models.vision import VisionTower
 from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
 from mdi.pipeline.link import Result
-from mdi.pipeline.probe import probe
 from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
 from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
+from mdi.planning.hardware import measure_hardware
 
 log = logging.getLogger(__name__)
 
@@ -488,7 +488,7 @@ class Node:
 
     async def _probe(self, request: wire_pb2.ProbeRequest, _context: object) -> wire_pb2.Probed:
         folder = self._cache.folder if self._cache else None
-        found = await asyncio.to_thread(probe, self._device, self._dtype or request.dtype, folder)
+        found = await asyncio.to_thread(measure_hardware, self._device, self._dtype or request.dtype, folder)
         return wire_pb2.Probed(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )

@@ -11,6 +11,7 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
+from mdi.planning.hardware import Machine
 
 VISION_SHARE = 0.02
 """Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""
@@ -68,26 +69,6 @@ class Costs:
     layer: int
     head: int
     start: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a node's machine can do; the default is as fast as any other, and large enough.
-
-    bytes_per_s: weights read for one token. flops_per_s: in products of many rows. memory_bytes: what a stage may take.
-    """
-
-    bytes_per_s: float = 1.0
-    flops_per_s: float = math.inf
-    memory_bytes: float = math.inf
-
-    def token_s(self, step_bytes: float) -> float:
-        """Seconds for a token of an answer."""
-        return step_bytes / self.bytes_per_s
-
-    def prompt_token_s(self, parameters: float) -> float:
-        """Seconds for a token of a prompt: a multiplication and an addition for each parameter."""
-        return 2 * parameters / self.flops_per_s
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mdi.checkpoint.plan import (
-    Costs,
-    Machine,
-    Plan,
-    StageLoad,
-    balance,
-    costs,
-    make_plan,
-    role_names,
-    stage_summary,
-)
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
 from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
+from mdi.planning.hardware import Machine
+from mdi.planning.plan import Costs, Plan, StageLoad, balance, costs, make_plan, role_names, stage_summary
 
 FULL_SIZE = ModelConfig.from_hf(QWEN2_VL_2B)
 TEXT_ONLY = ModelConfig.from_hf(tiny_text_config())

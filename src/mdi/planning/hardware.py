@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from mdi.checkpoint.plan import Machine
 from mdi.core.dtypes import parse_dtype
 from mdi.layers.linear import Linear
 
@@ -24,7 +25,27 @@ SHORTEST_S = 0.2
 KEPT_SHARE = 0.9  # of the memory that is free: something else may want some
 
 
-def probe(device: str, dtype: str, folder: Path | None) -> Machine:
+@dataclass(frozen=True)
+class Machine:
+    """What a node's machine can do; the default is as fast as any other, and large enough.
+
+    bytes_per_s: weights read for one token. flops_per_s: in products of many rows. memory_bytes: what a stage may take.
+    """
+
+    bytes_per_s: float = 1.0
+    flops_per_s: float = math.inf
+    memory_bytes: float = math.inf
+
+    def token_s(self, step_bytes: float) -> float:
+        """Seconds for a token of an answer."""
+        return step_bytes / self.bytes_per_s
+
+    def prompt_token_s(self, parameters: float) -> float:
+        """Seconds for a token of a prompt: a multiplication and an addition for each parameter."""
+        return 2 * parameters / self.flops_per_s
+
+
+def measure_hardware(device: str, dtype: str, folder: Path | None) -> Machine:
     """What this machine can do now: its speed as measured once, and the memory that is free.
 
     folder: where the measurement is kept. Takes a second or two the first time.
@@ -32,13 +53,13 @@ def probe(device: str, dtype: str, folder: Path | None) -> Machine:
     free = _free_bytes(torch.device(device)) * KEPT_SHARE
     known, key = _read(folder), _key(device, dtype)
     if key not in known:
-        known[key] = measure(device, dtype)
+        known[key] = measure_speed(device, dtype)
         _write(folder, known)
     bytes_per_s, flops_per_s = known[key]
     return Machine(bytes_per_s, flops_per_s, free)
 
 
-def measure(device: str, dtype: str) -> tuple[float, float]:
+def measure_speed(device: str, dtype: str) -> tuple[float, float]:
     """Bytes a second of weights read for one token, and operations a second over a prompt."""
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
