@@ -21,8 +21,8 @@ lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
 bench: $(INSTALLED)  ## the exact 2B shape against transformers (needs 20 GB of disk and memory)
 	$(BIN)/python -m benchmarks.fullsize
 
-proto: $(INSTALLED)  ## regenerate the wire messages after editing wire.proto
-	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. mdi/pipeline/wire.proto
+proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto
+	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. mdi/rpc/node.proto
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

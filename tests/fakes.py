@@ -14,12 +14,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Draw, Token, Visual
+from mdi.core.batch import Batch, Draw, Result, Token, Visual
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.sampling import SamplingParams
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 from mdi.engine.prompt import Message
-from mdi.pipeline.link import Deliver, GaveUp, Result, Rewired
+from mdi.pipeline.link import Deliver, GaveUp, Rewired
 
 Prompt = str | Sequence[Message]
 

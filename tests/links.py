@@ -13,9 +13,9 @@ from typing import Any
 
 import grpc
 
-from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.node import CALLERS
-from mdi.pipeline.tls import CallerCheck, Identity, add_port, open_channel, peer_name
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.tls import CallerCheck, Identity, add_port, open_channel, peer_name
 
 
 def free_port() -> int:
@@ -41,28 +41,28 @@ def answering(identity: Identity | None, name: str = "finisher", port: int = 0) 
 
 
 async def _start(identity: Identity | None, name: str, port: int) -> tuple[grpc.aio.Server, int]:
-    async def status(_request: object, context: Any) -> wire_pb2.NodeStatus:
+    async def status(_request: object, context: Any) -> node_pb2.NodeStatus:
         spare = name if name.startswith("spare") else ""
-        return wire_pb2.NodeStatus(
-            name=name, state=wire_pb2.NodeStatus.LOADED, error=peer_name(context) or "", spare=spare
+        return node_pb2.NodeStatus(
+            name=name, state=node_pb2.NodeStatus.LOADED, error=peer_name(context) or "", spare=spare
         )
 
-    async def batches(pieces: AsyncIterator[object], _context: object) -> wire_pb2.Configured:
+    async def batches(pieces: AsyncIterator[object], _context: object) -> node_pb2.BatchesReply:
         async for _ in pieces:
             pass
-        return wire_pb2.Configured()
+        return node_pb2.BatchesReply()
 
-    async def results(_request: object, _context: object) -> AsyncIterator[wire_pb2.Result]:
-        yield wire_pb2.Result(batch_id=5)
+    async def results(_request: object, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
+        yield node_pb2.BatchResult(batch_id=5)
 
     handlers = {
-        "Status": grpc.unary_unary_rpc_method_handler(status, None, wire.serialize),
-        "Batches": grpc.stream_unary_rpc_method_handler(batches, None, wire.serialize),
-        "Results": grpc.unary_stream_rpc_method_handler(results, None, wire.serialize),
+        "Status": grpc.unary_unary_rpc_method_handler(status, None, codec.serialize),
+        "Batches": grpc.stream_unary_rpc_method_handler(batches, None, codec.serialize),
+        "Results": grpc.unary_stream_rpc_method_handler(results, None, codec.serialize),
     }
     options = [("grpc.so_reuseport", 0)]
     server = grpc.aio.server(interceptors=[CallerCheck(CALLERS)] if identity else [], options=options)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, handlers),))
     bound = add_port(server, f"127.0.0.1:{port}", identity)
     await server.start()
     return server, bound
@@ -72,13 +72,13 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
     """Calls a method of `answering`. Raises grpc.aio.AioRpcError."""
 
     async def run() -> bytes:
-        channel = open_channel(address, peer, identity, wire.CHANNEL_OPTIONS)
+        channel = open_channel(address, peer, identity, codec.CHANNEL_OPTIONS)
         try:
             if method == "Results":
-                return b"".join([data async for data in channel.unary_stream(wire.method(method))(b"", timeout=10)])
+                return b"".join([data async for data in channel.unary_stream(codec.method(method))(b"", timeout=10)])
             if method in ("Batches", "Weights"):
-                return bytes(await channel.stream_unary(wire.method(method))(iter([b""]), timeout=10))
-            return bytes(await channel.unary_unary(wire.method(method))(b"", timeout=10))
+                return bytes(await channel.stream_unary(codec.method(method))(iter([b""]), timeout=10))
+            return bytes(await channel.unary_unary(codec.method(method))(b"", timeout=10))
         finally:
             await channel.close()
 

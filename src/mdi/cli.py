@@ -161,7 +161,7 @@ def plan(
 def _findings(nodes: NodesConfig, certs: Path, insecure: bool, dtype: str) -> list[Finding]:
     from mdi.cluster.by_hand import ByHand
     from mdi.cluster.survey import look_around
-    from mdi.pipeline.tls import encryption_enabled
+    from mdi.rpc.tls import encryption_enabled
 
     by_hand = ByHand(nodes, certs=certs, insecure=insecure)
     device = nodes.starter.device or "cpu"
@@ -308,7 +308,7 @@ def secondary(
     from mdi.checkpoint.cache import ChunkCache, default_cache_folder
     from mdi.cluster.nodes import NodesConfig
     from mdi.pipeline.node import serve_node
-    from mdi.pipeline.tls import Identity, encryption_enabled
+    from mdi.rpc.tls import Identity, encryption_enabled
 
     if (index is not None) + (spare is not None) + vision != (nodes_config is not None):
         raise ConfigError(
@@ -526,7 +526,7 @@ def certs_init(
     force: Force = False,
 ) -> None:
     """Make an authority: its key makes certificates good, and stays here."""
-    from mdi.cluster.certs import create_authority
+    from mdi.rpc.authority import create_authority
 
     create_authority(folder, days=days, force=force)
     out.print(
@@ -548,7 +548,7 @@ def certs_node(
     force: Force = False,
 ) -> None:
     """Make a node's certificate. Peers check the node's name in it, so it may move to another address."""
-    from mdi.cluster.certs import create_node, expiry
+    from mdi.rpc.authority import create_node, expiry
 
     identity = create_node(folder, name, addr or [], days=days, force=force)
     out.print(
@@ -587,7 +587,7 @@ def _engine(
     from mdi.cluster.by_hand import ByHand
     from mdi.cluster.nodes import NodesConfig
     from mdi.engine import Engine
-    from mdi.pipeline.tls import encryption_enabled
+    from mdi.rpc.tls import encryption_enabled
 
     by_hand, encryption, startup = None, encryption_enabled(), _Startup()
     if nodes_config:

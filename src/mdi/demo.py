@@ -22,7 +22,7 @@ from mdi.checkpoint.bundled import BUNDLED
 from mdi.core.errors import ConfigError
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Engine
-from mdi.pipeline.tls import encryption_enabled
+from mdi.rpc.tls import encryption_enabled
 
 N_NODES = 3
 PARAMS = SamplingParams(temperature=0, max_tokens=64)

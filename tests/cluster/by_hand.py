@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mdi.cluster.certs import create_authority, create_node
+from mdi.rpc.authority import create_authority, create_node
 from tests.e2e.test_commands import ENVIRONMENT
 from tests.links import Recorder, free_port
 

@@ -12,9 +12,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from mdi.cluster.certs import Authority, create_authority, create_node, expiry
 from mdi.core.errors import ConfigError
-from mdi.pipeline.tls import Identity
+from mdi.rpc.authority import Authority, create_authority, create_node, expiry
+from mdi.rpc.tls import Identity
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.certs import Authority
 from mdi.cluster.launcher import LocalLauncher
-from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Draw, Result, Slice
 from mdi.models.stage import Stage
-from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Delivery, Result
-from mdi.pipeline.tls import Identity
+from mdi.pipeline.link import Delivery
+from mdi.rpc import codec
+from mdi.rpc.authority import Authority
+from mdi.rpc.tls import Identity
 from tests.links import Recorder
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
@@ -52,7 +52,7 @@ class Run:
             self.recorded = {name: recorder.recorded for name, recorder in recorders.items()}
         self.secrets = {
             "hidden states": hidden.contiguous().numpy().tobytes()[1000:1064],
-            "tokens": wire.encode_result(result, 1).SerializeToString(),
+            "tokens": codec.encode_result(result, 1).SerializeToString(),
             "plan": digest.encode(),
             "addresses": nodes[1].address.encode(),
         }

@@ -39,7 +39,7 @@ from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Slice
 from mdi.engine.prompt import PixelRange, Prompt
 from mdi.models.stage import Stage
-from mdi.pipeline import wire_pb2
+from mdi.rpc import node_pb2
 from tests.conftest import node_processes
 
 REASON = why_not()
@@ -353,7 +353,7 @@ def hidden_states(checkpoint: Path, prompt: Prompt) -> torch.Tensor:
 
 def packed(token_ids: Sequence[int]) -> bytes:
     """As a message would have them."""
-    return wire_pb2.Result(token_ids=token_ids).SerializeToString()
+    return node_pb2.BatchResult(token_ids=token_ids).SerializeToString()
 
 
 def key_parts(path: Path) -> list[bytes]:

@@ -23,7 +23,7 @@ from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import LinkError
 from mdi.engine import Completion, NodeStatus, Stream
-from mdi.pipeline.tls import Identity
+from mdi.rpc.tls import Identity
 from tests.cluster.by_hand import NAMES, Machines
 from tests.links import call
 

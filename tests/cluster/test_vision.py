@@ -20,7 +20,7 @@ from mdi.cluster.by_hand import ByHand
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ConfigError, LinkError
-from mdi.pipeline.link import NodeStatus
+from mdi.core.status import NodeStatus
 from tests.cluster.by_hand import NAMES, Machines, Process
 from tests.media.videos import encoded, numbered
 

@@ -19,7 +19,7 @@ from benchmarks.server import serving
 from mdi import cli
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.pipeline.reach import why_unreachable
+from mdi.rpc.diagnose import why_unreachable
 from tests.e2e.test_commands import ENVIRONMENT
 from tests.links import Recorder, free_port
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mdi.core.batch import Batch, Draw, Slice
 from mdi.core.errors import LinkError
-from mdi.pipeline import wire, wire_pb2
+from mdi.rpc import codec, node_pb2
 
 WIDTH = 8
 MOST_PER_BYTE = 40  # a packed position of one byte becomes 8 in a list and 8 in a tensor
@@ -24,35 +24,40 @@ DEADLINE_MS = 2000
 
 numbers = st.sampled_from([0, 1, 2, 3, 2**16, 2**31 - 1, 2**32 - 1]) | st.integers(0, 2**32 - 1)
 draws = st.builds(
-    wire_pb2.Draw, temperature=st.floats(), top_k=numbers, top_p=st.floats(), min_p=st.floats(), position=numbers
+    node_pb2.TokenSampling,
+    temperature=st.floats(),
+    top_k=numbers,
+    top_p=st.floats(),
+    min_p=st.floats(),
+    position=numbers,
 )
-slices = st.builds(wire_pb2.Slice, slot=numbers, start=numbers, length=numbers, draw=st.none() | draws)
+slices = st.builds(node_pb2.Slice, slot=numbers, start=numbers, length=numbers, draw=st.none() | draws)
 headers = st.builds(
-    wire_pb2.Header,
+    node_pb2.BatchHeader,
     slices=st.lists(slices, max_size=4),
     positions=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=12),
     dtype=st.sampled_from(["float32", "bfloat16", "object", ""]),
     width=st.sampled_from([WIDTH, 0, 2**32 - 1]),
 )
 strange = st.builds(
-    wire_pb2.Piece,
+    node_pb2.BatchPiece,
     epoch=st.integers(0, 2**64 - 1),
     batch_id=st.integers(0, 3),
     header=st.none() | headers,
     data=st.binary(max_size=200),
     last=st.booleans(),
-).map(wire.serialize)
+).map(codec.serialize)
 
 
 def good_pieces() -> list[bytes]:
     """A batch of three pieces, as a node would send it."""
     parts = (Slice(1, 2, 3), Slice(4, 5, 6, Draw(1.0, 0, 1.0, 0.0, 1, 2, 3)))
     batch = Batch(1, parts, torch.arange(27).view(3, 9))
-    [whole] = wire.encode_batch(batch, torch.ones(9, WIDTH), epoch=1)
+    [whole] = codec.encode_batch(batch, torch.ones(9, WIDTH), epoch=1)
     cut = [whole.data[start : start + 96] for start in range(0, len(whole.data), 96)]
     header, last = [whole.header, None, None], [False, False, True]
     return [
-        wire.serialize(wire_pb2.Piece(epoch=1, batch_id=1, header=head, data=data, last=end))
+        codec.serialize(node_pb2.BatchPiece(epoch=1, batch_id=1, header=head, data=data, last=end))
         for head, data, end in zip(header, cut, last, strict=True)
     ]
 
@@ -75,11 +80,11 @@ messages = st.binary(max_size=300) | strange | mutated() | st.sampled_from(GOOD)
 
 def decode(arriving: Sequence[bytes]) -> int:
     """How many batches came out before something was refused."""
-    decoder = wire.BatchDecoder(WIDTH, torch.float32)
+    decoder = codec.BatchDecoder(WIDTH, torch.float32)
     batches = 0
     try:
         for data in arriving:
-            decoded = decoder.add(wire.parse(wire_pb2.Piece, data))
+            decoded = decoder.add(codec.parse(node_pb2.BatchPiece, data))
             if decoded:
                 batches += 1
                 batch, hidden = decoded
@@ -120,32 +125,32 @@ def test_pieces_out_of_order_make_no_batch_with_holes(order: list[int]) -> None:
 @given(data=st.binary(max_size=300))
 def test_no_bytes_crash_the_reading_of_another_message(data: bytes) -> None:
     kinds = (
-        wire_pb2.Result,
-        wire_pb2.Configuration,
-        wire_pb2.Configured,
-        wire_pb2.NodeStatus,
-        wire_pb2.StatusRequest,
-        wire_pb2.ResultsRequest,
+        node_pb2.BatchResult,
+        node_pb2.ConfigureRequest,
+        node_pb2.ConfigureReply,
+        node_pb2.NodeStatus,
+        node_pb2.StatusRequest,
+        node_pb2.ResultsRequest,
     )
     for kind in kinds:
         try:
-            message = wire.parse(kind, data)
+            message = codec.parse(kind, data)
         except LinkError:
             continue
-        if isinstance(message, wire_pb2.Result):
-            wire.decode_result(message)
+        if isinstance(message, node_pb2.BatchResult):
+            codec.decode_result(message)
 
 
 def large_headers() -> dict[str, bytes]:
     """Messages at the limit that declare much more than they bring."""
-    room = wire.MAX_MESSAGE_BYTES - 100
+    room = codec.MAX_MESSAGE_BYTES - 100
     nothing = bytes([0x0A, 0])  # an empty slice
     tokens = room // 4
-    huge = wire_pb2.Header(slices=[wire_pb2.Slice(length=2**32 - 1)] * 3, dtype="float32", width=WIDTH)
-    many = wire_pb2.Header(
-        slices=[wire_pb2.Slice(length=tokens)], positions=[0] * (3 * tokens), dtype="float32", width=WIDTH
+    huge = node_pb2.BatchHeader(slices=[node_pb2.Slice(length=2**32 - 1)] * 3, dtype="float32", width=WIDTH)
+    many = node_pb2.BatchHeader(
+        slices=[node_pb2.Slice(length=tokens)], positions=[0] * (3 * tokens), dtype="float32", width=WIDTH
     )
-    wide = wire_pb2.Header(slices=[wire_pb2.Slice(length=1)], positions=[0] * 3, dtype="float32", width=2**32 - 1)
+    wide = node_pb2.BatchHeader(slices=[node_pb2.Slice(length=1)], positions=[0] * 3, dtype="float32", width=2**32 - 1)
     headers = {
         "empty slices": nothing * (room // len(nothing)),
         "slices of all tokens there can be": huge.SerializeToString(),
@@ -158,13 +163,13 @@ def large_headers() -> dict[str, bytes]:
 def piece_of(header: bytes) -> bytes:
     """A last piece with the header's bytes as they are."""
     length = b"".join(bytes([len(header) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes([len(header) >> 21])
-    return bytes([0x1A]) + length + header + wire_pb2.Piece(last=True).SerializeToString()
+    return bytes([0x1A]) + length + header + node_pb2.BatchPiece(last=True).SerializeToString()
 
 
 @pytest.mark.parametrize("name", large_headers())
 def test_a_message_that_declares_too_much_is_refused_before_memory_is_taken_for_it(name: str) -> None:
     data = large_headers()[name]
-    assert len(data) <= wire.MAX_MESSAGE_BYTES
-    wire.parse(wire_pb2.Piece, data)  # it is a message, so far
+    assert len(data) <= codec.MAX_MESSAGE_BYTES
+    codec.parse(node_pb2.BatchPiece, data)  # it is a message, so far
     assert decode([data]) == 0
-    assert peak_bytes([data]) < wire.MAX_MESSAGE_BYTES
+    assert peak_bytes([data]) < codec.MAX_MESSAGE_BYTES

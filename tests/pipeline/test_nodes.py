@@ -19,11 +19,11 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.launcher import LocalLauncher
-from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Draw, Result, Slice
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Delivery, LocalLink, Result
+from mdi.pipeline.link import Delivery, LocalLink
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")

@@ -14,8 +14,8 @@ from mdi.checkpoint.load import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.errors import LinkError
 from mdi.models.stage import LoadedStage
-from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.sight import collect_rows, rows_of
+from mdi.rpc import codec, node_pb2
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def loaded(tiny_checkpoint: Path) -> LoadedStage:
     return load_source(Source.open(tiny_checkpoint), dtype="float32")
 
 
-def collected(*pieces: wire_pb2.Rows) -> tuple[str, tuple[int, int, int], bytearray]:
-    async def stream() -> AsyncIterator[wire_pb2.Rows]:
+def collected(*pieces: node_pb2.EncodePiece) -> tuple[str, tuple[int, int, int], bytearray]:
+    async def stream() -> AsyncIterator[node_pb2.EncodePiece]:
         for piece in pieces:
             yield piece
 
@@ -32,20 +32,20 @@ def collected(*pieces: wire_pb2.Rows) -> tuple[str, tuple[int, int, int], bytear
 
 
 def test_pieces_are_put_together() -> None:
-    first = wire_pb2.Rows(manifest_digest="abc", grid=[1, 4, 6], data=b"12")
-    assert collected(first, wire_pb2.Rows(data=b"34")) == ("abc", (1, 4, 6), bytearray(b"1234"))
+    first = node_pb2.EncodePiece(manifest_digest="abc", grid=[1, 4, 6], data=b"12")
+    assert collected(first, node_pb2.EncodePiece(data=b"34")) == ("abc", (1, 4, 6), bytearray(b"1234"))
 
 
 @pytest.mark.parametrize("grid", [[1], [1, 2], [1, 2, 3, 4]])
 def test_a_grid_has_three_sides(grid: list[int]) -> None:
     with pytest.raises(LinkError, match="three sides"):
-        collected(wire_pb2.Rows(grid=grid))
+        collected(node_pb2.EncodePiece(grid=grid))
 
 
 def test_no_more_is_taken_than_a_batch_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 10)
+    monkeypatch.setattr(codec, "MAX_BATCH_BYTES", 10)
     with pytest.raises(LinkError, match="larger than 10 bytes"):
-        collected(wire_pb2.Rows(data=b"123456"), wire_pb2.Rows(data=b"789012"))
+        collected(node_pb2.EncodePiece(data=b"123456"), node_pb2.EncodePiece(data=b"789012"))
 
 
 @given(

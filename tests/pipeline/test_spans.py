@@ -5,7 +5,7 @@ import time
 import pytest
 
 from mdi.core.tracing import KEPT, Recorder, Span
-from mdi.pipeline import wire
+from mdi.rpc import codec
 
 
 def test_spans_are_noted_only_while_somebody_records() -> None:
@@ -40,20 +40,20 @@ def test_what_nobody_takes_is_bounded() -> None:
             pass
     spans = recorder.take(recording=True)
     assert len(spans) == KEPT
-    assert len(wire.serialize(wire.encode_spans(spans, 0.0))) < wire.MAX_MESSAGE_BYTES
+    assert len(codec.serialize(codec.encode_spans(spans, 0.0))) < codec.MAX_MESSAGE_BYTES
 
 
 SPANS = [Span("encode", 10.0, 11.5), Span("decode", 12.0, 12.25, batch_id=4, n_tokens=2)]
 
 
 def test_the_same_clock_is_left_alone() -> None:
-    message = wire.encode_spans(SPANS, now_s=13.0)
-    assert wire.decode_spans(message, asked_s=12.9, answered_s=13.2) == SPANS
+    message = codec.encode_spans(SPANS, now_s=13.0)
+    assert codec.decode_spans(message, asked_s=12.9, answered_s=13.2) == SPANS
 
 
 def test_another_clock_is_shifted_to_this_one() -> None:
-    message = wire.encode_spans(SPANS, now_s=13.0)
-    encode, decode = wire.decode_spans(message, asked_s=100.0, answered_s=100.5)
+    message = codec.encode_spans(SPANS, now_s=13.0)
+    encode, decode = codec.decode_spans(message, asked_s=100.0, answered_s=100.5)
     assert (encode.start_s, encode.end_s) == pytest.approx((97.25, 98.75))
     assert decode.start_s == pytest.approx(99.25)
     assert (decode.batch_id, decode.n_tokens) == (4, 2)

@@ -14,13 +14,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mdi.cluster import certs
-from mdi.cluster.certs import Authority, create_authority, create_node
 from mdi.core.errors import ConfigError, LinkError
-from mdi.pipeline import tls, wire_pb2
 from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.tls import Identity, encryption_enabled
+from mdi.rpc import authority as certs
+from mdi.rpc import node_pb2, tls
+from mdi.rpc.authority import Authority, create_authority, create_node
+from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.tls import Identity, encryption_enabled
 from tests.links import answering, call, free_port, speaking
 
 
@@ -64,14 +64,14 @@ def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCo
 
 
 def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, starter: Identity) -> None:
-    answer = wire_pb2.NodeStatus.FromString(call(server, "finisher", starter))
+    answer = node_pb2.NodeStatus.FromString(call(server, "finisher", starter))
     assert (answer.name, answer.error) == ("finisher", "starter")
     assert why_unreachable(server, "finisher", starter) is None
 
 
 def test_nodes_in_the_clear_talk() -> None:
     with answering(None) as address:
-        assert wire_pb2.NodeStatus.FromString(call(address, "finisher", None)).name == "finisher"
+        assert node_pb2.NodeStatus.FromString(call(address, "finisher", None)).name == "finisher"
         assert why_unreachable(address, "finisher", None) is None
 
 

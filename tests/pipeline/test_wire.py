@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mdi.core.batch import Batch, Draw, Slice, Token
+from mdi.core.batch import Batch, Draw, Result, Slice, Token
 from mdi.core.errors import LinkError
-from mdi.pipeline import wire, wire_pb2
-from mdi.pipeline.link import Result
+from mdi.rpc import codec, node_pb2
 
-SOURCE = Path(wire.__file__).parents[2]
+SOURCE = Path(codec.__file__).parents[2]
 WIDTH = 8
 
 draws = st.builds(
@@ -43,13 +42,13 @@ def batch_of(*parts: Slice, dtype: torch.dtype = torch.float32, width: int = WID
 
 def through(batch: Batch, hidden: Tensor) -> tuple[Batch, Tensor]:
     """Encodes, serialises, parses and decodes."""
-    decoder = wire.BatchDecoder(hidden.shape[1], hidden.dtype)
+    decoder = codec.BatchDecoder(hidden.shape[1], hidden.dtype)
     decoded = None
-    for piece in wire.encode_batch(batch, hidden, epoch=3):
-        data = wire.serialize(piece)
+    for piece in codec.encode_batch(batch, hidden, epoch=3):
+        data = codec.serialize(piece)
         assert len(data) < 2**20 + 4096
         assert decoded is None
-        decoded = decoder.add(wire.parse(wire_pb2.Piece, data))
+        decoded = decoder.add(codec.parse(node_pb2.BatchPiece, data))
     assert decoded is not None
     return decoded
 
@@ -68,19 +67,19 @@ def test_a_batch_survives_the_wire(dtype: torch.dtype, parts: list[Slice]) -> No
 
 def test_a_large_batch_travels_in_pieces_below_a_mebibyte() -> None:
     batch, hidden = batch_of(Slice(0, 0, 512), dtype=torch.bfloat16, width=3584)
-    assert len(list(wire.encode_batch(batch, hidden, epoch=0))) == 4
+    assert len(list(codec.encode_batch(batch, hidden, epoch=0))) == 4
     assert torch.equal(through(batch, hidden)[1], hidden)
 
 
 def test_a_result_survives_the_wire() -> None:
     result = Result(9, (Token(151_935, -0.25), Token(0, -17.5)))
-    message = wire.parse(wire_pb2.Result, wire.serialize(wire.encode_result(result, epoch=2)))
-    assert wire.decode_result(message) == result
+    message = codec.parse(node_pb2.BatchResult, codec.serialize(codec.encode_result(result, epoch=2)))
+    assert codec.decode_result(message) == result
 
 
 def test_a_failure_names_its_node() -> None:
-    failure = wire_pb2.Failure(node="secondary0", message="out of memory")
-    error = wire.decode_result(wire_pb2.Result(failure=failure))
+    failure = node_pb2.Failure(node="secondary0", message="out of memory")
+    error = codec.decode_result(node_pb2.BatchResult(failure=failure))
     assert isinstance(error, LinkError)
     assert str(error) == "node secondary0 failed: out of memory"
 
@@ -89,12 +88,12 @@ def test_a_failure_names_its_node() -> None:
 @given(position=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.integers(0, 40))
 def test_damaged_bytes_are_refused_or_harmless(position: int, change: int, cut: int) -> None:
     batch, hidden = batch_of(Slice(1, 2, 3), Slice(4, 5, 6, Draw(1.0, 0, 1.0, 0.0, 1, 2, 3)))
-    [piece] = wire.encode_batch(batch, hidden, epoch=1)
-    data = bytearray(wire.serialize(piece))
+    [piece] = codec.encode_batch(batch, hidden, epoch=1)
+    data = bytearray(codec.serialize(piece))
     data[position % len(data)] ^= change
     try:
-        decoded = wire.BatchDecoder(WIDTH, torch.float32).add(
-            wire.parse(wire_pb2.Piece, bytes(data[: len(data) - cut]))
+        decoded = codec.BatchDecoder(WIDTH, torch.float32).add(
+            codec.parse(node_pb2.BatchPiece, bytes(data[: len(data) - cut]))
         )
     except LinkError:
         return
@@ -107,15 +106,15 @@ def test_damaged_bytes_are_refused_or_harmless(position: int, change: int, cut: 
 @given(st.binary(max_size=400))
 def test_random_bytes_are_refused_or_harmless(data: bytes) -> None:
     try:
-        wire.BatchDecoder(WIDTH, torch.float32).add(wire.parse(wire_pb2.Piece, data))
-        wire.decode_result(wire.parse(wire_pb2.Result, data))
+        codec.BatchDecoder(WIDTH, torch.float32).add(codec.parse(node_pb2.BatchPiece, data))
+        codec.decode_result(codec.parse(node_pb2.BatchResult, data))
     except LinkError:
         pass
 
 
-def broken(change: str) -> wire_pb2.Piece:
+def broken(change: str) -> node_pb2.BatchPiece:
     batch, hidden = batch_of(Slice(0, 0, 4))
-    [piece] = wire.encode_batch(batch, hidden, epoch=1)
+    [piece] = codec.encode_batch(batch, hidden, epoch=1)
     match change:
         case "positions":
             del piece.header.positions[-1]
@@ -137,11 +136,11 @@ def broken(change: str) -> wire_pb2.Piece:
 @pytest.mark.parametrize("change", ["positions", "length", "no tokens", "dtype", "width", "data", "header"])
 def test_what_does_not_add_up_is_refused(change: str) -> None:
     with pytest.raises(LinkError):
-        wire.BatchDecoder(WIDTH, torch.float32).add(broken(change))
+        codec.BatchDecoder(WIDTH, torch.float32).add(broken(change))
 
 
 def test_a_batch_that_brings_more_than_it_declared_is_refused_at_once() -> None:
-    decoder = wire.BatchDecoder(WIDTH, torch.float32)
+    decoder = codec.BatchDecoder(WIDTH, torch.float32)
     piece = broken("nothing")
     piece.last = False
     decoder.add(piece)
@@ -151,9 +150,9 @@ def test_a_batch_that_brings_more_than_it_declared_is_refused_at_once() -> None:
 
 
 def test_a_batch_that_declares_too_much_is_refused_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 100)
+    monkeypatch.setattr(codec, "MAX_BATCH_BYTES", 100)
     with pytest.raises(LinkError, match="larger than 100 bytes"):
-        wire.BatchDecoder(WIDTH, torch.float32).add(broken("nothing"))
+        codec.BatchDecoder(WIDTH, torch.float32).add(broken("nothing"))
 
 
 def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
@@ -163,10 +162,10 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
         "grpc_tools.protoc",
         f"-I{SOURCE}",
         f"--python_out={tmp_path}",
-        "mdi/pipeline/wire.proto",
+        "mdi/pipeline/codec.proto",
     ]
     subprocess.run(command, check=True, cwd=SOURCE)
-    made, kept = (path / "mdi/pipeline/wire_pb2.py" for path in (tmp_path, SOURCE))
+    made, kept = (path / "mdi/pipeline/node_pb2.py" for path in (tmp_path, SOURCE))
     descriptors = [
         [line for line in path.read_text().splitlines() if "AddSerializedFile" in line] for path in (made, kept)
     ]

@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from mdi.bench.measure import MemoryLog, Run, node_times
+from mdi.core.status import NodeStatus
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
-from mdi.pipeline.link import NodeStatus
 from mdi.planning.plan import VISION, StageSummary, stage_summary
 
 MB = 1e6

@@ -21,12 +21,12 @@ from mdi.cluster.launcher import Died
 from mdi.cluster.nodes import NodesConfig
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
-from mdi.pipeline import wire_pb2
+from mdi.core.status import NodeStatus
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, node_status
-from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.node import is_loopback
-from mdi.pipeline.tls import VARIABLE, Identity
 from mdi.planning.plan import VISION
+from mdi.rpc import node_pb2
+from mdi.rpc.tls import VARIABLE, Identity
 
 CLOSED_POLL_S = 0.2
 
@@ -293,8 +293,8 @@ class AwaitedNodes:
         for place in self._candidates(name, late=True):
             if place != self._places[name] and await self._visit(place, search) is Visit.READY:
                 while not isinstance(status := await self._visitor.look(place), str):
-                    if status.state != wire_pb2.NodeStatus.LOADING:
-                        return bool(status.state == wire_pb2.NodeStatus.LOADED)
+                    if status.state != node_pb2.NodeStatus.LOADING:
+                        return bool(status.state == node_pb2.NodeStatus.LOADED)
                     await asyncio.sleep(POLL_S)
         return False
 

@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.core.errors import LinkError
+from mdi.core.status import NodeStatus
 from mdi.pipeline.grpc_link import NodeAddress
-from mdi.pipeline.link import NodeStatus
-from mdi.pipeline.tls import VARIABLE, Identity
+from mdi.rpc.authority import AUTHORITY_DAYS, Authority
+from mdi.rpc.tls import VARIABLE, Identity
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0

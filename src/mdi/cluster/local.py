@@ -18,7 +18,6 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.by_hand import AwaitedNodes, ByHand
-from mdi.cluster.certs import AUTHORITY_DAYS, Authority
 from mdi.cluster.launcher import Launcher, LocalLauncher
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.cluster.supervisor import Supervisor
@@ -27,13 +26,15 @@ from mdi.cluster.vision import VisionNode
 from mdi.cluster.visit import Chunks
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import CheckpointError
+from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.models.stage import LoadedStage, Stage
 from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Deliver, Link, NodeStatus
-from mdi.pipeline.tls import Identity
-from mdi.pipeline.wire import Traffic
+from mdi.pipeline.link import Deliver, Link
 from mdi.planning.plan import make_plan
+from mdi.rpc.authority import AUTHORITY_DAYS, Authority
+from mdi.rpc.codec import Traffic
+from mdi.rpc.tls import Identity
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import Any
 
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.errors import ConfigError
+from mdi.rpc.authority import HOST_NAME
 
 MAX_FILE_BYTES = 2**20
 MAX_NODES = 1024
-HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?)*\.?")
 
 
 @dataclass(frozen=True)

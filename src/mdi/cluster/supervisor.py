@@ -16,11 +16,12 @@ from mdi.cluster.launcher import Launcher
 from mdi.cluster.recovery import LossLog, RecoveryLimits
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
+from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
-from mdi.pipeline.link import Deliver, Delivery, GaveUp, NodeStatus, Rewired
-from mdi.pipeline.tls import Identity
-from mdi.pipeline.wire import Traffic
+from mdi.pipeline.link import Deliver, Delivery, GaveUp, Rewired
+from mdi.rpc.codec import Traffic
+from mdi.rpc.tls import Identity
 
 log = logging.getLogger(__name__)
 

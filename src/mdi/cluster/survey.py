@@ -13,8 +13,8 @@ from mdi.cluster.nodes import NodeConfig
 from mdi.cluster.visit import Visitor
 from mdi.core.errors import LinkError
 from mdi.pipeline.grpc_link import NodeAddress
-from mdi.pipeline.tls import Identity
 from mdi.planning.hardware import Machine, measure_hardware
+from mdi.rpc.tls import Identity
 
 PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weight
 

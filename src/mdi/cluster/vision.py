@@ -18,14 +18,14 @@ from torch import Tensor
 from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import LinkError, MDIError
+from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.layers.rope import Grid
-from mdi.pipeline import wire
 from mdi.pipeline.grpc_link import MISSED_BEATS, NodeAddress, node_status
-from mdi.pipeline.link import NodeStatus
 from mdi.pipeline.loop_thread import LoopThread
 from mdi.pipeline.sight import encode_there
-from mdi.pipeline.tls import Identity, open_channel
+from mdi.rpc import codec
+from mdi.rpc.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class VisionNode:
         self._width = width
         self._timeout_s = timeout_s
         self._visitor = Visitor(identity, chunks, None)
-        self._traffic = wire.Traffic()
+        self._traffic = codec.Traffic()
         self._seen = NodeStatus(node.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0)
         self._losses = 0
         self._silence = asyncio.Event()  # another one each time it is set
@@ -57,7 +57,7 @@ class VisionNode:
         self._tasks = {self._thread.begin(self._watch())}
 
     @property
-    def traffic(self) -> wire.Traffic:
+    def traffic(self) -> codec.Traffic:
         """Bytes of patch rows sent and of embeddings received."""
         return self._traffic
 
@@ -104,7 +104,7 @@ class VisionNode:
             await self._until_ready(deadline_s, reason)
 
     async def _encode_once(self, rows: Tensor, grid: Grid) -> Tensor:
-        options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
+        options = (*codec.CHANNEL_OPTIONS, *codec.KEEPALIVE_OPTIONS)
         channel = open_channel(self._node.address, self._node.certificate, self._identity, options)
         encoding = asyncio.create_task(encode_there(channel, self._digest, rows, grid, self._width, self._traffic))
         silence = asyncio.create_task(self._silence.wait())

@@ -19,12 +19,12 @@ from google.protobuf.message import Message
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span
-from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
-from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.tls import Identity, open_channel
 from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 from mdi.planning.hardware import Machine
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.tls import Identity, open_channel
 
 POLL_S = 1.0
 CHECK_POLL_S = 0.1
@@ -84,7 +84,7 @@ class Visitor:
             note(False, _no_answer(node, error))
             return Visit.AWAY
 
-    async def look(self, node: NodeAddress) -> wire_pb2.NodeStatus | str:
+    async def look(self, node: NodeAddress) -> node_pb2.NodeStatus | str:
         """What a node says of itself, or why it cannot be reached."""
         if reason := await self._why_unreachable(node):
             return reason
@@ -101,8 +101,8 @@ class Visitor:
             return reason
         try:
             async with self._channel(node) as channel:
-                asked = wire_pb2.ProbeRequest(dtype=dtype)
-                found = await _ask(channel, "Probe", asked, wire_pb2.Probed, PROBE_TIMEOUT_S)
+                asked = node_pb2.MeasureHardwareRequest(dtype=dtype)
+                found = await _ask(channel, "MeasureHardware", asked, node_pb2.MeasureHardwareReply, PROBE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             return _no_answer(node, error)
         return Machine(found.bytes_per_s, found.flops_per_s, found.memory_bytes)
@@ -113,8 +113,8 @@ class Visitor:
             async with self._channel(node) as channel:
                 await _status(channel)  # once connected, the answer is a matter of moments
                 asked_s = time.perf_counter()
-                answer = await _ask(channel, "Spans", wire_pb2.SpansRequest(record=record), wire_pb2.Spans)
-                return wire.decode_spans(answer, asked_s, time.perf_counter())
+                answer = await _ask(channel, "Spans", node_pb2.SpansRequest(record=record), node_pb2.SpansReply)
+                return codec.decode_spans(answer, asked_s, time.perf_counter())
         except grpc.aio.AioRpcError as error:
             raise LinkError(_no_answer(node, error), node.name) from None
 
@@ -122,7 +122,7 @@ class Visitor:
         """Lets a node go that is leaving; one that is gone already needs no leave."""
         try:
             async with self._channel(node) as channel:
-                await _ask(channel, "Release", wire_pb2.ReleaseRequest(), wire_pb2.Released)
+                await _ask(channel, "Release", node_pb2.ReleaseRequest(), node_pb2.ReleaseReply)
         except grpc.aio.AioRpcError:
             pass
 
@@ -131,7 +131,7 @@ class Visitor:
 
     @asynccontextmanager
     async def _channel(self, node: NodeAddress) -> AsyncIterator[grpc.aio.Channel]:
-        options = (*wire.CHANNEL_OPTIONS, *PATIENT_OPTIONS)
+        options = (*codec.CHANNEL_OPTIONS, *PATIENT_OPTIONS)
         channel = open_channel(node.address, node.certificate, self.identity, options)
         try:
             yield channel
@@ -141,9 +141,9 @@ class Visitor:
     async def _equip(self, channel: grpc.aio.Channel, node: NodeAddress, chunks: Chunks, note: Note) -> Visit:
         entry = chunks.manifest.chunk(chunk_file(node.name))
         file, progress = chunks.folder / entry.file, self.progress
-        offer = wire_pb2.Offer(version=wire.VERSION, manifest=chunks.manifest.model_dump_json(), role=node.name)
+        offer = node_pb2.OfferRequest(version=codec.VERSION, manifest=chunks.manifest.model_dump_json(), role=node.name)
         while True:
-            answer = await _ask(channel, "Offer", offer, wire_pb2.Offered)
+            answer = await _ask(channel, "Offer", offer, node_pb2.OfferReply)
             if answer.damaged:
                 raise LinkError(
                     f"node {node.name} was sent weights that are not what the manifest says ({answer.error}): "
@@ -173,15 +173,15 @@ class Visitor:
                 return Visit.AWAY
 
 
-def _amiss(node: NodeAddress, status: wire_pb2.NodeStatus) -> str | None:
+def _amiss(node: NodeAddress, status: node_pb2.NodeStatus) -> str | None:
     if status.spare != node.spare or not (node.spare or status.name == node.name):
         return _mistaken(node, status)
     if status.leaving:
         return "was told to end"
-    return str(status.error) if status.state == wire_pb2.NodeStatus.FAILED else None
+    return str(status.error) if status.state == node_pb2.NodeStatus.FAILED else None
 
 
-def _mistaken(node: NodeAddress, status: wire_pb2.NodeStatus) -> str:
+def _mistaken(node: NodeAddress, status: node_pb2.NodeStatus) -> str:
     return f"at {node.address} is {status.spare or status.name}: start each node with its own number and --chunk"
 
 
@@ -191,16 +191,16 @@ def _no_answer(node: NodeAddress, error: grpc.aio.AioRpcError) -> str:
     return f"{node.address} does not answer ({error.details()})"
 
 
-async def _status(channel: grpc.aio.Channel) -> wire_pb2.NodeStatus:
-    return await _ask(channel, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus)
+async def _status(channel: grpc.aio.Channel) -> node_pb2.NodeStatus:
+    return await _ask(channel, "Status", node_pb2.StatusRequest(), node_pb2.NodeStatus)
 
 
 async def _ask(
-    channel: grpc.aio.Channel, name: str, request: Message, answer: type[wire.M], timeout_s: float = RPC_TIMEOUT_S
-) -> wire.M:
+    channel: grpc.aio.Channel, name: str, request: Message, answer: type[codec.M], timeout_s: float = RPC_TIMEOUT_S
+) -> codec.M:
     call = channel.unary_unary(
-        wire.method(name),
-        request_serializer=wire.serialize,
-        response_deserializer=lambda data: wire.parse(answer, data),
+        codec.method(name),
+        request_serializer=codec.serialize,
+        response_deserializer=lambda data: codec.parse(answer, data),
     )
     return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]

@@ -131,3 +131,11 @@ class Token:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The drawn tokens of a batch: one per slice that draws, in the slices' order."""
+
+    batch_id: int
+    tokens: tuple[Token, ...]

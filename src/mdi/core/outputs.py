@@ -79,18 +79,6 @@ class Completion:
         return self.samples[0].finish_reason
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveryStatus:
-    """How it went with lost nodes. recovering: some are being brought back now; what runs waits.
-
-    recoveries: how often that began. failed_requests: those that ended because nodes did not come back.
-    """
-
-    recovering: bool
-    recoveries: int
-    failed_requests: int
-
-
 def collect(pieces: list[Piece], usage: Usage) -> Completion:
     """Puts a finished request's pieces together, sample by sample."""
     by_sample: dict[int, list[Piece]] = {}

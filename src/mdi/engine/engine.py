@@ -20,8 +20,9 @@ from mdi.cluster.by_hand import ByHand
 from mdi.cluster.local import Cluster, ClusterConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
-from mdi.core.outputs import Completion, Piece, RecoveryStatus
+from mdi.core.outputs import Completion, Piece
 from mdi.core.sampling import SamplingParams
+from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.loop import Cancel, StepLoop, Submit
@@ -32,7 +33,6 @@ from mdi.engine.stream import Stream
 from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.pipeline.grpc_link import LoadProgress
-from mdi.pipeline.link import NodeStatus
 
 log = logging.getLogger(__name__)
 

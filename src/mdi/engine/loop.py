@@ -18,16 +18,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.cluster.vision import Encoded, VisionNode
-from mdi.core.batch import Batch, Slice, Visual
+from mdi.core.batch import Batch, Result, Slice, Visual
 from mdi.core.errors import ClosedError, LinkError, MDIError
-from mdi.core.outputs import RecoveryStatus
+from mdi.core.status import RecoveryStatus
 from mdi.engine.detokenizer import Detokenizer
 from mdi.engine.embeddings import EmbeddingCache
 from mdi.engine.pace import Pace
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.models.stage import Stage
-from mdi.pipeline.link import Deliver, GaveUp, Link, Result, Rewired
+from mdi.pipeline.link import Deliver, GaveUp, Link, Rewired
 
 log = logging.getLogger(__name__)
 

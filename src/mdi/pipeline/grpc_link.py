@@ -22,12 +22,13 @@ from torch import Tensor
 
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
+from mdi.core.status import NodeState, NodeStatus
 from mdi.core.tracing import Span
-from mdi.pipeline import wire, wire_pb2
-from mdi.pipeline.link import Deliver, NodeState, NodeStatus
+from mdi.pipeline.link import Deliver
 from mdi.pipeline.loop_thread import LoopThread
-from mdi.pipeline.reach import why_unreachable
-from mdi.pipeline.tls import Identity, open_channel
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.tls import Identity, open_channel
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,11 @@ RPC_TIMEOUT_S = 5.0
 HEARTBEAT_S = 1.0
 MISSED_BEATS = 3  # in a row: the node is lost
 STATES: dict[int, NodeState] = {
-    wire_pb2.NodeStatus.LOADING: "loading",
-    wire_pb2.NodeStatus.LOADED: "loaded",
-    wire_pb2.NodeStatus.FAILED: "failed",
-    wire_pb2.NodeStatus.WAITING: "waiting",
-    wire_pb2.NodeStatus.RECEIVING: "receiving",
+    node_pb2.NodeStatus.LOADING: "loading",
+    node_pb2.NodeStatus.LOADED: "loaded",
+    node_pb2.NodeStatus.FAILED: "failed",
+    node_pb2.NodeStatus.WAITING: "waiting",
+    node_pb2.NodeStatus.RECEIVING: "receiving",
 }
 
 LoadProgress = Callable[[str, int, int], None]
@@ -94,7 +95,7 @@ class GrpcLink:
         self._changing = threading.Lock()  # held while wires are pulled or laid
         self._names: list[str] = []
         self._seen: dict[str, NodeStatus] = {}
-        self._traffic = wire.Traffic()
+        self._traffic = codec.Traffic()
         self._wiring: Wiring | None = None
         self._opening: asyncio.Task[None] | None = None
         self._thread = LoopThread("mdi-link")
@@ -125,7 +126,7 @@ class GrpcLink:
         return link
 
     @property
-    def traffic(self) -> wire.Traffic:
+    def traffic(self) -> codec.Traffic:
         """Bytes of batches sent and of results received, over all epochs."""
         return self._traffic
 
@@ -148,7 +149,7 @@ class GrpcLink:
         """Hands a batch over; hidden: [tokens, hidden_size]."""
         wiring = self._wiring
         if wiring:
-            for piece in wire.encode_batch(batch, hidden, wiring.epoch):
+            for piece in codec.encode_batch(batch, hidden, wiring.epoch):
                 self._thread.post(wiring.outbox.put_nowait, piece)
 
     def status(self) -> list[NodeStatus]:
@@ -217,11 +218,11 @@ class Wiring:
         epoch: int,
         deliver: Deliver,
         seen: dict[str, NodeStatus],
-        traffic: wire.Traffic,
+        traffic: codec.Traffic,
         identity: Identity | None,
     ) -> None:
         self.epoch = epoch
-        self.outbox: asyncio.Queue[wire_pb2.Piece] = asyncio.Queue()
+        self.outbox: asyncio.Queue[node_pb2.BatchPiece] = asyncio.Queue()
         self._nodes = nodes
         self._settings = settings
         self._deliver = deliver
@@ -230,7 +231,7 @@ class Wiring:
         self._over = False  # lost or closed: nothing more is delivered
         self._identity = identity
         self._channels = [
-            open_channel(node.address, node.certificate, identity, wire.CHANNEL_OPTIONS) for node in nodes
+            open_channel(node.address, node.certificate, identity, codec.CHANNEL_OPTIONS) for node in nodes
         ]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -241,11 +242,11 @@ class Wiring:
         for index in reversed(range(len(self._nodes))):
             await self._configure(index)
         results = self._channels[-1].unary_stream(
-            wire.method("Results"),
-            request_serializer=wire.serialize,
-            response_deserializer=self._traffic.parser(wire_pb2.Result),
-        )(wire_pb2.ResultsRequest(epoch=self.epoch))
-        batches = self._channels[0].stream_unary(wire.method("Batches"), request_serializer=self._traffic.serialize)()
+            codec.method("Results"),
+            request_serializer=codec.serialize,
+            response_deserializer=self._traffic.parser(node_pb2.BatchResult),
+        )(node_pb2.ResultsRequest(epoch=self.epoch))
+        batches = self._channels[0].stream_unary(codec.method("Batches"), request_serializer=self._traffic.serialize)()
         # an idle stream of writes alone would not notice that its node is gone
         batches.add_done_callback(lambda _: self._lose_link(self._nodes[0].name))
         self._tasks = [asyncio.create_task(self._send(batches)), asyncio.create_task(self._receive(results))]
@@ -278,11 +279,11 @@ class Wiring:
                 raise await self._explained(node, error) from None
             if progress and status.total_bytes:
                 progress(node.name, status.done_bytes, status.total_bytes)
-            if status.state == wire_pb2.NodeStatus.FAILED:
+            if status.state == node_pb2.NodeStatus.FAILED:
                 raise LinkError(f"node {node.name}: {status.error}", node.name)
-            if status.state in (wire_pb2.NodeStatus.WAITING, wire_pb2.NodeStatus.RECEIVING):
+            if status.state in (node_pb2.NodeStatus.WAITING, node_pb2.NodeStatus.RECEIVING):
                 raise LinkError(f"node {node.name} was started anew, and has no weights yet", node.name)
-            if status.state == wire_pb2.NodeStatus.LOADED:
+            if status.state == node_pb2.NodeStatus.LOADED:
                 return
             if time.monotonic() > deadline:
                 raise LinkError(f"node {node.name} did not finish loading in time", node.name)
@@ -295,8 +296,8 @@ class Wiring:
     async def _configure(self, index: int) -> None:
         name, settings = self._nodes[index].name, self._settings
         following = self._nodes[index + 1] if index + 1 < len(self._nodes) else NodeAddress("", "")
-        request = wire_pb2.Configuration(
-            version=wire.VERSION,
+        request = node_pb2.ConfigureRequest(
+            version=codec.VERSION,
             epoch=self.epoch,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
@@ -305,7 +306,7 @@ class Wiring:
             next_name=following.certificate,
             previous_name=self._nodes[index - 1].certificate if index else "starter",
         )
-        answer = await self._ask(index, "Configure", request, wire_pb2.Configured, RPC_TIMEOUT_S)
+        answer = await self._ask(index, "Configure", request, node_pb2.ConfigureReply, RPC_TIMEOUT_S)
         if answer.error:
             raise LinkError(f"node {name} {answer.error}", name)
         self._seen[name] = replace(self._seen[name], state="ready")
@@ -327,7 +328,7 @@ class Wiring:
             await asyncio.sleep(asked_s + HEARTBEAT_S - time.monotonic())
         self._lose(LinkError(f"node {node.name} was silent for {MISSED_BEATS * HEARTBEAT_S:g} s", node.name))
 
-    def _fault(self, index: int, status: wire_pb2.NodeStatus) -> LinkError | None:
+    def _fault(self, index: int, status: node_pb2.NodeStatus) -> LinkError | None:
         name = self._nodes[index].name
         if status.epoch != self.epoch:
             return LinkError(f"node {name} was started anew", name)
@@ -337,9 +338,9 @@ class Wiring:
             return LinkError(f"the link from node {name} to node {after} broke: {why}", after)
         return None
 
-    async def _status(self, index: int, timeout_s: float) -> wire_pb2.NodeStatus:
+    async def _status(self, index: int, timeout_s: float) -> node_pb2.NodeStatus:
         asked_s = time.monotonic()
-        status = await self._ask(index, "Status", wire_pb2.StatusRequest(), wire_pb2.NodeStatus, timeout_s)
+        status = await self._ask(index, "Status", node_pb2.StatusRequest(), node_pb2.NodeStatus, timeout_s)
         seen = node_status(status, self._nodes[index].name, time.monotonic() - asked_s)
         ready = seen.state == "loaded" and status.epoch == self.epoch
         self._seen[seen.name] = replace(seen, state="ready") if ready else seen
@@ -352,16 +353,16 @@ class Wiring:
 
     async def _spans(self, index: int, record: bool) -> list[Span]:
         asked_s = time.perf_counter()
-        request = wire_pb2.SpansRequest(record=record)
-        answer = await self._ask(index, "Spans", request, wire_pb2.Spans, RPC_TIMEOUT_S)
-        return wire.decode_spans(answer, asked_s, time.perf_counter())
+        request = node_pb2.SpansRequest(record=record)
+        answer = await self._ask(index, "Spans", request, node_pb2.SpansReply, RPC_TIMEOUT_S)
+        return codec.decode_spans(answer, asked_s, time.perf_counter())
 
-    async def _ask(self, index: int, name: str, request: Message, answer: type[wire.M], timeout_s: float) -> wire.M:
+    async def _ask(self, index: int, name: str, request: Message, answer: type[codec.M], timeout_s: float) -> codec.M:
         node = self._nodes[index].name
         call = self._channels[index].unary_unary(
-            wire.method(name),
-            request_serializer=wire.serialize,
-            response_deserializer=lambda data: wire.parse(answer, data),
+            codec.method(name),
+            request_serializer=codec.serialize,
+            response_deserializer=lambda data: codec.parse(answer, data),
         )
         try:
             return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]
@@ -379,7 +380,7 @@ class Wiring:
         with contextlib.suppress(grpc.aio.AioRpcError, LinkError):
             async for message in call:
                 if message.epoch == self.epoch and not self._over:
-                    self._deliver(wire.decode_result(message))
+                    self._deliver(codec.decode_result(message))
         self._lose_link(self._nodes[-1].name)
 
     def _lose_link(self, name: str) -> None:
@@ -391,7 +392,7 @@ class Wiring:
             self._deliver(error)
 
 
-def node_status(status: wire_pb2.NodeStatus, name: str, round_trip_s: float) -> NodeStatus:
+def node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) -> NodeStatus:
     """What a node said of itself when it was asked under this name."""
     return NodeStatus(
         name=name,

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from mdi.core.batch import Batch, Token
+from mdi.core.batch import Batch, Result, Token
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The drawn tokens of a batch: one per slice that draws, in the slices' order."""
-
-    batch_id: int
-    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +23,6 @@ class GaveUp:
     """The nodes will not come back."""
 
     error: LinkError
-
-
-NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "failed", "lost", "leaving"]
-"""waiting, receiving: its weights; a spare waits for a role, too. loaded: the weights are there, the links are not.
-failed: the chunk is no good. lost: dead or silent. leaving: told to end, it waits to be replaced."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """What a node holds and does, as last heard of it.
-
-    first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
-    busy_share: of the last second or more, spent computing. sent_bytes, received_bytes: over its links since it
-    started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started anew.
-    spare: a spare's own name; `name` is the role it took, or the same.
-    """
-
-    name: str
-    state: NodeState
-    first_layer: int
-    last_layer: int
-    dtype: str
-    device: str
-    resident_bytes: int
-    pid: int
-    busy_share: float
-    sent_bytes: int
-    received_bytes: int
-    round_trip_s: float | None = None
-    restarts: int = 0
-    spare: str = ""
 
 
 Delivery = Result | LinkError | Rewired | GaveUp

@@ -30,38 +30,37 @@ from torch import Tensor
 from mdi.checkpoint.cache import CachedChunk, ChunkCache
 from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.core.batch import Batch
+from mdi.core.batch import Batch, Result
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError, LinkError, MDIError
 from mdi.core.tracing import BusyMeter, Recorder
 from mdi.layers.rope import Grid
 from mdi.models.stage import LoadedStage, Stage
 from mdi.models.vision import VisionTower
-from mdi.pipeline import wire, wire_pb2
 from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
-from mdi.pipeline.link import Result
-from mdi.pipeline.reach import why_unreachable
 from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
-from mdi.pipeline.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 from mdi.pipeline.weights import Intake
 from mdi.planning.hardware import measure_hardware
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
 
 log = logging.getLogger(__name__)
 
-Work = tuple[Batch, Tensor] | wire_pb2.Failure
-Outgoing = wire_pb2.Piece | wire_pb2.Result
-State = wire_pb2.NodeStatus
+Work = tuple[Batch, Tensor] | node_pb2.Failure
+Outgoing = node_pb2.BatchPiece | node_pb2.BatchResult
+State = node_pb2.NodeStatus
 CALLERS = {  # nodes that a method is for, by the beginnings of their names
-    wire.method("Configure"): ("starter",),
-    wire.method("Status"): ("starter",),
-    wire.method("Results"): ("starter",),
-    wire.method("Batches"): ("starter", "secondary", "spare"),
-    wire.method("Offer"): ("starter",),
-    wire.method("Weights"): ("starter",),
-    wire.method("Probe"): ("starter",),
-    wire.method("Encode"): ("starter",),
-    wire.method("Release"): ("starter",),
-    wire.method("Spans"): ("starter",),
+    codec.method("Configure"): ("starter",),
+    codec.method("Status"): ("starter",),
+    codec.method("Results"): ("starter",),
+    codec.method("Batches"): ("starter", "secondary", "spare"),
+    codec.method("Offer"): ("starter",),
+    codec.method("Weights"): ("starter",),
+    codec.method("MeasureHardware"): ("starter",),
+    codec.method("Encode"): ("starter",),
+    codec.method("Release"): ("starter",),
+    codec.method("Spans"): ("starter",),
 }
 LEAVE_TIMEOUT_S = 30.0
 
@@ -120,7 +119,7 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    options = (*wire.CHANNEL_OPTIONS, *wire.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
+    options = (*codec.CHANNEL_OPTIONS, *codec.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
     server = grpc.aio.server(options=options, interceptors=[CallerCheck(CALLERS)] if identity else [])
     server.add_generic_rpc_handlers((node.handlers(),))
     port = _bind(server, listen, insecure, identity)
@@ -184,12 +183,12 @@ class Wiring:
         self._sender: asyncio.Task[None] | None = None
         self._explaining: asyncio.Task[None] | None = None
 
-    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: wire.Traffic) -> None:
+    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: codec.Traffic) -> None:
         """Begins to send what is put into `out` to the next node."""
-        options = (*wire.CHANNEL_OPTIONS, *wire.KEEPALIVE_OPTIONS)
+        options = (*codec.CHANNEL_OPTIONS, *codec.KEEPALIVE_OPTIONS)
         self._next = next_address, next_name, identity
         self._channel = open_channel(*self._next, options)
-        send = self._channel.stream_unary(wire.method("Batches"), request_serializer=traffic.serialize)
+        send = self._channel.stream_unary(codec.method("Batches"), request_serializer=traffic.serialize)
         self._sender = asyncio.create_task(self._send(send()))
 
     async def close(self) -> None:
@@ -221,7 +220,7 @@ class Wiring:
 
 
 class Node:
-    """One chunk's stage behind the gRPC service of wire.proto. See `serve_node`.
+    """One chunk's stage behind the gRPC service of codec.proto. See `serve_node`.
 
     The chunk is the one it was given, or the one that the starter offers: then it is in the cache, or sent.
     """
@@ -259,46 +258,48 @@ class Node:
         self._released: Callable[[], None] | None = None
         self._show = progress
         self._progress = (0, 0)
-        self._traffic = wire.Traffic()
+        self._traffic = codec.Traffic()
         self._wiring: Wiring | None = None
         self._work: queue.SimpleQueue[tuple[Wiring, Work] | None] = queue.SimpleQueue()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The service's methods."""
 
-        def parser(kind: type[Message]) -> wire.Parser:
-            return lambda data: wire.parse(kind, data)
+        def parser(kind: type[Message]) -> codec.Parser:
+            return lambda data: codec.parse(kind, data)
 
         return grpc.method_handlers_generic_handler(
-            wire.SERVICE,
+            codec.SERVICE,
             {
                 "Configure": grpc.unary_unary_rpc_method_handler(
-                    self._configure, parser(wire_pb2.Configuration), wire.serialize
+                    self._configure, parser(node_pb2.ConfigureRequest), codec.serialize
                 ),
                 "Status": grpc.unary_unary_rpc_method_handler(
-                    self._status, parser(wire_pb2.StatusRequest), wire.serialize
+                    self._status, parser(node_pb2.StatusRequest), codec.serialize
                 ),
                 "Batches": grpc.stream_unary_rpc_method_handler(
-                    self._batches, self._traffic.parser(wire_pb2.Piece), wire.serialize
+                    self._batches, self._traffic.parser(node_pb2.BatchPiece), codec.serialize
                 ),
                 "Results": grpc.unary_stream_rpc_method_handler(
-                    self._results, parser(wire_pb2.ResultsRequest), self._traffic.serialize
+                    self._results, parser(node_pb2.ResultsRequest), self._traffic.serialize
                 ),
-                "Offer": grpc.unary_unary_rpc_method_handler(self._offer, parser(wire_pb2.Offer), wire.serialize),
+                "Offer": grpc.unary_unary_rpc_method_handler(
+                    self._offer, parser(node_pb2.OfferRequest), codec.serialize
+                ),
                 "Weights": grpc.stream_unary_rpc_method_handler(
-                    self._weights, parser(wire_pb2.WeightsPiece), wire.serialize
+                    self._weights, parser(node_pb2.WeightsPiece), codec.serialize
                 ),
                 "Encode": grpc.stream_stream_rpc_method_handler(
-                    self._encode, self._traffic.parser(wire_pb2.Rows), self._traffic.serialize
+                    self._encode, self._traffic.parser(node_pb2.EncodePiece), self._traffic.serialize
                 ),
-                "Probe": grpc.unary_unary_rpc_method_handler(
-                    self._probe, parser(wire_pb2.ProbeRequest), wire.serialize
+                "MeasureHardware": grpc.unary_unary_rpc_method_handler(
+                    self._probe, parser(node_pb2.MeasureHardwareRequest), codec.serialize
                 ),
                 "Spans": grpc.unary_unary_rpc_method_handler(
-                    self._spans, parser(wire_pb2.SpansRequest), wire.serialize
+                    self._spans, parser(node_pb2.SpansRequest), codec.serialize
                 ),
                 "Release": grpc.unary_unary_rpc_method_handler(
-                    self._release, parser(wire_pb2.ReleaseRequest), wire.serialize
+                    self._release, parser(node_pb2.ReleaseRequest), codec.serialize
                 ),
             },
         )
@@ -372,7 +373,7 @@ class Node:
         self._progress = (done, total)
         self._show(what, done, total)
 
-    async def _status(self, _request: wire_pb2.StatusRequest, _context: object) -> wire_pb2.NodeStatus:
+    async def _status(self, _request: node_pb2.StatusRequest, _context: object) -> node_pb2.NodeStatus:
         done, total = self._progress
         self._asked_s = time.monotonic()
         status = State(
@@ -404,7 +405,7 @@ class Node:
             status.busy_share = self._wiring.stage.busy.share()
         return status
 
-    def _state(self) -> wire_pb2.NodeStatus.State:
+    def _state(self) -> node_pb2.NodeStatus.State:
         if self.error:
             return State.FAILED
         if self._loaded:
@@ -413,33 +414,33 @@ class Node:
             return State.LOADING
         return State.RECEIVING if self._intake.receiving else State.WAITING
 
-    async def _offer(self, request: wire_pb2.Offer, _context: object) -> wire_pb2.Offered:
+    async def _offer(self, request: node_pb2.OfferRequest, _context: object) -> node_pb2.OfferReply:
         """Whose chunk this node is to hold: it has it, or gets it from the cache, or wants it sent."""
-        if request.version != wire.VERSION:
-            return wire_pb2.Offered(error=_other_version(request.version))
+        if request.version != codec.VERSION:
+            return node_pb2.OfferReply(error=_other_version(request.version))
         try:
             async with self._offering:
                 return await self._answer_offer(Manifest.parse(request.manifest), request.role)
         except CheckpointError as error:
-            return wire_pb2.Offered(error=str(error))
+            return node_pb2.OfferReply(error=str(error))
 
-    async def _answer_offer(self, manifest: Manifest, role: str) -> wire_pb2.Offered:
+    async def _answer_offer(self, manifest: Manifest, role: str) -> node_pb2.OfferReply:
         chunk = self._place(manifest, role)
         if self._sha256 == chunk.entry.sha256:
             self.name, self._manifest_digest = role, manifest.digest
-            return wire_pb2.Offered(ready=True)
+            return node_pb2.OfferReply(ready=True)
         if self._loading:
-            return wire_pb2.Offered()
+            return node_pb2.OfferReply()
         await self._drop()
         self.name = role
         if self._damaged:
             error, self._damaged = self._damaged, ""
-            return wire_pb2.Offered(damaged=True, error=error)
+            return node_pb2.OfferReply(damaged=True, error=error)
         have_bytes = await self._intake.expect(chunk)
         if chunk.complete:
             self._begin_loading(chunk.path, chunk)
-            return wire_pb2.Offered()
-        return wire_pb2.Offered(wanted=True, have_bytes=have_bytes)
+            return node_pb2.OfferReply()
+        return node_pb2.OfferReply(wanted=True, have_bytes=have_bytes)
 
     def _place(self, manifest: Manifest, role: str) -> CachedChunk:
         """Where the role's chunk is kept. Raises CheckpointError when this node cannot take it."""
@@ -458,19 +459,19 @@ class Node:
         await self._unwire()
         self._loaded, self._sha256, self._manifest_digest = None, "", ""
 
-    async def _weights(self, pieces: AsyncIterator[wire_pb2.WeightsPiece], _context: object) -> wire_pb2.Received:
+    async def _weights(self, pieces: AsyncIterator[node_pb2.WeightsPiece], _context: object) -> node_pb2.WeightsReply:
         try:
             chunk = await self._intake.receive(pieces, lambda *done: self._note("receiving weights", *done))
         except CheckpointError as error:
             log.error("%s", error)
-            return wire_pb2.Received(error=str(error))
+            return node_pb2.WeightsReply(error=str(error))
         if chunk:
             self._begin_loading(chunk.path, chunk)
-        return wire_pb2.Received()
+        return node_pb2.WeightsReply()
 
     async def _encode(
-        self, pieces: AsyncIterator[wire_pb2.Rows], _context: object
-    ) -> AsyncIterator[wire_pb2.Embeddings]:
+        self, pieces: AsyncIterator[node_pb2.EncodePiece], _context: object
+    ) -> AsyncIterator[node_pb2.EmbeddingsPiece]:
         try:
             digest, grid, data = await collect_rows(pieces)
             if self._loaded is None or self._loaded.vision is None or self._manifest_digest != digest:
@@ -480,34 +481,34 @@ class Node:
             for piece in embedding_pieces(embeddings):
                 yield piece
         except LinkError as error:
-            yield wire_pb2.Embeddings(error=str(error))
+            yield node_pb2.EmbeddingsPiece(error=str(error))
 
     def _see(self, tower: VisionTower, patches: tuple[Tensor, Grid]) -> Tensor:
         with self._busy, self._recorder.span("encode"), torch.inference_mode():
             return run_to_end(tower.encode_steps(*patches))
 
-    async def _probe(self, request: wire_pb2.ProbeRequest, _context: object) -> wire_pb2.Probed:
+    async def _probe(self, request: node_pb2.MeasureHardwareRequest, _context: object) -> node_pb2.MeasureHardwareReply:
         folder = self._cache.folder if self._cache else None
         found = await asyncio.to_thread(measure_hardware, self._device, self._dtype or request.dtype, folder)
-        return wire_pb2.Probed(
+        return node_pb2.MeasureHardwareReply(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )
 
-    async def _spans(self, request: wire_pb2.SpansRequest, _context: object) -> wire_pb2.Spans:
-        return wire.encode_spans(self._recorder.take(request.record), time.perf_counter())
+    async def _spans(self, request: node_pb2.SpansRequest, _context: object) -> node_pb2.SpansReply:
+        return codec.encode_spans(self._recorder.take(request.record), time.perf_counter())
 
-    async def _release(self, _request: wire_pb2.ReleaseRequest, _context: object) -> wire_pb2.Released:
+    async def _release(self, _request: node_pb2.ReleaseRequest, _context: object) -> node_pb2.ReleaseReply:
         if self._released:
             self._asyncio.call_soon(self._released)
-        return wire_pb2.Released()
+        return node_pb2.ReleaseReply()
 
-    async def _configure(self, request: wire_pb2.Configuration, _context: object) -> wire_pb2.Configured:
-        if request.version != wire.VERSION:
-            return wire_pb2.Configured(error=_other_version(request.version))
+    async def _configure(self, request: node_pb2.ConfigureRequest, _context: object) -> node_pb2.ConfigureReply:
+        if request.version != codec.VERSION:
+            return node_pb2.ConfigureReply(error=_other_version(request.version))
         if self._loaded is None:
-            return wire_pb2.Configured(error=self.error or "is still loading")
+            return node_pb2.ConfigureReply(error=self.error or "is still loading")
         if request.manifest_digest != self._manifest_digest:
-            return wire_pb2.Configured(
+            return node_pb2.ConfigureReply(
                 error="has a chunk of another plan, dtype or checkpoint: "
                 "run `mdi prepare` again, and give every node its new chunk"
             )
@@ -521,7 +522,7 @@ class Node:
         self._wiring = Wiring(request.epoch, stage, request.previous_name)
         if request.next_address:
             self._wiring.open(request.next_address, request.next_name, self._identity, self._traffic)
-        return wire_pb2.Configured()
+        return node_pb2.ConfigureReply()
 
     async def _unwire(self) -> None:
         wiring, self._wiring = self._wiring, None
@@ -529,14 +530,14 @@ class Node:
             await wiring.close()
 
     async def _batches(
-        self, pieces: AsyncIterator[wire_pb2.Piece], context: grpc.aio.ServicerContext
-    ) -> wire_pb2.Configured:
+        self, pieces: AsyncIterator[node_pb2.BatchPiece], context: grpc.aio.ServicerContext
+    ) -> node_pb2.BatchesReply:
         if self._loaded is None or self._wiring is None:
-            return wire_pb2.Configured(error="is not configured")
+            return node_pb2.BatchesReply(error="is not configured")
         if self._identity and (caller := peer_name(context)) != self._wiring.previous_name:
             log.warning("refused batches of node %s: node %s sends them", caller, self._wiring.previous_name)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"node {caller} may not send batches to {self.name}")
-        decoder = wire.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
+        decoder = codec.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
         try:
             async for piece in pieces:
                 wiring = self._wiring
@@ -549,14 +550,14 @@ class Node:
         except LinkError as error:
             if self._wiring:
                 self._work.put((self._wiring, self._failure(error)))
-        return wire_pb2.Configured()
+        return node_pb2.BatchesReply()
 
-    async def _results(self, request: wire_pb2.ResultsRequest, _context: object) -> AsyncIterator[wire_pb2.Result]:
+    async def _results(self, request: node_pb2.ResultsRequest, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
         wiring = self._wiring
         if wiring is None or wiring.epoch != request.epoch:
             return
         while (message := await wiring.out.get()) is not None:
-            assert isinstance(message, wire_pb2.Result)
+            assert isinstance(message, node_pb2.BatchResult)
             yield message
 
     def _compute(self) -> None:
@@ -579,23 +580,23 @@ class Node:
             if isinstance(work, tuple):
                 out = stage.run(*work)
                 if isinstance(out, Tensor):
-                    return list(wire.encode_batch(work[0], out, epoch))
-                return [wire.encode_result(Result(work[0].id, out), epoch)]
+                    return list(codec.encode_batch(work[0], out, epoch))
+                return [codec.encode_result(Result(work[0].id, out), epoch)]
             failure = work
         except Exception as error:
             log.exception("a batch could not be computed")
             failure = self._failure(error)
         if stage.spec.head:
-            return [wire_pb2.Result(epoch=epoch, failure=failure)]
-        return [wire_pb2.Piece(epoch=epoch, failure=failure)]
+            return [node_pb2.BatchResult(epoch=epoch, failure=failure)]
+        return [node_pb2.BatchPiece(epoch=epoch, failure=failure)]
 
-    def _failure(self, error: Exception) -> wire_pb2.Failure:
+    def _failure(self, error: Exception) -> node_pb2.Failure:
         text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
-        return wire_pb2.Failure(node=self.name, message=text)
+        return node_pb2.Failure(node=self.name, message=text)
 
 
 def _other_version(theirs: int) -> str:
-    return f"speaks protocol {wire.VERSION}, not {theirs}: use one version of mdi"
+    return f"speaks protocol {codec.VERSION}, not {theirs}: use one version of mdi"
 
 
 def _no_progress(_what: str, _done: int, _total: int) -> None:

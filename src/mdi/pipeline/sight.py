@@ -12,20 +12,20 @@ from torch import Tensor
 from mdi.core.errors import LinkError
 from mdi.layers.rope import Grid
 from mdi.models.stage import LoadedStage
-from mdi.pipeline import wire, wire_pb2
+from mdi.rpc import codec, node_pb2
 
 
 async def encode_there(
-    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: wire.Traffic
+    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: codec.Traffic
 ) -> Tensor:
     """Has a vision node encode one image or video. rows: in the dtype of its weights -> [tokens, width] in the same.
 
     digest: of the manifest that its weights are of. Raises LinkError when it cannot, AioRpcError when it is lost.
     """
     call = channel.stream_stream(
-        wire.method("Encode"),
+        codec.method("Encode"),
         request_serializer=traffic.serialize,
-        response_deserializer=traffic.parser(wire_pb2.Embeddings),
+        response_deserializer=traffic.parser(node_pb2.EmbeddingsPiece),
     )(_row_pieces(digest, rows, grid))
     data = bytearray()
     async for piece in call:
@@ -37,15 +37,15 @@ async def encode_there(
     return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
 
 
-async def collect_rows(pieces: AsyncIterator[wire_pb2.Rows]) -> tuple[str, Grid, bytearray]:
+async def collect_rows(pieces: AsyncIterator[node_pb2.EncodePiece]) -> tuple[str, Grid, bytearray]:
     """Manifest digest, grid and bytes, all of them. Raises LinkError for more than a batch may have."""
     digest, grid, data = "", (0, 0, 0), bytearray()
     async for piece in pieces:
         if piece.grid:
             digest, grid = piece.manifest_digest, _grid(piece)
         data += piece.data
-        if len(data) > wire.MAX_BATCH_BYTES:
-            raise LinkError(f"an image is larger than {wire.MAX_BATCH_BYTES} bytes")
+        if len(data) > codec.MAX_BATCH_BYTES:
+            raise LinkError(f"an image is larger than {codec.MAX_BATCH_BYTES} bytes")
     return digest, grid, data
 
 
@@ -59,9 +59,9 @@ def rows_of(loaded: LoadedStage, grid: Grid, data: bytearray) -> tuple[Tensor, G
     return torch.frombuffer(data, dtype=loaded.dtype).view(-1, vision.patch_elements), grid
 
 
-def embedding_pieces(embeddings: Tensor) -> Iterator[wire_pb2.Embeddings]:
+def embedding_pieces(embeddings: Tensor) -> Iterator[node_pb2.EmbeddingsPiece]:
     """[tokens, width] as messages."""
-    return (wire_pb2.Embeddings(data=data) for data in wire.pieces(embeddings))
+    return (node_pb2.EmbeddingsPiece(data=data) for data in codec.pieces(embeddings))
 
 
 def run_to_end(steps: Generator[None, None, Tensor]) -> Tensor:
@@ -73,14 +73,18 @@ def run_to_end(steps: Generator[None, None, Tensor]) -> Tensor:
             return done.value  # type: ignore[no-any-return]
 
 
-async def _row_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[wire_pb2.Rows]:
+async def _row_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[node_pb2.EncodePiece]:
     first = True
-    for data in wire.pieces(rows):
-        yield wire_pb2.Rows(manifest_digest=digest, grid=grid, data=data) if first else wire_pb2.Rows(data=data)
+    for data in codec.pieces(rows):
+        yield (
+            node_pb2.EncodePiece(manifest_digest=digest, grid=grid, data=data)
+            if first
+            else node_pb2.EncodePiece(data=data)
+        )
         first = False
 
 
-def _grid(piece: wire_pb2.Rows) -> Grid:
+def _grid(piece: node_pb2.EncodePiece) -> Grid:
     if len(piece.grid) != 3:
         raise LinkError("a grid has three sides")
     t, h, w = piece.grid

@@ -18,7 +18,7 @@ from mdi.checkpoint.cache import CachedChunk
 from mdi.checkpoint.manifest import ChunkEntry
 from mdi.checkpoint.prepare import ByteProgress
 from mdi.core.errors import CheckpointError, LinkError
-from mdi.pipeline import wire, wire_pb2
+from mdi.rpc import codec, node_pb2
 
 T = TypeVar("T")
 PIECE_BYTES = 2**18  # what arrived in part is sent again: on a slow link, little
@@ -39,9 +39,9 @@ async def send_chunk(
     or cannot keep what it is sent.
     """
     call = channel.stream_unary(
-        wire.method("Weights"),
-        request_serializer=wire.serialize,
-        response_deserializer=lambda data: wire.parse(wire_pb2.Received, data),
+        codec.method("Weights"),
+        request_serializer=codec.serialize,
+        response_deserializer=lambda data: codec.parse(node_pb2.WeightsReply, data),
     )()
     with _opened(file, entry) as source:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the answer says why
@@ -68,10 +68,10 @@ def _opened(file: Path, entry: ChunkEntry) -> Iterator[FileIO]:
         raise CheckpointError(f"{str(file)!r} cannot be read ({error.strerror}): run `mdi prepare` again") from None
 
 
-async def _pieces(source: FileIO, start: int) -> AsyncIterator[wire_pb2.WeightsPiece]:
+async def _pieces(source: FileIO, start: int) -> AsyncIterator[node_pb2.WeightsPiece]:
     source.seek(start)
     while data := await _in_thread(source.read, PIECE_BYTES):
-        yield wire_pb2.WeightsPiece(offset=start, data=data)
+        yield node_pb2.WeightsPiece(offset=start, data=data)
         start += len(data)
 
 
@@ -97,7 +97,7 @@ class Intake:
         self._chunk, self.came_whole = chunk, False
         return chunk.have_bytes
 
-    async def receive(self, pieces: AsyncIterator[wire_pb2.WeightsPiece], progress: ByteProgress) -> CachedChunk | None:
+    async def receive(self, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: ByteProgress) -> CachedChunk | None:
         """Takes the pieces of the expected chunk; the chunk when all of it is there, None when it stopped before.
 
         progress: told (there, all) bytes. Raises CheckpointError when the disk refuses.
@@ -128,7 +128,7 @@ class Intake:
             self._task = None
 
 
-async def _append(chunk: CachedChunk, pieces: AsyncIterator[wire_pb2.WeightsPiece], progress: ByteProgress) -> bool:
+async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: ByteProgress) -> bool:
     """Whether all of the chunk is there in the end."""
     there, size = chunk.have_bytes, chunk.entry.size_bytes
     with chunk.growing() as file:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Adjustment(_message.Message):
+class LogitAdjustment(_message.Message):
     __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "seen", "counts", "biased", "biases")
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
@@ -25,7 +25,7 @@ class Adjustment(_message.Message):
     biases: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seen: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., biased: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
 
-class Draw(_message.Message):
+class TokenSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position", "top_logprobs", "adjustment")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -44,8 +44,8 @@ class Draw(_message.Message):
     sample: int
     position: int
     top_logprobs: int
-    adjustment: Adjustment
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., sample: _Optional[int] = ..., position: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., adjustment: _Optional[_Union[Adjustment, _Mapping]] = ...) -> None: ...
+    adjustment: LogitAdjustment
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., sample: _Optional[int] = ..., position: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., adjustment: _Optional[_Union[LogitAdjustment, _Mapping]] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("slot", "start", "length", "draw")
@@ -56,8 +56,8 @@ class Slice(_message.Message):
     slot: int
     start: int
     length: int
-    draw: Draw
-    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
+    draw: TokenSampling
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., draw: _Optional[_Union[TokenSampling, _Mapping]] = ...) -> None: ...
 
 class Copy(_message.Message):
     __slots__ = ("source", "target", "length")
@@ -69,7 +69,7 @@ class Copy(_message.Message):
     length: int
     def __init__(self, source: _Optional[int] = ..., target: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
-class Header(_message.Message):
+class BatchHeader(_message.Message):
     __slots__ = ("slices", "positions", "dtype", "width", "copies")
     SLICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -83,7 +83,7 @@ class Header(_message.Message):
     copies: _containers.RepeatedCompositeFieldContainer[Copy]
     def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
-class Piece(_message.Message):
+class BatchPiece(_message.Message):
     __slots__ = ("epoch", "batch_id", "header", "data", "last", "failure")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -93,13 +93,13 @@ class Piece(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     batch_id: int
-    header: Header
+    header: BatchHeader
     data: bytes
     last: bool
     failure: Failure
-    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., header: _Optional[_Union[BatchHeader, _Mapping]] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
-class Rows(_message.Message):
+class EncodePiece(_message.Message):
     __slots__ = ("manifest_digest", "grid", "data")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     GRID_FIELD_NUMBER: _ClassVar[int]
@@ -109,7 +109,7 @@ class Rows(_message.Message):
     data: bytes
     def __init__(self, manifest_digest: _Optional[str] = ..., grid: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class Embeddings(_message.Message):
+class EmbeddingsPiece(_message.Message):
     __slots__ = ("data", "error")
     DATA_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
@@ -125,7 +125,7 @@ class Failure(_message.Message):
     message: str
     def __init__(self, node: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
-class Top(_message.Message):
+class TopLogprobs(_message.Message):
     __slots__ = ("token_ids", "logprobs")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -133,7 +133,7 @@ class Top(_message.Message):
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
-class Result(_message.Message):
+class BatchResult(_message.Message):
     __slots__ = ("epoch", "batch_id", "token_ids", "logprobs", "failure", "tops")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
@@ -146,10 +146,10 @@ class Result(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     failure: Failure
-    tops: _containers.RepeatedCompositeFieldContainer[Top]
-    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., tops: _Optional[_Iterable[_Union[Top, _Mapping]]] = ...) -> None: ...
+    tops: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
+    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., tops: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
 
-class Configuration(_message.Message):
+class ConfigureRequest(_message.Message):
     __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_name", "previous_name")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -169,7 +169,13 @@ class Configuration(_message.Message):
     previous_name: str
     def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_name: _Optional[str] = ..., previous_name: _Optional[str] = ...) -> None: ...
 
-class Configured(_message.Message):
+class ConfigureReply(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    def __init__(self, error: _Optional[str] = ...) -> None: ...
+
+class BatchesReply(_message.Message):
     __slots__ = ("error",)
     ERROR_FIELD_NUMBER: _ClassVar[int]
     error: str
@@ -241,7 +247,7 @@ class ResultsRequest(_message.Message):
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
-class Offer(_message.Message):
+class OfferRequest(_message.Message):
     __slots__ = ("version", "manifest", "role")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -251,7 +257,7 @@ class Offer(_message.Message):
     role: str
     def __init__(self, version: _Optional[int] = ..., manifest: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
 
-class Offered(_message.Message):
+class OfferReply(_message.Message):
     __slots__ = ("ready", "wanted", "have_bytes", "error", "damaged")
     READY_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
@@ -273,19 +279,19 @@ class WeightsPiece(_message.Message):
     data: bytes
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class Received(_message.Message):
+class WeightsReply(_message.Message):
     __slots__ = ("error",)
     ERROR_FIELD_NUMBER: _ClassVar[int]
     error: str
     def __init__(self, error: _Optional[str] = ...) -> None: ...
 
-class ProbeRequest(_message.Message):
+class MeasureHardwareRequest(_message.Message):
     __slots__ = ("dtype",)
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     def __init__(self, dtype: _Optional[str] = ...) -> None: ...
 
-class Probed(_message.Message):
+class MeasureHardwareReply(_message.Message):
     __slots__ = ("bytes_per_s", "flops_per_s", "memory_bytes")
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FLOPS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -315,7 +321,7 @@ class Span(_message.Message):
     n_tokens: int
     def __init__(self, work: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., batch_id: _Optional[int] = ..., n_tokens: _Optional[int] = ...) -> None: ...
 
-class Spans(_message.Message):
+class SpansReply(_message.Message):
     __slots__ = ("now_s", "spans")
     NOW_S_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +333,6 @@ class ReleaseRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class Released(_message.Message):
+class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

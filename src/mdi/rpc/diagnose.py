@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from mdi.pipeline.tls import VARIABLE, Identity, dns_names, node_names
+from mdi.rpc.tls import VARIABLE, Identity, dns_names, node_names
 
 TIMEOUT_S = 1.0
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # preface, empty SETTINGS

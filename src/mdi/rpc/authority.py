@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,10 +20,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mdi.cluster.nodes import HOST_NAME
 from mdi.core.errors import ConfigError
-from mdi.pipeline.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
+from mdi.rpc.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
 
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?)*\.?")
 AUTHORITY_KEY_FILE = "ca.key"
 AUTHORITY_DAYS = 3650
 NODE_DAYS = 90

@@ -1,6 +1,6 @@
 """Batches and results to protobuf messages and back. What does not add up is a LinkError, never a crash.
 
-The messages are in wire.proto; `make proto` regenerates wire_pb2.
+The messages are in codec.proto; `make proto` regenerates node_pb2.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from mdi.core.batch import Adjustment, Batch, Copy, Draw, Slice, Token
+from mdi.core.batch import Adjustment, Batch, Copy, Draw, Result, Slice, Token
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span, Work
-from mdi.pipeline import wire_pb2
-from mdi.pipeline.link import Result
+from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
@@ -74,19 +73,19 @@ class Traffic:
         return counted
 
 
-def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[wire_pb2.Piece]:
+def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.BatchPiece]:
     """A batch and its hidden states, [tokens, width], in pieces below 1 MiB."""
-    header = wire_pb2.Header(
+    header = node_pb2.BatchHeader(
         slices=[_encode_slice(part) for part in batch.slices],
         positions=batch.positions.flatten().tolist(),
         dtype=dtype_name(hidden.dtype),
         width=hidden.shape[1],
-        copies=[wire_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
+        copies=[node_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
     )
     left = hidden.nbytes
     for data in pieces(hidden):
         first, left = left == hidden.nbytes, left - len(data)
-        yield wire_pb2.Piece(
+        yield node_pb2.BatchPiece(
             epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
         )
 
@@ -107,12 +106,12 @@ class BatchDecoder:
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self._width = width
         self._dtype = dtype
-        self._header: wire_pb2.Header | None = None
+        self._header: node_pb2.BatchHeader | None = None
         self._batch_id = 0
         self._n_tokens = 0
         self._data = bytearray()
 
-    def add(self, piece: wire_pb2.Piece) -> tuple[Batch, Tensor] | None:
+    def add(self, piece: node_pb2.BatchPiece) -> tuple[Batch, Tensor] | None:
         """A whole batch with its hidden states when this piece was its last."""
         if piece.HasField("header"):
             if self._header is not None:
@@ -134,7 +133,7 @@ class BatchDecoder:
         copies = tuple(Copy(copy.source, copy.target, copy.length) for copy in header.copies)
         return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions, copies), hidden
 
-    def _checked(self, header: wire_pb2.Header) -> int:
+    def _checked(self, header: node_pb2.BatchHeader) -> int:
         """The batch's tokens. Makes nothing of the slices: there may be many, and nothing behind them."""
         n_tokens, odd = divmod(len(header.positions), 3)
         if odd or not 0 < len(header.slices) <= n_tokens:
@@ -154,8 +153,8 @@ class BatchDecoder:
         return n_tokens * self._width * self._dtype.itemsize
 
 
-def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
-    return wire_pb2.Result(
+def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
+    return node_pb2.BatchResult(
         epoch=epoch,
         batch_id=result.batch_id,
         token_ids=[token.id for token in result.tokens],
@@ -164,7 +163,7 @@ def encode_result(result: Result, epoch: int) -> wire_pb2.Result:
     )
 
 
-def decode_result(message: wire_pb2.Result) -> Result | LinkError:
+def decode_result(message: node_pb2.BatchResult) -> Result | LinkError:
     """The result, or the error that a node reported instead."""
     if message.HasField("failure"):
         name = message.failure.node
@@ -176,11 +175,11 @@ def decode_result(message: wire_pb2.Result) -> Result | LinkError:
     return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops or [()] * n_tokens)))
 
 
-def encode_spans(spans: Iterable[Span], now_s: float) -> wire_pb2.Spans:
-    return wire_pb2.Spans(now_s=now_s, spans=[wire_pb2.Span(**asdict(span)) for span in spans])
+def encode_spans(spans: Iterable[Span], now_s: float) -> node_pb2.SpansReply:
+    return node_pb2.SpansReply(now_s=now_s, spans=[node_pb2.Span(**asdict(span)) for span in spans])
 
 
-def decode_spans(message: wire_pb2.Spans, asked_s: float, answered_s: float) -> list[Span]:
+def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float) -> list[Span]:
     """Spans by this machine's clock. asked_s, answered_s: when, by that one.
 
     The node is taken to have answered in the middle of that time; if its clock tells a time in between, it is the same
@@ -203,13 +202,13 @@ def parse(kind: type[M], data: bytes) -> M:
     return message
 
 
-def _encode_slice(part: Slice) -> wire_pb2.Slice:
+def _encode_slice(part: Slice) -> node_pb2.Slice:
     draw = _encode_draw(part.draw) if part.draw else None
-    return wire_pb2.Slice(slot=part.slot, start=part.start, length=part.length, draw=draw)
+    return node_pb2.Slice(slot=part.slot, start=part.start, length=part.length, draw=draw)
 
 
-def _encode_draw(draw: Draw) -> wire_pb2.Draw:
-    return wire_pb2.Draw(
+def _encode_draw(draw: Draw) -> node_pb2.TokenSampling:
+    return node_pb2.TokenSampling(
         temperature=draw.temperature,
         top_k=draw.top_k,
         top_p=draw.top_p,
@@ -218,16 +217,16 @@ def _encode_draw(draw: Draw) -> wire_pb2.Draw:
         sample=draw.sample,
         position=draw.position,
         top_logprobs=draw.top_logprobs,
-        adjustment=wire_pb2.Adjustment(**asdict(draw.adjustment)) if draw.adjustment else None,
+        adjustment=node_pb2.LogitAdjustment(**asdict(draw.adjustment)) if draw.adjustment else None,
     )
 
 
-def _decode_slice(message: wire_pb2.Slice) -> Slice:
+def _decode_slice(message: node_pb2.Slice) -> Slice:
     draw = _decode_draw(message.draw) if message.HasField("draw") else None
     return Slice(message.slot, message.start, message.length, draw)
 
 
-def _decode_draw(message: wire_pb2.Draw) -> Draw:
+def _decode_draw(message: node_pb2.TokenSampling) -> Draw:
     return Draw(
         message.temperature,
         message.top_k,
@@ -241,7 +240,7 @@ def _decode_draw(message: wire_pb2.Draw) -> Draw:
     )
 
 
-def _decode_adjustment(message: wire_pb2.Adjustment) -> Adjustment:
+def _decode_adjustment(message: node_pb2.LogitAdjustment) -> Adjustment:
     if len(message.seen) != len(message.counts) or len(message.biased) != len(message.biases):
         raise LinkError("a draw's penalties and biases do not add up")
     return Adjustment(
@@ -255,5 +254,7 @@ def _decode_adjustment(message: wire_pb2.Adjustment) -> Adjustment:
     )
 
 
-def _encode_top(token: Token) -> wire_pb2.Top:
-    return wire_pb2.Top(token_ids=[token_id for token_id, _ in token.top], logprobs=[value for _, value in token.top])
+def _encode_top(token: Token) -> node_pb2.TopLogprobs:
+    return node_pb2.TopLogprobs(
+        token_ids=[token_id for token_id, _ in token.top], logprobs=[value for _, value in token.top]
+    )

@@ -1,0 +1,1 @@
+"""What travels between nodes: messages, service, encrypted channels, certificates. Knows no node and no starter."""
