@@ -19,12 +19,12 @@ from mdi.checkpoint.load import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Draw, Slice, Visual
 from mdi.engine.engine import end_ids, patch_spec, video_spec
-from mdi.engine.prompt import Message, Prompt, PromptBuilder
-from mdi.engine.tokenizer import Tokenizer
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, decode_image, fetch, open_video
 from mdi.models.stage import Stage
 from mdi.planning.plan import make_plan
+from mdi.prompt.builder import Message, Prompt, PromptBuilder
+from mdi.prompt.tokenizer import Tokenizer
 
 CHUNK = 512
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)

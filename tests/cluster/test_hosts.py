@@ -37,8 +37,8 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Slice
-from mdi.engine.prompt import PixelRange, Prompt
 from mdi.models.stage import Stage
+from mdi.prompt.builder import PixelRange, Prompt
 from mdi.rpc import node_pb2
 from tests.conftest import node_processes
 

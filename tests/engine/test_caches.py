@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mdi import Engine, SamplingParams
-from mdi.engine.embeddings import EmbeddingCache
+from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.models.vision import VisionTower
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

@@ -21,9 +21,8 @@ from mdi.core.errors import ClosedError, LinkError
 from mdi.core.outputs import Completion
 from mdi.core.outputs import Sample as OneSample
 from mdi.core.sampling import SamplingParams
-from mdi.engine.embeddings import EmbeddingCache
+from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.loop import Cancel, Close, StepLoop, Submit
-from mdi.engine.prompt import Media, Prompt
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.sequence import Sequence as Sample
@@ -32,6 +31,7 @@ from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
 from mdi.pipeline.link import Deliver
+from mdi.prompt.builder import Media, Prompt
 from tests.fakes import FakeLink, FakeStage
 
 N_SLOTS = 3

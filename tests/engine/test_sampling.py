@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from mdi import Engine, SamplingParams
 from mdi.core.errors import InputError
-from mdi.engine.prompt import PixelRange
+from mdi.prompt.builder import PixelRange
 
 QUESTION = "Say it again, say it again, say it again."
 

@@ -13,10 +13,10 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.engine.engine import video_spec
-from mdi.engine.prompt import PromptBuilder, check_messages
-from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.models.config import ModelConfig
+from mdi.prompt.builder import PromptBuilder, check_messages
+from mdi.prompt.tokenizer import Tokenizer
 from tests.media.videos import encoded, numbered
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

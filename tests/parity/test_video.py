@@ -23,12 +23,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mdi import Engine, SamplingParams
 from mdi.core.batch import Batch, Slice, Visual
-from mdi.engine.prompt import Message, Prompt, PromptBuilder
-from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
 from mdi.media.video import frame_indices
 from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
+from mdi.prompt.builder import Message, Prompt, PromptBuilder
+from mdi.prompt.tokenizer import Tokenizer
 from tests.media.videos import LOSSLESS, encoded
 from tests.parity.conftest import load_stages, qwen2_vl_config
 from tests.parity.test_model import encode, relative_difference

@@ -24,15 +24,15 @@ from mdi.core.outputs import Completion, Piece
 from mdi.core.sampling import SamplingParams
 from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
-from mdi.engine.embeddings import EmbeddingCache
+from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.loop import Cancel, StepLoop, Submit
-from mdi.engine.prompt import Message, PixelRange, Prompt, PromptBuilder
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
-from mdi.engine.tokenizer import Tokenizer
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.pipeline.grpc_link import LoadProgress
+from mdi.prompt.builder import Message, PixelRange, Prompt, PromptBuilder
+from mdi.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from mdi.cluster.vision import Encoded, VisionNode
 from mdi.core.batch import Batch, Result, Slice, Visual
 from mdi.core.errors import ClosedError, LinkError, MDIError
 from mdi.core.status import RecoveryStatus
-from mdi.engine.detokenizer import Detokenizer
-from mdi.engine.embeddings import EmbeddingCache
-from mdi.engine.pace import Pace
+from mdi.engine.embedding_cache import EmbeddingCache
+from mdi.engine.prefill_budget import PrefillBudget
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.models.stage import Stage
 from mdi.pipeline.link import Deliver, GaveUp, Link, Rewired
+from mdi.prompt.detokenizer import Detokenizer
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ class StepLoop:
         self._to_encode: deque[Request] = deque()
         self._encoder: Generator[None, None, Tensor] | None = None
         self._next_batch_id = 0
-        self._pace = Pace(scheduler.token_budget, scheduler.max_in_flight)
-        self._scheduler.prefill_budget = self._pace.tokens
+        self._prefill_budget = PrefillBudget(scheduler.token_budget, scheduler.max_in_flight)
+        self._scheduler.prefill_budget = self._prefill_budget.tokens
         self._dispatch_s = 0.0  # how long the last one took
         self._link = connect(self._inbox.put) if connect else None
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
@@ -206,8 +206,8 @@ class StepLoop:
         self._in_flight[batch.id] = work
         started_s = time.perf_counter()
         out = self._stage.run(batch, hidden)
-        self._pace.note(batch.n_tokens, time.perf_counter() - started_s)
-        self._scheduler.prefill_budget = self._pace.tokens
+        self._prefill_budget.note(batch.n_tokens, time.perf_counter() - started_s)
+        self._scheduler.prefill_budget = self._prefill_budget.tokens
         if isinstance(out, Tensor):
             assert self._link is not None
             self._link.send(batch, out)

@@ -11,9 +11,9 @@ from torch import Tensor
 from mdi.core.batch import Adjustment, Draw, Token
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import SamplingParams
-from mdi.engine.detokenizer import Detokenizer
-from mdi.engine.prompt import Media, Prompt
 from mdi.engine.stream import Stream
+from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.detokenizer import Detokenizer
 
 
 @dataclass(eq=False)

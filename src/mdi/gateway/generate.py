@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 
 from mdi.core.errors import InputError
 from mdi.engine import Piece
-from mdi.engine.prompt import Message
 from mdi.gateway.guard import refusal
 from mdi.gateway.schemas import PART_FIELDS, GenerateRequest, MultimodalRequest
 from mdi.gateway.streaming import TextEngine, events, whole
+from mdi.prompt.builder import Message
 
 R = TypeVar("R", bound=BaseModel)
 UPLOAD_FIELDS = ("image", "images", "video", "videos", "file", "files")

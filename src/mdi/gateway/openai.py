@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 from mdi.core.errors import InputError, MediaError, ModelNotFoundError
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Piece, Sample, Usage
-from mdi.engine.prompt import Message
 from mdi.gateway.logprobs import Teller, chat_logprobs, nothing, text_logprobs
 from mdi.gateway.schemas import PART_FIELDS, ChatRequest, CompletionRequest
 from mdi.gateway.streaming import Running, TextEngine, events, whole
+from mdi.prompt.builder import Message
 
 IGNORED_IN_MESSAGES = {"name", "refusal", "annotations"}
 UNSUPPORTED_IN_MESSAGES = {"tool_calls", "tool_call_id", "function_call", "audio"}

@@ -19,8 +19,8 @@ from mdi.core.errors import MDIError
 from mdi.core.outputs import collect
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Completion, NodeStatus, Piece, RecoveryStatus, Usage
-from mdi.engine.prompt import Message
 from mdi.gateway.guard import answer_to
+from mdi.prompt.builder import Message
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
-from mdi.engine.detokenizer import Detokenizer
-from mdi.engine.tokenizer import Tokenizer
+from mdi.prompt.detokenizer import Detokenizer
+from mdi.prompt.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 

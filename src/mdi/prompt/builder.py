@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.core.tracing import Recorder
-from mdi.engine.tokenizer import Tokenizer
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
 from mdi.models.config import ModelConfig
+from mdi.prompt.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 """A role and a content: text, or a list of parts:

@@ -8,7 +8,7 @@ PAUSE_S = 0.5
 FEWEST = 32  # tokens of prompts in a batch: fewer take hardly less time
 
 
-class Pace:
+class PrefillBudget:
     """Learns from one stage's batches. most: tokens in a batch when nobody waits. n_nodes: stages like this one."""
 
     def __init__(self, most: int, n_nodes: int) -> None:

@@ -1,0 +1,1 @@
+"""From messages to what the model reads, and from token ids back to text. Knows no slots, batches or nodes."""
