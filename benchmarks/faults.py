@@ -40,8 +40,8 @@ from benchmarks.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import MDIError
 

@@ -39,15 +39,15 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.cluster.delivery import Delivery
+from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Draw, Result, Slice, Token
 from mdi.core.tracing import BusyMeter
 from mdi.models.stage import LoadedStage
-from mdi.pipeline import node as node_module
-from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Delivery
-from mdi.rpc import codec
+from mdi.node import server as node_module
 from mdi.rpc.authority import Authority
-from mdi.rpc.tls import Identity, channel_credentials, host_name, server_credentials
+from mdi.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, channel_credentials, server_credentials
+from mdi.rpc.tls import Identity, host_name
 
 T = TypeVar("T")
 Hop = Callable[[], float]
@@ -278,7 +278,7 @@ async def _serve_ours(folder: Path, identity: Identity) -> int:
     node = node_module.Node(
         "finisher", chunk, device="cpu", dtype=None, identity=identity, cache=None, progress=lambda *_: None
     )
-    server = grpc.aio.server(options=(*codec.CHANNEL_OPTIONS, *codec.SERVER_OPTIONS))
+    server = grpc.aio.server(options=(*CHANNEL_OPTIONS, *SERVER_OPTIONS))
     server.add_generic_rpc_handlers((node.handlers(),))
     port = int(server.add_secure_port("127.0.0.1:0", server_credentials(identity)))
     await server.start()

@@ -37,8 +37,8 @@ from mdi.bench.scenario import Scenario, noise
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.engine.stream import Stream
 
 SEQUENCE_LENGTH = 2048

@@ -14,11 +14,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Draw, Result, Token, Visual
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.sampling import SamplingParams
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
-from mdi.pipeline.link import Deliver, GaveUp, Rewired
 from mdi.prompt.builder import Message
 
 Prompt = str | Sequence[Message]

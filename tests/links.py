@@ -13,9 +13,10 @@ from typing import Any
 
 import grpc
 
-from mdi.pipeline.node import CALLERS
+from mdi.node.server import CALLERS
 from mdi.rpc import codec, node_pb2
-from mdi.rpc.tls import CallerCheck, Identity, add_port, open_channel, peer_name
+from mdi.rpc.channel import CHANNEL_OPTIONS, CallerCheck, add_port, open_channel, peer_name
+from mdi.rpc.tls import Identity
 
 
 def free_port() -> int:
@@ -72,7 +73,7 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
     """Calls a method of `answering`. Raises grpc.aio.AioRpcError."""
 
     async def run() -> bytes:
-        channel = open_channel(address, peer, identity, codec.CHANNEL_OPTIONS)
+        channel = open_channel(address, peer, identity, CHANNEL_OPTIONS)
         try:
             if method == "Results":
                 return b"".join([data async for data in channel.unary_stream(codec.method(method))(b"", timeout=10)])

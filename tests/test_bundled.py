@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.source import Source
-from mdi.engine import prompt as engine_prompt
 from mdi.layers.rope import MediaSpan
+from mdi.prompt import builder as engine_prompt
 from mdi.verify import Oracle
 
 MEGABYTE = 10**6

@@ -22,9 +22,9 @@ from mdi.core.errors import CheckpointError, ConfigError, InputError, MDIError
 from mdi.core.sampling import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
-    from mdi.cluster.by_hand import Presence
-    from mdi.cluster.nodes import NodesConfig
-    from mdi.cluster.survey import Finding
+    from mdi.cluster.launchers.manual import Presence
+    from mdi.cluster.measure import Finding
+    from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine import Engine
     from mdi.models.weights import StageSpec
     from mdi.planning.hardware import Machine
@@ -128,7 +128,7 @@ def plan(
     With --nodes-config, nodes that run are asked what their machines can do, and get what these can carry.
     """
     from mdi.checkpoint.source import Source, locate
-    from mdi.cluster.nodes import NodesConfig
+    from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine.engine import sequence_length_of
     from mdi.planning.plan import make_plan, stage_summary
 
@@ -159,8 +159,8 @@ def plan(
 
 
 def _findings(nodes: NodesConfig, certs: Path, insecure: bool, dtype: str) -> list[Finding]:
-    from mdi.cluster.by_hand import ByHand
-    from mdi.cluster.survey import look_around
+    from mdi.cluster.launchers.manual import ByHand
+    from mdi.cluster.measure import look_around
     from mdi.rpc.tls import encryption_enabled
 
     by_hand = ByHand(nodes, certs=certs, insecure=insecure)
@@ -306,8 +306,8 @@ def secondary(
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
     from mdi.checkpoint.cache import ChunkCache, default_cache_folder
-    from mdi.cluster.nodes import NodesConfig
-    from mdi.pipeline.node import serve_node
+    from mdi.cluster.nodes_config import NodesConfig
+    from mdi.node.server import serve_node
     from mdi.rpc.tls import Identity, encryption_enabled
 
     if (index is not None) + (spare is not None) + vision != (nodes_config is not None):
@@ -584,8 +584,8 @@ def _engine(
     **options: Any,
 ) -> Engine:
     """Loads a model, showing who is there and how far each node has loaded."""
-    from mdi.cluster.by_hand import ByHand
-    from mdi.cluster.nodes import NodesConfig
+    from mdi.cluster.launchers.manual import ByHand
+    from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine import Engine
     from mdi.rpc.tls import encryption_enabled
 

@@ -15,11 +15,11 @@ from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.launcher import LocalLauncher
+from mdi.cluster.delivery import Delivery
+from mdi.cluster.launchers.local import LocalLauncher
+from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Draw, Result, Slice
 from mdi.models.stage import Stage
-from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Delivery
 from mdi.rpc import codec
 from mdi.rpc.authority import Authority
 from mdi.rpc.tls import Identity

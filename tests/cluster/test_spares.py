@@ -18,8 +18,8 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import LinkError
 from mdi.engine import Completion, NodeStatus, Stream

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mdi.cluster.delivery import Deliver
 from mdi.core.batch import Batch
 from mdi.core.errors import ClosedError, LinkError
 from mdi.core.outputs import Completion
@@ -30,7 +31,6 @@ from mdi.engine.stream import Stream
 from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
-from mdi.pipeline.link import Deliver
 from mdi.prompt.builder import Media, Prompt
 from tests.fakes import FakeLink, FakeStage
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from mdi.bench.report import Bench, node_memory
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import Source
 from mdi.core.errors import ConfigError
+from mdi.core.progress import Progress
 from mdi.engine import Engine
-
-Progress = Callable[[str, int, int], None]
-"""Told (what runs, runs done, runs in all)."""
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mdi.cluster.launcher import Launcher
+from mdi.cluster.delivery import Deliver, Delivery, GaveUp, Rewired
+from mdi.cluster.launchers.base import Launcher
+from mdi.cluster.link import GrpcLink, PipelineSettings
 from mdi.cluster.recovery import LossLog, RecoveryLimits
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
+from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
-from mdi.pipeline.grpc_link import GrpcLink, LoadProgress, PipelineSettings
-from mdi.pipeline.link import Deliver, Delivery, GaveUp, Rewired
 from mdi.rpc.codec import Traffic
 from mdi.rpc.tls import Identity
 
@@ -41,7 +42,7 @@ class Supervisor:
         settings: PipelineSettings,
         limits: RecoveryLimits,
         deliver: Deliver,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
         identity: Identity | None = None,
     ) -> None:
         self._launcher = launcher

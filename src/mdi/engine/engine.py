@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from mdi.checkpoint.source import Source, locate
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.local import Cluster, ClusterConfig
+from mdi.cluster.cluster import Cluster, ClusterConfig
+from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
 from mdi.core.outputs import Completion, Piece
+from mdi.core.progress import Progress
 from mdi.core.sampling import SamplingParams
 from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
@@ -30,7 +31,6 @@ from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
-from mdi.pipeline.grpc_link import LoadProgress
 from mdi.prompt.builder import Message, PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ class Engine:
         by_hand: ByHand | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
     ) -> None:
         path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
         source = Source.open(path)

@@ -17,7 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mdi.cluster.vision import Encoded, VisionNode
+from mdi.cluster.delivery import Deliver, GaveUp, Link, Rewired
+from mdi.cluster.remote_encoder import Encoded, VisionNode
 from mdi.core.batch import Batch, Result, Slice, Visual
 from mdi.core.errors import ClosedError, LinkError, MDIError
 from mdi.core.status import RecoveryStatus
@@ -26,7 +27,6 @@ from mdi.engine.prefill_budget import PrefillBudget
 from mdi.engine.scheduler import Scheduler, Work
 from mdi.engine.sequence import Request, Sequence
 from mdi.models.stage import Stage
-from mdi.pipeline.link import Deliver, GaveUp, Link, Rewired
 from mdi.prompt.detokenizer import Detokenizer
 
 log = logging.getLogger(__name__)

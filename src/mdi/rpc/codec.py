@@ -25,23 +25,7 @@ Parser = Callable[[bytes], Message]
 VERSION = 5
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
-MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_BATCH_BYTES = 256 * 2**20
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-KEEPALIVE_OPTIONS = (  # a silent peer breaks the stream: gRPC asks every second and waits for two more
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-SERVER_OPTIONS = (  # who asks so often is no attacker
-    ("grpc.http2.min_ping_interval_without_data_ms", 500),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 def method(name: str) -> str:

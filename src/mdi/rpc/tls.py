@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -30,7 +28,6 @@ DOMAIN = ".mdi.internal"
 AUTHORITY_FILE = "ca.pem"
 NODE_NAME = re.compile(r"starter|finisher|vision|(secondary|spare)\d{1,4}")
 WARN_BEFORE = timedelta(days=14)
-ChannelOptions = Sequence[tuple[str, int | str]]
 
 
 def encryption_enabled() -> bool:
@@ -89,86 +86,6 @@ def write_private(path: Path, data: bytes) -> None:
     with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(data)
     half.replace(path)
-
-
-def open_channel(address: str, peer: str, identity: Identity | None, options: ChannelOptions) -> grpc.aio.Channel:
-    """A channel to the node `peer`, and to no other; not encrypted without an identity."""
-    if identity is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    pinned = (*options, ("grpc.ssl_target_name_override", host_name(peer)))
-    return grpc.aio.secure_channel(address, channel_credentials(identity), options=pinned)
-
-
-def add_port(server: grpc.aio.Server, address: str, identity: Identity | None) -> int:
-    """Binds a server and gives the port; not encrypted without an identity. Raises RuntimeError when it is taken."""
-    if identity is None:
-        return int(server.add_insecure_port(address))
-    return int(server.add_secure_port(address, server_credentials(identity)))
-
-
-def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
-    """For a client that shows its certificate, and takes servers of its authority."""
-    return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-
-
-def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """For a server that takes only clients with a certificate of its authority."""
-    return grpc.ssl_server_credentials(
-        [(identity.key, identity.certificate)], identity.authority, require_client_auth=True
-    )
-
-
-def peer_name(context: grpc.aio.ServicerContext) -> str | None:
-    """The node that calls, by its certificate; None without one, or with one that names no node or several."""
-    values = context.auth_context().get("x509_subject_alternative_name", ())
-    names = node_names([value.decode(errors="replace") for value in values])
-    return names[0] if len(names) == 1 else None
-
-
-class CallerCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses, and logs, calls by nodes that have no business with a method.
-
-    callers: by the method's full name, the beginnings of the names of nodes that may call it.
-    """
-
-    def __init__(self, callers: Mapping[str, tuple[str, ...]]) -> None:
-        self._callers = callers
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler | None:
-        """See `grpc.aio.ServerInterceptor`. Handlers must be coroutines, or generators where they answer with many."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        method = details.method
-        if handler.response_streaming:
-            return handler._replace(unary_stream=self._checked_stream(method, handler.unary_stream))
-        if handler.request_streaming:
-            return handler._replace(stream_unary=self._checked(method, handler.stream_unary))
-        return handler._replace(unary_unary=self._checked(method, handler.unary_unary))
-
-    def _checked(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._check(method, context)
-            return await behaviour(request, context)
-
-        return call
-
-    def _checked_stream(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            await self._check(method, context)
-            async for message in behaviour(request, context):
-                yield message
-
-        return call
-
-    async def _check(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        name = peer_name(context)
-        if name is None or not name.startswith(self._callers.get(method, ())):
-            who = f"node {name}" if name else "a peer whose certificate names no node"
-            log.warning("refused %s at %s: it may not call %s", who, context.peer(), method)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call this")
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ConfigError, LinkError
 from mdi.core.status import NodeStatus

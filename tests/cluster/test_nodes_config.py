@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdi.cluster.nodes import MAX_FILE_BYTES, NodesConfig
+from mdi.cluster.nodes_config import MAX_FILE_BYTES, NodesConfig
 from mdi.core.errors import ConfigError
 
 UPSTREAM: dict[str, Any] = {

@@ -1,16 +1,15 @@
-"""What carries batches from the first stage to the others and tokens back: the seam between engine and network."""
+"""What a link delivers to the engine, and what the engine asks of a link."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from mdi.core.batch import Batch, Result, Token
+from mdi.core.batch import Batch, Result
 from mdi.core.errors import LinkError
-from mdi.models.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +43,3 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Ends the link; nothing is delivered afterwards. Safe to call twice."""
-
-
-class LocalLink:
-    """Runs the later stages in this process, inside `send`: one thread, no network, nothing to lose."""
-
-    def __init__(self, stages: Sequence[Stage], deliver: Deliver) -> None:
-        self._stages = stages
-        self._deliver = deliver
-
-    def send(self, batch: Batch, hidden: Tensor) -> None:
-        out: Tensor | tuple[Token, ...] = hidden
-        for stage in self._stages:
-            assert isinstance(out, Tensor)
-            out = stage.run(batch, out)
-        assert isinstance(out, tuple)
-        self._deliver(Result(batch.id, out))
-
-    def recover(self) -> None:
-        self._deliver(Rewired())
-
-    def close(self) -> None:
-        pass

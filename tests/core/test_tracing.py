@@ -5,7 +5,7 @@ import time
 import pytest
 
 from mdi.core.tracing import KEPT, Recorder, Span
-from mdi.rpc import codec
+from mdi.rpc import channel, codec
 
 
 def test_spans_are_noted_only_while_somebody_records() -> None:
@@ -40,7 +40,7 @@ def test_what_nobody_takes_is_bounded() -> None:
             pass
     spans = recorder.take(recording=True)
     assert len(spans) == KEPT
-    assert len(codec.serialize(codec.encode_spans(spans, 0.0))) < codec.MAX_MESSAGE_BYTES
+    assert len(codec.serialize(codec.encode_spans(spans, 0.0))) < channel.MAX_MESSAGE_BYTES
 
 
 SPANS = [Span("encode", 10.0, 11.5), Span("decode", 12.0, 12.25, batch_id=4, n_tokens=2)]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
-from mdi.cluster.by_hand import AwaitedNodes, ByHand
-from mdi.cluster.nodes import NodeConfig
-from mdi.cluster.visit import Visitor
+from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
+from mdi.cluster.link import NodeAddress
+from mdi.cluster.node_client import Visitor
+from mdi.cluster.nodes_config import NodeConfig
 from mdi.core.errors import LinkError
-from mdi.pipeline.grpc_link import NodeAddress
 from mdi.planning.hardware import Machine, measure_hardware
 from mdi.rpc.tls import Identity
 

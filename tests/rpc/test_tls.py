@@ -14,8 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.errors import ConfigError, LinkError
-from mdi.pipeline.grpc_link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.rpc import authority as certs
 from mdi.rpc import node_pb2, tls
 from mdi.rpc.authority import Authority, create_authority, create_node

@@ -6,73 +6,14 @@ Knows one file at each end, and no model. Files are read and written in threads;
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from io import FileIO
-from pathlib import Path
-from typing import Any, TypeVar
-
-import grpc
 
 from mdi.checkpoint.cache import CachedChunk
-from mdi.checkpoint.manifest import ChunkEntry
 from mdi.checkpoint.prepare import ByteProgress
-from mdi.core.errors import CheckpointError, LinkError
-from mdi.rpc import codec, node_pb2
-
-T = TypeVar("T")
-PIECE_BYTES = 2**18  # what arrived in part is sent again: on a slow link, little
-PATIENT_OPTIONS = (  # for a link whose buffers hold seconds of data: a ping waits behind them
-    ("grpc.keepalive_time_ms", 2_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
-
-async def send_chunk(
-    channel: grpc.aio.Channel, node: str, file: Path, entry: ChunkEntry, start: int, progress: ByteProgress
-) -> None:
-    """Sends a chunk's file from byte `start` on to a node that was offered it. progress: told (sent, all) bytes.
-
-    Raises CheckpointError when the file here is not the manifest's any more, LinkError when the node is lost meanwhile
-    or cannot keep what it is sent.
-    """
-    call = channel.stream_unary(
-        codec.method("Weights"),
-        request_serializer=codec.serialize,
-        response_deserializer=lambda data: codec.parse(node_pb2.WeightsReply, data),
-    )()
-    with _opened(file, entry) as source:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the answer says why
-            async for piece in _pieces(source, start):
-                await call.write(piece)
-                progress(piece.offset + len(piece.data), entry.size_bytes)
-            await call.done_writing()
-        try:
-            answer = await call
-        except grpc.aio.AioRpcError as error:
-            raise LinkError(f"the link to node {node} broke while it was sent its weights", node) from error
-    if answer.error:
-        raise LinkError(f"node {node}: {answer.error}", node)
-
-
-@contextlib.contextmanager
-def _opened(file: Path, entry: ChunkEntry) -> Iterator[FileIO]:
-    try:
-        with file.open("rb", buffering=0) as source:
-            if source.seek(0, 2) != entry.size_bytes:
-                raise CheckpointError(f"{file.name} changed since this server began: start it again")
-            yield source
-    except OSError as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read ({error.strerror}): run `mdi prepare` again") from None
-
-
-async def _pieces(source: FileIO, start: int) -> AsyncIterator[node_pb2.WeightsPiece]:
-    source.seek(start)
-    while data := await _in_thread(source.read, PIECE_BYTES):
-        yield node_pb2.WeightsPiece(offset=start, data=data)
-        start += len(data)
+from mdi.core.errors import CheckpointError
+from mdi.rpc import node_pb2
+from mdi.rpc.files import in_thread
 
 
 class Intake:
@@ -136,7 +77,7 @@ async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiec
         async for piece in pieces:
             if piece.offset != there or there + len(piece.data) > size:
                 raise CheckpointError("pieces of weights arrived that do not follow each other")
-            await _in_thread(_write, file, piece.data)
+            await in_thread(_write, file, piece.data)
             there += len(piece.data)
             progress(there, size)
     if there == size:
@@ -147,13 +88,3 @@ async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiec
 def _write(file: FileIO, data: bytes) -> None:
     while data:
         data = data[file.write(data) :]
-
-
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread` for a file: whoever is cancelled closes it only when the thread has let go of it."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise

@@ -17,20 +17,22 @@ from mdi.checkpoint.load import load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.by_hand import AwaitedNodes, ByHand
-from mdi.cluster.launcher import Launcher, LocalLauncher
+from mdi.cluster.delivery import Deliver, Link
+from mdi.cluster.launchers.base import Launcher
+from mdi.cluster.launchers.local import LocalLauncher
+from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
+from mdi.cluster.link import NodeAddress, PipelineSettings
+from mdi.cluster.measure import survey
+from mdi.cluster.node_client import Chunks
 from mdi.cluster.recovery import RecoveryLimits
+from mdi.cluster.remote_encoder import VisionNode
 from mdi.cluster.supervisor import Supervisor
-from mdi.cluster.survey import survey
-from mdi.cluster.vision import VisionNode
-from mdi.cluster.visit import Chunks
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import CheckpointError
+from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.models.stage import LoadedStage, Stage
-from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Deliver, Link
 from mdi.planning.plan import make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.codec import Traffic
@@ -67,7 +69,7 @@ class Cluster:
     Chunks are prepared when there are none yet. progress: told (node, bytes done, bytes in all).
     """
 
-    def __init__(self, source: Source, config: ClusterConfig, progress: LoadProgress | None = None) -> None:
+    def __init__(self, source: Source, config: ClusterConfig, progress: Progress | None = None) -> None:
         self._config = config
         self._progress = progress
         self._supervisor: Supervisor | None = None

@@ -17,15 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mdi.cluster.launcher import Died
-from mdi.cluster.nodes import NodesConfig
-from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
+from mdi.cluster.launchers.base import Died
+from mdi.cluster.link import NodeAddress, node_status
+from mdi.cluster.node_client import POLL_S, Chunks, Visit, Visitor
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
+from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
-from mdi.pipeline.grpc_link import LoadProgress, NodeAddress, node_status
-from mdi.pipeline.node import is_loopback
 from mdi.planning.plan import VISION
 from mdi.rpc import node_pb2
+from mdi.rpc.channel import is_loopback
 from mdi.rpc.tls import VARIABLE, Identity
 
 CLOSED_POLL_S = 0.2
@@ -106,7 +107,7 @@ class AwaitedNodes:
         by_hand: ByHand,
         identity: Identity | None,
         chunks: Chunks | None = None,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
     ) -> None:
         config = by_hand.config
         vision = (config.vision,) if config.vision else ()

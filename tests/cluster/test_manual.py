@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mdi.cluster.by_hand import AwaitedNodes, ByHand, Presence
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import AwaitedNodes, ByHand, Presence
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import ConfigError, LinkError
 from mdi.rpc.authority import Authority, create_authority, create_node
 from tests.links import answering, free_port

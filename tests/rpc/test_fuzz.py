@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mdi.core.batch import Batch, Draw, Slice
 from mdi.core.errors import LinkError
-from mdi.rpc import codec, node_pb2
+from mdi.rpc import channel, codec, node_pb2
 
 WIDTH = 8
 MOST_PER_BYTE = 40  # a packed position of one byte becomes 8 in a list and 8 in a tensor
@@ -143,7 +143,7 @@ def test_no_bytes_crash_the_reading_of_another_message(data: bytes) -> None:
 
 def large_headers() -> dict[str, bytes]:
     """Messages at the limit that declare much more than they bring."""
-    room = codec.MAX_MESSAGE_BYTES - 100
+    room = channel.MAX_MESSAGE_BYTES - 100
     nothing = bytes([0x0A, 0])  # an empty slice
     tokens = room // 4
     huge = node_pb2.BatchHeader(slices=[node_pb2.Slice(length=2**32 - 1)] * 3, dtype="float32", width=WIDTH)
@@ -169,7 +169,7 @@ def piece_of(header: bytes) -> bytes:
 @pytest.mark.parametrize("name", large_headers())
 def test_a_message_that_declares_too_much_is_refused_before_memory_is_taken_for_it(name: str) -> None:
     data = large_headers()[name]
-    assert len(data) <= codec.MAX_MESSAGE_BYTES
+    assert len(data) <= channel.MAX_MESSAGE_BYTES
     codec.parse(node_pb2.BatchPiece, data)  # it is a message, so far
     assert decode([data]) == 0
-    assert peak_bytes([data]) < codec.MAX_MESSAGE_BYTES
+    assert peak_bytes([data]) < channel.MAX_MESSAGE_BYTES

@@ -17,14 +17,16 @@ import grpc
 from google.protobuf.message import Message
 
 from mdi.checkpoint.manifest import Manifest, chunk_file
+from mdi.cluster.link import STATES, NodeAddress
+from mdi.cluster.upload import send_chunk
 from mdi.core.errors import LinkError
+from mdi.core.progress import Progress
 from mdi.core.tracing import Span
-from mdi.pipeline.grpc_link import STATES, LoadProgress, NodeAddress
-from mdi.pipeline.weights import PATIENT_OPTIONS, send_chunk
 from mdi.planning.hardware import Machine
 from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import CHANNEL_OPTIONS, PATIENT_OPTIONS, open_channel
 from mdi.rpc.diagnose import why_unreachable
-from mdi.rpc.tls import Identity, open_channel
+from mdi.rpc.tls import Identity
 
 POLL_S = 1.0
 CHECK_POLL_S = 0.1
@@ -60,7 +62,7 @@ class Visitor:
 
     identity: Identity | None
     chunks: Chunks | None
-    progress: LoadProgress | None
+    progress: Progress | None
 
     async def visit(self, node: NodeAddress, note: Note) -> Visit:
         """Finds a node, and gives it its weights. Ends early when something is amiss: it may be tried again.
@@ -131,7 +133,7 @@ class Visitor:
 
     @asynccontextmanager
     async def _channel(self, node: NodeAddress) -> AsyncIterator[grpc.aio.Channel]:
-        options = (*codec.CHANNEL_OPTIONS, *PATIENT_OPTIONS)
+        options = (*CHANNEL_OPTIONS, *PATIENT_OPTIONS)
         channel = open_channel(node.address, node.certificate, self.identity, options)
         try:
             yield channel

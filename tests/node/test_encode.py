@@ -14,7 +14,7 @@ from mdi.checkpoint.load import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.errors import LinkError
 from mdi.models.stage import LoadedStage
-from mdi.pipeline.sight import collect_rows, rows_of
+from mdi.node.encode import collect_rows, rows_of
 from mdi.rpc import codec, node_pb2
 
 

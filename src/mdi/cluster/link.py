@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,23 +20,23 @@ import grpc
 from google.protobuf.message import Message
 from torch import Tensor
 
+from mdi.cluster.delivery import Deliver
+from mdi.cluster.loop_thread import LoopThread
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
+from mdi.core.progress import Progress
 from mdi.core.status import NodeState, NodeStatus
 from mdi.core.tracing import Span
-from mdi.pipeline.link import Deliver
-from mdi.pipeline.loop_thread import LoopThread
 from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, MISSED_BEATS, open_channel
 from mdi.rpc.diagnose import why_unreachable
-from mdi.rpc.tls import Identity, open_channel
+from mdi.rpc.tls import Identity
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 POLL_S = 0.05
 RPC_TIMEOUT_S = 5.0
-HEARTBEAT_S = 1.0
-MISSED_BEATS = 3  # in a row: the node is lost
 STATES: dict[int, NodeState] = {
     node_pb2.NodeStatus.LOADING: "loading",
     node_pb2.NodeStatus.LOADED: "loaded",
@@ -44,9 +44,6 @@ STATES: dict[int, NodeState] = {
     node_pb2.NodeStatus.WAITING: "waiting",
     node_pb2.NodeStatus.RECEIVING: "receiving",
 }
-
-LoadProgress = Callable[[str, int, int], None]
-"""Told (node, bytes done, bytes in all) while nodes load."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class GrpcLink:
         self,
         settings: PipelineSettings,
         deliver: Deliver,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
         identity: Identity | None = None,
     ) -> None:
         self._settings = settings
@@ -107,7 +104,7 @@ class GrpcLink:
         settings: PipelineSettings,
         deliver: Deliver,
         *,
-        progress: LoadProgress | None = None,
+        progress: Progress | None = None,
         timeout_s: float = 600.0,
         identity: Identity | None = None,
     ) -> GrpcLink:
@@ -230,12 +227,10 @@ class Wiring:
         self._traffic = traffic
         self._over = False  # lost or closed: nothing more is delivered
         self._identity = identity
-        self._channels = [
-            open_channel(node.address, node.certificate, identity, codec.CHANNEL_OPTIONS) for node in nodes
-        ]
+        self._channels = [open_channel(node.address, node.certificate, identity, CHANNEL_OPTIONS) for node in nodes]
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self, progress: LoadProgress | None, deadline: float) -> None:
+    async def open(self, progress: Progress | None, deadline: float) -> None:
         """See `GrpcLink.connect`. Whatever happens, `close` it in the end."""
         loading = [self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))]
         await self._all(loading)
@@ -270,7 +265,7 @@ class Wiring:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _await_loaded(self, index: int, progress: LoadProgress | None, deadline: float) -> None:
+    async def _await_loaded(self, index: int, progress: Progress | None, deadline: float) -> None:
         node = self._nodes[index]
         while True:
             try:

@@ -14,48 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
 
+from mdi.cluster.launchers.base import Died
+from mdi.cluster.link import NodeAddress
 from mdi.core.errors import LinkError
 from mdi.core.status import NodeStatus
-from mdi.pipeline.grpc_link import NodeAddress
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.tls import VARIABLE, Identity
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 TAIL_BYTES = 4000
-
-Died = Callable[[LinkError], None]
-
-
-class Launcher(Protocol):
-    """Whoever brings nodes up, first and again."""
-
-    @property
-    def nodes(self) -> list[NodeAddress]:
-        """Where all of them listen, in pipeline order."""
-
-    def watch(self, died: Died) -> None:
-        """Calls back, from a thread, when a node ends before it was told to."""
-
-    def dead(self) -> set[str]:
-        """Names of the nodes that have ended."""
-
-    def restart(self, names: Collection[str], timeout_s: float) -> None:
-        """Ends these nodes, if they still run, and starts them anew; returns when they listen.
-
-        Raises LinkError with the name of one that cannot be started, or not within `timeout_s`.
-        """
-
-    def restarts(self, name: str) -> int:
-        """How often a node was started anew."""
-
-    def spares(self) -> list[NodeStatus]:
-        """Nodes without a place, there to take one."""
-
-    def close(self) -> None:
-        """Ends every node and waits for it. Safe to call twice."""
 
 
 class LocalLauncher:

@@ -15,8 +15,8 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import chunk_folder
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cli import app
-from mdi.cluster.by_hand import ByHand
-from mdi.cluster.nodes import NodesConfig
+from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import ConfigError
 from mdi.planning import hardware
 from mdi.planning.hardware import FILE_NAME, measure_hardware

@@ -18,12 +18,14 @@ from mdi.checkpoint.load import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.cluster.launcher import LocalLauncher
+from mdi.cluster.delivery import Delivery
+from mdi.cluster.launchers.local import LocalLauncher
+from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Draw, Result, Slice
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
-from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, GrpcLink, NodeAddress, PipelineSettings
-from mdi.pipeline.link import Delivery, LocalLink
+from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
+from tests.local_link import LocalLink
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")

@@ -13,12 +13,10 @@ import math
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
@@ -33,17 +31,29 @@ from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.batch import Batch, Result
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError, LinkError, MDIError
+from mdi.core.progress import Progress
 from mdi.core.tracing import BusyMeter, Recorder
 from mdi.layers.rope import Grid
 from mdi.models.stage import LoadedStage, Stage
 from mdi.models.vision import VisionTower
-from mdi.pipeline.grpc_link import HEARTBEAT_S, MISSED_BEATS, LoadProgress
-from mdi.pipeline.sight import collect_rows, embedding_pieces, rows_of, run_to_end
-from mdi.pipeline.weights import Intake
+from mdi.node.encode import collect_rows, embedding_pieces, rows_of, run_to_end
+from mdi.node.weights import Intake
 from mdi.planning.hardware import measure_hardware
 from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import (
+    CHANNEL_OPTIONS,
+    HEARTBEAT_S,
+    KEEPALIVE_OPTIONS,
+    MISSED_BEATS,
+    SERVER_OPTIONS,
+    CallerCheck,
+    add_port,
+    is_loopback,
+    open_channel,
+    peer_name,
+)
 from mdi.rpc.diagnose import why_unreachable
-from mdi.rpc.tls import NODE_NAME, VARIABLE, CallerCheck, Identity, add_port, open_channel, peer_name
+from mdi.rpc.tls import NODE_NAME, VARIABLE, Identity
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +88,7 @@ def serve_node(
     identity: Identity | None = None,
     cache: ChunkCache | None = None,
     hands_over: bool = False,
-    progress: LoadProgress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Serves a chunk's stage until told to stop (SIGTERM, SIGINT).
 
@@ -119,7 +129,7 @@ async def _serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    options = (*codec.CHANNEL_OPTIONS, *codec.SERVER_OPTIONS, ("grpc.so_reuseport", 0))
+    options = (*CHANNEL_OPTIONS, *SERVER_OPTIONS, ("grpc.so_reuseport", 0))
     server = grpc.aio.server(options=options, interceptors=[CallerCheck(CALLERS)] if identity else [])
     server.add_generic_rpc_handlers((node.handlers(),))
     port = _bind(server, listen, insecure, identity)
@@ -152,14 +162,6 @@ def _bind(server: grpc.aio.Server, listen: str, insecure: bool, identity: Identi
         ) from None
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is of this machine alone. Raises ConfigError when it is not known."""
-    try:
-        return all(ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host.strip("[]"), None))
-    except (OSError, ValueError):
-        raise ConfigError(f"the host {host!r} is not known here") from None
-
-
 def _end_with_standard_input() -> None:
     sys.stdin.buffer.read()
     os._exit(0)  # a node holds nothing worth saving, and its parent is gone
@@ -185,7 +187,7 @@ class Wiring:
 
     def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: codec.Traffic) -> None:
         """Begins to send what is put into `out` to the next node."""
-        options = (*codec.CHANNEL_OPTIONS, *codec.KEEPALIVE_OPTIONS)
+        options = (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS)
         self._next = next_address, next_name, identity
         self._channel = open_channel(*self._next, options)
         send = self._channel.stream_unary(codec.method("Batches"), request_serializer=traffic.serialize)
@@ -234,7 +236,7 @@ class Node:
         dtype: str | None,
         identity: Identity | None,
         cache: ChunkCache | None,
-        progress: LoadProgress,
+        progress: Progress,
     ) -> None:
         self._chunk = chunk
         self._device = device

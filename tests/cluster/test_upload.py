@@ -19,9 +19,9 @@ from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
-from mdi.cluster.by_hand import AwaitedNodes, ByHand
-from mdi.cluster.nodes import NodesConfig
-from mdi.cluster.visit import Chunks
+from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
+from mdi.cluster.node_client import Chunks
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import LinkError
 from tests.cluster.by_hand import NAMES, Machines, Process
 from tests.e2e.test_commands import ENVIRONMENT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Generator, Iterator
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -13,28 +12,6 @@ from mdi.core.errors import LinkError
 from mdi.layers.rope import Grid
 from mdi.models.stage import LoadedStage
 from mdi.rpc import codec, node_pb2
-
-
-async def encode_there(
-    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: codec.Traffic
-) -> Tensor:
-    """Has a vision node encode one image or video. rows: in the dtype of its weights -> [tokens, width] in the same.
-
-    digest: of the manifest that its weights are of. Raises LinkError when it cannot, AioRpcError when it is lost.
-    """
-    call = channel.stream_stream(
-        codec.method("Encode"),
-        request_serializer=traffic.serialize,
-        response_deserializer=traffic.parser(node_pb2.EmbeddingsPiece),
-    )(_row_pieces(digest, rows, grid))
-    data = bytearray()
-    async for piece in call:
-        if piece.error:
-            raise LinkError(piece.error)
-        data += piece.data
-    if not data or len(data) % (width * rows.itemsize):
-        raise LinkError(f"{len(data)} bytes of embeddings arrived, of {width} numbers a token")
-    return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
 
 
 async def collect_rows(pieces: AsyncIterator[node_pb2.EncodePiece]) -> tuple[str, Grid, bytearray]:
@@ -71,17 +48,6 @@ def run_to_end(steps: Generator[None, None, Tensor]) -> Tensor:
             next(steps)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
-
-
-async def _row_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[node_pb2.EncodePiece]:
-    first = True
-    for data in codec.pieces(rows):
-        yield (
-            node_pb2.EncodePiece(manifest_digest=digest, grid=grid, data=data)
-            if first
-            else node_pb2.EncodePiece(data=data)
-        )
-        first = False
 
 
 def _grid(piece: node_pb2.EncodePiece) -> Grid:

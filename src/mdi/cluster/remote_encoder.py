@@ -9,23 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import grpc
+import torch
 from torch import Tensor
 
-from mdi.cluster.visit import POLL_S, Chunks, Visit, Visitor
+from mdi.cluster.link import NodeAddress, node_status
+from mdi.cluster.loop_thread import LoopThread
+from mdi.cluster.node_client import POLL_S, Chunks, Visit, Visitor
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.layers.rope import Grid
-from mdi.pipeline.grpc_link import MISSED_BEATS, NodeAddress, node_status
-from mdi.pipeline.loop_thread import LoopThread
-from mdi.pipeline.sight import encode_there
-from mdi.rpc import codec
-from mdi.rpc.tls import Identity, open_channel
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, MISSED_BEATS, open_channel
+from mdi.rpc.tls import Identity
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class VisionNode:
             await self._until_ready(deadline_s, reason)
 
     async def _encode_once(self, rows: Tensor, grid: Grid) -> Tensor:
-        options = (*codec.CHANNEL_OPTIONS, *codec.KEEPALIVE_OPTIONS)
+        options = (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS)
         channel = open_channel(self._node.address, self._node.certificate, self._identity, options)
         encoding = asyncio.create_task(encode_there(channel, self._digest, rows, grid, self._width, self._traffic))
         silence = asyncio.create_task(self._silence.wait())
@@ -155,3 +156,36 @@ class VisionNode:
 
 def _said(error: LinkError | grpc.aio.AioRpcError) -> str:
     return str(error) if isinstance(error, LinkError) else "the link broke: did it end?"
+
+
+async def encode_there(
+    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: codec.Traffic
+) -> Tensor:
+    """Has a vision node encode one image or video. rows: in the dtype of its weights -> [tokens, width] in the same.
+
+    digest: of the manifest that its weights are of. Raises LinkError when it cannot, AioRpcError when it is lost.
+    """
+    call = channel.stream_stream(
+        codec.method("Encode"),
+        request_serializer=traffic.serialize,
+        response_deserializer=traffic.parser(node_pb2.EmbeddingsPiece),
+    )(_row_pieces(digest, rows, grid))
+    data = bytearray()
+    async for piece in call:
+        if piece.error:
+            raise LinkError(piece.error)
+        data += piece.data
+    if not data or len(data) % (width * rows.itemsize):
+        raise LinkError(f"{len(data)} bytes of embeddings arrived, of {width} numbers a token")
+    return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
+
+
+async def _row_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[node_pb2.EncodePiece]:
+    first = True
+    for data in codec.pieces(rows):
+        yield (
+            node_pb2.EncodePiece(manifest_digest=digest, grid=grid, data=data)
+            if first
+            else node_pb2.EncodePiece(data=data)
+        )
+        first = False

@@ -1,0 +1,33 @@
+"""A link without a network: later stages run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mdi.cluster.delivery import Deliver, Rewired
+from mdi.core.batch import Batch, Result, Token
+from mdi.models.stage import Stage
+
+
+class LocalLink:
+    """Runs the later stages in this process, inside `send`: one thread, no network, nothing to lose."""
+
+    def __init__(self, stages: Sequence[Stage], deliver: Deliver) -> None:
+        self._stages = stages
+        self._deliver = deliver
+
+    def send(self, batch: Batch, hidden: Tensor) -> None:
+        out: Tensor | tuple[Token, ...] = hidden
+        for stage in self._stages:
+            assert isinstance(out, Tensor)
+            out = stage.run(batch, out)
+        assert isinstance(out, tuple)
+        self._deliver(Result(batch.id, out))
+
+    def recover(self) -> None:
+        self._deliver(Rewired())
+
+    def close(self) -> None:
+        pass
