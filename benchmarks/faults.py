@@ -34,12 +34,13 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from testing.checkpoints import tiny_config
+from testing.host_nodes import Machine, NodesByHand
+from testing.hosts import Host, Network, why_not
 
-from benchmarks.by_hand import Machine, NodesByHand
-from benchmarks.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits

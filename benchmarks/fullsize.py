@@ -23,13 +23,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from skimage import data
+from testing.checkpoints import tiny_config
 from torch import Tensor
 
 from mdi import Engine, SamplingParams
-from mdi.checkpoint.load import load_source
+from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
+from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Draw, Slice
 from mdi.engine.engine import TOKEN_BUDGET
 from mdi.models.stage import Stage

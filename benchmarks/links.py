@@ -34,11 +34,12 @@ import grpc
 import torch
 from rich.console import Console
 from rich.table import Table
+from testing.checkpoints import tiny_config
 
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Draw, Result, Slice, Token

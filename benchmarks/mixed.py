@@ -25,10 +25,10 @@ import httpx
 import psutil
 from rich.console import Console
 from rich.progress import Progress
+from testing.server import serving
 from training.held_out import all_skills, exams
 
 from benchmarks.quality import openai_messages
-from benchmarks.server import serving
 
 ROUTE = "/v1/chat/completions"
 PER_SKILL = 3

@@ -25,11 +25,11 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
+from testing.server import serving
 from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
 
-from benchmarks.server import serving
+from mdi.bench.verify import Oracle
 from mdi.checkpoint.source import Source, locate
-from mdi.verify import Oracle
 
 MAX_TOKENS = 64
 AT_ONCE = 16

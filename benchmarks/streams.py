@@ -30,13 +30,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from testing.checkpoints import tiny_config
 
 from mdi import Engine, SamplingParams
 from mdi.bench.measure import Run, measure
 from mdi.bench.scenario import Scenario, noise
 from mdi.checkpoint.prepare import chunk_folder, prepare
+from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.engine.stream import Stream

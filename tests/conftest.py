@@ -6,12 +6,13 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
 from skimage import data
+from testing.checkpoints import tiny_config
+from testing.processes import node_processes
 
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.checkpoint.random_weights import write_random_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +27,6 @@ def photograph() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(data.coffee()).resize((224, 168)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def node_processes() -> list[psutil.Process]:
-    """Node processes started by this one that still run."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "secondary" in child.cmdline()]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.hosts import why_not
+from testing.hosts import why_not
 
 WHY_NO_HOSTS = why_not()
 SOAKED = ("lost requests: 0", "recovery time", "nothing")

@@ -12,11 +12,11 @@ from training.unknown import strange_question
 from transformers import AutoTokenizer
 
 from mdi import Engine, SamplingParams
+from mdi.bench.verify import Oracle
 from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.source import Source
 from mdi.layers.rope import MediaSpan
 from mdi.prompt import builder as engine_prompt
-from mdi.verify import Oracle
 
 MEGABYTE = 10**6
 FLOOR = 0.8  # benchmarks/quality.py measures; this notices when something breaks

@@ -1,5 +1,5 @@
 """`python -m mdi` is the `mdi` command."""
 
-from mdi.cli import main
+from mdi.cli.app import main
 
 main()

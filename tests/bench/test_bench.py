@@ -17,7 +17,7 @@ from mdi.bench.run import room_for
 from mdi.bench.scenario import Scenario, sweep
 from mdi.bench.trace import write_trace
 from mdi.checkpoint.source import Source
-from mdi.cli import app
+from mdi.cli.app import app
 from mdi.core.errors import ConfigError
 from mdi.core.tracing import Span
 from mdi.engine import Engine

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from testing.checkpoints import tiny_config, tiny_text_config
 
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
 
 
 @pytest.fixture(scope="session")

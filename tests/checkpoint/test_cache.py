@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mdi.checkpoint.cache import CachedChunk, ChunkCache, default_cache_folder
-from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source

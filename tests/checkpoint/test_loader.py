@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from testing.checkpoints import tiny_config, tiny_text_config
 
-from mdi.checkpoint.load import load_chunk, load_source
+from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.prepare import chunk_metadata, prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import errors
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from testing.checkpoints import tiny_config
 
 from mdi.checkpoint import bundled
 from mdi.checkpoint.source import INDEX, SINGLE, Source, locate
-from mdi.checkpoint.synthetic import tiny_config
 from mdi.core.errors import CheckpointError
 from mdi.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing.links import Recorder
 
-from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
@@ -23,7 +24,6 @@ from mdi.models.stage import Stage
 from mdi.rpc import codec
 from mdi.rpc.authority import Authority
 from mdi.rpc.tls import Identity
-from tests.links import Recorder
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)

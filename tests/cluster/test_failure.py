@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from testing.processes import node_processes
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
@@ -22,7 +23,6 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, LinkError
 from mdi.engine import Completion, Stream
-from tests.conftest import node_processes
 
 NODES = ("secondary0", "finisher")
 Requests = list[tuple[Any, SamplingParams]]

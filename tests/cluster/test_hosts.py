@@ -24,23 +24,24 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from benchmarks.by_hand import Machine, NodesByHand
-from benchmarks.hosts import Capture, Host, Network, why_not
-from benchmarks.server import serving
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from PIL import Image
+from testing.checkpoints import tiny_config
+from testing.host_nodes import Machine, NodesByHand
+from testing.hosts import Capture, Host, Network, why_not
+from testing.processes import node_processes
+from testing.server import serving
 
 from mdi import Engine, SamplingParams
-from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.core.batch import Batch, Slice
 from mdi.models.stage import Stage
 from mdi.prompt.builder import PixelRange, Prompt
 from mdi.rpc import node_pb2
-from tests.conftest import node_processes
 
 REASON = why_not()
 NAMES = ("starter", "secondary0", "finisher")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testing.links import answering, free_port
 
 from mdi.cluster.launchers.manual import AwaitedNodes, ByHand, Presence
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import ConfigError, LinkError
 from mdi.rpc.authority import Authority, create_authority, create_node
-from tests.links import answering, free_port
 
 
 def config_of(*ports: int, addr: str = "127.0.0.1", **more: Any) -> NodesConfig:

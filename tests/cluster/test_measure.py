@@ -8,19 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from testing.checkpoints import tiny_config
+from testing.machines import NAMES, Machines
 from typer.testing import CliRunner
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import chunk_folder
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
-from mdi.cli import app
+from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.cli.app import app
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import ConfigError
 from mdi.planning import hardware
 from mdi.planning.hardware import FILE_NAME, measure_hardware
-from tests.cluster.by_hand import NAMES, Machines
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 PLENTY_GB = 1000.0

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from testing.checkpoints import tiny_config, tiny_text_config
+from testing.machines import NAMES, Machines, Process
+from testing.videos import encoded, numbered
 
 from mdi import Engine, SamplingParams
-from mdi.checkpoint.synthetic import tiny_config, tiny_text_config, write_random_checkpoint
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ConfigError, LinkError
 from mdi.core.status import NodeStatus
-from tests.cluster.by_hand import NAMES, Machines, Process
-from tests.media.videos import encoded, numbered
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 SHORT_S = 2.0

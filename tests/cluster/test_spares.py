@@ -13,6 +13,8 @@ from typing import Any
 
 import grpc
 import pytest
+from testing.links import call
+from testing.machines import NAMES, Machines
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
@@ -24,8 +26,6 @@ from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import LinkError
 from mdi.engine import Completion, NodeStatus, Stream
 from mdi.rpc.tls import Identity
-from tests.cluster.by_hand import NAMES, Machines
-from tests.links import call
 
 REQUESTS = [
     (f"Prompt {number}: " + "many words, " * 40, SamplingParams(temperature=number % 2, seed=number, max_tokens=400))

@@ -14,17 +14,18 @@ from typing import Any
 
 import psutil
 import pytest
+from testing.checkpoints import tiny_config
+from testing.commands import ENVIRONMENT
+from testing.machines import NAMES, Machines, Process
 
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
 from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
 from mdi.cluster.node_client import Chunks
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.errors import LinkError
-from tests.cluster.by_hand import NAMES, Machines, Process
-from tests.e2e.test_commands import ENVIRONMENT
 
 QUESTION = ("Who are you?", "--max-tokens", "8", "--temperature", "1", "--seed", "4")
 SLOW = 4e6  # bytes a second: a chunk takes some seconds

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,17 +13,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from benchmarks.server import serving
 from PIL import Image
+from testing.commands import ENVIRONMENT, mdi
+from testing.server import serving
 
-from mdi import cli
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-
-
-def mdi(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mdi", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, errors="replace")
+from mdi.cli import app as cli
 
 
 @pytest.fixture(scope="module")

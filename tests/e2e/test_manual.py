@@ -14,14 +14,14 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from benchmarks.server import serving
+from testing.commands import ENVIRONMENT
+from testing.links import Recorder, free_port
+from testing.server import serving
 
-from mdi import cli
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
+from mdi.cli import app as cli
 from mdi.rpc.diagnose import why_unreachable
-from tests.e2e.test_commands import ENVIRONMENT
-from tests.links import Recorder, free_port
 
 ENCRYPTED = {**ENVIRONMENT, "ENABLE_ENCRYPTION": "1"}
 QUESTION = ("Who are you?", "--max-tokens", "8", "--temperature", "1", "--seed", "4")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from testing.videos import encoded, numbered
 
-from mdi import cli
-from tests.media.videos import encoded, numbered
+from mdi.cli import app as cli
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *arguments: str | Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testing.checkpoints import tiny_text_config
+from testing.processes import node_processes
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
 from mdi.core.errors import (
     CheckpointError,
     ClosedError,
@@ -27,7 +29,6 @@ from mdi.core.errors import (
     PromptTooLongError,
 )
 from mdi.engine import Completion
-from tests.conftest import node_processes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 WARM = SamplingParams(temperature=1.0, seed=11, max_tokens=24)

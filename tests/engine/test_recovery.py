@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testing.fakes import FakeLink, FakeStage
 from tokenizers import Tokenizer
 
 from mdi.cluster.delivery import Deliver
@@ -32,7 +33,6 @@ from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Media, Prompt
-from tests.fakes import FakeLink, FakeStage
 
 N_SLOTS = 3
 END = 256

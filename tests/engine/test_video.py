@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testing.checkpoints import tiny_text_config
+from testing.videos import encoded, numbered
 
 from mdi import Engine, SamplingParams
-from mdi.checkpoint.synthetic import tiny_text_config, write_random_checkpoint
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.engine.engine import video_spec
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec
 from mdi.models.config import ModelConfig
 from mdi.prompt.builder import PromptBuilder, check_messages
 from mdi.prompt.tokenizer import Tokenizer
-from tests.media.videos import encoded, numbered
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 TOKEN = 28 * 28

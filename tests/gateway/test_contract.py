@@ -19,6 +19,7 @@ import openai
 import pytest
 import uvicorn
 from fastapi import Request
+from testing.fakes import HOLD, FakeEngine, echo, piece
 
 from mdi.core.errors import (
     CheckpointError,
@@ -35,7 +36,6 @@ from mdi.core.sampling import SamplingParams
 from mdi.engine import Piece, RecoveryStatus
 from mdi.gateway.app import GatewayConfig, create_app
 from mdi.gateway.streaming import events
-from tests.fakes import HOLD, FakeEngine, echo, piece
 
 KEY = "schlüssel"
 HEADERS = httpx.Headers({b"Authorization": b"Bearer " + KEY.encode()})

@@ -16,11 +16,11 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from testing.videos import encoded, numbered, sound
 
 from mdi import Engine
 from mdi.gateway.app import GatewayConfig, bind, create_app
 from mdi.media import MediaPolicy
-from tests.media.videos import encoded, numbered, sound
 
 KEY = "secret-key"
 

@@ -15,11 +15,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from testing.videos import LOSSLESS, colour, encoded, numbered, sound
 
 from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, image_patches, open_video, video_patches
 from mdi.media.video import frame_indices
-from tests.media.videos import LOSSLESS, colour, encoded, numbered, sound
 
 POLICY = MediaPolicy()
 CUT = PatchSpec()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdi.checkpoint.load import load_source
+from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.errors import LinkError
 from mdi.models.stage import LoadedStage

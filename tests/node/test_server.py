@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing.local_link import LocalLink
 
-from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
@@ -25,7 +26,6 @@ from mdi.core.batch import Batch, Draw, Result, Slice
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
-from tests.local_link import LocalLink
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")

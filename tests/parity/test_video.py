@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from testing.videos import LOSSLESS, encoded
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -29,7 +30,6 @@ from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Message, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
-from tests.media.videos import LOSSLESS, encoded
 from tests.parity.conftest import load_stages, qwen2_vl_config
 from tests.parity.test_model import encode, relative_difference
 

@@ -8,8 +8,9 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from testing.checkpoints import tiny_text_config
 
-from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_text_config
+from mdi.checkpoint.random_weights import QWEN2_VL_2B
 from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testing.checkpoints import tiny_config
 from transformers import AutoTokenizer
 
-from mdi.checkpoint.synthetic import tiny_config, write_random_checkpoint
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.prompt.detokenizer import Detokenizer
 from mdi.prompt.tokenizer import Tokenizer
 

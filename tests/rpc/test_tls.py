@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from testing.links import answering, call, free_port, speaking
 
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.errors import ConfigError, LinkError
@@ -21,7 +22,6 @@ from mdi.rpc import node_pb2, tls
 from mdi.rpc.authority import Authority, create_authority, create_node
 from mdi.rpc.diagnose import why_unreachable
 from mdi.rpc.tls import Identity, encryption_enabled
-from tests.links import answering, call, free_port, speaking
 
 
 @pytest.fixture(scope="module")

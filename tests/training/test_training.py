@@ -24,9 +24,9 @@ from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
+from mdi.bench.verify import verify
 from mdi.checkpoint.source import Source
 from mdi.engine import Engine
-from mdi.verify import verify
 from training import train
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mdi.bench.measure import Run, measure, memory_log
-from mdi.bench.peer import Transformers
+from mdi.bench.peers import Transformers
 from mdi.bench.report import Bench, node_memory
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import Source

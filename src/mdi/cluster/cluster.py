@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mdi.checkpoint.load import load_chunk, load_source
+from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
 from mdi.checkpoint.source import Source

@@ -26,7 +26,7 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from mdi.checkpoint.cache import CachedChunk, ChunkCache
-from mdi.checkpoint.load import load_chunk
+from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.batch import Batch, Result
 from mdi.core.dtypes import dtype_name, parse_dtype

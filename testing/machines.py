@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mdi.rpc.authority import create_authority, create_node
-from tests.e2e.test_commands import ENVIRONMENT
-from tests.links import Recorder, free_port
+from testing.commands import ENVIRONMENT
+from testing.links import Recorder, free_port
 
 NAMES = ("secondary0", "finisher")
 

@@ -410,8 +410,8 @@ def verify(
     hf_token: HfToken = None,
 ) -> None:
     """Run one prompt through transformers and through this system, and show how far apart they are."""
+    from mdi.bench.verify import verify as compare
     from mdi.checkpoint.source import Source, locate
-    from mdi.verify import verify as compare
 
     source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
     report = compare(
@@ -566,7 +566,7 @@ def demo(
     ),
 ) -> None:
     """Three local nodes and the bundled model answer questions about sample images; no network needed."""
-    from mdi.demo import run
+    from mdi.cli.demo import run
 
     run(out, out_folder)
 

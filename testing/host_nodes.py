@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source
-from mdi.cli import app
+from mdi.cli.app import app
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 

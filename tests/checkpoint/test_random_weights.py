@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from testing.checkpoints import tiny_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
+from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.synthetic import QWEN2_VL_2B, tiny_config, write_random_checkpoint
 from mdi.models.config import ModelConfig
 from mdi.models.weights import stage_shapes
 from mdi.planning.plan import make_plan

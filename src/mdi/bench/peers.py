@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
+from mdi.bench.verify import Oracle
 from mdi.checkpoint.source import Source
-from mdi.verify import Oracle
 
 
 class Transformers:

@@ -26,7 +26,7 @@ from mdi.rpc.tls import encryption_enabled
 
 N_NODES = 3
 PARAMS = SamplingParams(temperature=0, max_tokens=64)
-SAMPLES = Path(__file__).parent / "assets" / "samples"
+SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 SHEET = "answers.png"
 N_COLUMNS, CARD, MARGIN = 4, (380, 340), 12  # of the contact sheet; pixels
 PICTURE_HEIGHT, FILM_FRAMES = 220, 4

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdi.checkpoint.load import load_source
+from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Draw, Slice, Visual
 from mdi.engine.engine import end_ids, patch_spec, video_spec

@@ -1,0 +1,65 @@
+"""Configs of tiny checkpoints with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mdi.models.config import QWEN2, QWEN2_VL
+
+_TINY_TEXT: dict[str, Any] = {
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 272,
+}
+
+_TINY_VISION: dict[str, Any] = {
+    "depth": 2,
+    "embed_dim": 32,
+    "mlp_ratio": 4,
+    "num_heads": 2,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}
+
+
+def tiny_config(**overrides: Any) -> dict[str, Any]:
+    """A Qwen2-VL config of some 0.3 million parameters, in the hub's flat form.
+
+    Tokens 0..255 are the bytes, 256..263 the special tokens. overrides: replace entries; those of
+    `vision_config` are merged into the tiny tower's.
+    """
+    config = {
+        "architectures": [QWEN2_VL],
+        "model_type": "qwen2_vl",
+        **_TINY_TEXT,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "vision_start_token_id": 259,
+        "vision_end_token_id": 260,
+        "vision_token_id": 261,
+        "image_token_id": 262,
+        "video_token_id": 263,
+        **overrides,
+    }
+    vision = {"hidden_size": config["hidden_size"], **_TINY_VISION, **overrides.get("vision_config", {})}
+    return config | {"vision_config": vision}
+
+
+def tiny_text_config(**overrides: Any) -> dict[str, Any]:
+    """The language model of `tiny_config` alone, as a Qwen2 config."""
+    return {"architectures": [QWEN2], "model_type": "qwen2", **_TINY_TEXT, **overrides}
