@@ -31,12 +31,12 @@ from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import Source
-from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Slice, Token, TokenSampling
 from mdi.engine.engine import TOKEN_BUDGET
 from mdi.models.stage import Stage
 from mdi.models.weights import EMBEDDING, LM_HEAD
 
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 N_NODES = 3
 IMAGE_SIDE = 448
 TARGETS = {"image encode": 1.5, "prefill": 1.2, "decode": 1.45}
@@ -226,20 +226,19 @@ class Ours:
         self.length = 0
         *first, last = torch.split(ids, TOKEN_BUDGET)
         for chunk in first:
-            self._step(chunk, draw=None)
+            self._step(chunk, samples=False)
         self._step(last)
 
     def decode(self, n_tokens: int) -> None:
         token = 5
         for _ in range(n_tokens):
-            [drawn] = self._step(torch.tensor([token]))
-            token = drawn.id
+            token = self._step(torch.tensor([token]))[0].id
 
-    def _step(self, ids: Tensor, draw: Draw | None = GREEDY) -> Any:
+    def _step(self, ids: Tensor, *, samples: bool = True) -> tuple[Token, ...]:
         positions = torch.arange(self.length, self.length + len(ids)).expand(3, -1)
-        batch = Batch(0, (Slice(0, self.length, len(ids), draw),), positions)
+        batch = Batch(0, (Slice(0, self.length, len(ids), (GREEDY,) * samples),), positions)
         self.length += len(ids)
-        return self.stage.run(batch, self.stage.embed(ids))
+        return self.stage.sample(batch, self.stage.run(batch, self.stage.embed(ids)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.core.batch import Batch, Draw, Result, Slice, Token
+from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
 from mdi.core.tracing import BusyMeter
 from mdi.models.stage import LoadedStage
 from mdi.node import server as node_module
@@ -56,7 +56,7 @@ WIDTH = 1536  # Qwen2-VL-2B in bfloat16: 3 KiB a token
 DECODE_TOKENS, PREFILL_TOKENS = 1, 1707
 SEQUENCE_LENGTH = 2048
 DECODE_ROUNDS_EACH = 8  # decode messages for every prefill message
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 LARGEST = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 METHOD = "/bare.Stream/Hop"
 STAMP = struct.Struct("<d")
@@ -164,7 +164,7 @@ class OurLink:
         """Seconds."""
         positions = torch.arange(len(hidden)).expand(3, -1)
         began_s = time.monotonic()
-        self._link.send(Batch(1, (Slice(0, 0, len(hidden), GREEDY),), positions), hidden)
+        self._link.send(Batch(1, (Slice(0, 0, len(hidden), (GREEDY,)),), positions), hidden)
         result = self._inbox.get(timeout=60)
         assert isinstance(result, Result), result
         return result.tokens[0].logprob - began_s

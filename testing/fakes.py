@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
-from mdi.core.batch import Batch, Draw, Result, Token, Visual
+from mdi.core.batch import Batch, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.sampling import SamplingParams
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
@@ -247,12 +247,11 @@ class FakeLink:
             cache[part.start :] = map(tuple, rows.tolist())
             first += part.length
             self.computed += part.length
-            if part.draw:
-                tokens.append(_drawn(cache, part.draw))
+            tokens += [_drawn(cache, sampling) for sampling in part.samplings]
         return Result(batch.id, tuple(tokens))
 
 
-def _drawn(cache: list[tuple[float, ...]], draw: Draw) -> Token:
+def _drawn(cache: list[tuple[float, ...]], draw: TokenSampling) -> Token:
     """A small letter, decided by everything computed so far, and by seed, sample and position unless greedy."""
     chance = (draw.seed, draw.sample, draw.position) if draw.temperature else ()
     return Token(97 + sha256(repr((cache, chance)).encode()).digest()[0] % 26, -1.0)

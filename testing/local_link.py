@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, Rewired
-from mdi.core.batch import Batch, Result, Token
+from mdi.core.batch import Batch, Result
 from mdi.models.stage import Stage
 
 
@@ -19,12 +19,9 @@ class LocalLink:
         self._deliver = deliver
 
     def send(self, batch: Batch, hidden: Tensor) -> None:
-        out: Tensor | tuple[Token, ...] = hidden
         for stage in self._stages:
-            assert isinstance(out, Tensor)
-            out = stage.run(batch, out)
-        assert isinstance(out, tuple)
-        self._deliver(Result(batch.id, out))
+            hidden = stage.run(batch, hidden)
+        self._deliver(Result(batch.id, self._stages[-1].sample(batch, hidden)))
 
     def recover(self) -> None:
         self._deliver(Rewired())

@@ -19,14 +19,14 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.core.batch import Batch, Draw, Result, Slice
+from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.models.stage import Stage
 from mdi.rpc import codec
 from mdi.rpc.authority import Authority
 from mdi.rpc.tls import Identity
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 N_TOKENS = 40
 
 
@@ -64,7 +64,7 @@ class Run:
 def _send(chunk: Path, nodes: list[NodeAddress], digest: str, identity: Identity | None) -> tuple[torch.Tensor, Result]:
     inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
     first = Stage(load_chunk(chunk), n_slots=1, sequence_length=64)
-    batch = Batch(7, (Slice(0, 0, N_TOKENS, GREEDY),), torch.arange(N_TOKENS).repeat(3, 1))
+    batch = Batch(7, (Slice(0, 0, N_TOKENS, (GREEDY,)),), torch.arange(N_TOKENS).repeat(3, 1))
     hidden = first.run(batch, first.embed(torch.arange(N_TOKENS)))
     assert isinstance(hidden, torch.Tensor)
     link = GrpcLink.connect(nodes, PipelineSettings(digest, 1, 64), inbox.put, identity=identity)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from mdi.core.batch import Adjustment, Draw
+from mdi.core.batch import LogitAdjustment, TokenSampling
 from mdi.layers import sampler
 from mdi.layers.sampler import sample, uniform
 
-PLAIN = Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, sample=0, position=0)
+PLAIN = TokenSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, sample=0, position=0)
 
 
-def draws(n: int, **changes: float) -> list[Draw]:
+def draws(n: int, **changes: float) -> list[TokenSampling]:
     return [replace(PLAIN, position=position, **changes) for position in range(n)]  # type: ignore[arg-type]
 
 
@@ -78,9 +78,11 @@ def test_looking_at_the_likeliest_first_changes_no_draw(
     assert sample(logits, draws(200, **changes)) == shortcut
 
 
-def adjustment(seen: dict[int, int] | None = None, biases: dict[int, float] | None = None, **penalties: float) -> Draw:
+def adjustment(
+    seen: dict[int, int] | None = None, biases: dict[int, float] | None = None, **penalties: float
+) -> TokenSampling:
     seen, biases = seen or {}, biases or {}
-    made = Adjustment(
+    made = LogitAdjustment(
         penalties.get("repetition", 1.0),
         penalties.get("presence", 0.0),
         penalties.get("frequency", 0.0),
@@ -126,10 +128,10 @@ def test_logprobs_are_the_models_own_whatever_is_adjusted() -> None:
     expected = logits[0].log_softmax(-1)
     values, ids = expected.topk(3)
     assert token.logprob == pytest.approx(float(expected[5]))
-    assert [token_id for token_id, _ in token.top] == ids.tolist()
-    assert [logprob for _, logprob in token.top] == pytest.approx(values.tolist())
+    assert [token_id for token_id, _ in token.top_logprobs] == ids.tolist()
+    assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(values.tolist())
 
 
 def test_no_more_likeliest_tokens_are_told_than_there_are() -> None:
     [token] = sample(torch.randn(1, 4), [replace(PLAIN, top_logprobs=20)])
-    assert len(token.top) == 4
+    assert len(token.top_logprobs) == 4

@@ -22,7 +22,7 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
-from mdi.core.batch import Batch, Draw, Result, Slice
+from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
@@ -30,7 +30,7 @@ from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")
 LENGTH = 128
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def stage_of(chunk: Path) -> Stage:
 
 def batches(n_batches: int) -> Iterator[Batch]:
     """One prefill of ten tokens in every slot, then decode steps of alternating pairs of slots."""
-    yield Batch(0, tuple(Slice(slot, 0, 10, GREEDY) for slot in range(4)), torch.arange(10).repeat(3, 4))
+    yield Batch(0, tuple(Slice(slot, 0, 10, (GREEDY,)) for slot in range(4)), torch.arange(10).repeat(3, 4))
     for index in range(1, n_batches):
         step = 10 + (index - 1) // 2
         pair = (0, 1) if index % 2 else (2, 3)
-        yield Batch(index, tuple(Slice(slot, step, 1, GREEDY) for slot in pair), torch.full((3, 2), step))
+        yield Batch(index, tuple(Slice(slot, step, 1, (GREEDY,)) for slot in pair), torch.full((3, 2), step))
 
 
 def test_batches_in_flight_come_back_in_order_with_the_tokens_of_one_process(
@@ -120,7 +120,7 @@ def test_a_batch_that_a_node_cannot_compute_is_reported_and_the_node_lives(
     good = next(batches(1))
     hidden = first.run(good, first.embed(torch.zeros(40, dtype=torch.int64)))
     assert isinstance(hidden, torch.Tensor)
-    link.send(Batch(5, (Slice(99, 0, 40, GREEDY),), good.positions), hidden)  # there is no slot 99
+    link.send(Batch(5, (Slice(99, 0, 40, (GREEDY,)),), good.positions), hidden)  # there is no slot 99
     error = inbox.get(timeout=30)
     assert isinstance(error, LinkError)
     assert "secondary0" in str(error)
@@ -191,7 +191,7 @@ def test_a_node_busy_for_longer_than_the_silence_allowed_is_not_lost(
     n_tokens = 24_000
     inbox = Inbox()
     link = GrpcLink.connect(launcher.nodes, settings_of(chunks, sequence_length=n_tokens), inbox.put)
-    batch = Batch(0, (Slice(0, 0, n_tokens, GREEDY),), torch.arange(n_tokens).repeat(3, 1))
+    batch = Batch(0, (Slice(0, 0, n_tokens, (GREEDY,)),), torch.arange(n_tokens).repeat(3, 1))
     started = time.monotonic()
     link.send(batch, torch.randn(n_tokens, 64))
     assert isinstance(inbox.get(timeout=200), Result)
@@ -209,7 +209,7 @@ def test_what_is_in_flight_in_an_old_epoch_touches_nothing_of_the_next(
     reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
     generator = torch.Generator().manual_seed(0)
     for index in range(40):  # long enough to be computed when the wires are pulled
-        old = Batch(index, tuple(Slice(slot, 0, 100, GREEDY) for slot in range(4)), torch.arange(100).repeat(3, 4))
+        old = Batch(index, tuple(Slice(slot, 0, 100, (GREEDY,)) for slot in range(4)), torch.arange(100).repeat(3, 4))
         link.send(old, torch.randn(400, 64, generator=generator))
     link.unwire()
     link.wire(launcher.nodes, timeout_s=60)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
-from mdi.core.batch import Batch, Draw, Slice, Token, Visual
+from mdi.core.batch import Batch, Slice, Token, TokenSampling, Visual
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.models.stage import Stage
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages, qwen2_vl_config
 
-GREEDY = Draw(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, sample=0, position=0)
 
 
 def random_rows(grid: Grid, seed: int = 0) -> Tensor:
@@ -85,24 +85,21 @@ PROMPTS = {
 
 
 def run_chain(stages: Sequence[Stage], batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
-    out: Tensor | tuple[Token, ...] = hidden
     for stage in stages:
-        assert isinstance(out, Tensor)
-        out = stage.run(batch, out)
-    assert isinstance(out, tuple)
-    return out
+        hidden = stage.run(batch, hidden)
+    return stages[-1].sample(batch, hidden)
 
 
 def greedy_tokens(stages: Sequence[Stage], prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:
     """Every prompt in a slot of its own, all in one packed batch a step."""
-    slices = tuple(Slice(slot, 0, len(prompt.ids), GREEDY) for slot, prompt in enumerate(prompts))
+    slices = tuple(Slice(slot, 0, len(prompt.ids), (GREEDY,)) for slot, prompt in enumerate(prompts))
     positions = torch.cat([prompt.positions for prompt in prompts], dim=1)
     embedded = [stages[0].embed(torch.tensor(prompt.ids), prompt.visuals(stages[0])) for prompt in prompts]
     tokens = run_chain(stages, Batch(0, slices, positions), torch.cat(embedded))
     answers = [[token.id] for token in tokens]
     for step in range(1, n_tokens):
         starts = [len(prompt.ids) + step - 1 for prompt in prompts]
-        slices = tuple(Slice(slot, start, 1, GREEDY) for slot, start in enumerate(starts))
+        slices = tuple(Slice(slot, start, 1, (GREEDY,)) for slot, start in enumerate(starts))
         positions = torch.tensor([start + prompt.delta for start, prompt in zip(starts, prompts, strict=True)])
         hidden = stages[0].embed(torch.tensor([answer[-1] for answer in answers]))
         tokens = run_chain(stages, Batch(step, slices, positions.expand(3, -1)), hidden)

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mdi.core.batch import Batch, Draw, Result, Slice, Token
+from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.rpc import codec, node_pb2
 
 SOURCE = Path(codec.__file__).parents[2]
 WIDTH = 8
 
-draws = st.builds(
-    Draw,
+samplings = st.builds(
+    TokenSampling,
     temperature=st.floats(0, 100),
     top_k=st.integers(0, 2**31),
     top_p=st.floats(0, 1, exclude_min=True),
@@ -30,7 +30,11 @@ draws = st.builds(
     position=st.integers(0, 2**31 - 1),
 )
 slices = st.builds(
-    Slice, slot=st.integers(0, 999), start=st.integers(0, 2**20), length=st.integers(1, 40), draw=st.none() | draws
+    Slice,
+    slot=st.integers(0, 999),
+    start=st.integers(0, 2**20),
+    length=st.integers(1, 40),
+    samplings=st.just(()) | st.tuples(samplings),
 )
 
 
@@ -87,7 +91,7 @@ def test_a_failure_names_its_node() -> None:
 @settings(max_examples=300, deadline=None)
 @given(position=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.integers(0, 40))
 def test_damaged_bytes_are_refused_or_harmless(position: int, change: int, cut: int) -> None:
-    batch, hidden = batch_of(Slice(1, 2, 3), Slice(4, 5, 6, Draw(1.0, 0, 1.0, 0.0, 1, 2, 3)))
+    batch, hidden = batch_of(Slice(1, 2, 3), Slice(4, 5, 6, (TokenSampling(1.0, 0, 1.0, 0.0, 1, 2, 3),)))
     [piece] = codec.encode_batch(batch, hidden, epoch=1)
     data = bytearray(codec.serialize(piece))
     data[position % len(data)] ^= change
@@ -162,10 +166,10 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
         "grpc_tools.protoc",
         f"-I{SOURCE}",
         f"--python_out={tmp_path}",
-        "mdi/pipeline/codec.proto",
+        "mdi/rpc/node.proto",
     ]
     subprocess.run(command, check=True, cwd=SOURCE)
-    made, kept = (path / "mdi/pipeline/node_pb2.py" for path in (tmp_path, SOURCE))
+    made, kept = (path / "mdi/rpc/node_pb2.py" for path in (tmp_path, SOURCE))
     descriptors = [
         [line for line in path.read_text().splitlines() if "AddSerializedFile" in line] for path in (made, kept)
     ]

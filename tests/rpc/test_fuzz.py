@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdi.core.batch import Batch, Draw, Slice
+from mdi.core.batch import Batch, Slice, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.rpc import channel, codec, node_pb2
 
@@ -23,7 +23,7 @@ MOST_BESIDES = 2**18
 DEADLINE_MS = 2000
 
 numbers = st.sampled_from([0, 1, 2, 3, 2**16, 2**31 - 1, 2**32 - 1]) | st.integers(0, 2**32 - 1)
-draws = st.builds(
+samplings = st.builds(
     node_pb2.TokenSampling,
     temperature=st.floats(),
     top_k=numbers,
@@ -31,7 +31,9 @@ draws = st.builds(
     min_p=st.floats(),
     position=numbers,
 )
-slices = st.builds(node_pb2.Slice, slot=numbers, start=numbers, length=numbers, draw=st.none() | draws)
+slices = st.builds(
+    node_pb2.Slice, slot=numbers, start=numbers, length=numbers, samplings=st.lists(samplings, max_size=2)
+)
 headers = st.builds(
     node_pb2.BatchHeader,
     slices=st.lists(slices, max_size=4),
@@ -51,7 +53,7 @@ strange = st.builds(
 
 def good_pieces() -> list[bytes]:
     """A batch of three pieces, as a node would send it."""
-    parts = (Slice(1, 2, 3), Slice(4, 5, 6, Draw(1.0, 0, 1.0, 0.0, 1, 2, 3)))
+    parts = (Slice(1, 2, 3), Slice(4, 5, 6, (TokenSampling(1.0, 0, 1.0, 0.0, 1, 2, 3),)))
     batch = Batch(1, parts, torch.arange(27).view(3, 9))
     [whole] = codec.encode_batch(batch, torch.ones(9, WIDTH), epoch=1)
     cut = [whole.data[start : start + 96] for start in range(0, len(whole.data), 96)]

@@ -18,6 +18,7 @@ COLORS: dict[Work, str] = {
     "encode": "#e6a817",
     "prefill": "#3f7fbf",
     "decode": "#4aa564",
+    "sample": "#8e5ea2",
 }
 
 

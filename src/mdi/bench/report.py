@@ -106,7 +106,7 @@ class Bench:
         return table
 
     def _nodes_table(self) -> Table:
-        works = ("fetch", "preprocess", "encode", "prefill", "decode")
+        works = ("fetch", "preprocess", "encode", "prefill", "decode", "sample")
         table = Table("work", "node", *works, "idle", "per hop", title="seconds of each node")
         for run in self.runs:
             for index, (name, times) in enumerate(node_times(run).items()):

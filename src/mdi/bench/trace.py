@@ -12,7 +12,14 @@ from typing import Any
 
 from mdi.bench.measure import Run
 
-ROWS = {"decode": 0, "prefill": 0, "encode": 0, "fetch": 1, "preprocess": 1}  # media threads work beside the stage
+ROWS = {
+    "decode": 0,
+    "prefill": 0,
+    "sample": 0,
+    "encode": 0,
+    "fetch": 1,
+    "preprocess": 1,
+}  # media threads work beside the stage
 PAUSE_S = 1.0  # between scenarios
 
 

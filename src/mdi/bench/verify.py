@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.source import Source
-from mdi.core.batch import Batch, Draw, Slice, Visual
+from mdi.core.batch import Batch, Slice, TokenSampling, Visual
 from mdi.engine.engine import end_ids, patch_spec, video_spec
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, decode_image, fetch, open_video
@@ -27,7 +27,7 @@ from mdi.prompt.builder import Message, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 CHUNK = 512
-GREEDY = Draw(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
 

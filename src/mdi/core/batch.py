@@ -13,28 +13,29 @@ if TYPE_CHECKING:  # who only describes a batch does not need torch
 
 
 @dataclass(frozen=True, slots=True)
-class Adjustment:
-    """What is done to one row of logits before a draw: penalties for the tokens of `seen`, then biases.
+class LogitAdjustment:
+    """What is done to one row of logits before a token is drawn: penalties for `penalised_ids`, then biases.
 
-    seen: different tokens, of prompt and answer; counts: how often each is in the answer. The penalties are those of
-    `SamplingParams`. biases: added to the logits of `biased`; minus infinity forbids a token.
+    penalised_ids: distinct tokens of prompt and answer; counts: how often each is in the answer. The penalties are
+    those of `SamplingParams`. biases: added to the logits of `biased_ids`; minus infinity forbids a token.
     """
 
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    seen: tuple[int, ...]
+    penalised_ids: tuple[int, ...]
     counts: tuple[int, ...]
-    biased: tuple[int, ...]
+    biased_ids: tuple[int, ...]
     biases: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class TokenSampling:
     """How one token is drawn. (seed, sample, position) decides the random number, whatever the batch or node.
 
-    position: tokens of the sequence before the drawn one. sample: which of a request's n samples this is.
-    top_logprobs: how many of the likeliest tokens are told with it.
+    sample: index among the request's n samples. position: tokens of the sequence before the drawn one.
+    top_logprobs: how many of the likeliest tokens are reported with it.
+    token_mask: the tokens that are allowed, one bit each, token 0 in the lowest bit of the first byte; None allows all.
     """
 
     temperature: float
@@ -45,20 +46,22 @@ class Draw:
     sample: int
     position: int
     top_logprobs: int = 0
-    adjustment: Adjustment | None = None
+    adjustment: LogitAdjustment | None = None
+    token_mask: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
     """The part of one sequence that one batch computes: `length` tokens from position `start` of the slot's KV cache.
 
-    draw: how to sample after the slice's last token; None in the middle of a prefill.
+    samplings: how to draw after each of the slice's last tokens, at most `length` of them: one in decode, several where
+    draft tokens are verified, none in the middle of a prefill.
     """
 
     slot: int
     start: int
     length: int
-    draw: Draw | None = None
+    samplings: tuple[TokenSampling, ...] = ()
 
     @property
     def end(self) -> int:
@@ -96,18 +99,18 @@ class Batch:
         return any(part.length > 1 for part in self.slices)
 
     @property
-    def drawn_rows(self) -> list[int]:
-        """Rows of the packed batch whose logits are sampled: the last one of each slice that draws."""
-        rows, end = [], 0
+    def sampled_rows(self) -> list[int]:
+        """Rows of the packed batch whose logits are sampled: the last ones of each slice with samplings."""
+        rows, end = list[int](), 0
         for part in self.slices:
             end += part.length
-            if part.draw is not None:
-                rows.append(end - 1)
+            rows += range(end - len(part.samplings), end)
         return rows
 
     @property
-    def draws(self) -> list[Draw]:
-        return [part.draw for part in self.slices if part.draw is not None]
+    def samplings(self) -> list[TokenSampling]:
+        """How a token is drawn from each of `sampled_rows`."""
+        return [sampling for part in self.slices for sampling in part.samplings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +128,17 @@ class Visual:
 class Token:
     """A drawn token and the natural logarithm of its probability under the model, before adjustment and filters.
 
-    top: the likeliest tokens, in falling order, and theirs.
+    top_logprobs: the likeliest tokens and their logprobs, likeliest first.
     """
 
     id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The drawn tokens of a batch: one per slice that draws, in the slices' order."""
+    """The drawn tokens of a batch: one for each of its samplings, in order."""
 
     batch_id: int
     tokens: tuple[Token, ...]

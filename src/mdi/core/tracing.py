@@ -11,7 +11,7 @@ from typing import Literal
 SHORTEST_SAMPLE_S = 0.5
 KEPT = 50_000  # spans that nobody has taken; 2 MB as a message
 
-Work = Literal["fetch", "preprocess", "encode", "prefill", "decode"]
+Work = Literal["fetch", "preprocess", "encode", "prefill", "decode", "sample"]
 
 
 @dataclass(frozen=True, slots=True)

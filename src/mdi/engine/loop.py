@@ -208,11 +208,10 @@ class StepLoop:
         out = self._stage.run(batch, hidden)
         self._prefill_budget.note(batch.n_tokens, time.perf_counter() - started_s)
         self._scheduler.prefill_budget = self._prefill_budget.tokens
-        if isinstance(out, Tensor):
-            assert self._link is not None
+        if self._link:
             self._link.send(batch, out)
         else:
-            self._collect(Result(batch.id, out))
+            self._collect(Result(batch.id, self._stage.sample(batch, out)))
         return True
 
     def _pack(self, work: list[Work[Sequence]]) -> tuple[Batch, Tensor]:
@@ -221,7 +220,7 @@ class StepLoop:
         for item in work:
             sequence, start, end = item.sequence, item.start, item.start + item.length
             assert sequence.slot is not None
-            slices.append(Slice(sequence.slot, start, item.length, sequence.draw() if item.samples else None))
+            slices.append(Slice(sequence.slot, start, item.length, (sequence.sampling(),) if item.samples else ()))
             positions.append(_positions(sequence, start, end))
             visuals += _visuals(sequence, start, end, row=len(token_ids))
             token_ids += sequence.token_ids(start, end)

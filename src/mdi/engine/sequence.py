@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mdi.core.batch import Adjustment, Draw, Token
+from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import SamplingParams
 from mdi.engine.stream import Stream
@@ -99,14 +99,14 @@ class Sequence:
         prompt = self.prompt.token_ids
         return [*prompt[start:end], *self.generated[max(0, start - len(prompt)) : max(0, end - len(prompt))]]
 
-    def draw(self) -> Draw:
+    def sampling(self) -> TokenSampling:
         """How the token after all known ones is drawn."""
         params = self.request.params
         assert params.temperature is not None
         assert params.top_k is not None
         assert params.top_p is not None
         assert params.min_p is not None
-        return Draw(
+        return TokenSampling(
             params.temperature,
             params.top_k,
             params.top_p,
@@ -118,7 +118,7 @@ class Sequence:
             adjustment=self._adjustment(),
         )
 
-    def _adjustment(self) -> Adjustment | None:
+    def _adjustment(self) -> LogitAdjustment | None:
         params = self.request.params
         assert params.repetition_penalty is not None
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
@@ -128,7 +128,7 @@ class Sequence:
         if not penalised and not biases:
             return None
         seen = self._seen if penalised else {}
-        return Adjustment(
+        return LogitAdjustment(
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
@@ -159,7 +159,7 @@ class Sequence:
             text,
             tuple(token.id for token in tokens),
             tuple(token.logprob for token in tokens),
-            tuple(token.top for token in tokens),
+            tuple(token.top_logprobs for token in tokens),
             times_s,
             reason,
         )

@@ -8,58 +8,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Adjustment, Draw, Token
+from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 
 HEAD_SIZE = 1024
 """Likeliest tokens looked at first; the whole vocabulary is sorted only when a draw falls behind them."""
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Token, ...]:
-    """Draws one token per row. logits: [rows, vocab_size] in any float dtype; draws: one per row."""
+def sample(logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
+    """Draws one token per row. logits: [rows, vocab_size] in any float dtype; samplings: one per row."""
     logits = logits.float()
-    adjusted = _adjusted(logits, draws)
+    adjusted = _adjusted(logits, samplings)
     greedy = adjusted.argmax(-1).tolist()
     picked = [
-        best if draw.temperature == 0 else _draw(row, draw)
-        for best, row, draw in zip(greedy, adjusted, draws, strict=True)
+        best if sampling.temperature == 0 else _draw(row, sampling)
+        for best, row, sampling in zip(greedy, adjusted, samplings, strict=True)
     ]
     chosen = logits.gather(1, torch.tensor(picked, device=logits.device)[:, None])[:, 0]
     normalisers = logits.logsumexp(-1)
     logprobs = (chosen - normalisers).tolist()
-    tops = [
-        _top(row, normaliser, draw.top_logprobs) if draw.top_logprobs else ()
-        for row, normaliser, draw in zip(logits, normalisers, draws, strict=True)
+    top_logprobs = [
+        _top(row, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
+        for row, normaliser, sampling in zip(logits, normalisers, samplings, strict=True)
     ]
-    return tuple(map(Token, picked, logprobs, tops))
+    return tuple(map(Token, picked, logprobs, top_logprobs))
 
 
-def uniform(draw: Draw) -> float:
+def uniform(sampling: TokenSampling) -> float:
     """A number in [0, 1) decided by seed, sample and position: Philox counters (Salmon et al., SC 2011)."""
-    key = np.array([draw.seed % 2**64, draw.sample], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=draw.position)).random())
+    key = np.array([sampling.seed % 2**64, sampling.sample], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key, counter=sampling.position)).random())
 
 
-def adjust(logits: Tensor, adjustment: Adjustment) -> None:
+def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
     """Applies penalties and biases in place. logits: float32 [vocab_size]."""
-    if adjustment.seen:
-        seen = torch.tensor(adjustment.seen, device=logits.device)
+    if adjustment.penalised_ids:
+        penalised = torch.tensor(adjustment.penalised_ids, device=logits.device)
         counts = torch.tensor(adjustment.counts, dtype=logits.dtype, device=logits.device)
-        values, penalty = logits[seen], adjustment.repetition_penalty
+        values, penalty = logits[penalised], adjustment.repetition_penalty
         values = torch.where(values > 0, values / penalty, values * penalty)
         values -= adjustment.presence_penalty * (counts > 0) + adjustment.frequency_penalty * counts
-        logits[seen] = values
-    if adjustment.biased:
-        biased = torch.tensor(adjustment.biased, device=logits.device)
+        logits[penalised] = values
+    if adjustment.biased_ids:
+        biased = torch.tensor(adjustment.biased_ids, device=logits.device)
         logits[biased] += torch.tensor(adjustment.biases, dtype=logits.dtype, device=logits.device)
 
 
-def _adjusted(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    if not any(draw.adjustment for draw in draws):
+def _adjusted(logits: Tensor, samplings: Sequence[TokenSampling]) -> Tensor:
+    if not any(sampling.adjustment for sampling in samplings):
         return logits
     adjusted = logits.clone()
-    for row, draw in zip(adjusted, draws, strict=True):
-        if draw.adjustment:
-            adjust(row, draw.adjustment)
+    for row, sampling in zip(adjusted, samplings, strict=True):
+        if sampling.adjustment:
+            adjust(row, sampling.adjustment)
     return adjusted
 
 
@@ -68,40 +68,40 @@ def _top(logits: Tensor, normaliser: Tensor, count: int) -> tuple[tuple[int, flo
     return tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
 
 
-def _draw(logits: Tensor, draw: Draw) -> int:
+def _draw(logits: Tensor, sampling: TokenSampling) -> int:
     """Inverse transform sampling over the tokens that top-k, min-p and top-p keep, likeliest first.
 
     logits: float32 [vocab_size]. Filters apply in the order top-k, top-p, min-p, after temperature, as in transformers.
     """
     vocab_size = len(logits)
-    scaled = logits / draw.temperature
-    if 0 < draw.top_k < vocab_size:
-        top, ids = scaled.topk(draw.top_k)
+    scaled = logits / sampling.temperature
+    if 0 < sampling.top_k < vocab_size:
+        top, ids = scaled.topk(sampling.top_k)
         normaliser = top.logsumexp(0)
-        return _pick(top, ids, normaliser, draw, complete=True)
+        return _pick(top, ids, normaliser, sampling, complete=True)
     normaliser = scaled.logsumexp(0)
     if vocab_size > HEAD_SIZE:
         top, ids = scaled.topk(HEAD_SIZE)
-        picked = _pick(top, ids, normaliser, draw, complete=False)
+        picked = _pick(top, ids, normaliser, sampling, complete=False)
         if picked >= 0:
             return picked
     top, ids = scaled.sort(descending=True, stable=True)
-    return _pick(top, ids, normaliser, draw, complete=True)
+    return _pick(top, ids, normaliser, sampling, complete=True)
 
 
-def _pick(top: Tensor, ids: Tensor, normaliser: Tensor, draw: Draw, *, complete: bool) -> int:
+def _pick(top: Tensor, ids: Tensor, normaliser: Tensor, sampling: TokenSampling, *, complete: bool) -> int:
     """The drawn id, or -1 where an incomplete list of candidates does not decide.
 
     top: descending scaled logits; normaliser: logsumexp of all candidates, listed or not.
     """
     probabilities = (top - normaliser).double().exp()
     cumulative = probabilities.cumsum(0)
-    kept = int((cumulative - probabilities < draw.top_p).sum())
-    kept = max(1, min(kept, int((probabilities >= draw.min_p * probabilities[0]).sum())))
+    kept = int((cumulative - probabilities < sampling.top_p).sum())
+    kept = max(1, min(kept, int((probabilities >= sampling.min_p * probabilities[0]).sum())))
     if complete or kept < len(top):
-        target = uniform(draw) * float(cumulative[kept - 1])
-    elif draw.top_p == 1.0 and draw.min_p == 0.0 and uniform(draw) < float(cumulative[-1]):
-        target = uniform(draw)  # nothing is filtered: all candidates together weigh 1, listed or not
+        target = uniform(sampling) * float(cumulative[kept - 1])
+    elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) < float(cumulative[-1]):
+        target = uniform(sampling)  # nothing is filtered: all candidates together weigh 1, listed or not
     else:
         return -1
     index = int(torch.searchsorted(cumulative[:kept], target, right=True))

@@ -73,14 +73,18 @@ class Stage:
         return hidden
 
     @torch.inference_mode()
-    def run(self, batch: Batch, hidden: Tensor) -> Tensor | tuple[Token, ...]:
-        """Runs the stage's layers: hidden [tokens, hidden_size] -> the same, or the drawn tokens where the head is."""
+    def run(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Runs the stage's layers: hidden [tokens, hidden_size] -> the same. Writes the cache."""
         with self.working("prefill" if batch.prefills else "decode", batch.id, batch.n_tokens):
-            hidden = self.forward(batch, hidden)
-            if not self.spec.head:
-                return hidden
-            draws = batch.draws
-            return sample(self._decoder.logits(hidden[batch.drawn_rows]), draws) if draws else ()
+            return self.forward(batch, hidden)
+
+    @torch.inference_mode()
+    def sample(self, batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
+        """Draws the batch's tokens from what `run` returned: one for each of its samplings. Only where the head is."""
+        if not batch.samplings:
+            return ()
+        with self.working("sample"):
+            return sample(self._decoder.logits(hidden[batch.sampled_rows]), batch.samplings)
 
     @contextmanager
     def working(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:

@@ -580,10 +580,10 @@ class Node:
     def _outcome(self, stage: Stage, epoch: int, work: Work) -> list[Outgoing]:
         try:
             if isinstance(work, tuple):
-                out = stage.run(*work)
-                if isinstance(out, Tensor):
-                    return list(codec.encode_batch(work[0], out, epoch))
-                return [codec.encode_result(Result(work[0].id, out), epoch)]
+                batch, hidden = work[0], stage.run(*work)
+                if not stage.spec.head:
+                    return list(codec.encode_batch(batch, hidden, epoch))
+                return [codec.encode_result(Result(batch.id, stage.sample(batch, hidden)), epoch)]
             failure = work
         except Exception as error:
             log.exception("a batch could not be computed")

@@ -13,7 +13,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from mdi.core.batch import Adjustment, Batch, Copy, Draw, Result, Slice, Token
+from mdi.core.batch import Batch, Copy, LogitAdjustment, Result, Slice, Token, TokenSampling
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span, Work
@@ -124,6 +124,8 @@ class BatchDecoder:
             raise LinkError("a batch's slices and positions do not add up")
         if sum(part.length for part in header.slices) != n_tokens or not all(part.length for part in header.slices):
             raise LinkError("a batch's slices and positions do not add up")
+        if any(len(part.samplings) > part.length for part in header.slices):
+            raise LinkError("a slice draws more tokens than it has")
         if header.dtype != dtype_name(self._dtype) or header.width != self._width:
             raise LinkError(
                 f"hidden states arrived as {header.dtype} x {header.width}, "
@@ -143,7 +145,9 @@ def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
         batch_id=result.batch_id,
         token_ids=[token.id for token in result.tokens],
         logprobs=[token.logprob for token in result.tokens],
-        tops=map(_encode_top, result.tokens) if any(token.top for token in result.tokens) else (),
+        top_logprobs=map(_encode_top_logprobs, result.tokens)
+        if any(token.top_logprobs for token in result.tokens)
+        else (),
     )
 
 
@@ -152,11 +156,13 @@ def decode_result(message: node_pb2.BatchResult) -> Result | LinkError:
     if message.HasField("failure"):
         name = message.failure.node
         return LinkError(f"node {name} failed: {message.failure.message}", name)
-    tops = [tuple(zip(top.token_ids, top.logprobs, strict=False)) for top in message.tops]
+    top_logprobs = [tuple(zip(top.token_ids, top.logprobs, strict=False)) for top in message.top_logprobs]
     n_tokens = len(message.token_ids)
-    if len(message.logprobs) != n_tokens or len(tops) not in (0, n_tokens):
+    if len(message.logprobs) != n_tokens or len(top_logprobs) not in (0, n_tokens):
         return LinkError("a result's tokens and logprobs do not add up")
-    return Result(message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, tops or [()] * n_tokens)))
+    return Result(
+        message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, top_logprobs or [()] * n_tokens))
+    )
 
 
 def encode_spans(spans: Iterable[Span], now_s: float) -> node_pb2.SpansReply:
@@ -187,31 +193,30 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def _encode_slice(part: Slice) -> node_pb2.Slice:
-    draw = _encode_draw(part.draw) if part.draw else None
-    return node_pb2.Slice(slot=part.slot, start=part.start, length=part.length, draw=draw)
+    samplings = map(_encode_sampling, part.samplings)
+    return node_pb2.Slice(slot=part.slot, start=part.start, length=part.length, samplings=samplings)
 
 
-def _encode_draw(draw: Draw) -> node_pb2.TokenSampling:
+def _encode_sampling(sampling: TokenSampling) -> node_pb2.TokenSampling:
     return node_pb2.TokenSampling(
-        temperature=draw.temperature,
-        top_k=draw.top_k,
-        top_p=draw.top_p,
-        min_p=draw.min_p,
-        seed=(draw.seed + 2**63) % 2**64 - 2**63,
-        sample=draw.sample,
-        position=draw.position,
-        top_logprobs=draw.top_logprobs,
-        adjustment=node_pb2.LogitAdjustment(**asdict(draw.adjustment)) if draw.adjustment else None,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=(sampling.seed + 2**63) % 2**64 - 2**63,
+        sample=sampling.sample,
+        position=sampling.position,
+        top_logprobs=sampling.top_logprobs,
+        adjustment=node_pb2.LogitAdjustment(**asdict(sampling.adjustment)) if sampling.adjustment else None,
     )
 
 
 def _decode_slice(message: node_pb2.Slice) -> Slice:
-    draw = _decode_draw(message.draw) if message.HasField("draw") else None
-    return Slice(message.slot, message.start, message.length, draw)
+    return Slice(message.slot, message.start, message.length, tuple(map(_decode_sampling, message.samplings)))
 
 
-def _decode_draw(message: node_pb2.TokenSampling) -> Draw:
-    return Draw(
+def _decode_sampling(message: node_pb2.TokenSampling) -> TokenSampling:
+    return TokenSampling(
         message.temperature,
         message.top_k,
         message.top_p,
@@ -224,21 +229,22 @@ def _decode_draw(message: node_pb2.TokenSampling) -> Draw:
     )
 
 
-def _decode_adjustment(message: node_pb2.LogitAdjustment) -> Adjustment:
-    if len(message.seen) != len(message.counts) or len(message.biased) != len(message.biases):
-        raise LinkError("a draw's penalties and biases do not add up")
-    return Adjustment(
+def _decode_adjustment(message: node_pb2.LogitAdjustment) -> LogitAdjustment:
+    if len(message.penalised_ids) != len(message.counts) or len(message.biased_ids) != len(message.biases):
+        raise LinkError("a token's penalties and biases do not add up")
+    return LogitAdjustment(
         message.repetition_penalty,
         message.presence_penalty,
         message.frequency_penalty,
-        tuple(message.seen),
+        tuple(message.penalised_ids),
         tuple(message.counts),
-        tuple(message.biased),
+        tuple(message.biased_ids),
         tuple(message.biases),
     )
 
 
-def _encode_top(token: Token) -> node_pb2.TopLogprobs:
+def _encode_top_logprobs(token: Token) -> node_pb2.TopLogprobs:
     return node_pb2.TopLogprobs(
-        token_ids=[token_id for token_id, _ in token.top], logprobs=[value for _, value in token.top]
+        token_ids=[token_id for token_id, _ in token.top_logprobs],
+        logprobs=[value for _, value in token.top_logprobs],
     )

@@ -8,22 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LogitAdjustment(_message.Message):
-    __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "seen", "counts", "biased", "biases")
+    __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "penalised_ids", "counts", "biased_ids", "biases")
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
-    SEEN_FIELD_NUMBER: _ClassVar[int]
+    PENALISED_IDS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
-    BIASED_FIELD_NUMBER: _ClassVar[int]
+    BIASED_IDS_FIELD_NUMBER: _ClassVar[int]
     BIASES_FIELD_NUMBER: _ClassVar[int]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    seen: _containers.RepeatedScalarFieldContainer[int]
+    penalised_ids: _containers.RepeatedScalarFieldContainer[int]
     counts: _containers.RepeatedScalarFieldContainer[int]
-    biased: _containers.RepeatedScalarFieldContainer[int]
+    biased_ids: _containers.RepeatedScalarFieldContainer[int]
     biases: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seen: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., biased: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., penalised_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., biased_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position", "top_logprobs", "adjustment")
@@ -48,16 +48,16 @@ class TokenSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., sample: _Optional[int] = ..., position: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., adjustment: _Optional[_Union[LogitAdjustment, _Mapping]] = ...) -> None: ...
 
 class Slice(_message.Message):
-    __slots__ = ("slot", "start", "length", "draw")
+    __slots__ = ("slot", "start", "length", "samplings")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
-    DRAW_FIELD_NUMBER: _ClassVar[int]
+    SAMPLINGS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     start: int
     length: int
-    draw: TokenSampling
-    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., draw: _Optional[_Union[TokenSampling, _Mapping]] = ...) -> None: ...
+    samplings: _containers.RepeatedCompositeFieldContainer[TokenSampling]
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., length: _Optional[int] = ..., samplings: _Optional[_Iterable[_Union[TokenSampling, _Mapping]]] = ...) -> None: ...
 
 class Copy(_message.Message):
     __slots__ = ("source", "target", "length")
@@ -134,20 +134,20 @@ class TopLogprobs(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class BatchResult(_message.Message):
-    __slots__ = ("epoch", "batch_id", "token_ids", "logprobs", "failure", "tops")
+    __slots__ = ("epoch", "batch_id", "token_ids", "logprobs", "failure", "top_logprobs")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
-    TOPS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     batch_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     failure: Failure
-    tops: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
-    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., tops: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
+    def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
     __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_name", "previous_name")

@@ -1,0 +1,34 @@
+"""What is known of a tensor before it is read: shape and type, and so its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and type of one tensor of a checkpoint or a chunk.
+
+    dtype: a name of `core.dtypes`, or how the file stores it where that is something else ("float64", "I8").
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Raises KeyError for a type whose bytes are not known."""
+        return self.size * ITEM_BYTES[self.dtype]
+
+
+def total_bytes(specs: dict[str, TensorSpec]) -> int:
+    """Bytes of all of them together."""
+    return sum(spec.size_bytes for spec in specs.values())
