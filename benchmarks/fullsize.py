@@ -30,7 +30,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
 from mdi.engine.engine import TOKEN_BUDGET
 from mdi.models.stage import Stage
@@ -79,7 +79,7 @@ def measure_memory(path: Path) -> None:
     """Three nodes answer a question about a picture; what does each hold?"""
     folder = chunk_folder(path, N_NODES)
     if not folder.exists():
-        prepare(Source.open(path), N_NODES, dtype="bfloat16")
+        prepare(open_source(path), N_NODES, dtype="bfloat16")
     question = [
         {
             "role": "user",
@@ -151,10 +151,10 @@ def measure_speed(path: Path, work: Work) -> None:
 
 def weight_bytes(path: Path) -> int:
     """Of the bfloat16 weights that every token needs: all layers and the LM head."""
-    source = Source.open(path)
+    source = open_source(path)
     used = [name for name in source.names() if name.startswith("model.layers.")]
     head = LM_HEAD if LM_HEAD in source.names() else EMBEDDING
-    return 2 * sum(prod(source.shape(name)) for name in (*used, head))
+    return 2 * sum(prod(source.spec(name).shape) for name in (*used, head))
 
 
 def read_rate() -> float:
@@ -213,7 +213,7 @@ class Ours:
 
     def __init__(self, path: Path, work: Work) -> None:
         length = work.prompt_tokens + work.decode_tokens * (work.runs + 1)
-        loaded = load_source(Source.open(path), dtype="bfloat16")
+        loaded = load_source(open_source(path), dtype="bfloat16")
         self.stage = Stage(loaded, n_slots=1, sequence_length=length)
         self.length = 0
 

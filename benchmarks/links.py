@@ -39,7 +39,7 @@ from testing.checkpoints import tiny_config
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
@@ -102,7 +102,7 @@ def measure(rounds: int) -> list[Row]:
             authority.issue(name).save(folder / name)
         config = tiny_config(hidden_size=WIDTH, num_attention_heads=12, num_key_value_heads=2, num_hidden_layers=2)
         path = write_random_checkpoint(folder / "wide", config, dtype="bfloat16")
-        prepare(Source.open(path), 2)
+        prepare(open_source(path), 2)
         ports = _start_peer(folder, stack)
         ways = {
             OURS: stack.enter_context(OurLink(folder, ports[OURS])),

@@ -37,7 +37,7 @@ from mdi.bench.measure import Run, measure
 from mdi.bench.scenario import Scenario, noise
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.engine.stream import Stream
@@ -256,7 +256,7 @@ def bound_engine(path: Path, cores: int) -> Iterator[Engine]:
         return
     chunks = chunk_folder(path, 2)
     if not chunks.exists():
-        prepare(Source.open(path), 2, dtype="bfloat16")
+        prepare(open_source(path), 2, dtype="bfloat16")
     with ExitStack() as undo:
         folder = Path(undo.enter_context(TemporaryDirectory(prefix="mdi-streams-")))
         config = folder / "nodes.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cli.app import app
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -46,7 +46,7 @@ class NodesByHand:
         self._machines = dict(zip(self.names, machines[1:], strict=True))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.encrypted = encrypted
-        self._chunks = prepare(Source.open(checkpoint), len(machines))
+        self._chunks = prepare(open_source(checkpoint), len(machines))
         _write_config(self.config, machines)
         if encrypted:
             _make_certificates(folder, ["starter", *self.names])

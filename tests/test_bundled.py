@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from mdi import Engine, SamplingParams
 from mdi.bench.verify import Oracle
 from mdi.checkpoint.bundled import SHIPPED
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.layers.rope import MediaSpan
 from mdi.prompt import builder as engine_prompt
 
@@ -39,7 +39,7 @@ def accuracy(engine: Engine, asked: Sequence[Exam]) -> float:
 
 def test_it_is_small_and_opens_with_transformers() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 12 * MEGABYTE
-    source = Source.open(SHIPPED)
+    source = open_source(SHIPPED)
     assert source.model_config.architecture == "Qwen2VLForConditionalGeneration"
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     text = "Grüße, 世界! \N{WAVING HAND SIGN}\t\x00 end"
@@ -52,7 +52,7 @@ def test_it_answers_what_it_has_never_seen(skill: str, engine: Engine) -> None:
 
 
 def test_transformers_gives_the_same_answers(engine: Engine) -> None:
-    oracle = Oracle(Source.open(SHIPPED))
+    oracle = Oracle(open_source(SHIPPED))
     for skill in all_skills():
         for exam in exams(skill, 2):
             ours = engine.chat(exam.messages(), GREEDY).text

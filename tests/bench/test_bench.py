@@ -16,7 +16,7 @@ from mdi.bench.report import node_memory
 from mdi.bench.run import room_for
 from mdi.bench.scenario import Scenario, sweep
 from mdi.bench.trace import write_trace
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cli.app import app
 from mdi.core.errors import ConfigError
 from mdi.core.tracing import Span
@@ -74,7 +74,7 @@ def test_every_token_is_timed_and_every_batch_is_somewhere(tiny_checkpoint: Path
     scenario = Scenario(streams=3, prompt_tokens=20, image_side=56, answer_tokens=7)
     with Engine(tiny_checkpoint, n_nodes=2, sequence_length=256) as engine:
         run = measure(engine, scenario, seed=1)
-        memory = node_memory(Source.open(tiny_checkpoint).model_config, engine.nodes(), cache_tokens=16 * 256)
+        memory = node_memory(open_source(tiny_checkpoint).model_config, engine.nodes(), cache_tokens=16 * 256)
     assert [len(times_s) for times_s in run.times_s] == [7, 7, 7]
     assert all(list(times_s) == sorted(times_s) for times_s in run.times_s)
     assert run.prompt_tokens > 20 + 4

@@ -9,7 +9,7 @@ import pytest
 from testing.checkpoints import tiny_config, tiny_text_config
 
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import Source, open_source
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +39,4 @@ def own_copy(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source(own_copy: Path) -> Source:
-    return Source.open(own_copy)
+    return open_source(own_copy)

@@ -19,7 +19,7 @@ from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.prepare import chunk_metadata, prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
 def test_a_chunk_and_the_checkpoint_give_the_same_stage(
     name: str, n_nodes: int, request: pytest.FixtureRequest
 ) -> None:
-    source = Source.open(request.getfixturevalue(name))
+    source = open_source(request.getfixturevalue(name))
     folder = prepare(source, n_nodes)
     for chunk in Manifest.read(folder).chunks:
         ours, direct = load_chunk(folder / chunk.file), load_source(source, chunk.spec)
@@ -56,7 +56,7 @@ def test_a_chunk_and_the_checkpoint_give_the_same_stage(
 
 
 def test_a_stage_has_the_checkpoint_s_numbers_in_their_places(tiny: Path) -> None:
-    source = Source.open(tiny)
+    source = open_source(tiny)
     stage = load_source(source, StageSpec(2, 4, embedding=True, vision=True, head=True))
     second, vision = stage.decoder.layers[1], stage.vision
     assert vision is not None
@@ -74,7 +74,7 @@ def test_a_stage_has_the_checkpoint_s_numbers_in_their_places(tiny: Path) -> Non
 
 
 def test_without_a_spec_the_whole_model_is_loaded(tiny: Path) -> None:
-    source = Source.open(tiny)
+    source = open_source(tiny)
     stage = load_source(source)
     assert stage.spec == make_plan(source.model_config, 1).stages[0]
     assert len(stage.decoder.layers) == 6
@@ -82,7 +82,7 @@ def test_without_a_spec_the_whole_model_is_loaded(tiny: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_checkpoint_is_cast_on_loading(dtype: str, tiny: Path) -> None:
-    source = Source.open(tiny)
+    source = open_source(tiny)
     stage = load_source(source, dtype=dtype)
     assert stage.dtype == parse_dtype(dtype)
     assert {tensor.dtype for tensor in tensors_in((stage.decoder, stage.vision))} == {parse_dtype(dtype)}
@@ -98,7 +98,7 @@ def test_progress_rises_to_its_total(source: Source) -> None:
         load_whole(source),
     ):
         seen: list[tuple[int, int]] = []
-        load(lambda done, total, seen=seen: seen.append((done, total)))
+        load(lambda _what, done, total, seen=seen: seen.append((done, total)))
         done, totals = [at for at, _ in seen], {total for _, total in seen}
         assert len(totals) == 1
         assert done == sorted(done)
@@ -213,7 +213,7 @@ def test_a_chunk_with_a_right_checksum_but_wrong_tensors_is_refused(change: str,
 def test_a_device_that_is_not_there_is_an_error_of_ours(tiny: Path) -> None:
     for device in ("cuda:99", "toaster"):
         with pytest.raises(ConfigError, match=f"no device '{device}'"):
-            load_source(Source.open(tiny), device=device)
+            load_source(open_source(tiny), device=device)
 
 
 def test_a_chunk_is_loaded_without_the_checkpoint_it_came_from(source: Source, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @linux
 def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -> None:
-    source = Source.open(wide)
+    source = open_source(wide)
     shapes = stage_shapes(source.model_config, StageSpec(3, 5))
     tensors = [source.tensor(name) for name in shapes]
     slack = len(tensors) * 2 * 65536  # the kernel maps up to 64 KiB around a page, here a header's and a tensor's
@@ -270,18 +270,18 @@ def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -
 @linux
 @pytest.mark.parametrize("n_nodes", [1, 2])
 def test_of_the_embedding_only_rows_that_are_looked_up_are_resident(n_nodes: int, wide: Path) -> None:
-    path = prepare(Source.open(wide), n_nodes) / "model_starter.safetensors"
+    path = prepare(open_source(wide), n_nodes) / "model_starter.safetensors"
     stage = load_chunk(path)
     assert stage.decoder.embedding is not None
     assert is_mapped(stage.decoder.embedding, path)
     rows = stage.decoder.embed(torch.tensor([5, 19_000]))
-    assert torch.equal(rows, Source.open(wide).tensor(EMBEDDING)[[5, 19_000]])
+    assert torch.equal(rows, open_source(wide).tensor(EMBEDDING)[[5, 19_000]])
     assert resident_bytes(path) < 20_000 * 256 * 2 / 4
 
 
 @linux
 def test_nothing_stays_mapped_when_a_stage_is_dropped(wide: Path) -> None:
-    path = prepare(Source.open(wide), 2) / "model_starter.safetensors"
+    path = prepare(open_source(wide), 2) / "model_starter.safetensors"
     stage = load_chunk(path)
     del stage
     assert resident_bytes(path) == 0
@@ -295,7 +295,7 @@ def test_the_checksum_is_of_the_file_as_any_tool_reads_it(source: Source) -> Non
 
 
 def test_a_config_in_the_manifest_is_enough_to_run_a_vision_stage(tiny: Path) -> None:
-    stage = load_chunk(prepare(Source.open(tiny), 2) / "model_starter.safetensors")
+    stage = load_chunk(prepare(open_source(tiny), 2) / "model_starter.safetensors")
     assert stage.vision is not None
     rows = torch.randn(16, tiny_patch_elements(), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import SINGLE, Source
+from mdi.checkpoint.safetensors import SINGLE
+from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.models.weights import EMBEDDING, LM_HEAD, stage_shapes
@@ -45,7 +46,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 def test_the_chunks_together_are_the_checkpoint_bit_for_bit(
     name: str, n_nodes: int, request: pytest.FixtureRequest
 ) -> None:
-    source = Source.open(request.getfixturevalue(name))
+    source = open_source(request.getfixturevalue(name))
     expected = stored(source)
     chunks = chunks_of(prepare(source, n_nodes))
     assert len(chunks) == n_nodes
@@ -57,7 +58,7 @@ def test_the_chunks_together_are_the_checkpoint_bit_for_bit(
 @pytest.mark.parametrize("n_nodes", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["tiny", "sharded", "text_only"])
 def test_a_chunk_holds_its_stage_and_nothing_else(name: str, n_nodes: int, request: pytest.FixtureRequest) -> None:
-    source = Source.open(request.getfixturevalue(name))
+    source = open_source(request.getfixturevalue(name))
     plan = make_plan(source.model_config, n_nodes)
     for spec, chunk in zip(plan.stages, chunks_of(prepare(source, n_nodes)), strict=True):
         shapes = {held: tuple(tensor.shape) for held, tensor in chunk.items()}
@@ -65,19 +66,19 @@ def test_a_chunk_holds_its_stage_and_nothing_else(name: str, n_nodes: int, reque
 
 
 def test_a_tied_matrix_is_on_the_first_and_on_the_last_node(tiny: Path) -> None:
-    held = [EMBEDDING in chunk for chunk in chunks_of(prepare(Source.open(tiny), 3))]
+    held = [EMBEDDING in chunk for chunk in chunks_of(prepare(open_source(tiny), 3))]
     assert held == [True, False, True]
 
 
 def test_an_untied_head_is_on_the_last_node_only(sharded: Path) -> None:
-    chunks = chunks_of(prepare(Source.open(sharded), 3))
+    chunks = chunks_of(prepare(open_source(sharded), 3))
     assert [EMBEDDING in chunk for chunk in chunks] == [True, False, False]
     assert [LM_HEAD in chunk for chunk in chunks] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tensors_are_cast_as_torch_casts_them(dtype: str, tiny: Path) -> None:
-    source = Source.open(tiny)
+    source = open_source(tiny)
     for chunk in chunks_of(prepare(source, 2, dtype=dtype)):
         assert all(bits(tensor) == bits(source.tensor(name).to(parse_dtype(dtype))) for name, tensor in chunk.items())
 
@@ -122,7 +123,7 @@ def test_plan_and_dtype_change_the_plan_hash_and_nothing_else_does(source: Sourc
 
 def test_progress_rises_to_the_number_of_bytes_written(source: Source) -> None:
     seen: list[tuple[int, int]] = []
-    folder = prepare(source, 2, progress=lambda done, total: seen.append((done, total)))
+    folder = prepare(source, 2, progress=lambda _what, done, total: seen.append((done, total)))
     done, totals = [at for at, _ in seen], {total for _, total in seen}
     n_bytes = sum(tensor.nbytes for chunk in chunks_of(folder) for tensor in chunk.values())
     assert totals == {n_bytes}
@@ -153,7 +154,7 @@ class failing_half_way:  # noqa: N801 - used like a function
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, _what: str, done: int, total: int) -> None:
         if done > total / 2:
             raise self.error
 
@@ -162,9 +163,9 @@ KILLED_HALF_WAY = """
 import os, signal, sys
 from pathlib import Path
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
-kill = lambda done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)
-prepare(Source.open(Path(sys.argv[1])), 2, progress=kill)
+from mdi.checkpoint.source import Source, open_source
+kill = lambda what, done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)
+prepare(open_source(Path(sys.argv[1])), 2, progress=kill)
 """
 
 
@@ -181,7 +182,7 @@ def test_a_killed_prepare_looks_unfinished_and_the_next_one_clears_its_remains(s
 
 
 def test_a_prepare_that_is_still_running_is_not_cleared_away(source: Source) -> None:
-    def run_another(done: int, total: int) -> None:
+    def run_another(_what: str, done: int, total: int) -> None:
         if done == total:
             prepare(source, 2, dtype="float16")
 
@@ -195,7 +196,7 @@ def test_a_prepare_that_is_still_running_is_not_cleared_away(source: Source) -> 
 def change_weights(path: Path, **changes: torch.Tensor | None) -> Source:
     weights: dict[str, torch.Tensor | None] = {**load_file(path / SINGLE), **changes}
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path / SINGLE)
-    return Source.open(path)
+    return open_source(path)
 
 
 NAME = "model.layers.3.mlp.up_proj.weight"
@@ -237,7 +238,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(source: Source) -> 
 
 
 def test_a_disk_that_fills_up_meanwhile_is_an_error_of_ours(source: Source) -> None:
-    def fill(done: int, total: int) -> None:
+    def fill(_what: str, done: int, total: int) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="No space left on device"):

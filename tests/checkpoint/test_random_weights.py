@@ -14,7 +14,7 @@ from testing.checkpoints import tiny_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.models.config import ModelConfig
 from mdi.models.weights import stage_shapes
 from mdi.planning.plan import make_plan
@@ -47,9 +47,9 @@ def test_transformers_loads_every_tensor_and_misses_none(name: str, model: Any, 
     path = request.getfixturevalue(name)
     loaded, report = model.from_pretrained(path, output_loading_info=True)
     assert not any(report.values())
-    source = Source.open(path)
+    source = open_source(path)
     theirs = sum(parameter.numel() for parameter in loaded.parameters())
-    assert theirs == sum(prod(source.shape(stored)) for stored in source.names())
+    assert theirs == sum(prod(source.spec(stored).shape) for stored in source.names())
 
 
 def test_its_tokenizer_has_one_token_per_byte(tiny: Path) -> None:

@@ -15,7 +15,7 @@ from testing.links import Recorder
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
@@ -34,7 +34,7 @@ N_TOKENS = 40
 def chunks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     path = tmp_path_factory.mktemp("encryption") / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    folder = prepare(Source.open(path), 3)
+    folder = prepare(open_source(path), 3)
     return [folder / chunk.file for chunk in Manifest.read(folder).chunks]
 
 

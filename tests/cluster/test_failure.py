@@ -19,7 +19,7 @@ from testing.processes import node_processes
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, LinkError
 from mdi.engine import Completion, Stream
@@ -120,7 +120,7 @@ def check(engine: Engine, streams: list[Stream], undisturbed: list[Completion], 
 @pytest.mark.usefixtures("no_process_left")
 def test_a_node_whose_chunk_is_gone_fails_its_requests_with_the_cause(own_checkpoint: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(own_checkpoint, tmp_path / "tiny", ignore=shutil.ignore_patterns("chunks")))
-    chunks = prepare(Source.open(path), 2)
+    chunks = prepare(open_source(path), 2)
     with Engine(path, n_nodes=2, recovery_limits=RecoveryLimits(max_losses=1)) as engine:
         stream = engine.submit("Hello", SamplingParams(temperature=0, max_tokens=4000))
         next(stream)

@@ -37,7 +37,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice
 from mdi.models.stage import Stage
 from mdi.prompt.builder import PixelRange, Prompt
@@ -344,7 +344,7 @@ def secrets(checkpoint: Path, shared: Cluster) -> dict[str, list[bytes]]:
 
 def hidden_states(checkpoint: Path, prompt: Prompt) -> torch.Tensor:
     """What the starter of three sends of a prompt: [tokens, hidden_size]."""
-    chunk = load_chunk(prepare(Source.open(checkpoint), len(NAMES)) / "model_starter.safetensors")
+    chunk = load_chunk(prepare(open_source(checkpoint), len(NAMES)) / "model_starter.safetensors")
     first = Stage(chunk, n_slots=1, sequence_length=len(prompt.token_ids))
     batch = Batch(0, (Slice(0, 0, len(prompt.token_ids)),), prompt.positions)
     hidden = first.run(batch, first.embed(torch.tensor(prompt.token_ids)))

@@ -19,7 +19,7 @@ from testing.machines import NAMES, Machines
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
@@ -37,7 +37,7 @@ REQUESTS = [
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("spares") / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    prepare(Source.open(path), 3)
+    prepare(open_source(path), 3)
     return path
 
 

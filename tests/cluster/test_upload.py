@@ -21,7 +21,7 @@ from testing.machines import NAMES, Machines, Process
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
 from mdi.cluster.node_client import Chunks
 from mdi.cluster.nodes_config import NodesConfig
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small, but with chunks of many pieces for three nodes."""
     path = tmp_path_factory.mktemp("weights") / "wide"
     write_random_checkpoint(path, tiny_config(intermediate_size=16384))
-    prepare(Source.open(path), 3)
+    prepare(open_source(path), 3)
     return path
 
 
@@ -180,7 +180,7 @@ def test_a_chunk_of_another_plan_is_replaced_by_the_right_one(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other", ignore=shutil.ignore_patterns("chunks"))
-    wrong = prepare(Source.open(other), 3, layers=(1, 4, 1)) / chunk_file("secondary0")
+    wrong = prepare(open_source(other), 3, layers=(1, 4, 1)) / chunk_file("secondary0")
     right = shutil.copytree(chunks(checkpoint), tmp_path / "right") / chunk_file("finisher")
     machines = Machines(tmp_path, undo)
     replaced = machines.node("secondary0", "--chunk", wrong)

@@ -19,7 +19,7 @@ from testing.links import Recorder, free_port
 from testing.server import serving
 
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cli import app as cli
 from mdi.rpc.diagnose import why_unreachable
 
@@ -38,7 +38,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """With chunks for three nodes."""
     path = tmp_path_factory.mktemp("by_hand") / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    prepare(Source.open(path), 3)
+    prepare(open_source(path), 3)
     return path
 
 

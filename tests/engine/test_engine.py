@@ -17,7 +17,7 @@ from testing.processes import node_processes
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.core.errors import (
     CheckpointError,
     ClosedError,
@@ -246,7 +246,7 @@ def test_an_engine_is_ready_idle_or_busy_and_not_when_closed(tiny_checkpoint: Pa
 def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    chunk = prepare(Source.open(path), 2) / "model_finisher.safetensors"
+    chunk = prepare(open_source(path), 2) / "model_finisher.safetensors"
     content = bytearray(chunk.read_bytes())
     content[-5] ^= 1
     chunk.write_bytes(content)

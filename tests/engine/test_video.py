@@ -14,8 +14,7 @@ from testing.videos import encoded, numbered
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
-from mdi.engine.engine import video_spec
-from mdi.media import MediaPolicy, PatchSpec, VideoSpec
+from mdi.media import MediaPolicy, PatchSpec
 from mdi.models.config import ModelConfig
 from mdi.prompt.builder import PromptBuilder, check_messages
 from mdi.prompt.tokenizer import Tokenizer
@@ -107,15 +106,6 @@ def test_two_videos_share_the_room(engine: Engine, clip: Path) -> None:
     left = 1024 - one - 3  # the second has its own start, placeholder and end
     with pytest.raises(PromptTooLongError, match=f"and {left} of the sequence length's 1024 are left"):
         engine.chat(asking(half, half), GREEDY)
-
-
-def test_the_checkpoints_and_the_servers_limits_hold_for_videos(tmp_path: Path) -> None:
-    assert video_spec(tmp_path) == VideoSpec()
-    config = '{"size": {"shortest_edge": 12544, "longest_edge": 50176}, "fps": 1}'
-    (tmp_path / "video_preprocessor_config.json").write_text(config)
-    assert video_spec(tmp_path) == VideoSpec(fps=1, min_pixels=12544, max_pixels=50176)
-    assert video_spec(tmp_path, max_pixels=20_000).max_pixels == 20_000
-    assert video_spec(tmp_path, max_pixels=10**6).max_pixels == 50176
 
 
 @pytest.mark.parametrize(

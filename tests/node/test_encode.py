@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdi.checkpoint.loader import load_source
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.core.errors import LinkError
 from mdi.models.stage import LoadedStage
 from mdi.node.encode import collect_rows, rows_of
@@ -20,7 +20,7 @@ from mdi.rpc import codec, node_pb2
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint: Path) -> LoadedStage:
-    return load_source(Source.open(tiny_checkpoint), dtype="float32")
+    return load_source(open_source(tiny_checkpoint), dtype="float32")
 
 
 def collected(*pieces: node_pb2.EncodePiece) -> tuple[str, tuple[int, int, int], bytearray]:

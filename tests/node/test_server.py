@@ -18,7 +18,7 @@ from testing.local_link import LocalLink
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
@@ -38,7 +38,7 @@ def chunks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     """Chunks of a three-node plan, in pipeline order."""
     path = tmp_path_factory.mktemp("nodes") / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    folder = prepare(Source.open(path), 3)
+    folder = prepare(open_source(path), 3)
     return [folder / chunk.file for chunk in Manifest.read(folder).chunks]
 
 
@@ -150,7 +150,7 @@ def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: Local
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: list[Path], victim: int) -> None:
     inbox, deaths = Inbox(), Inbox()
-    four_nodes = prepare(Source.open(chunks[0].parents[2]), 4)
+    four_nodes = prepare(open_source(chunks[0].parents[2]), 4)
     names = ["secondary0", "secondary1", "finisher"]
     launcher = LocalLauncher(
         [four_nodes / f"model_{name}.safetensors" for name in names], dtype="float32", device="cpu", threads=1

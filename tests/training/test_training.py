@@ -25,7 +25,7 @@ from training.scenes import LETTERS
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
 from mdi.bench.verify import verify
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import open_source
 from mdi.engine import Engine
 from training import train
 
@@ -166,7 +166,7 @@ def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engin
 
 def test_what_is_exported_loads_in_transformers_with_the_same_numbers(untrained: Path) -> None:
     content = [{"type": "image", "image": _blank()}, {"type": "text", "text": "What shape is this?"}]
-    report = verify(Source.open(untrained), [{"role": "user", "content": content}], dtype="float32", max_tokens=4)
+    report = verify(open_source(untrained), [{"role": "user", "content": content}], dtype="float32", max_tokens=4)
     assert report.same_prompt
     assert report.relative < 1e-4
     assert report.first_difference is None

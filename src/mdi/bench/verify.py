@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdi.checkpoint.generation import end_ids
 from mdi.checkpoint.loader import load_source
+from mdi.checkpoint.processing import patch_spec, video_spec
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
-from mdi.engine.engine import end_ids, patch_spec, video_spec
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, decode_image, fetch, open_video
 from mdi.models.stage import Stage
@@ -108,7 +109,7 @@ def _through_stages(
         batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end])
         logits.append(_last_logits(stages, batch, hidden[start:end]).float())
     answer = [int(logits[-1][-1].argmax())]
-    ends = end_ids(source.path, source.config)
+    ends = end_ids(source)
     while len(answer) < max_tokens and answer[-1] not in ends:
         index = length + len(answer) - 1
         positions = torch.full((3, 1), index + prompt.delta)

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.checkpoint.prepare import ByteProgress, check_tensors, chunk_metadata, counter, data_bytes
+from mdi.checkpoint.prepare import check_tensors, chunk_metadata, counter, data_bytes
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import DTYPE_NAMES
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.progress import Progress
 from mdi.models.config import ModelConfig
 from mdi.models.decoder import Decoder, Get
 from mdi.models.stage import LoadedStage
@@ -37,12 +38,12 @@ def load_chunk(
     *,
     device: str = "cpu",
     dtype: str | None = None,
-    progress: ByteProgress | None = None,
+    progress: Progress | None = None,
     verified: Callable[[Manifest, ChunkEntry], None] | None = None,
 ) -> LoadedStage:
     """A stage from the chunk that `mdi prepare` wrote, its checksum verified against the manifest beside it.
 
-    dtype: what the caller expects it in; None takes it as it is. progress: told (done, all) bytes, where
+    dtype: what the caller expects it in; None takes it as it is. progress: called with bytes, where
     every byte counts twice: verified, loaded. verified: told in between what it is.
     Raises CheckpointError for a damaged chunk, or one of another dtype or plan.
     """
@@ -56,7 +57,7 @@ def load_chunk(
         )
     config = ModelConfig.from_hf(manifest.config)
     shapes = stage_shapes(config, entry.spec)
-    count = counter(progress, entry.size_bytes + data_bytes(shapes, manifest.dtype))
+    count = counter(progress, "loading", entry.size_bytes + data_bytes(shapes, manifest.dtype))
     _check_chunk(path, entry, manifest, shapes, count)
     if verified:
         verified(manifest, entry)
@@ -69,7 +70,7 @@ def load_source(
     *,
     dtype: str | None = None,
     device: str = "cpu",
-    progress: ByteProgress | None = None,
+    progress: Progress | None = None,
 ) -> LoadedStage:
     """A stage (the whole model without a spec) straight from a checkpoint, cast to `dtype`; no chunk needed.
 
@@ -80,7 +81,7 @@ def load_source(
     spec = spec or make_plan(config, 1).stages[0]
     shapes = stage_shapes(config, spec)
     check_tensors(source, shapes)
-    count = counter(progress, data_bytes(shapes, dtype))
+    count = counter(progress, "loading", data_bytes(shapes, dtype))
     return _load(config, spec, shapes, dtype, device, source.tensor, count)
 
 

@@ -15,15 +15,14 @@ from math import prod
 from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
-from mdi.checkpoint.source import STORED_DTYPES, Source
+from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError
+from mdi.core.progress import Progress
+from mdi.core.tensors import ITEM_BYTES
 from mdi.models.weights import Shapes, stage_shapes
 from mdi.planning.plan import make_plan
-
-ByteProgress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all)."""
 
 RESERVE_BYTES = 64 * 2**20
 
@@ -40,12 +39,12 @@ def prepare(
     dtype: str | None = None,
     layers: Sequence[int] | None = None,
     vision_node: bool = False,
-    progress: ByteProgress | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes `chunks/{n}nodes/` in the checkpoint's folder, replacing what is there, and returns it.
 
     dtype: the checkpoint's own if None. layers: per node, overriding the plan. vision_node: one chunk more has the
-    vision tower, and the starter's has none. progress: told (written, all) bytes. Needs memory for one tensor.
+    vision tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor.
     Raises CheckpointError for missing or misshapen tensors and for a full disk, ConfigError for an impossible split.
     """
     config = source.model_config
@@ -55,7 +54,7 @@ def prepare(
     for stage in shapes:
         check_tensors(source, stage)
     total = sum(data_bytes(stage, dtype) for stage in shapes)
-    count = counter(progress, total)
+    count = counter(progress, "preparing chunks", total)
     identity = plan_hash(config, plan, dtype)
     folder = chunk_folder(source.path, n_nodes, vision_node=vision_node)
     with _new_folder(folder, total) as unfinished:
@@ -81,15 +80,15 @@ def data_bytes(shapes: Shapes, dtype: str) -> int:
     return sum(map(prod, shapes.values())) * parse_dtype(dtype).itemsize
 
 
-def counter(progress: ByteProgress | None, total: int) -> Callable[[int], None]:
-    """Adds up bytes and tells `progress` (so many, `total`)."""
+def counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """A function that adds up the bytes it is called with, and passes the sum to `progress`."""
     done = 0
 
     def count(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
         if progress:
-            progress(done, total)
+            progress(what, done, total)
 
     return count
 
@@ -97,11 +96,13 @@ def counter(progress: ByteProgress | None, total: int) -> Callable[[int], None]:
 def check_tensors(source: Source, shapes: Shapes) -> None:
     """Raises CheckpointError, naming it, for a tensor that is missing, misshapen or quantised."""
     for name, shape in shapes.items():
-        if (found := source.shape(name)) != shape:
-            sizes = f"shape {list(found)}, but config.json asks for {list(shape)}"
+        if (found := source.spec(name)).shape != shape:
+            sizes = f"shape {list(found.shape)}, but config.json asks for {list(shape)}"
             raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
-        if (stored := source.stored_dtype(name)) not in STORED_DTYPES:
-            raise CheckpointError(f"the tensor {name} is stored as {stored}: quantised checkpoints are not supported")
+        if found.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"the tensor {name} is stored as {found.dtype}: quantised checkpoints are not supported"
+            )
 
 
 @contextmanager

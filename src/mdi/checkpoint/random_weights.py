@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from mdi.checkpoint.source import INDEX, SINGLE
+from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.models.config import QWEN2_VL, ModelConfig

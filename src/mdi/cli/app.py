@@ -91,10 +91,11 @@ def prepare(
     hf_token: HfToken = None,
 ) -> None:
     """Split a checkpoint into one chunk per node, under chunks/{n}nodes/ in its folder."""
+    from mdi.checkpoint.hub import locate
     from mdi.checkpoint.prepare import prepare as write_chunks
-    from mdi.checkpoint.source import Source, locate
+    from mdi.checkpoint.source import open_source
 
-    source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token, download=not skip_convert))
+    source = open_source(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token, download=not skip_convert))
     with _bytes_bar() as progress:
         task = progress.add_task("writing chunks", total=None)
         folder = write_chunks(
@@ -103,7 +104,7 @@ def prepare(
             dtype=dtype,
             layers=_parse_layers(layers),
             vision_node=vision_node,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda _what, done, total: progress.update(task, completed=done, total=total),
         )
     n_chunks = n_nodes + vision_node
     out.print(f"{n_chunks} chunk{'s' * (n_chunks > 1)} in {folder}", soft_wrap=True)
@@ -127,12 +128,13 @@ def plan(
 
     With --nodes-config, nodes that run are asked what their machines can do, and get what these can carry.
     """
-    from mdi.checkpoint.source import Source, locate
+    from mdi.checkpoint.hub import locate
+    from mdi.checkpoint.source import open_source
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine.engine import sequence_length_of
     from mdi.planning.plan import make_plan, stage_summary
 
-    config = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
+    config = open_source(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
     chosen, dtype = _parse_layers(layers), dtype or config.dtype
     cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
     findings, apart = list["Finding"](), False
@@ -411,9 +413,10 @@ def verify(
 ) -> None:
     """Run one prompt through transformers and through this system, and show how far apart they are."""
     from mdi.bench.verify import verify as compare
-    from mdi.checkpoint.source import Source, locate
+    from mdi.checkpoint.hub import locate
+    from mdi.checkpoint.source import open_source
 
-    source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
+    source = open_source(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
     report = compare(
         source, _messages(prompt, image or [], video or []), dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens
     )
@@ -463,11 +466,12 @@ def bench(
     from mdi.bench.run import room_for, run_bench, write_files
     from mdi.bench.scenario import sweep
     from mdi.bench.trace import write_trace
-    from mdi.checkpoint.source import Source, locate
+    from mdi.checkpoint.hub import locate
+    from mdi.checkpoint.source import open_source
 
     if peer not in (None, "transformers"):
         raise ConfigError(f"--peer knows transformers, not {peer!r}")
-    source = Source.open(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
+    source = open_source(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token))
     sides = _parse_numbers(image_sizes, "--image-sizes") if image_sizes and source.model_config.vision else ()
     scenarios = sweep(
         _parse_numbers(streams, "--streams"),

@@ -15,7 +15,7 @@ import torch
 
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
-from mdi.checkpoint.prepare import ByteProgress, chunk_folder, prepare
+from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Deliver, Link
 from mdi.cluster.launchers.base import Launcher
@@ -131,7 +131,7 @@ class Cluster:
 
     def _load_alone(self, source: Source) -> LoadedStage:
         return load_source(
-            source, dtype=self._config.dtype, device=self._config.device, progress=self._shown("starter")
+            source, dtype=self._config.dtype, device=self._config.device, progress=self._starter_progress()
         )
 
     def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
@@ -151,7 +151,7 @@ class Cluster:
             timeout_s, width = config.recovery.timeout_s, source.model_config.hidden_size
             self.vision = VisionNode(config.vision, self._identity, Chunks(folder, manifest), width, timeout_s)
             undo.callback(self.vision.close)
-        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._shown("starter"))
+        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._starter_progress())
 
     def _await_nodes(self, by_hand: ByHand, chunks: Chunks) -> AwaitedNodes:
         if by_hand.config.starter.threads:
@@ -180,7 +180,7 @@ class Cluster:
                 dtype=config.dtype,
                 layers=config.layers or self._measured_layers(source),
                 vision_node=config.vision is not None,
-                progress=self._shown("preparing chunks"),
+                progress=self._progress,
             )
         manifest = Manifest.read(folder)
         wanted = make_plan(source.model_config, config.n_nodes, config.layers, vision_node=config.vision is not None)
@@ -213,9 +213,9 @@ class Cluster:
         )
         return made.layers
 
-    def _shown(self, name: str) -> ByteProgress | None:
+    def _starter_progress(self) -> Progress | None:
         progress = self._progress
-        return (lambda done, total: progress(name, done, total)) if progress else None
+        return (lambda _what, done, total: progress("starter", done, total)) if progress else None
 
 
 def _commas(numbers: tuple[int, ...]) -> str:

@@ -142,7 +142,7 @@ class Visitor:
 
     async def _equip(self, channel: grpc.aio.Channel, node: NodeAddress, chunks: Chunks, note: Note) -> Visit:
         entry = chunks.manifest.chunk(chunk_file(node.name))
-        file, progress = chunks.folder / entry.file, self.progress
+        file = chunks.folder / entry.file
         offer = node_pb2.OfferRequest(version=codec.VERSION, manifest=chunks.manifest.model_dump_json(), role=node.name)
         while True:
             answer = await _ask(channel, "Offer", offer, node_pb2.OfferReply)
@@ -164,12 +164,8 @@ class Visitor:
                 continue
             note(True, "receives its weights")
 
-            def show(sent: int, size: int) -> None:
-                if progress:
-                    progress(f"weights to {node.name}", sent, size)
-
             try:
-                await send_chunk(channel, node.name, file, entry, answer.have_bytes, show)
+                await send_chunk(channel, node.name, file, entry, answer.have_bytes, self.progress)
             except LinkError as error:
                 note(False, str(error))
                 return Visit.AWAY

@@ -11,8 +11,8 @@ from pathlib import Path
 import grpc
 
 from mdi.checkpoint.manifest import ChunkEntry
-from mdi.checkpoint.prepare import ByteProgress
 from mdi.core.errors import CheckpointError, LinkError
+from mdi.core.progress import Progress
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.files import in_thread
 
@@ -20,9 +20,9 @@ PIECE_BYTES = 2**18  # what arrived in part is sent again: on a slow link, littl
 
 
 async def send_chunk(
-    channel: grpc.aio.Channel, node: str, file: Path, entry: ChunkEntry, start: int, progress: ByteProgress
+    channel: grpc.aio.Channel, node: str, file: Path, entry: ChunkEntry, start: int, progress: Progress | None
 ) -> None:
-    """Sends a chunk's file from byte `start` on to a node that was offered it. progress: told (sent, all) bytes.
+    """Sends a chunk's file from byte `start` on to a node that was offered it. progress: called with bytes.
 
     Raises CheckpointError when the file here is not the manifest's any more, LinkError when the node is lost meanwhile
     or cannot keep what it is sent.
@@ -36,7 +36,8 @@ async def send_chunk(
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the answer says why
             async for piece in _pieces(source, start):
                 await call.write(piece)
-                progress(piece.offset + len(piece.data), entry.size_bytes)
+                if progress:
+                    progress(f"weights to {node}", piece.offset + len(piece.data), entry.size_bytes)
             await call.done_writing()
         try:
             answer = await call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import threading
@@ -11,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
-from mdi.checkpoint.source import Source, locate
+from mdi.checkpoint.generation import end_ids, generation_defaults
+from mdi.checkpoint.hub import locate
+from mdi.checkpoint.processing import patch_spec, video_spec
+from mdi.checkpoint.source import open_source
 from mdi.cluster.cluster import Cluster, ClusterConfig
 from mdi.cluster.launchers.manual import ByHand
 from mdi.cluster.recovery import RecoveryLimits
@@ -30,7 +31,7 @@ from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
-from mdi.media import MediaPolicy, PatchSpec, VideoSpec
+from mdi.media import MediaPolicy
 from mdi.prompt.builder import Message, PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
-        source = Source.open(path)
+        source = open_source(path)
         if by_hand:
             if n_nodes != 1 or layers:
                 raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
@@ -125,7 +126,7 @@ class Engine:
                 self._cluster.connect if n_nodes > 1 else None,
                 Scheduler(n_slots=max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=n_nodes),
                 tokenizer.backend,
-                end_ids(path, source.config),
+                end_ids(source),
                 self.sequence_length,
                 EmbeddingCache(vision_cache_bytes),
                 self._cluster.vision,
@@ -276,46 +277,6 @@ class Engine:
         request.stream.put(error)
 
 
-def generation_defaults(path: Path) -> SamplingParams:
-    """The checkpoint's sampling defaults, from generation_config.json; greedy where it does not ask for sampling.
-
-    A repetition penalty holds for both, as in transformers.
-    """
-    config = _read_json(path / "generation_config.json")
-    penalty = config.get("repetition_penalty")
-    if not config.get("do_sample", False):
-        return SamplingParams(temperature=0.0, repetition_penalty=penalty)
-    return SamplingParams(
-        temperature=config.get("temperature", 1.0),
-        top_k=config.get("top_k", 50),
-        top_p=config.get("top_p", 1.0),
-        min_p=config.get("min_p"),
-        repetition_penalty=penalty,
-    )
-
-
-def end_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
-    """Tokens that end an answer, from generation_config.json or else config.json."""
-    text_config = config.get("text_config", {})
-    for candidate in (_read_json(path / "generation_config.json"), config, text_config):
-        ids = candidate.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
-
-
-def patch_spec(path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> PatchSpec:
-    """How the checkpoint's images are cut, from preprocessor_config.json, with the server's pixel limits."""
-    config = _read_json(path / "preprocessor_config.json")
-    return PatchSpec.from_hf(config).with_pixels(min_pixels, max_pixels)
-
-
-def video_spec(path: Path, max_pixels: int | None = None) -> VideoSpec:
-    """How the checkpoint's videos are sampled, from video_preprocessor_config.json, with the server's pixel limit."""
-    config = _read_json(path / "video_preprocessor_config.json")
-    return VideoSpec.from_hf(config).with_options(max_pixels=max_pixels)
-
-
 def sequence_length_of(wanted: int | None, limit: int) -> int:
     """The one that is wanted, or a usual one. limit: the model's. Raises ConfigError beyond it."""
     if wanted is None:
@@ -323,7 +284,3 @@ def sequence_length_of(wanted: int | None, limit: int) -> int:
     if not 2 <= wanted <= limit:
         raise ConfigError(f"the sequence length must be between 2 and the model's {limit}, got {wanted}")
     return wanted
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -344,7 +344,7 @@ class Node:
                 chunk,
                 device=self._device,
                 dtype=self._dtype,
-                progress=lambda done, total: self._note("loading", done, total),
+                progress=self._note,
                 verified=note_verified,
             )
         except CheckpointError as error:
@@ -463,7 +463,7 @@ class Node:
 
     async def _weights(self, pieces: AsyncIterator[node_pb2.WeightsPiece], _context: object) -> node_pb2.WeightsReply:
         try:
-            chunk = await self._intake.receive(pieces, lambda *done: self._note("receiving weights", *done))
+            chunk = await self._intake.receive(pieces, self._note)
         except CheckpointError as error:
             log.error("%s", error)
             return node_pb2.WeightsReply(error=str(error))

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from io import FileIO
 
 from mdi.checkpoint.cache import CachedChunk
-from mdi.checkpoint.prepare import ByteProgress
 from mdi.core.errors import CheckpointError
+from mdi.core.progress import Progress
 from mdi.rpc import node_pb2
 from mdi.rpc.files import in_thread
 
@@ -38,10 +38,10 @@ class Intake:
         self._chunk, self.came_whole = chunk, False
         return chunk.have_bytes
 
-    async def receive(self, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: ByteProgress) -> CachedChunk | None:
+    async def receive(self, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> CachedChunk | None:
         """Takes the pieces of the expected chunk; the chunk when all of it is there, None when it stopped before.
 
-        progress: told (there, all) bytes. Raises CheckpointError when the disk refuses.
+        progress: called with bytes. Raises CheckpointError when the disk refuses.
         """
         chunk = self._chunk
         if chunk is None or self._task:
@@ -69,17 +69,17 @@ class Intake:
             self._task = None
 
 
-async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: ByteProgress) -> bool:
+async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> bool:
     """Whether all of the chunk is there in the end."""
     there, size = chunk.have_bytes, chunk.entry.size_bytes
     with chunk.growing() as file:
-        progress(there, size)
+        progress("receiving weights", there, size)
         async for piece in pieces:
             if piece.offset != there or there + len(piece.data) > size:
                 raise CheckpointError("pieces of weights arrived that do not follow each other")
             await in_thread(_write, file, piece.data)
             there += len(piece.data)
-            progress(there, size)
+            progress("receiving weights", there, size)
     if there == size:
         chunk.finish()
     return there == size

@@ -1,0 +1,59 @@
+"""From a checkpoint's name to its folder: local, bundled with the package, or downloaded from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mdi.checkpoint.bundled import BUNDLED, unpack
+from mdi.core.errors import CheckpointError
+
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+HUB_EXTRAS = ("*/*", "consolidated*")  # the same weights again, in other layouts
+
+
+def locate(model: str, *, ckpt_folder: Path, hf_token: str | None = None, download: bool = True) -> Path:
+    """The folder of a checkpoint: `model` itself if it is one, else its copy or download under `ckpt_folder`.
+
+    Downloads show progress bars and resume where they stopped. Raises CheckpointError, with the remedy, when there is
+    no such checkpoint or it cannot be downloaded.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    kept = ckpt_folder / model
+    if model == BUNDLED:
+        return unpack(kept)
+    if not download or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        if kept.is_dir() and model:
+            return kept
+        raise CheckpointError(
+            f"there is no checkpoint folder {model!r}; a name on the hub looks like owner/name, "
+            f"and {BUNDLED!r} ships with MDI-LLM"
+        )
+    return _download(model, kept, hf_token)
+
+
+def _download(model: str, folder: Path, hf_token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    wanted, extras = list(HUB_FILES), list(HUB_EXTRAS)
+    try:
+        snapshot_download(model, local_dir=folder, token=hf_token, allow_patterns=wanted, ignore_patterns=extras)
+    except GatedRepoError:
+        raise CheckpointError(f"{model} is gated: ask for access on its page, then pass --hf-token") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise CheckpointError(
+            f"the hub has no checkpoint {model!r}, or it is private: check the name, or pass --hf-token"
+        ) from None
+    except LocalEntryNotFoundError:
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"the hub cannot be reached and {model} was not downloaded before") from None
+    except Exception as error:  # of the hub's library, the HTTP client or the disk
+        kind = type(error).__name__
+        raise CheckpointError(f"{model} could not be downloaded ({kind}): try again, it resumes") from None
+    return folder
