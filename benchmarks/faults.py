@@ -41,7 +41,7 @@ from testing.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.launchers.manual import ManualNodes
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import MDIError
@@ -167,12 +167,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--by-hand", action="store_true", help="nodes on hosts of their own, encrypted")
     options = parser.parse_args()
-    if options.by_hand and (reason := why_not()):
+    if options.manual_nodes and (reason := why_not()):
         sys.exit(reason)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdi-faults-")))
         path = write_random_checkpoint(folder / "random-tiny", tiny_config())
-        engine, nodes = by_hand(path, folder, stack) if options.by_hand else local(path, stack)
+        engine, nodes = manual_nodes(path, folder, stack) if options.manual_nodes else local(path, stack)
         count, recoveries, left = soak(engine, nodes, options.faults, options.seconds, random.Random(options.seed))
     left += [f"process {child.pid}" for child in psutil.Process().children(recursive=True)]
     report(count, recoveries, left)
@@ -184,7 +184,7 @@ def local(path: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
     return engine, LocalNodes(engine)
 
 
-def by_hand(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
+def manual_nodes(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
     """The engine in this process, which is on the first host until the stack ends."""
     names = ["starter", *(f"secondary{index}" for index in range(N_NODES - 2)), "finisher"]
     network = stack.enter_context(Network(*names))
@@ -193,8 +193,8 @@ def by_hand(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
     for name in nodes.names:
         nodes.start(name)
     stack.enter_context(network.hosts["starter"].inside())  # and so are all threads that are made from now on
-    config = ByHand(NodesConfig.read(nodes.config), certs=nodes.certs("starter"))
-    running = Engine(path, by_hand=config, encryption=True, sequence_length=2048, recovery_limits=LIMITS)
+    config = ManualNodes(NodesConfig.read(nodes.config), certs=nodes.certs("starter"))
+    running = Engine(path, manual_nodes=config, encryption=True, sequence_length=2048, recovery_limits=LIMITS)
     return stack.enter_context(running), HostsByHand(nodes, network.hosts)
 
 

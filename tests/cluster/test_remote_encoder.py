@@ -19,7 +19,7 @@ from testing.videos import encoded, numbered
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.launchers.manual import ManualNodes
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ConfigError, LinkError
@@ -47,11 +47,11 @@ class Served:
     def __init__(self, checkpoint: Path, machines: Machines, names: tuple[str, ...], undo: ExitStack) -> None:
         self.machines = machines
         self.processes = {name: machines.node(name) for name in (*names, "vision")}
-        by_hand = ByHand(NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs")
+        manual_nodes = ManualNodes(NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs")
         self.engine = undo.enter_context(
             Engine(
                 checkpoint,
-                by_hand=by_hand,
+                manual_nodes=manual_nodes,
                 encryption=machines.encrypted,
                 dtype="float32",
                 sequence_length=1024,

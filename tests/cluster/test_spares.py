@@ -20,7 +20,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
-from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.launchers.manual import ManualNodes
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import LinkError
@@ -67,12 +67,12 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
 def engine_of(
     checkpoint: Path, machines: Machines, undo: ExitStack, *, spare_after_s: float = 0.5, **limits: float
 ) -> Engine:
-    by_hand = ByHand(
+    manual_nodes = ManualNodes(
         NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs", spare_after_s=spare_after_s
     )
     recovery = replace(RecoveryLimits(timeout_s=100), **limits)  # type: ignore[arg-type]
     return undo.enter_context(
-        Engine(checkpoint, by_hand=by_hand, encryption=machines.encrypted, recovery_limits=recovery)
+        Engine(checkpoint, manual_nodes=manual_nodes, encryption=machines.encrypted, recovery_limits=recovery)
     )
 
 

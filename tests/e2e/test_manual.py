@@ -36,7 +36,7 @@ def command(*arguments: str | Path) -> list[str]:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With chunks for three nodes."""
-    path = tmp_path_factory.mktemp("by_hand") / "tiny"
+    path = tmp_path_factory.mktemp("manual_nodes") / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
     prepare(open_source(path), 3)
     return path

@@ -23,7 +23,7 @@ from mdi.core.sampling import SamplingParams
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
     from mdi.cluster.launchers.manual import Presence
-    from mdi.cluster.measure import Finding
+    from mdi.cluster.measure import MeasuredNode
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine import Engine
     from mdi.models.weights import StageSpec
@@ -137,7 +137,7 @@ def plan(
     config = open_source(locate(model, ckpt_folder=ckpt_folder, hf_token=hf_token)).model_config
     chosen, dtype = _parse_layers(layers), dtype or config.dtype
     cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
-    findings, apart = list["Finding"](), False
+    findings, apart = list["MeasuredNode"](), False
     if nodes_config:
         nodes = NodesConfig.read(nodes_config)
         nodes.check_layers(config.n_layers)
@@ -160,15 +160,15 @@ def plan(
             out.print(f"{name} was not asked, and is taken to be as fast as this machine: {finding.unknown}")
 
 
-def _findings(nodes: NodesConfig, certs: Path, insecure: bool, dtype: str) -> list[Finding]:
-    from mdi.cluster.launchers.manual import ByHand
-    from mdi.cluster.measure import look_around
+def _findings(nodes: NodesConfig, certs: Path, insecure: bool, dtype: str) -> list[MeasuredNode]:
+    from mdi.cluster.launchers.manual import ManualNodes
+    from mdi.cluster.measure import measure_reachable
     from mdi.rpc.tls import encryption_enabled
 
-    by_hand = ByHand(nodes, certs=certs, insecure=insecure)
+    manual_nodes = ManualNodes(nodes, certs=certs, insecure=insecure)
     device = nodes.starter.device or "cpu"
     with err.status("measuring the machines, one after the other"):
-        return look_around(by_hand, by_hand.identity(encryption_enabled()), dtype, device)
+        return measure_reachable(manual_nodes, manual_nodes.identity(encryption_enabled()), dtype, device)
 
 
 def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:
@@ -588,20 +588,20 @@ def _engine(
     **options: Any,
 ) -> Engine:
     """Loads a model, showing who is there and how far each node has loaded."""
-    from mdi.cluster.launchers.manual import ByHand
+    from mdi.cluster.launchers.manual import ManualNodes
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine import Engine
     from mdi.rpc.tls import encryption_enabled
 
-    by_hand, encryption, startup = None, encryption_enabled(), _Startup()
+    manual_nodes, encryption, startup = None, encryption_enabled(), _Startup()
     if nodes_config:
         config = NodesConfig.read(nodes_config)
-        by_hand = ByHand(config, wait_s, certs, insecure, startup.waiting, spare_after)
+        manual_nodes = ManualNodes(config, wait_s, certs, insecure, startup.waiting, spare_after)
         dtype, device = dtype or config.starter.dtype, device or config.starter.device
     with startup.shown():
         return Engine(
             model,
-            by_hand=by_hand,
+            manual_nodes=manual_nodes,
             encryption=encryption,
             dtype=dtype,
             device=device or "cpu",

@@ -20,12 +20,12 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Deliver, Link
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.launchers.local import LocalLauncher
-from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
+from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes
 from mdi.cluster.link import NodeAddress, PipelineSettings
-from mdi.cluster.measure import survey
+from mdi.cluster.measure import measure_all
 from mdi.cluster.node_client import Chunks
 from mdi.cluster.recovery import RecoveryLimits
-from mdi.cluster.remote_encoder import VisionNode
+from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import Supervisor
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import CheckpointError
@@ -43,7 +43,7 @@ from mdi.rpc.tls import Identity
 class ClusterConfig:
     """How a model is spread. layers: per node, overriding the plan. dtype: the checkpoint's own if None.
 
-    encryption: of all links. by_hand: the nodes are started by hand; None starts them here.
+    encryption: of all links. manual_nodes: the nodes are started by hand; None starts them here.
     """
 
     n_nodes: int
@@ -54,12 +54,12 @@ class ClusterConfig:
     sequence_length: int
     recovery: RecoveryLimits
     encryption: bool = False
-    by_hand: ByHand | None = None
+    manual_nodes: ManualNodes | None = None
 
     @property
     def vision(self) -> NodeAddress | None:
         """The node that encodes images, where the starter does not."""
-        node = self.by_hand.config.vision if self.by_hand else None
+        node = self.manual_nodes.config.vision if self.manual_nodes else None
         return NodeAddress(node.name, node.address) if node else None
 
 
@@ -75,7 +75,7 @@ class Cluster:
         self._supervisor: Supervisor | None = None
         self._launcher: Launcher | None = None
         self._identity: Identity | None = None
-        self.vision: VisionNode | None = None
+        self.vision: RemoteEncoder | None = None
         with ExitStack() as undo:
             loaded = (
                 self._load_together(source, undo) if config.n_nodes > 1 or config.vision else self._load_alone(source)
@@ -136,27 +136,27 @@ class Cluster:
 
     def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
         config = self._config
-        if config.by_hand:
-            self._identity = config.by_hand.identity(config.encryption)
+        if config.manual_nodes:
+            self._identity = config.manual_nodes.identity(config.encryption)
         folder = self._prepared(source)
         manifest = Manifest.read(folder)
         self._manifest_digest = manifest.digest
         chunks = [folder / chunk.file for chunk in manifest.chunks]
-        if config.by_hand:
-            self._launcher = self._await_nodes(config.by_hand, Chunks(folder, manifest))
+        if config.manual_nodes:
+            self._launcher = self._await_nodes(config.manual_nodes, Chunks(folder, manifest))
         else:
             self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
         undo.callback(self._launcher.close)
         if config.vision:
             timeout_s, width = config.recovery.timeout_s, source.model_config.hidden_size
-            self.vision = VisionNode(config.vision, self._identity, Chunks(folder, manifest), width, timeout_s)
+            self.vision = RemoteEncoder(config.vision, self._identity, Chunks(folder, manifest), width, timeout_s)
             undo.callback(self.vision.close)
         return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._starter_progress())
 
-    def _await_nodes(self, by_hand: ByHand, chunks: Chunks) -> AwaitedNodes:
-        if by_hand.config.starter.threads:
-            torch.set_num_threads(by_hand.config.starter.threads)
-        return AwaitedNodes(by_hand, self._identity, chunks, self._progress)
+    def _await_nodes(self, manual_nodes: ManualNodes, chunks: Chunks) -> ManualLauncher:
+        if manual_nodes.config.starter.threads:
+            torch.set_num_threads(manual_nodes.config.starter.threads)
+        return ManualLauncher(manual_nodes, self._identity, chunks, self._progress)
 
     def _start_nodes(self, chunks: list[Path], dtype: str) -> LocalLauncher:
         """Processes here; encrypted, with certificates of an authority that lives as long as this object."""
@@ -199,9 +199,9 @@ class Cluster:
 
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
         config, dtype = self._config, self._config.dtype or source.model_config.dtype
-        if config.by_hand is None:
+        if config.manual_nodes is None:
             return None
-        machines = survey(config.by_hand, self._identity, dtype, config.device)
+        machines = measure_all(config.manual_nodes, self._identity, dtype, config.device)
         cache_tokens = config.n_slots * config.sequence_length
         made = make_plan(
             source.model_config,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
-from mdi.cluster.launchers.manual import AwaitedNodes, ByHand
+from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes
 from mdi.cluster.link import NodeAddress
 from mdi.cluster.node_client import Visitor
 from mdi.cluster.nodes_config import NodeConfig
@@ -20,21 +20,21 @@ PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weigh
 
 
 @dataclass(frozen=True)
-class Finding:
+class MeasuredNode:
     """A node's machine as far as it is known. unknown: why it could not be asked; empty when it could."""
 
     machine: Machine
     unknown: str = ""
 
 
-def survey(by_hand: ByHand, identity: Identity | None, dtype: str, device: str) -> list[Machine]:
+def measure_all(manual_nodes: ManualNodes, identity: Identity | None, dtype: str, device: str) -> list[Machine]:
     """All machines, the starter's first; waits for nodes as the start of a cluster does.
 
     dtype, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be measured.
     """
-    awaited = AwaitedNodes(by_hand, identity)
+    awaited = ManualLauncher(manual_nodes, identity)
     try:
-        findings = _ask_all(by_hand, identity, awaited.nodes, dtype, device)
+        findings = _ask_all(manual_nodes, identity, awaited.nodes, dtype, device)
     finally:
         awaited.close()
     for finding, node in zip(findings[1:], awaited.nodes, strict=True):
@@ -43,25 +43,27 @@ def survey(by_hand: ByHand, identity: Identity | None, dtype: str, device: str) 
     return [finding.machine for finding in findings]
 
 
-def look_around(by_hand: ByHand, identity: Identity | None, dtype: str, device: str) -> list[Finding]:
+def measure_reachable(
+    manual_nodes: ManualNodes, identity: Identity | None, dtype: str, device: str
+) -> list[MeasuredNode]:
     """The same for who is there just now; who is not is taken to be as fast as this machine."""
-    nodes = [NodeAddress(node.name, node.address) for node in by_hand.config.pipeline]
-    return _ask_all(by_hand, identity, nodes, dtype, device)
+    nodes = [NodeAddress(node.name, node.address) for node in manual_nodes.config.pipeline]
+    return _ask_all(manual_nodes, identity, nodes, dtype, device)
 
 
 def _ask_all(
-    by_hand: ByHand, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
-) -> list[Finding]:
+    manual_nodes: ManualNodes, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
+) -> list[MeasuredNode]:
     """One after the other: two on one machine would slow each other down."""
-    config, visitor = by_hand.config, Visitor(identity, None, None)
+    config, visitor = manual_nodes.config, Visitor(identity, None, None)
     here = measure_hardware(device, dtype, default_cache_folder())
-    findings = [Finding(_limited(here, config.starter))]
+    findings = [MeasuredNode(_limited(here, config.starter))]
     for node, described in zip(nodes, config.pipeline, strict=True):
         found = asyncio.run(visitor.probe(node, dtype))
         if isinstance(found, str):
-            findings.append(Finding(_limited(replace(here, memory_bytes=math.inf), described), found))
+            findings.append(MeasuredNode(_limited(replace(here, memory_bytes=math.inf), described), found))
         else:
-            findings.append(Finding(_limited(found, described)))
+            findings.append(MeasuredNode(_limited(found, described)))
     return findings
 
 

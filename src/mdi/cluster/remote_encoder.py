@@ -34,7 +34,7 @@ Encoded = Tensor | MDIError
 """Embeddings, [tokens, hidden_size], or why there are none."""
 
 
-class VisionNode:
+class RemoteEncoder:
     """The starter's end. Its own thread talks to the node, and looks after it every second.
 
     timeout_s: how long an image waits for a node that is away.

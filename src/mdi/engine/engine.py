@@ -18,7 +18,7 @@ from mdi.checkpoint.hub import locate
 from mdi.checkpoint.processing import patch_spec, video_spec
 from mdi.checkpoint.source import open_source
 from mdi.cluster.cluster import Cluster, ClusterConfig
-from mdi.cluster.launchers.manual import ByHand
+from mdi.cluster.launchers.manual import ManualNodes
 from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
 from mdi.core.outputs import Completion, Piece
@@ -57,8 +57,8 @@ class Engine:
     media: where images and videos may come from; by default any local file and any public URL.
     vision_cache_bytes: encoded images and videos that are kept for further requests; 0 keeps none.
     recovery_limits: how long and how often lost nodes are brought back before requests fail.
-    encryption: links between nodes are encrypted (mutual TLS). by_hand: the nodes are not started here but by hand, on
-    this or other machines; it says how many there are and what layers they get.
+    encryption: links between nodes are encrypted (mutual TLS). manual_nodes: the nodes are not started here but by
+    their owners, on this or other machines; it names them, and may give each its number of layers.
     progress: told (node, done bytes, all bytes) while weights load.
 
     Raises CheckpointError or ConfigError when the model cannot be served that way.
@@ -81,18 +81,18 @@ class Engine:
         vision_cache_bytes: int = VISION_CACHE_BYTES,
         recovery_limits: RecoveryLimits | None = None,
         encryption: bool = False,
-        by_hand: ByHand | None = None,
+        manual_nodes: ManualNodes | None = None,
         ckpt_folder: Path = Path("checkpoints"),
         hf_token: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
         source = open_source(path)
-        if by_hand:
+        if manual_nodes:
             if n_nodes != 1 or layers:
                 raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
-            by_hand.config.check_layers(source.model_config.n_layers)
-            n_nodes, layers = by_hand.config.n_nodes, by_hand.config.layers
+            manual_nodes.config.check_layers(source.model_config.n_layers)
+            n_nodes, layers = manual_nodes.config.n_nodes, manual_nodes.config.layers
         self.model_name = path.resolve().name
         self.sequence_length = sequence_length_of(sequence_length, source.model_config.max_positions)
         self.max_queue = max_queue
@@ -114,7 +114,7 @@ class Engine:
             sequence_length=self.sequence_length,
             recovery=recovery_limits or RecoveryLimits(),
             encryption=encryption,
-            by_hand=by_hand,
+            manual_nodes=manual_nodes,
         )
         self._cluster = Cluster(source, config, progress)
         self._prompts = PromptBuilder(

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, GaveUp, Link, Rewired
-from mdi.cluster.remote_encoder import Encoded, VisionNode
+from mdi.cluster.remote_encoder import Encoded, RemoteEncoder
 from mdi.core.batch import Batch, Result, Slice, Visual
 from mdi.core.errors import ClosedError, LinkError, MDIError
 from mdi.core.status import RecoveryStatus
@@ -83,7 +83,7 @@ class StepLoop:
         end_ids: frozenset[int],
         sequence_length: int,
         encoded: EmbeddingCache,
-        vision: VisionNode | None,
+        vision: RemoteEncoder | None,
         ended: Callable[[Request], None],
     ) -> None:
         self.error: MDIError | None = None

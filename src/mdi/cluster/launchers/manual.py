@@ -61,7 +61,7 @@ Watch = Callable[[], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
-class ByHand:
+class ManualNodes:
     """Nodes started by hand, and how to wait for them. Raises ConfigError for what cannot be served that way.
 
     wait_s: longest wait at the start. certs: folder of the starter's certificate, for encrypted links.
@@ -95,7 +95,7 @@ class ByHand:
         return None
 
 
-class AwaitedNodes:
+class ManualLauncher:
     """A `Launcher` for nodes started by hand: made, or back after a loss, when all answer and have their weights.
 
     chunks: what they are to hold; None leaves them with what they have. progress: see `Visitor`.
@@ -104,12 +104,12 @@ class AwaitedNodes:
 
     def __init__(
         self,
-        by_hand: ByHand,
+        manual_nodes: ManualNodes,
         identity: Identity | None,
         chunks: Chunks | None = None,
         progress: Progress | None = None,
     ) -> None:
-        config = by_hand.config
+        config = manual_nodes.config
         vision = (config.vision,) if config.vision else ()
         self._homes = {node.name: NodeAddress(node.name, node.address) for node in (*config.pipeline, *vision)}
         self._spares = [NodeAddress(node.name, node.address, spare=node.name) for node in config.spares]
@@ -118,11 +118,11 @@ class AwaitedNodes:
         self._seen: dict[str, NodeStatus] = {}  # spares without a place
         self._roles: dict[str, str] = {}  # what spares say they are
         self._visitor = Visitor(identity, chunks, progress)
-        self._by_hand = by_hand
+        self._manual_nodes = manual_nodes
         self._closed = threading.Event()
         self._restarts: Counter[str] = Counter()
         self._died: Died | None = None
-        self._wait(list(self._homes), by_hand.wait_s, timeout_s=None)
+        self._wait(list(self._homes), manual_nodes.wait_s, timeout_s=None)
         self._watcher = threading.Thread(target=lambda: asyncio.run(self._watch()), name="mdi-spares", daemon=True)
         if self._spares:
             self._watcher.start()
@@ -142,7 +142,7 @@ class AwaitedNodes:
         """Waits until somebody has started these nodes anew, the network reaches them again, or spares replace them."""
         self._restarts.update(names)
         try:
-            self._wait(names, self._by_hand.spare_after_s, timeout_s)
+            self._wait(names, self._manual_nodes.spare_after_s, timeout_s)
         except CheckpointError as error:
             raise LinkError(str(error), next(iter(names))) from None
 
@@ -161,7 +161,7 @@ class AwaitedNodes:
 
     def _wait(self, names: Collection[str], spare_after_s: float, timeout_s: float | None) -> None:
         """timeout_s: of all; None gives up when nobody is there, not even a spare, but waits for who is."""
-        search = _Search({name: Presence(self._places[name], False, "") for name in names}, self._by_hand.waiting)
+        search = _Search({name: Presence(self._places[name], False, "") for name in names}, self._manual_nodes.waiting)
         asyncio.run(self._find_all(search, spare_after_s, timeout_s))
         if self._closed.is_set():
             raise LinkError("nodes are not waited for any more")
