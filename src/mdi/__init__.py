@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mdi.core.sampling import SamplingParams
-
 if TYPE_CHECKING:
+    from mdi.core.sampling import SamplingParams
     from mdi.engine import Completion, Engine
 
 __all__ = ["Completion", "Engine", "SamplingParams"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:  # `import mdi` must not cost the seconds that torch takes
+def __getattr__(name: str) -> Any:  # `import mdi` does not take the seconds that torch takes to load
+    if name == "SamplingParams":
+        from mdi.core.sampling import SamplingParams
+
+        return SamplingParams
     if name in ("Engine", "Completion"):
         import mdi.engine
 

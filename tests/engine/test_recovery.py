@@ -66,7 +66,7 @@ class World:
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         stream = Stream(lambda: self.loop.post(Cancel(request)))
-        request = Request(stream, params.with_defaults(SamplingParams()), seed=params.seed or 0, prompt=prompt)
+        request = Request(stream, params.resolved(SamplingParams(), LENGTH), prompt)
         self.loop.post(Submit(request))
         return request
 

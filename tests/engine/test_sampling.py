@@ -95,7 +95,7 @@ def test_a_penalised_answer_survives_the_loss_of_a_node(engine: Engine) -> None:
     assert tuple(token for piece in pieces for token in piece.token_ids) == undisturbed
 
 
-@pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids"])
-def test_tokens_the_model_does_not_have_are_refused(engine: Engine, field: str) -> None:
+@pytest.mark.parametrize(("field", "ids"), [("logit_bias", {10**6: 1.0}), ("stop_token_ids", [10**6])])
+def test_tokens_the_model_does_not_have_are_refused(engine: Engine, field: str, ids: Any) -> None:
     with pytest.raises(InputError, match=f"{field}: the model has .* tokens, and no token 1000000"):
-        engine.submit("Hi", SamplingParams(**{field: {10**6: 1.0}}))  # type: ignore[arg-type]
+        engine.submit("Hi", SamplingParams(**{field: ids}))

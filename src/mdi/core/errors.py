@@ -16,6 +16,11 @@ Messages name the cause and the remedy. The edges translate them once: `gateway.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_SHOWN_BITS = 128  # of a refused number; Python refuses to print very long ones
+
 
 class MDIError(Exception):
     """Root of the tree; catch it to catch everything this project raises on purpose."""
@@ -66,3 +71,20 @@ class OverloadedError(MDIError):
 
 class ClosedError(MDIError):
     """The engine is shutting down."""
+
+
+def invalid(findings: Sequence[Mapping[str, Any]]) -> InputError:
+    """pydantic's first finding, as a sentence that names the field in the form `messages[0].role`."""
+    first = findings[0]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"] if step != "[key]"]
+    field = "".join(steps).removeprefix(".")
+    if first["type"] == "extra_forbidden":
+        return InputError(f"unknown field {field}", field)
+    if first["type"] == "missing":
+        return InputError(f"{field} is missing", field)
+    message, value = first["msg"].removeprefix("Value error, "), first["input"]
+    if isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= MAX_SHOWN_BITS):
+        message += f", got {value!r}"
+    if message.startswith("Input "):
+        return InputError(message.replace("Input", field, 1), field)
+    return InputError(f"{field}: {message}", field)

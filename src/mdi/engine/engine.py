@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
-from mdi.core.sampling import SamplingParams
+from mdi.core.sampling import Sampling, SamplingParams
 from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
@@ -152,12 +151,11 @@ class Engine:
         what goes wrong later (media, lengths) is raised by the stream.
         """
         self._prompts.check(prompt)
-        self._check_token_ids(params or SamplingParams())
+        sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
+        self._check_token_ids(sampling)
         pixels = PixelRange(min_pixels, max_pixels)
-        params = (params or SamplingParams()).with_defaults(self._defaults)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
         stream = Stream(lambda: self._loop.post(Cancel(request)))
-        request = Request(stream, params, seed)
+        request = Request(stream, sampling)
         self._accept(request)
         self._media_threads.submit(self._prepare, request, prompt, pixels)
         return stream
@@ -198,8 +196,8 @@ class Engine:
         """
         before, deadline = self._loop.results, time.monotonic() + timeout_s
         stream = Stream(lambda: self._loop.post(Cancel(probe)))
-        params = SamplingParams(temperature=0, max_tokens=1).with_defaults(self._defaults)
-        probe = Request(stream, params, seed=0, prompt=PROBE)
+        sampling = SamplingParams(temperature=0, max_tokens=1).resolved(self._defaults, self.sequence_length)
+        probe = Request(stream, sampling, PROBE)
         self._loop.post(Submit(probe))
         while self._loop.results == before:
             if self._closed or self.error or self.recovery.recovering or time.monotonic() > deadline:
@@ -240,9 +238,9 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        """The finisher indexes logits with them."""
-        for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    def _check_token_ids(self, sampling: Sampling) -> None:
+        """Raises InputError for ids beyond the vocabulary: the finisher indexes logits with them."""
+        for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if unknown := [token_id for token_id in ids if token_id >= self._vocab_size]:
                 raise InputError(f"{field}: the model has {self._vocab_size} tokens, and no token {unknown[0]}", field)
 

@@ -258,14 +258,13 @@ class StepLoop:
                 self._inbox.put(event)
 
     def _start(self, request: Request) -> None:
-        prompt, params = request.prompt, request.params
+        prompt, params = request.prompt, request.sampling
         assert prompt is not None
         if request.cancelled:
             self._end(request, None)
             return
-        room = self._sequence_length - len(prompt.token_ids)
-        max_tokens = min(room, params.max_tokens or room)
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
+        max_tokens = min(params.max_tokens, self._sequence_length - len(prompt.token_ids))
+        ends = params.stop_token_ids | (frozenset() if params.ignore_eos else self._end_ids)
         sequences = [
             Sequence(request, index, prompt, Detokenizer(self._tokenizer, params.stop), max_tokens, ends)
             for index in range(params.n)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 from mdi.core.outputs import FinishReason, Piece
-from mdi.core.sampling import SamplingParams
+from mdi.core.sampling import Sampling
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
@@ -18,15 +18,14 @@ from mdi.prompt.detokenizer import Detokenizer
 
 @dataclass(eq=False)
 class Request:
-    """What a caller submitted, while it runs. `params` are complete: defaults filled in, seed drawn.
+    """What a caller submitted, while it runs.
 
     embeddings: one [tokens, hidden_size] per medium of the prompt, as they get encoded; kept for as long as the request
     lives, so that its prompt can be prefilled again. prefilled: by its first sample; the others share that.
     """
 
     stream: Stream
-    params: SamplingParams
-    seed: int
+    sampling: Sampling
     prompt: Prompt | None = None
     embeddings: list[Tensor] = field(default_factory=list)
     cancelled: bool = False
@@ -66,7 +65,7 @@ class Sequence:
     _seen: dict[int, int] = field(default_factory=dict)  # what penalties are for, and how often the answer has it
 
     def __post_init__(self) -> None:
-        if self.request.params.repetition_penalty != 1:
+        if self.request.sampling.repetition_penalty != 1:
             self._seen = dict.fromkeys(self.prompt.token_ids, 0)
         self.keys = list(self.prompt.keys)
 
@@ -101,17 +100,13 @@ class Sequence:
 
     def sampling(self) -> TokenSampling:
         """How the token after all known ones is drawn."""
-        params = self.request.params
-        assert params.temperature is not None
-        assert params.top_k is not None
-        assert params.top_p is not None
-        assert params.min_p is not None
+        params = self.request.sampling
         return TokenSampling(
             params.temperature,
             params.top_k,
             params.top_p,
             params.min_p,
-            self.request.seed,
+            params.seed,
             self.index,
             position=self.length,
             top_logprobs=params.top_logprobs,
@@ -119,8 +114,7 @@ class Sequence:
         )
 
     def _adjustment(self) -> LogitAdjustment | None:
-        params = self.request.params
-        assert params.repetition_penalty is not None
+        params = self.request.sampling
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         biases = dict(params.logit_bias)
         if len(self.generated) < params.min_tokens:

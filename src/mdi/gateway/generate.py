@@ -7,21 +7,18 @@ import mimetypes
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response
 
 from mdi.core.errors import InputError
 from mdi.engine import Piece
-from mdi.gateway.guard import refusal
 from mdi.gateway.schemas import PART_FIELDS, GenerateRequest, MultimodalRequest
 from mdi.gateway.streaming import TextEngine, events, whole
 from mdi.prompt.builder import Message
 
-R = TypeVar("R", bound=BaseModel)
 UPLOAD_FIELDS = ("image", "images", "video", "videos", "file", "files")
 MAX_UPLOADS = 64
 MESSAGE_FIELDS = {"role", "content"}
@@ -61,7 +58,7 @@ async def _multimodal_body(request: Request) -> MultimodalRequest:
     """The request from JSON, or from a form with files."""
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
-        return _validated(MultimodalRequest, _json(await request.body(), "the body"))
+        return MultimodalRequest.model_validate(_json(await request.body(), "the body"))
     async with request.form(max_files=MAX_UPLOADS, max_part_size=sys.maxsize) as form:  # the gate limits the whole
         return await _from_form(form)
 
@@ -95,7 +92,7 @@ async def _from_form(form: FormData) -> MultimodalRequest:
     else:
         for kind in ("image", "video"):
             _place_uploads(fields["messages"], kind, [upload for upload in uploads if upload.kind == kind])
-    return _validated(MultimodalRequest, fields)
+    return MultimodalRequest.model_validate(fields)
 
 
 @dataclass(frozen=True)
@@ -167,10 +164,3 @@ def _check_fields(messages: list[Message]) -> None:
 def _refuse_unknown(given: dict[str, Any], known: set[str], field: str) -> None:
     if unknown := sorted(given.keys() - known):
         raise InputError(f"unknown field {field}.{unknown[0]}", f"{field}.{unknown[0]}")
-
-
-def _validated(kind: type[R], content: Any) -> R:
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise refusal(error.errors()) from None

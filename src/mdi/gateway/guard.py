@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from mdi.core.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
+from mdi.gateway.schemas import NOT_AN_OBJECT
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
-NOT_AN_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
 
 
 @dataclass(frozen=True)
@@ -87,23 +86,6 @@ def error_body(
     return {"detail": message, "field": field}
 
 
-def refusal(findings: Sequence[Any]) -> InputError:
-    """pydantic's findings: the first one, as a sentence that names the field as `messages[0].role`."""
-    first = findings[0]
-    field = ""
-    for part in first["loc"]:
-        if part not in ("body", "[key]"):
-            field += f"[{part}]" if isinstance(part, int) else f".{part}"
-    field = field.removeprefix(".")
-    if first["type"] == "json_invalid":
-        return InputError("the body is not valid JSON")
-    if first["type"] == "extra_forbidden":
-        return InputError(f"unknown field {field}", field)
-    if not field and first["type"] in NOT_AN_OBJECT:
-        return InputError("the body must be a JSON object, sent with Content-Type: application/json")
-    return InputError(f"{field or 'the body'}: {first['msg'].removeprefix('Value error, ')}", field or None)
-
-
 def install(app: FastAPI, api_key: str | None, max_body_bytes: int) -> None:
     """Adds the handlers and limits to an app."""
     for kind in (MDIError, TimeoutError, Exception):
@@ -119,8 +101,10 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """FastAPI's findings: a body that is no JSON, or none at all. What is in it, the requests' models check."""
     assert isinstance(error, RequestValidationError)
-    return await _answer_error(request, refusal(error.errors()))
+    invalid = error.errors()[0]["type"] == "json_invalid"
+    return await _answer_error(request, InputError("the body is not valid JSON" if invalid else NOT_AN_OBJECT))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

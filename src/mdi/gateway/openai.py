@@ -67,7 +67,7 @@ def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) 
         check_model(body.model)
         running = _submit_all(engine, body.prompt, body.params())
         envelope = _Envelope.new(engine, "cmpl")
-        tell = nothing if body.logprobs is None else text_logprobs(engine.token_bytes)
+        tell = text_logprobs(engine.token_bytes) if body.wants_logprobs else nothing
         if body.stream:
             usage = (lambda: running.usage) if body.wants_usage else None
             render = envelope.renderer("text_completion", _text_chunks(tell), usage)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mdi.core.errors import InputError
-from mdi.core.sampling import MAX_SAMPLES, SamplingParams
+from mdi.core.sampling import MAX_SAMPLES, Integer, SampleCount, SamplingParams, TokenCount, TopLogprobsCount
 
 
 def _as_list(value: Any) -> Any:
@@ -30,8 +28,6 @@ def _encodable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-Number = Annotated[float, Field(strict=True)]
-Count = Annotated[int, Field(strict=True)]
 Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Messages = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
 
@@ -41,6 +37,13 @@ PART_FIELDS = {
     "video": {"type", "video", "min_pixels", "max_pixels", "total_pixels", "fps", "nframes"},
 }
 """What the parts of a message may have, by their type."""
+
+NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
+
+DEFAULT_FOR_NULL = {name for name, field in SamplingParams.model_fields.items() if field.default is not None} | {
+    "logprobs"
+}
+"""Fields where null stands for the default."""
 
 IGNORED = frozenset(
     {
@@ -77,69 +80,27 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """OpenAI's fields that would change the answer and are not supported, with the values that ask for nothing."""
 
 
-class _Sampling(BaseModel):
-    """The settings all routes share."""
+class _Request(SamplingParams):
+    """The fields that all routes share."""
 
-    temperature: Number | None = None
-    top_k: Count | None = None
-    top_p: Number | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    logit_bias: dict[int, Number] | None = None
-    stop_token_ids: list[Count] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Count | None = None
-    seed: Count | None = None
-    stop: Strings | None = None
-    min_pixels: Count | None = None
-    max_pixels: Count | None = None
+    min_pixels: Integer | None = None
+    max_pixels: Integer | None = None
     stream: bool | None = None
 
-    def _params(
-        self,
-        *,
-        max_tokens: int | None,
-        n: int | None,
-        top_logprobs: int | None = None,
-        names: Mapping[str, str] = MappingProxyType({}),
-    ) -> SamplingParams:
-        """names: what the request calls a setting, where that is not our name."""
-        try:
-            return SamplingParams(
-                max_tokens=max_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty or 0.0,
-                frequency_penalty=self.frequency_penalty or 0.0,
-                logit_bias=self.logit_bias or {},
-                stop_token_ids=self.stop_token_ids or (),
-                ignore_eos=self.ignore_eos or False,
-                min_tokens=self.min_tokens or 0,
-                top_logprobs=top_logprobs or 0,
-                seed=self.seed,
-                stop=self.stop or (),
-                n=1 if n is None else n,
-            )
-        except InputError as error:
-            if error.field is None or error.field not in names:
-                raise
-            name = names[error.field]
-            raise InputError(str(error).replace(error.field, name, 1), name) from None
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, body: Any) -> dict[str, Any]:
+        if not isinstance(body, dict):
+            raise InputError(NOT_AN_OBJECT)
+        return {name: value for name, value in body.items() if value is not None or name not in DEFAULT_FOR_NULL}
+
+    def params(self, **changes: Any) -> SamplingParams:
+        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields} | changes)
 
 
-class _Generate(_Sampling):
-    model_config = ConfigDict(extra="forbid")
-
-    max_tokens: Count | None = None
-    n_samples: Count = 1
-
-    def params(self) -> SamplingParams:
-        return self._params(max_tokens=self.max_tokens, n=self.n_samples, names={"n": "n_samples"})
+class _Generate(_Request):
+    n: SampleCount = Field(1, alias="n_samples")
+    top_logprobs: ClassVar[int] = 0  # type: ignore[misc]  # the answers have none: an unknown field here
 
 
 class GenerateRequest(_Generate):
@@ -161,14 +122,12 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class _OpenAI(_Sampling):
-    """OpenAI's fields: `IGNORED` ones may say anything, `UNSUPPORTED` ones nothing, others are refused by name."""
+class _OpenAI(_Request):
+    """OpenAI's fields: `IGNORED` ones may have any value, `UNSUPPORTED` ones only values without an effect."""
 
     model_config = ConfigDict(extra="allow")
 
     model: str
-    max_tokens: Count | None = None
-    n: Count | None = None
     stream_options: StreamOptions | None = None
 
     @property
@@ -176,45 +135,35 @@ class _OpenAI(_Sampling):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _check_extras(self) -> None:
+    def params(self, **changes: Any) -> SamplingParams:
+        """Raises InputError for fields that are unknown or not supported."""
         for field, value in (self.model_extra or {}).items():
             if field in IGNORED or value in UNSUPPORTED.get(field, ()):
                 continue
             raise InputError(f"{field} is not supported" if field in UNSUPPORTED else f"unknown field {field}", field)
+        return super().params(**changes)
 
 
 class ChatRequest(_OpenAI):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it."""
 
     messages: Messages
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: Count | None = None
 
-    def params(self) -> SamplingParams:
-        """Raises InputError for what is asked for and not supported."""
-        self._check_extras()
+    def params(self, **changes: Any) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
             raise InputError("top_logprobs needs logprobs to be true", "top_logprobs")
-        if self.max_completion_tokens is None:
-            return self._params(max_tokens=self.max_tokens, n=self.n, top_logprobs=self.top_logprobs)
-        return self._params(
-            max_tokens=self.max_completion_tokens,
-            n=self.n,
-            top_logprobs=self.top_logprobs,
-            names={"max_tokens": "max_completion_tokens"},
-        )
+        return super().params(max_tokens=self.max_completion_tokens or self.max_tokens, **changes)
 
 
 class CompletionRequest(_OpenAI):
-    """POST /v1/completions."""
+    """POST /v1/completions. logprobs: how many of the likeliest tokens to report; 0 reports the drawn ones alone."""
 
     prompt: Annotated[Strings, Field(min_length=1, max_length=MAX_SAMPLES)]
-    max_tokens: Count | None = 16
-    logprobs: Count | None = None
+    max_tokens: TokenCount | None = 16
+    top_logprobs: TopLogprobsCount = Field(0, alias="logprobs")
 
-    def params(self) -> SamplingParams:
-        """Raises InputError for what is asked for and not supported."""
-        self._check_extras()
-        names = {"top_logprobs": "logprobs"}
-        return self._params(max_tokens=self.max_tokens, n=self.n, top_logprobs=self.logprobs, names=names)
+    @property
+    def wants_logprobs(self) -> bool:
+        return "top_logprobs" in self.model_fields_set
