@@ -1,0 +1,137 @@
+"""Options that more than one command takes, each declared once, and what they stand for.
+
+A command with a parameter of one of these dataclasses takes every field of it as an option: see `grouped`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdi.core.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
+    from mdi.checkpoint.source import Source
+    from mdi.engine import Engine
+
+CERTS = Path("certs")
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, or: bundled.")]
+NNodes = Annotated[int, typer.Option("--n-nodes", min=1, help="Nodes the layers are split over.")]
+Layers = Annotated[str | None, typer.Option(help="Layers per node, overriding the plan: 10,10,8.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+Device = Annotated[str | None, typer.Option(help="Where this node computes: cpu (the default), cuda, cuda:1, mps.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
+MaxSequences = Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")]
+Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
+Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or data: URL; may be repeated.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
+MinPixels = Annotated[int | None, typer.Option(help="Smallest area an image is given, in pixels.")]
+NodesJson = Annotated[
+    Path | None, typer.Option("--nodes-config", help="JSON file with all nodes, each started on its own machine.")
+]
+Certs = Annotated[Path, typer.Option(help="Folder with this node's certificate, for ENABLE_ENCRYPTION=1.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where a checkpoint comes from."""
+
+    ckpt_folder: Annotated[Path, typer.Option(help="Where checkpoints from the hub are kept.")] = Path("checkpoints")
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated checkpoints.")] = None
+
+    def open(self, model: str, *, download: bool = True) -> Source:
+        """The checkpoint, downloaded first where that is needed and allowed."""
+        from mdi.checkpoint.hub import locate
+        from mdi.checkpoint.source import open_source
+
+        return open_source(locate(model, ckpt_folder=self.ckpt_folder, hf_token=self.hf_token, download=download))
+
+
+@dataclass(frozen=True)
+class NodesOptions:
+    """Which nodes there are, and what each gets."""
+
+    n_nodes: NNodes = 1
+    nodes_config: NodesJson = None
+    certs: Certs = CERTS
+    insecure: Insecure = False
+    layers: Layers = None
+    dtype: Dtype = None
+
+
+@dataclass(frozen=True)
+class EngineOptions(CheckpointOptions, NodesOptions):
+    """What every command that loads a model takes."""
+
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for the nodes of --nodes-config.")] = 600
+    device: Device = None
+
+    def start(self, model: str, *, spare_after: float = 5, **settings: Any) -> Engine:
+        """Loads a model, showing which nodes are present and how far each has loaded."""
+        from mdi.cli.screen import Startup
+        from mdi.cluster.launchers.manual import ManualNodes
+        from mdi.cluster.nodes_config import NodesConfig
+        from mdi.engine import Engine
+        from mdi.rpc.tls import encryption_enabled
+
+        manual_nodes, dtype, device, startup = None, self.dtype, self.device, Startup()
+        if self.nodes_config:
+            config = NodesConfig.read(self.nodes_config)
+            manual_nodes = ManualNodes(config, self.wait_s, self.certs, self.insecure, startup.waiting, spare_after)
+            dtype, device = dtype or config.starter.dtype, device or config.starter.device
+        with startup.shown():
+            return Engine(
+                model,
+                n_nodes=self.n_nodes,
+                layers=parse_layers(self.layers),
+                manual_nodes=manual_nodes,
+                encryption=encryption_enabled(),
+                dtype=dtype,
+                device=device or "cpu",
+                ckpt_folder=self.ckpt_folder,
+                hf_token=self.hf_token,
+                progress=startup.loading,
+                **settings,
+            )
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command: the fields of its dataclass parameters become options in their place."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {item.name: item.annotation for item in parameters if is_dataclass(item.annotation)}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    options = list[inspect.Parameter]()
+    for item in parameters:
+        group = groups.get(item.name)
+        options += inspect.signature(group, eval_str=True).parameters.values() if group else [item]
+    keywords = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return run
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else parse_numbers(text, "--layers")
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them. Raises ConfigError, naming the option, for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{option} takes whole numbers with commas between them, like 10,10,8; got {text!r}"
+        ) from None

@@ -1,0 +1,117 @@
+"""`mdi plan`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from mdi.cli.options import (
+    CheckpointOptions,
+    MaxSequences,
+    Model,
+    NodesOptions,
+    SequenceLength,
+    grouped,
+    parse_layers,
+)
+from mdi.cli.screen import err, out
+
+if TYPE_CHECKING:
+    from mdi.cluster.measure import MeasuredNode
+    from mdi.cluster.nodes_config import NodesConfig
+    from mdi.models.weights import StageSpec
+    from mdi.planning.hardware import Machine
+    from mdi.planning.plan import StageSummary
+
+
+@grouped
+def plan(
+    model: Model,
+    options: NodesOptions,
+    checkpoint: CheckpointOptions,
+    sequence_length: SequenceLength = None,
+    max_sequences: MaxSequences = 16,
+) -> None:
+    """Show which layers would go to which node, and what each would hold, before anything is loaded.
+
+    With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
+    """
+    from mdi.cluster.nodes_config import NodesConfig
+    from mdi.engine.engine import sequence_length_of
+    from mdi.planning.plan import make_plan, stage_summary
+
+    config = checkpoint.open(model).model_config
+    n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
+    cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
+    measured, vision_node = list["MeasuredNode"](), False
+    if options.nodes_config:
+        nodes = NodesConfig.read(options.nodes_config)
+        nodes.check_layers(config.n_layers)
+        n_nodes, layers, vision_node = nodes.n_nodes, layers or nodes.layers, nodes.vision is not None
+        measured = _measure(nodes, options, dtype)
+    machines = [node.machine for node in measured]
+    made = make_plan(
+        config,
+        n_nodes,
+        layers,
+        machines=machines,
+        dtype=dtype,
+        cache_tokens=cache_tokens,
+        vision_node=vision_node,
+    )
+    rows = [(name, spec, stage_summary(config, spec, dtype, cache_tokens)) for name, spec in made.roles.items()]
+    out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
+    for name, node in zip(made.roles, measured, strict=False):
+        if node.unknown:
+            out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")
+
+
+def _measure(nodes: NodesConfig, options: NodesOptions, dtype: str) -> list[MeasuredNode]:
+    from mdi.cluster.launchers.manual import ManualNodes
+    from mdi.cluster.measure import measure_reachable
+    from mdi.rpc.tls import encryption_enabled
+
+    manual_nodes = ManualNodes(nodes, certs=options.certs, insecure=options.insecure)
+    device = nodes.starter.device or "cpu"
+    with err.status("measuring the machines, one after the other"):
+        return measure_reachable(manual_nodes, manual_nodes.identity(encryption_enabled()), dtype, device)
+
+
+def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:
+    table = Table("node", "layers", "holds", "parameters", "size", "share of a step")
+    for name, spec, summary in rows:
+        parts = [("embedding", spec.embedding), ("vision", spec.vision), ("LM head", spec.head)]
+        table.add_row(
+            name,
+            _layers_text(spec),
+            ", ".join(part for part, held in parts if held) or "-",
+            f"{summary.parameters:,}",
+            f"{summary.size_bytes / 1e6:,.0f} MB",
+            f"{summary.step_share:.0%}",
+        )
+    return table
+
+
+def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machines: Sequence[Machine]) -> Table:
+    """Once all nodes have work, a token takes the time of the slowest node; a single stream takes the sum of all."""
+    table = Table("node", "layers", "weights", "cache", "room", "reads", "computes", "a token", "1,000 of a prompt")
+    for (name, spec, summary), machine in zip(rows, machines, strict=True):
+        table.add_row(
+            name,
+            _layers_text(spec),
+            f"{summary.size_bytes / 1e6:,.0f} MB",
+            f"{summary.cache_bytes / 1e6:,.0f} MB",
+            "?" if math.isinf(machine.memory_bytes) else f"{machine.memory_bytes / 1e9:,.1f} GB",
+            f"{machine.bytes_per_s / 1e9:,.1f} GB/s",
+            f"{machine.flops_per_s / 1e12:,.2f} TFLOP/s",
+            f"{machine.token_s(summary.size_bytes / summary.parameters * summary.step_parameters) * 1e3:,.1f} ms",
+            f"{machine.prompt_token_s(summary.step_parameters) * 1e3:,.2f} s",
+        )
+    return table
+
+
+def _layers_text(spec: StageSpec) -> str:
+    return f"{spec.first_layer}-{spec.last_layer - 1} ({len(spec.layers)})"

@@ -1,0 +1,42 @@
+"""`mdi prepare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, grouped, parse_layers
+from mdi.cli.screen import bytes_bar, say
+
+
+@grouped
+def prepare(
+    model: Model,
+    checkpoint: CheckpointOptions,
+    n_nodes: NNodes = 1,
+    dtype: Dtype = None,
+    layers: Layers = None,
+    vision_node: Annotated[
+        bool, typer.Option("--vision-node", help="One chunk more: the vision tower, for a node of its own.")
+    ] = False,
+    skip_convert: Annotated[
+        bool, typer.Option("--skip-convert", help="Download nothing: the checkpoint is here.")
+    ] = False,
+) -> None:
+    """Split a checkpoint into one chunk per node, under chunks/{n}nodes/ in its folder."""
+    from mdi.checkpoint.prepare import prepare as write_chunks
+
+    source = checkpoint.open(model, download=not skip_convert)
+    with bytes_bar() as progress:
+        task = progress.add_task("writing chunks", total=None)
+        folder = write_chunks(
+            source,
+            n_nodes,
+            dtype=dtype,
+            layers=parse_layers(layers),
+            vision_node=vision_node,
+            progress=lambda _what, done, total: progress.update(task, completed=done, total=total),
+        )
+    n_chunks = n_nodes + vision_node
+    say(f"{n_chunks} chunk{'s' * (n_chunks > 1)} in {folder}")
