@@ -23,7 +23,8 @@ from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.models.weights import EMBEDDING, StageSpec, stage_shapes
+from mdi.core.tensors import TensorSpec
+from mdi.models.weights import EMBEDDING, StageSpec, stage_specs
 from mdi.planning.plan import make_plan
 
 
@@ -34,7 +35,7 @@ def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
     elif isinstance(thing, list | tuple):
         for item in thing:
             yield from tensors_in(item)
-    elif type(thing).__module__.startswith("mdi.model"):
+    elif type(thing).__module__.startswith(("mdi.models", "mdi.layers")):
         for attribute in vars(thing).values():
             yield from tensors_in(attribute)
 
@@ -193,16 +194,17 @@ def test_a_chunk_with_a_right_checksum_but_wrong_tensors_is_refused(change: str,
     folder = prepare(source, 2)
     manifest = Manifest.read(folder)
     entry = manifest.chunks[1]
-    shapes = stage_shapes(source.model_config, entry.spec)
-    dtype = torch.float16 if change == "another dtype" else torch.float32
+    specs = stage_specs(source.model_config, entry.spec, manifest.dtype)
     if change == "one missing":
-        del shapes["model.norm.weight"]
+        del specs["model.norm.weight"]
     if change == "one too many":
-        shapes["model.norm.bias"] = (64,)
+        specs["model.norm.bias"] = TensorSpec((64,), "float32")
     if change == "another shape":
-        shapes["model.norm.weight"] = (65,)
+        specs["model.norm.weight"] = TensorSpec((65,), "float32")
+    if change == "another dtype":
+        specs["model.norm.weight"] = TensorSpec((64,), "float16")
     path, metadata = folder / entry.file, chunk_metadata(entry.role, manifest.plan_hash)
-    sha256, size = write_safetensors(path, shapes, dtype, lambda name: torch.zeros(shapes[name]), metadata)
+    sha256, size = write_safetensors(path, specs, lambda name: torch.zeros(specs[name].shape), metadata)
     content = json.loads((folder / FILE_NAME).read_text())
     content["chunks"][1] |= {"sha256": sha256, "size_bytes": size}
     (folder / FILE_NAME).write_text(json.dumps(content))
@@ -258,8 +260,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @linux
 def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -> None:
     source = open_source(wide)
-    shapes = stage_shapes(source.model_config, StageSpec(3, 5))
-    tensors = [source.tensor(name) for name in shapes]
+    specs = stage_specs(source.model_config, StageSpec(3, 5), "bfloat16")
+    tensors = [source.tensor(name) for name in specs]
     slack = len(tensors) * 2 * 65536  # the kernel maps up to 64 KiB around a page, here a header's and a tensor's
     assert resident_bytes(wide / "model.safetensors") < slack  # nothing is read before it is used
     assert all(tensor.float().abs().sum() > 0 for tensor in tensors)

@@ -20,9 +20,10 @@ from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
-from mdi.core.dtypes import parse_dtype
+from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.models.weights import EMBEDDING, LM_HEAD, stage_shapes
+from mdi.core.tensors import TensorSpec
+from mdi.models.weights import EMBEDDING, LM_HEAD, stage_specs
 from mdi.planning.plan import make_plan
 
 Weights = dict[str, torch.Tensor]
@@ -61,8 +62,8 @@ def test_a_chunk_holds_its_stage_and_nothing_else(name: str, n_nodes: int, reque
     source = open_source(request.getfixturevalue(name))
     plan = make_plan(source.model_config, n_nodes)
     for spec, chunk in zip(plan.stages, chunks_of(prepare(source, n_nodes)), strict=True):
-        shapes = {held: tuple(tensor.shape) for held, tensor in chunk.items()}
-        assert shapes == stage_shapes(source.model_config, spec)
+        held = {name: TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in chunk.items()}
+        assert held == stage_specs(source.model_config, spec, source.model_config.dtype)
 
 
 def test_a_tied_matrix_is_on_the_first_and_on_the_last_node(tiny: Path) -> None:

@@ -15,7 +15,8 @@ from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
 from mdi.planning.hardware import Machine
-from mdi.planning.plan import Costs, Plan, StageLoad, balance, costs, make_plan, role_names, stage_summary
+from mdi.planning.plan import Plan, balance, make_plan, role_names
+from mdi.planning.predict import StageLoad, stage_summary
 
 FULL_SIZE = ModelConfig.from_hf(QWEN2_VL_2B)
 TEXT_ONLY = ModelConfig.from_hf(tiny_text_config())
@@ -34,15 +35,13 @@ def test_every_layer_is_on_exactly_one_node_for_all_counts() -> None:
             assert [stage.head for stage in stages] == [index == n_nodes - 1 for index in range(n_nodes)]
 
 
-@pytest.mark.parametrize(
-    "cost", [Costs(10, 50, 3), Costs(10, 0, 0), Costs(7, 1, 40), Costs(10, 500, 20), Costs(3, 7, 7)]
-)
-def test_no_split_has_a_faster_slowest_node_nor_is_any_as_fast_one_more_even(cost: Costs) -> None:
+@pytest.mark.parametrize(("layer", "head", "start"), [(10, 50, 3), (10, 0, 0), (7, 1, 40), (10, 500, 20), (3, 7, 7)])
+def test_no_split_has_a_faster_slowest_node_nor_is_any_as_fast_one_more_even(layer: int, head: int, start: int) -> None:
     for n_layers in range(1, 13):
         for n_nodes in range(1, n_layers + 1):
-            loads = [StageLoad(0, cost.layer, n_layers)] * n_nodes
-            loads[0] = replace(loads[0], fixed=cost.start)
-            loads[-1] = replace(loads[-1], fixed=loads[-1].fixed + cost.head)
+            loads = [StageLoad(0, layer, n_layers)] * n_nodes
+            loads[0] = replace(loads[0], fixed=start)
+            loads[-1] = replace(loads[-1], fixed=loads[-1].fixed + head)
             ours = rating(balance(n_layers, loads), loads)
             assert ours == min(rating(split, loads) for split in all_splits(n_layers, n_nodes))
 
@@ -74,8 +73,9 @@ def all_splits(n_layers: int, n_nodes: int) -> list[tuple[int, ...]]:
 
 
 def test_the_head_of_the_2b_model_weighs_about_five_layers() -> None:
-    cost = costs(FULL_SIZE)
-    assert 4.5 < cost.head / cost.layer < 5.5
+    head = stage_summary(FULL_SIZE, StageSpec(0, 0, head=True), "bfloat16")
+    layer = stage_summary(FULL_SIZE, StageSpec(0, 1), "bfloat16")
+    assert 4.5 < head.step_bytes / layer.step_bytes < 5.5
 
 
 def test_the_finisher_of_the_2b_model_gets_fewer_layers_than_the_others() -> None:

@@ -15,7 +15,8 @@ from mdi.bench.measure import MemoryLog, Run, node_times
 from mdi.core.status import NodeStatus
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
-from mdi.planning.plan import VISION, StageSummary, stage_summary
+from mdi.planning.plan import VISION
+from mdi.planning.predict import StageSummary, stage_summary
 
 MB = 1e6
 

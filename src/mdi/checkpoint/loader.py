@@ -10,27 +10,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.checkpoint.prepare import check_tensors, chunk_metadata, counter, data_bytes
+from mdi.checkpoint.prepare import check_tensors, chunk_metadata, counter
+from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.writer import DTYPE_NAMES
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress
+from mdi.core.tensors import Specs, TensorSpec, total_bytes
 from mdi.models.config import ModelConfig
 from mdi.models.decoder import Decoder, Get
 from mdi.models.stage import LoadedStage
 from mdi.models.vision import VisionTower
-from mdi.models.weights import EMBEDDING, Shapes, StageSpec, stage_shapes
+from mdi.models.weights import EMBEDDING, StageSpec, stage_specs
 from mdi.planning.plan import make_plan
 
 HASH_BLOCK = 16 * 2**20
-CODES = {code: dtype for dtype, code in DTYPE_NAMES.items()}
 
 
 def load_chunk(
@@ -56,12 +57,12 @@ def load_chunk(
             f"{path.name} was prepared in {manifest.dtype}, not {dtype}: run `mdi prepare --dtype {dtype}`"
         )
     config = ModelConfig.from_hf(manifest.config)
-    shapes = stage_shapes(config, entry.spec)
-    count = counter(progress, "loading", entry.size_bytes + data_bytes(shapes, manifest.dtype))
-    _check_chunk(path, entry, manifest, shapes, count)
+    specs = stage_specs(config, entry.spec, manifest.dtype)
+    count = counter(progress, "loading", entry.size_bytes + total_bytes(specs.values()))
+    _check_chunk(path, entry, manifest, specs, count)
     if verified:
         verified(manifest, entry)
-    return _load(config, entry.spec, shapes, manifest.dtype, device, lambda name: _mapped(path, name), count)
+    return _load(config, entry.spec, specs, manifest.dtype, device, lambda name: _mapped(path, name), count)
 
 
 def load_source(
@@ -79,10 +80,10 @@ def load_source(
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
-    shapes = stage_shapes(config, spec)
-    check_tensors(source, shapes)
-    count = counter(progress, "loading", data_bytes(shapes, dtype))
-    return _load(config, spec, shapes, dtype, device, source.tensor, count)
+    specs = stage_specs(config, spec, dtype)
+    check_tensors(source, specs)
+    count = counter(progress, "loading", total_bytes(specs.values()))
+    return _load(config, spec, specs, dtype, device, source.tensor, count)
 
 
 def parse_device(name: str) -> torch.device:
@@ -98,18 +99,18 @@ def parse_device(name: str) -> torch.device:
 def _load(
     config: ModelConfig,
     spec: StageSpec,
-    shapes: Shapes,
+    specs: Specs,
     dtype_name: str,
     device_name: str,
     read: Get,
     count: Callable[[int], None],
 ) -> LoadedStage:
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    remaining = set(shapes)
+    remaining = set(specs)
 
     def get(name: str) -> Tensor:
         remaining.remove(name)
-        tensor = read(name).to(device, dtype)
+        tensor = read(name).to(device, parse_dtype(specs[name].dtype))
         count(tensor.nbytes)
         return tensor
 
@@ -130,9 +131,7 @@ def _release_rows(decoder: Decoder, read: Get) -> None:
         decoder.embedding = mapped
 
 
-def _check_chunk(
-    path: Path, entry: ChunkEntry, manifest: Manifest, shapes: Shapes, count: Callable[[int], None]
-) -> None:
+def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs, count: Callable[[int], None]) -> None:
     """First what the chunk says it is, then whether it is undamaged, then whether it is complete."""
     metadata, found = _read_header(path)
     expected = chunk_metadata(entry.role, manifest.plan_hash)
@@ -146,26 +145,25 @@ def _check_chunk(
         raise CheckpointError(
             f"{path.name} is damaged: its checksum is not the manifest's; copy it again, or run `mdi prepare` again"
         )
-    if found != {name: (shape, parse_dtype(manifest.dtype)) for name, shape in shapes.items()}:
+    if found != specs:
         raise CheckpointError(
             f"{path.name} does not hold the tensors of its layers: it was written by another version; "
             "run `mdi prepare` again"
         )
 
 
-Header = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
-
-
-def _read_header(path: Path) -> tuple[dict[str, str] | None, Header]:
-    """A chunk's metadata, and each tensor's shape and dtype. None where the header cannot be read."""
+def _read_header(path: Path) -> tuple[dict[str, str] | None, Specs]:
+    """A chunk's metadata and what its tensors are. None where the header cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
-            dtypes = {name: CODES.get(entry.get_dtype()) for name, entry in entries.items()}
-            return dict(file.metadata() or {}), {name: (shapes[name], dtypes[name]) for name in shapes}
+            return dict(file.metadata() or {}), {name: _spec(entry) for name, entry in entries.items()}
     except (SafetensorError, OSError):
         return None, {}
+
+
+def _spec(entry: Any) -> TensorSpec:
+    return TensorSpec(tuple(entry.get_shape()), DTYPES.get(entry.get_dtype(), entry.get_dtype()))
 
 
 def _mapped(path: Path, name: str) -> Tensor:

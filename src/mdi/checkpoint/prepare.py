@@ -11,17 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import prod
 from pathlib import Path
 
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import write_safetensors
-from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
-from mdi.core.tensors import ITEM_BYTES
-from mdi.models.weights import Shapes, stage_shapes
+from mdi.core.tensors import ITEM_BYTES, Specs, total_bytes
+from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
 
 RESERVE_BYTES = 64 * 2**20
@@ -50,19 +48,19 @@ def prepare(
     config = source.model_config
     dtype = dtype or config.dtype
     plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
-    shapes = [stage_shapes(config, spec) for spec in plan.roles.values()]
-    for stage in shapes:
+    specs = [stage_specs(config, spec, dtype) for spec in plan.roles.values()]
+    for stage in specs:
         check_tensors(source, stage)
-    total = sum(data_bytes(stage, dtype) for stage in shapes)
+    total = sum(total_bytes(stage.values()) for stage in specs)
     count = counter(progress, "preparing chunks", total)
     identity = plan_hash(config, plan, dtype)
     folder = chunk_folder(source.path, n_nodes, vision_node=vision_node)
     with _new_folder(folder, total) as unfinished:
         chunks = []
-        for (role, spec), stage in zip(plan.roles.items(), shapes, strict=True):
+        for (role, spec), stage in zip(plan.roles.items(), specs, strict=True):
             file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
-            sha256, size = write_safetensors(file, stage, parse_dtype(dtype), source.tensor, metadata, count)
+            sha256, size = write_safetensors(file, stage, source.tensor, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
         name = source.path.resolve().name
         manifest = Manifest(model=name, dtype=dtype, plan_hash=identity, config=source.config, chunks=tuple(chunks))
@@ -73,11 +71,6 @@ def prepare(
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:
     """What a chunk's own header says it is, so that one of another plan is told from a damaged one."""
     return {"format": "pt", "role": role, "plan_hash": identity}
-
-
-def data_bytes(shapes: Shapes, dtype: str) -> int:
-    """Bytes of these tensors in `dtype`."""
-    return sum(map(prod, shapes.values())) * parse_dtype(dtype).itemsize
 
 
 def counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
@@ -93,11 +86,11 @@ def counter(progress: Progress | None, what: str, total: int) -> Callable[[int],
     return count
 
 
-def check_tensors(source: Source, shapes: Shapes) -> None:
+def check_tensors(source: Source, specs: Specs) -> None:
     """Raises CheckpointError, naming it, for a tensor that is missing, misshapen or quantised."""
-    for name, shape in shapes.items():
-        if (found := source.spec(name)).shape != shape:
-            sizes = f"shape {list(found.shape)}, but config.json asks for {list(shape)}"
+    for name, spec in specs.items():
+        if (found := source.spec(name)).shape != spec.shape:
+            sizes = f"shape {list(found.shape)}, but config.json asks for {list(spec.shape)}"
             raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
         if found.dtype not in ITEM_BYTES:
             raise CheckpointError(

@@ -19,8 +19,9 @@ from torch import Tensor
 from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
+from mdi.core.tensors import Specs, TensorSpec, total_bytes
 from mdi.models.config import QWEN2_VL, ModelConfig
-from mdi.models.weights import Shapes, StageSpec, stage_shapes
+from mdi.models.weights import StageSpec, stage_specs
 
 QWEN2_VL_2B: dict[str, Any] = {
     "architectures": [QWEN2_VL],
@@ -115,7 +116,7 @@ def write_random_checkpoint(
     """
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
-    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, parse_dtype(dtype), std), shards)
+    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, std), dtype, shards)
     _write_generation_config(path, config)
     _write_tokenizer(path, config)
     if "vision_config" in config:
@@ -126,20 +127,20 @@ def write_random_checkpoint(
 class _RandomTensors:
     """Random tensors cut from one repeated block of normal numbers: made as fast as memory is written."""
 
-    def __init__(self, seed: int, dtype: torch.dtype, std: float | None) -> None:
-        self.dtype = dtype
+    def __init__(self, seed: int, std: float | None) -> None:
         self.std = std
         self._generator = torch.Generator().manual_seed(seed)
         self._block = torch.randn(_BLOCK, generator=self._generator)
 
-    def draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def draw(self, name: str, spec: TensorSpec) -> Tensor:
+        shape = spec.shape
         center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0  # norms scale by about 1
         spread = 0.1 if len(shape) == 1 else self.std or 1 / math.sqrt(math.prod(shape[1:]))
         start, length = int(torch.randint(_BLOCK, (), generator=self._generator)), math.prod(shape)
         numbers = self._block[start : start + length]
         if len(numbers) < length:
             numbers = torch.cat((numbers, self._block[: min(start, length - len(numbers))]))
-        return _repeat((numbers * spread + center).to(self.dtype), length).view(shape)
+        return _repeat((numbers * spread + center).to(parse_dtype(spec.dtype)), length).view(shape)
 
 
 def _repeat(block: Tensor, length: int) -> Tensor:
@@ -149,29 +150,29 @@ def _repeat(block: Tensor, length: int) -> Tensor:
     return out
 
 
-def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, shards: int) -> None:
+def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, dtype: str, shards: int) -> None:
     whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
-    shapes = stage_shapes(config, whole)
+    specs = stage_specs(config, whole, dtype)
     if shards == 1:
-        return _write_file(path / SINGLE, shapes, random)
+        return _write_file(path / SINGLE, specs, random)
     weight_map: dict[str, str] = {}
-    for index, part in enumerate(_split(shapes, shards), start=1):
+    for index, part in enumerate(_split(specs, shards), start=1):
         file = f"model-{index:05}-of-{shards:05}.safetensors"
         _write_file(path / file, part, random)
         weight_map |= dict.fromkeys(part, file)
-    size = sum(map(math.prod, shapes.values())) * random.dtype.itemsize
+    size = total_bytes(specs.values())
     return _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _write_file(path: Path, shapes: Shapes, random: _RandomTensors) -> None:
-    write_safetensors(path, shapes, random.dtype, lambda name: random.draw(name, shapes[name]), {"format": "pt"})
+def _write_file(path: Path, specs: Specs, random: _RandomTensors) -> None:
+    write_safetensors(path, specs, lambda name: random.draw(name, specs[name]), {"format": "pt"})
 
 
-def _split(shapes: Shapes, parts: int) -> list[Shapes]:
+def _split(specs: Specs, parts: int) -> list[Specs]:
     """About as many names for each part; none is empty when there are enough names."""
-    names = list(shapes)
+    names = list(specs)
     cuts = [len(names) * part // parts for part in range(parts + 1)]
-    return [{name: shapes[name] for name in names[start:end]} for start, end in pairwise(cuts)]
+    return [{name: specs[name] for name in names[start:end]} for start, end in pairwise(cuts)]
 
 
 def _write_generation_config(path: Path, config: Mapping[str, Any]) -> None:

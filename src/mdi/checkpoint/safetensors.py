@@ -16,7 +16,7 @@ from mdi.checkpoint.json_file import read_json
 from mdi.core.errors import CheckpointError
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
-from mdi.models.weights import LM_HEAD, StageSpec, stage_shapes
+from mdi.models.weights import LM_HEAD, StageSpec, stage_specs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,7 +95,8 @@ class SafetensorsSource:
         """A tensor that the architecture does not have means that this code would compute another model."""
         config = self.model_config
         everything = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
-        left_over = sorted(self.names() - set(stage_shapes(config, everything)))
+        expected = stage_specs(config, everything, "float32")  # for the names alone
+        left_over = sorted(self.names() - set(expected))
         for name in left_over:
             if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
                 raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")

@@ -10,36 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mdi.models.weights import Shapes
+from mdi.checkpoint.safetensors import DTYPES
+from mdi.core.dtypes import parse_dtype
+from mdi.core.tensors import Specs
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CODES = {name: code for code, name in DTYPES.items()}
 ALIGNMENT = 64
 
 
 def write_safetensors(
     path: Path,
-    shapes: Shapes,
-    dtype: torch.dtype,
+    specs: Specs,
     get: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[str, int]:
-    """Writes tensors of one dtype in the order of `shapes`, asking `get` for each when its turn comes.
+    """Writes tensors in the order of `specs`, each cast to its dtype, and keeps one at a time in memory.
 
-    progress: told the bytes of every tensor written. Returns the sha256 (hexadecimal) and size in bytes.
+    get: reads or makes the tensor of a name. progress: called with the bytes of each tensor written.
+    Returns the sha256 (hexadecimal) and size in bytes.
     """
-    digest, header = hashlib.sha256(), _header(shapes, dtype, metadata)
+    digest, header = hashlib.sha256(), _header(specs, metadata)
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
-        for name in shapes:
-            data = get(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
+        for name, spec in specs.items():
+            data = get(name).to(parse_dtype(spec.dtype)).contiguous().flatten().view(torch.uint8).numpy().data
             file.write(data)
             digest.update(data)
             progress(data.nbytes)
@@ -47,12 +48,12 @@ def write_safetensors(
         return digest.hexdigest(), file.tell()
 
 
-def _header(shapes: Shapes, dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
+def _header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+    for name, spec in specs.items():
+        end = offset + spec.size_bytes
+        entries[name] = {"dtype": CODES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.weights import StageSpec
     from mdi.planning.hardware import Machine
-    from mdi.planning.plan import StageSummary
+    from mdi.planning.predict import StageSummary
 
 
 @grouped
@@ -41,7 +41,8 @@ def plan(
     """
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.engine.engine import sequence_length_of
-    from mdi.planning.plan import make_plan, stage_summary
+    from mdi.planning.plan import make_plan
+    from mdi.planning.predict import stage_summary
 
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
@@ -107,7 +108,7 @@ def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machine
             "?" if math.isinf(machine.memory_bytes) else f"{machine.memory_bytes / 1e9:,.1f} GB",
             f"{machine.bytes_per_s / 1e9:,.1f} GB/s",
             f"{machine.flops_per_s / 1e12:,.2f} TFLOP/s",
-            f"{machine.token_s(summary.size_bytes / summary.parameters * summary.step_parameters) * 1e3:,.1f} ms",
+            f"{machine.token_s(summary.step_bytes) * 1e3:,.1f} ms",
             f"{machine.prompt_token_s(summary.step_parameters) * 1e3:,.2f} s",
         )
     return table

@@ -1,7 +1,8 @@
-"""What is known of a tensor before it is read: shape and type, and so its bytes."""
+"""Shape and type of a tensor, known before it is read: what bytes are counted from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -29,6 +30,15 @@ class TensorSpec:
         return self.size * ITEM_BYTES[self.dtype]
 
 
-def total_bytes(specs: dict[str, TensorSpec]) -> int:
+Specs = dict[str, TensorSpec]
+"""Tensors by name, in the order of their file."""
+
+
+def total_size(specs: Iterable[TensorSpec]) -> int:
+    """Elements of all of them together."""
+    return sum(spec.size for spec in specs)
+
+
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
     """Bytes of all of them together."""
-    return sum(spec.size_bytes for spec in specs.values())
+    return sum(spec.size_bytes for spec in specs)

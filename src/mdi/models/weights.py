@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mdi.core.dtypes import parse_dtype
+from mdi.core.tensors import Specs, TensorSpec
 from mdi.models.config import ModelConfig, VisionConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -31,11 +33,13 @@ class StageSpec:
         return range(self.first_layer, self.last_layer)
 
 
-def stage_shapes(config: ModelConfig, spec: StageSpec) -> Shapes:
-    """Name -> shape of every tensor of a stage: exactly these, nothing missing, nothing left over.
+def stage_specs(config: ModelConfig, spec: StageSpec, dtype: str) -> Specs:
+    """Every tensor of a stage that is computed in `dtype`: exactly these, nothing missing, nothing left over.
 
+    Raises CheckpointError for a dtype that the model is not computed in.
     With tied embeddings a head's matrix is stored under the embedding's name, in the first and in the last chunk.
     """
+    parse_dtype(dtype)
     shapes: Shapes = {}
     vocabulary = (config.vocab_size, config.hidden_size)
     if spec.embedding:
@@ -47,7 +51,7 @@ def stage_shapes(config: ModelConfig, spec: StageSpec) -> Shapes:
     if spec.head:
         shapes[FINAL_NORM] = (config.hidden_size,)
         shapes[head_name(config)] = vocabulary
-    return shapes
+    return {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
 
 
 def head_name(config: ModelConfig) -> str:

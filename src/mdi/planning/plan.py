@@ -1,26 +1,19 @@
-"""Which layers go to which node: arithmetic on half-open layer ranges. Reads no files and loads nothing."""
+"""The plan: which layers go to which node. Arithmetic on half-open ranges of layers; reads no files, loads nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
-from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec, layer_shapes, stage_shapes, vision_shapes
+from mdi.models.weights import StageSpec
 from mdi.planning.hardware import Machine
-
-VISION_SHARE = 0.02
-"""Share of the vision tower's weights that a step is charged with: one encoding serves tens of steps."""
+from mdi.planning.predict import NodeNeeds, StageLoad, stage_summary
 
 VISION = "vision"
 """The role of a node that has the vision tower and nothing else."""
-
-PROMPT_TOKENS = 3.0
-"""Tokens of a prompt for each of its answer that machines are weighed for: an image, say, and some lines about it."""
 
 SMALLER = "Add a node or memory, or serve fewer or shorter sequences (--max-sequences, --sequence-length)"
 
@@ -62,48 +55,6 @@ class Plan:
         return roles | ({VISION: self.vision} if self.vision else {})
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Weights read in one decode step, in parameters: by a layer, by the LM head, by the starter's extras."""
-
-    layer: int
-    head: int
-    start: int
-
-
-@dataclass(frozen=True)
-class StageLoad:
-    """What a stage with so many layers costs a node: `fixed` and `layer` for each; it has room for `most`."""
-
-    fixed: float
-    layer: float
-    most: int
-
-    def cost(self, n_layers: int) -> float:
-        return self.fixed + n_layers * self.layer
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    """What a stage holds. step_share: its part of the weights that one decode step reads over all nodes.
-
-    step_parameters: those. cache_bytes: of the KV cache of all slots.
-    """
-
-    parameters: int
-    size_bytes: int
-    step_parameters: int
-    step_share: float
-    cache_bytes: int
-
-
-def costs(config: ModelConfig) -> Costs:
-    """Costs of a model's parts. The embedding is a row lookup and costs nothing."""
-    vision = _count(vision_shapes(config.vision)) if config.vision else 0
-    head = config.vocab_size * config.hidden_size
-    return Costs(_count(layer_shapes(config, 0)), head, int(vision * VISION_SHARE))
-
-
 def make_plan(
     config: ModelConfig,
     n_nodes: int,
@@ -130,9 +81,10 @@ def make_plan(
     machines = machines or [Machine()] * n_nodes
     if vision_node and config.vision is None:
         raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
-    needs = _Needs(config, dtype or config.dtype, cache_tokens, vision_node)
-    _check_memory(needs, machines, layers)
-    return _plan(config, layers or balance(config.n_layers, needs.loads(machines)), vision_node)
+    needs = _needs(config, _ends(config, n_nodes, vision_node), dtype or config.dtype, cache_tokens)
+    _check_memory(config.n_layers, needs, machines, layers)
+    loads = [need.load(machine, config.n_layers) for need, machine in zip(needs, machines, strict=True)]
+    return _plan(config, layers or balance(config.n_layers, loads), vision_node)
 
 
 def balance(n_layers: int, loads: Sequence[StageLoad]) -> tuple[int, ...]:
@@ -162,62 +114,27 @@ def _split(
     return best[n_layers]
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What stages of a model take, in seconds and bytes."""
-
-    config: ModelConfig
-    dtype: str
-    cache_tokens: int
-    vision_node: bool
-
-    @property
-    def itemsize(self) -> int:
-        return parse_dtype(self.dtype).itemsize
-
-    @property
-    def layer_bytes(self) -> int:
-        """Of one layer's weights, and of its part of the cache."""
-        cache = self.cache_tokens * 2 * self.config.kv_size
-        return (costs(self.config).layer + cache) * self.itemsize
-
-    def fixed_bytes(self, index: int, n_nodes: int) -> int:
-        """Of what a node has besides layers."""
-        sees = index == 0 and self.config.vision is not None and not self.vision_node
-        none = StageSpec(0, 0, index == 0, sees, index == n_nodes - 1)
-        return _count(stage_shapes(self.config, none)) * self.itemsize
-
-    def loads(self, machines: Sequence[Machine]) -> list[StageLoad]:
-        """In seconds for a token of the answer, with what it takes of the prompt."""
-        cost, n_nodes = costs(self.config), len(machines)
-        loads = []
-        for index, machine in enumerate(machines):
-            extra = cost.start * (index == 0 and not self.vision_node) + cost.head * (index == n_nodes - 1)
-            room = (machine.memory_bytes - self.fixed_bytes(index, n_nodes)) / self.layer_bytes
-            most = int(max(0, min(room, self.config.n_layers)))
-            loads.append(StageLoad(self._seconds(machine, extra), self._seconds(machine, cost.layer), most))
-        return loads
-
-    def _seconds(self, machine: Machine, parameters: int) -> float:
-        prompt_s = PROMPT_TOKENS * machine.prompt_token_s(parameters)
-        return machine.token_s(parameters * self.itemsize) + prompt_s
+def _needs(config: ModelConfig, ends: Sequence[StageSpec], dtype: str, cache_tokens: int) -> list[NodeNeeds]:
+    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens)
+    return [NodeNeeds(stage_summary(config, spec, dtype, cache_tokens), layer) for spec in ends]
 
 
-def _check_memory(needs: _Needs, machines: Sequence[Machine], layers: Sequence[int] | None) -> None:
-    names, n_layers = role_names(len(machines)), needs.config.n_layers
-    for index, (name, machine) in enumerate(zip(names, machines, strict=True)):
+def _check_memory(
+    n_layers: int, needs: Sequence[NodeNeeds], machines: Sequence[Machine], layers: Sequence[int] | None
+) -> None:
+    for index, (name, need, machine) in enumerate(zip(role_names(len(needs)), needs, machines, strict=True)):
         count = layers[index] if layers else 1
-        missing = needs.fixed_bytes(index, len(machines)) + count * needs.layer_bytes - machine.memory_bytes
+        missing = need.memory_bytes(count) - machine.memory_bytes
         if missing > 0:
             raise ConfigError(
                 f"{name} cannot hold {count} layer{'s' * (count > 1)}: of its {_gb(machine.memory_bytes)}, "
                 f"{_gb(missing)} are missing. {SMALLER}"
             )
-    room = sum(load.most for load in needs.loads(machines))
+    room = sum(need.load(machine, n_layers).most for need, machine in zip(needs, machines, strict=True))
     if layers is None and room < n_layers:
         raise ConfigError(
             f"the nodes have room for {room} of the model's {n_layers} layers: "
-            f"{_gb((n_layers - room) * needs.layer_bytes)} are missing. {SMALLER}"
+            f"{_gb((n_layers - room) * needs[0].layer.memory_bytes)} are missing. {SMALLER}"
         )
 
 
@@ -232,24 +149,21 @@ def role_names(n_nodes: int) -> tuple[str, ...]:
     return ("starter", *(f"secondary{index}" for index in range(n_nodes - 2)), "finisher")
 
 
-def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens: int = 0) -> StageSummary:
-    """Parameters, bytes in `dtype`, and share of a decode step of one stage; cache_tokens: see `make_plan`."""
-    parameters, itemsize = _count(stage_shapes(config, spec)), parse_dtype(dtype).itemsize
-    cost = costs(config)
-    load = len(spec.layers) * cost.layer + cost.start * spec.vision + cost.head * spec.head
-    total = config.n_layers * cost.layer + cost.start + cost.head
-    cache_bytes = len(spec.layers) * cache_tokens * 2 * config.kv_size * itemsize
-    return StageSummary(parameters, parameters * itemsize, load, load / total, cache_bytes)
-
-
 def _plan(config: ModelConfig, layers: Sequence[int], vision_node: bool) -> Plan:
     stages, first = [], 0
-    for index, count in enumerate(layers):
-        start, end = index == 0, index == len(layers) - 1
-        vision = start and config.vision is not None and not vision_node
-        stages.append(StageSpec(first, first + count, embedding=start, vision=vision, head=end))
+    for ends, count in zip(_ends(config, len(layers), vision_node), layers, strict=True):
+        stages.append(replace(ends, first_layer=first, last_layer=first + count))
         first += count
     return Plan(tuple(stages), StageSpec(0, 0, vision=True) if vision_node else None)
+
+
+def _ends(config: ModelConfig, n_nodes: int, vision_node: bool) -> list[StageSpec]:
+    """What each node has besides layers."""
+    vision = config.vision is not None and not vision_node
+    return [
+        StageSpec(0, 0, embedding=index == 0, vision=vision and index == 0, head=index == n_nodes - 1)
+        for index in range(n_nodes)
+    ]
 
 
 def _check_layers(config: ModelConfig, n_nodes: int, layers: Sequence[int]) -> None:
@@ -260,7 +174,3 @@ def _check_layers(config: ModelConfig, n_nodes: int, layers: Sequence[int]) -> N
         raise ConfigError(f"layers {text}: every node needs at least one layer")
     if sum(layers) != config.n_layers:
         raise ConfigError(f"layers {text} add up to {sum(layers)}, but the model has {config.n_layers}")
-
-
-def _count(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(map(prod, shapes.values()))

@@ -1,0 +1,97 @@
+"""What stages cost before they run: bytes of memory, and seconds of a step. Reads no files and loads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mdi.core.tensors import TensorSpec, total_bytes, total_size
+from mdi.models.config import ModelConfig
+from mdi.models.weights import StageSpec, stage_specs
+from mdi.planning.hardware import Machine
+
+VISION_SHARE = 0.02
+"""Share of the vision tower's weights that counts for a decode step: one encoding serves tens of steps."""
+
+PROMPT_TOKENS = 3.0
+"""Tokens of the prompt for each token of the answer in a typical request: an image and some lines about it."""
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What a stage holds and what one decode step uses of it.
+
+    step_parameters, step_bytes: weights that a decode step reads. step_share: their part of those of all stages.
+    cache_bytes: of the KV cache of all slots.
+    """
+
+    parameters: int
+    size_bytes: int
+    step_parameters: float
+    step_bytes: float
+    step_share: float
+    cache_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of weights and cache together."""
+        return self.size_bytes + self.cache_bytes
+
+    def token_s(self, machine: Machine) -> float:
+        """Seconds of a machine for a token of the answer, with the part of the prompt that goes with it."""
+        return machine.token_s(self.step_bytes) + PROMPT_TOKENS * machine.prompt_token_s(self.step_parameters)
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """Cost of a stage as a function of its layers: `fixed`, and `layer` for each; it has room for `most`."""
+
+    fixed: float
+    layer: float
+    most: int
+
+    def cost(self, n_layers: int) -> float:
+        return self.fixed + n_layers * self.layer
+
+
+@dataclass(frozen=True)
+class NodeNeeds:
+    """What a node needs, whatever its number of layers. ends: what it has besides layers; layer: one of its layers."""
+
+    ends: StageSummary
+    layer: StageSummary
+
+    def memory_bytes(self, n_layers: int) -> int:
+        return self.ends.memory_bytes + n_layers * self.layer.memory_bytes
+
+    def load(self, machine: Machine, n_layers: int) -> StageLoad:
+        """In seconds for a token of the answer. n_layers: of the model, the most that the node can get."""
+        room = (machine.memory_bytes - self.ends.memory_bytes) / self.layer.memory_bytes
+        return StageLoad(self.ends.token_s(machine), self.layer.token_s(machine), int(max(0, min(room, n_layers))))
+
+
+def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens: int = 0) -> StageSummary:
+    """Counts a stage that is computed in `dtype`. cache_tokens: the KV cache's slots times their length."""
+    specs = stage_specs(config, spec, dtype).values()
+    parameters, size_bytes = _step(config, spec, dtype)
+    whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
+    cache = TensorSpec((len(spec.layers), cache_tokens, 2, config.n_kv_heads, config.head_dim), dtype)
+    return StageSummary(
+        parameters=total_size(specs),
+        size_bytes=total_bytes(specs),
+        step_parameters=parameters,
+        step_bytes=size_bytes,
+        step_share=size_bytes / _step(config, whole, dtype)[1],
+        cache_bytes=cache.size_bytes,
+    )
+
+
+def _step(config: ModelConfig, spec: StageSpec, dtype: str) -> tuple[float, float]:
+    """Parameters and bytes that a decode step reads. The embedding is a row lookup and counts as nothing."""
+    layer = stage_specs(config, StageSpec(0, 1), dtype).values()
+    head = stage_specs(config, StageSpec(0, 0, head=spec.head), dtype).values()
+    vision = stage_specs(config, StageSpec(0, 0, vision=spec.vision), dtype).values()
+    n_layers = len(spec.layers)
+    return (
+        n_layers * total_size(layer) + total_size(head) + VISION_SHARE * total_size(vision),
+        n_layers * total_bytes(layer) + total_bytes(head) + VISION_SHARE * total_bytes(vision),
+    )
