@@ -48,6 +48,7 @@ from mdi.models.stage import LoadedStage
 from mdi.node import server as node_module
 from mdi.rpc.authority import Authority
 from mdi.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, channel_credentials, server_credentials
+from mdi.rpc.node_pb2_grpc import add_NodeServicer_to_server
 from mdi.rpc.tls import Identity, host_name
 
 T = TypeVar("T")
@@ -279,8 +280,8 @@ async def _serve_ours(folder: Path, identity: Identity) -> int:
     node = node_module.Node(
         "finisher", chunk, device="cpu", dtype=None, identity=identity, cache=None, progress=lambda *_: None
     )
-    server = grpc.aio.server(options=(*CHANNEL_OPTIONS, *SERVER_OPTIONS))
-    server.add_generic_rpc_handlers((node.handlers(),))
+    server = grpc.aio.server(options=(*CHANNEL_OPTIONS, *SERVER_OPTIONS), interceptors=node.interceptors())
+    add_NodeServicer_to_server(node, server)
     port = int(server.add_secure_port("127.0.0.1:0", server_credentials(identity)))
     await server.start()
     node.start(lambda: None)

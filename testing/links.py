@@ -7,16 +7,20 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
-from mdi.node.server import CALLERS
-from mdi.rpc import codec, node_pb2
-from mdi.rpc.channel import CHANNEL_OPTIONS, CallerCheck, add_port, open_channel, peer_name
+from mdi.rpc import node_pb2
+from mdi.rpc.callers import SERVICE, CallerCheck, caller_name
+from mdi.rpc.channel import CHANNEL_OPTIONS, add_port, open_channel
+from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import node_stub
 
 
 def free_port() -> int:
@@ -26,13 +30,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def answering(identity: Identity | None, name: str = "finisher", port: int = 0) -> Iterator[str]:
-    """A server that answers Status as node `name` does, and echoes who calls in `error`; gives its address."""
+def serving(servicer: NodeServicer, identity: Identity | None, *, previous: str = "", port: int = 0) -> Iterator[str]:
+    """A node's server around any servicer; gives its address. previous: the node that may send it batches."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        server, bound = asyncio.run_coroutine_threadsafe(_start(identity, name, port), loop).result()
+        server, bound = asyncio.run_coroutine_threadsafe(_start(servicer, identity, previous, port), loop).result()
         yield f"127.0.0.1:{bound}"
         asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
     finally:
@@ -41,47 +45,45 @@ def answering(identity: Identity | None, name: str = "finisher", port: int = 0) 
         loop.close()
 
 
-async def _start(identity: Identity | None, name: str, port: int) -> tuple[grpc.aio.Server, int]:
-    async def status(_request: object, context: Any) -> node_pb2.NodeStatus:
-        spare = name if name.startswith("spare") else ""
-        return node_pb2.NodeStatus(
-            name=name, state=node_pb2.NodeStatus.LOADED, error=peer_name(context) or "", spare=spare
-        )
-
-    async def batches(pieces: AsyncIterator[object], _context: object) -> node_pb2.BatchesReply:
-        async for _ in pieces:
-            pass
-        return node_pb2.BatchesReply()
-
-    async def results(_request: object, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
-        yield node_pb2.BatchResult(batch_id=5)
-
-    handlers = {
-        "Status": grpc.unary_unary_rpc_method_handler(status, None, codec.serialize),
-        "Batches": grpc.stream_unary_rpc_method_handler(batches, None, codec.serialize),
-        "Results": grpc.unary_stream_rpc_method_handler(results, None, codec.serialize),
-    }
+async def _start(
+    servicer: NodeServicer, identity: Identity | None, previous: str, port: int
+) -> tuple[grpc.aio.Server, int]:
     options = [("grpc.so_reuseport", 0)]
-    server = grpc.aio.server(interceptors=[CallerCheck(CALLERS)] if identity else [], options=options)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(codec.SERVICE, handlers),))
+    server = grpc.aio.server(interceptors=[CallerCheck(lambda: previous)] if identity else [], options=options)
+    add_NodeServicer_to_server(servicer, server)
     bound = add_port(server, f"127.0.0.1:{port}", identity)
     await server.start()
     return server, bound
 
 
-def call(address: str, peer: str, identity: Identity | None, method: str = "Status") -> bytes:
-    """Calls a method of `answering`. Raises grpc.aio.AioRpcError."""
+class StatusServicer(NodeServicer):
+    """Answers Status alone, as node `name` does, and puts the name of the caller into `error`."""
 
-    async def run() -> bytes:
-        channel = open_channel(address, peer, identity, CHANNEL_OPTIONS)
-        try:
-            if method == "Results":
-                return b"".join([data async for data in channel.unary_stream(codec.method(method))(b"", timeout=10)])
-            if method in ("Batches", "Weights"):
-                return bytes(await channel.stream_unary(codec.method(method))(iter([b""]), timeout=10))
-            return bytes(await channel.unary_unary(codec.method(method))(b"", timeout=10))
-        finally:
-            await channel.close()
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def Status(self, _request: object, context: Any) -> node_pb2.NodeStatus:  # noqa: N802 - the service's name
+        spare = self._name if self._name.startswith("spare") else ""
+        return node_pb2.NodeStatus(
+            name=self._name, state=node_pb2.NodeStatus.LOADED, error=caller_name(context) or "", spare=spare
+        )
+
+
+def answering(identity: Identity | None, name: str = "finisher", port: int = 0) -> AbstractContextManager[str]:
+    """A server that answers Status as node `name` does, and echoes the caller's name in `error`; gives its address."""
+    return serving(StatusServicer(name), identity, port=port)
+
+
+def call(address: str, peer: str, identity: Identity | None, method: str = "Status") -> list[Message]:
+    """What a method answers to one empty message. Raises grpc.aio.AioRpcError."""
+
+    async def run() -> list[Message]:
+        described = SERVICE.methods_by_name[method]
+        message = GetMessageClass(described.input_type)()
+        async with open_channel(address, peer, identity, CHANNEL_OPTIONS) as channel:
+            rpc = getattr(node_stub(channel), method)
+            answer = rpc(iter([message]) if described.client_streaming else message, timeout=10)
+            return [reply async for reply in answer] if described.server_streaming else [await answer]
 
     return asyncio.run(run())
 

@@ -252,6 +252,6 @@ def test_only_the_node_before_may_send_batches_and_only_the_starter_weights(
         with pytest.raises(grpc.aio.AioRpcError, match="may not") as refused:
             call(address, "finisher", Identity.load(tmp_path / "certs", caller), method)
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    assert nodes["finisher"].says("refused batches of node spare0: node secondary0 sends them")
+    assert nodes["finisher"].says("only secondary0 may call Batches")
     assert len(rest(streams)) == len(streams)
     assert engine.recovery.recoveries == 0

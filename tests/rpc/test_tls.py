@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import socket
 import time
@@ -18,7 +17,7 @@ from testing.links import answering, call, free_port, speaking
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.errors import ConfigError, LinkError
 from mdi.rpc import authority as certs
-from mdi.rpc import node_pb2, tls
+from mdi.rpc import channel, node_pb2
 from mdi.rpc.authority import Authority, create_authority, create_node
 from mdi.rpc.diagnose import why_unreachable
 from mdi.rpc.tls import Identity, encryption_enabled
@@ -64,14 +63,17 @@ def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCo
 
 
 def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, starter: Identity) -> None:
-    answer = node_pb2.NodeStatus.FromString(call(server, "finisher", starter))
-    assert (answer.name, answer.error) == ("finisher", "starter")
+    assert call(server, "finisher", starter) == [
+        node_pb2.NodeStatus(name="finisher", error="starter", state=node_pb2.NodeStatus.LOADED)
+    ]
     assert why_unreachable(server, "finisher", starter) is None
 
 
 def test_nodes_in_the_clear_talk() -> None:
     with answering(None) as address:
-        assert node_pb2.NodeStatus.FromString(call(address, "finisher", None)).name == "finisher"
+        assert call(address, "finisher", None) == [
+            node_pb2.NodeStatus(name="finisher", state=node_pb2.NodeStatus.LOADED)
+        ]
         assert why_unreachable(address, "finisher", None) is None
 
 
@@ -96,7 +98,9 @@ def test_a_client_with_an_expired_certificate_is_refused(server: str, authority:
 def test_a_client_without_a_certificate_is_refused(
     server: str, starter: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "channel_credentials", lambda identity: grpc.ssl_channel_credentials(identity.authority))
+    monkeypatch.setattr(
+        channel, "channel_credentials", lambda identity: grpc.ssl_channel_credentials(identity.authority)
+    )
     assert refused(server, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
 
 
@@ -181,36 +185,6 @@ def test_a_port_where_nobody_listens_and_a_host_that_is_not_known_are_told(start
         assert reason == f"nothing listens at 127.0.0.1:{port}: start the node there"
         reason = why_unreachable("nowhere.invalid:5000", "finisher", identity)
         assert reason == "the host of nowhere.invalid:5000 is not known here"
-
-
-@pytest.mark.parametrize(("method", "caller"), [("Batches", "vision"), ("Results", "secondary0"), ("Status", "spare1")])
-def test_a_node_may_call_only_what_is_its_business(
-    server: str, authority: Authority, method: str, caller: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(server, "finisher", authority.issue(caller), method)
-    assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    assert f"node {caller} may not call this" in error.value.details()
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING
-    assert f"refused node {caller} at ipv4:127.0.0.1" in record.getMessage()
-    assert method in record.getMessage()
-
-
-@pytest.mark.parametrize(
-    ("method", "caller"), [("Batches", "secondary7"), ("Batches", "starter"), ("Results", "starter")]
-)
-def test_a_node_may_call_what_is_its_business(server: str, authority: Authority, method: str, caller: str) -> None:
-    call(server, "finisher", authority.issue(caller), method)
-
-
-def test_a_certificate_that_names_no_node_opens_nothing(
-    server: str, authority: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(certs, "host_name", lambda node: "starter.elsewhere")
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(server, "finisher", authority.issue("starter"))
-    assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 @pytest.mark.parametrize("encrypted", [True, False])

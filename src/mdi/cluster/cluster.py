@@ -35,8 +35,8 @@ from mdi.core.tracing import Span
 from mdi.models.stage import LoadedStage, Stage
 from mdi.planning.plan import make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
-from mdi.rpc.codec import Traffic
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, MISSED_BEATS, open_channel
 from mdi.rpc.diagnose import why_unreachable
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic, node_stub
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class GrpcLink:
         self._changing = threading.Lock()  # held while wires are pulled or laid
         self._names: list[str] = []
         self._seen: dict[str, NodeStatus] = {}
-        self._traffic = codec.Traffic()
+        self._traffic = Traffic()
         self._wiring: Wiring | None = None
         self._opening: asyncio.Task[None] | None = None
         self._thread = LoopThread("mdi-link")
@@ -123,7 +124,7 @@ class GrpcLink:
         return link
 
     @property
-    def traffic(self) -> codec.Traffic:
+    def traffic(self) -> Traffic:
         """Bytes of batches sent and of results received, over all epochs."""
         return self._traffic
 
@@ -215,7 +216,7 @@ class Wiring:
         epoch: int,
         deliver: Deliver,
         seen: dict[str, NodeStatus],
-        traffic: codec.Traffic,
+        traffic: Traffic,
         identity: Identity | None,
     ) -> None:
         self.epoch = epoch
@@ -236,12 +237,8 @@ class Wiring:
         await self._all(loading)
         for index in reversed(range(len(self._nodes))):
             await self._configure(index)
-        results = self._channels[-1].unary_stream(
-            codec.method("Results"),
-            request_serializer=codec.serialize,
-            response_deserializer=self._traffic.parser(node_pb2.BatchResult),
-        )(node_pb2.ResultsRequest(epoch=self.epoch))
-        batches = self._channels[0].stream_unary(codec.method("Batches"), request_serializer=self._traffic.serialize)()
+        results = node_stub(self._channels[-1], self._traffic).Results(node_pb2.ResultsRequest(epoch=self.epoch))
+        batches = node_stub(self._channels[0], self._traffic).Batches()
         # an idle stream of writes alone would not notice that its node is gone
         batches.add_done_callback(lambda _: self._lose_link(self._nodes[0].name))
         self._tasks = [asyncio.create_task(self._send(batches)), asyncio.create_task(self._receive(results))]
@@ -374,7 +371,7 @@ class Wiring:
     async def _receive(self, call: grpc.aio.UnaryStreamCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, LinkError):
             async for message in call:
-                if message.epoch == self.epoch and not self._over:
+                if codec.received(message).epoch == self.epoch and not self._over:
                     self._deliver(codec.decode_result(message))
         self._lose_link(self._nodes[-1].name)
 

@@ -27,6 +27,7 @@ from mdi.layers.rope import Grid
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, MISSED_BEATS, open_channel
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic, node_stub
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class RemoteEncoder:
         self._width = width
         self._timeout_s = timeout_s
         self._visitor = Visitor(identity, chunks, None)
-        self._traffic = codec.Traffic()
+        self._traffic = Traffic()
         self._seen = NodeStatus(node.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0)
         self._losses = 0
         self._silence = asyncio.Event()  # another one each time it is set
@@ -58,7 +59,7 @@ class RemoteEncoder:
         self._tasks = {self._thread.begin(self._watch())}
 
     @property
-    def traffic(self) -> codec.Traffic:
+    def traffic(self) -> Traffic:
         """Bytes of patch rows sent and of embeddings received."""
         return self._traffic
 
@@ -159,20 +160,15 @@ def _said(error: LinkError | grpc.aio.AioRpcError) -> str:
 
 
 async def encode_there(
-    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: codec.Traffic
+    channel: grpc.aio.Channel, digest: str, rows: Tensor, grid: Grid, width: int, traffic: Traffic
 ) -> Tensor:
     """Has a vision node encode one image or video. rows: in the dtype of its weights -> [tokens, width] in the same.
 
     digest: of the manifest that its weights are of. Raises LinkError when it cannot, AioRpcError when it is lost.
     """
-    call = channel.stream_stream(
-        codec.method("Encode"),
-        request_serializer=traffic.serialize,
-        response_deserializer=traffic.parser(node_pb2.EmbeddingsPiece),
-    )(_row_pieces(digest, rows, grid))
     data = bytearray()
-    async for piece in call:
-        if piece.error:
+    async for piece in node_stub(channel, traffic).Encode(_row_pieces(digest, rows, grid)):
+        if codec.received(piece).error:
             raise LinkError(piece.error)
         data += piece.data
     if not data or len(data) % (width * rows.itemsize):

@@ -21,8 +21,8 @@ from mdi.core.errors import LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
-from mdi.rpc.codec import Traffic
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import grpc
 import psutil
 import torch
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from mdi.checkpoint.cache import CachedChunk, ChunkCache
@@ -40,38 +40,27 @@ from mdi.node.encode import collect_rows, embedding_pieces, rows_of, run_to_end
 from mdi.node.weights import Intake
 from mdi.planning.hardware import measure_hardware
 from mdi.rpc import codec, node_pb2
+from mdi.rpc.callers import CallerCheck
 from mdi.rpc.channel import (
     CHANNEL_OPTIONS,
     HEARTBEAT_S,
     KEEPALIVE_OPTIONS,
     MISSED_BEATS,
     SERVER_OPTIONS,
-    CallerCheck,
     add_port,
     is_loopback,
     open_channel,
-    peer_name,
 )
 from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import NODE_NAME, VARIABLE, Identity
+from mdi.rpc.traffic import Traffic, TrafficInterceptor, node_stub
 
 log = logging.getLogger(__name__)
 
 Work = tuple[Batch, Tensor] | node_pb2.Failure
 Outgoing = node_pb2.BatchPiece | node_pb2.BatchResult
 State = node_pb2.NodeStatus
-CALLERS = {  # nodes that a method is for, by the beginnings of their names
-    codec.method("Configure"): ("starter",),
-    codec.method("Status"): ("starter",),
-    codec.method("Results"): ("starter",),
-    codec.method("Batches"): ("starter", "secondary", "spare"),
-    codec.method("Offer"): ("starter",),
-    codec.method("Weights"): ("starter",),
-    codec.method("MeasureHardware"): ("starter",),
-    codec.method("Encode"): ("starter",),
-    codec.method("Release"): ("starter",),
-    codec.method("Spans"): ("starter",),
-}
 LEAVE_TIMEOUT_S = 30.0
 
 
@@ -130,8 +119,8 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     options = (*CHANNEL_OPTIONS, *SERVER_OPTIONS, ("grpc.so_reuseport", 0))
-    server = grpc.aio.server(options=options, interceptors=[CallerCheck(CALLERS)] if identity else [])
-    server.add_generic_rpc_handlers((node.handlers(),))
+    server = grpc.aio.server(options=options, interceptors=node.interceptors())
+    add_NodeServicer_to_server(node, server)
     port = _bind(server, listen, insecure, identity)
     await server.start()
     print(json.dumps({"port": port}), flush=True)  # noqa: T201 - what the launcher waits for
@@ -185,13 +174,12 @@ class Wiring:
         self._sender: asyncio.Task[None] | None = None
         self._explaining: asyncio.Task[None] | None = None
 
-    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: codec.Traffic) -> None:
+    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: Traffic) -> None:
         """Begins to send what is put into `out` to the next node."""
         options = (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS)
         self._next = next_address, next_name, identity
         self._channel = open_channel(*self._next, options)
-        send = self._channel.stream_unary(codec.method("Batches"), request_serializer=traffic.serialize)
-        self._sender = asyncio.create_task(self._send(send()))
+        self._sender = asyncio.create_task(self._send(node_stub(self._channel, traffic).Batches()))
 
     async def close(self) -> None:
         """Ends the stream, or whoever reads `out`."""
@@ -221,7 +209,7 @@ class Wiring:
         log.error("the link to node %s at %s broke: %s", name, address, reason or "it is there, though")
 
 
-class Node:
+class Node(NodeServicer):
     """One chunk's stage behind the gRPC service of codec.proto. See `serve_node`.
 
     The chunk is the one it was given, or the one that the starter offers: then it is in the cache, or sent.
@@ -260,51 +248,19 @@ class Node:
         self._released: Callable[[], None] | None = None
         self._show = progress
         self._progress = (0, 0)
-        self._traffic = codec.Traffic()
+        self._traffic = Traffic()
         self._wiring: Wiring | None = None
         self._work: queue.SimpleQueue[tuple[Wiring, Work] | None] = queue.SimpleQueue()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The service's methods."""
+    @property
+    def previous_name(self) -> str:
+        """The name in the certificate of the node before this one; empty while there is none."""
+        return self._wiring.previous_name if self._wiring else ""
 
-        def parser(kind: type[Message]) -> codec.Parser:
-            return lambda data: codec.parse(kind, data)
-
-        return grpc.method_handlers_generic_handler(
-            codec.SERVICE,
-            {
-                "Configure": grpc.unary_unary_rpc_method_handler(
-                    self._configure, parser(node_pb2.ConfigureRequest), codec.serialize
-                ),
-                "Status": grpc.unary_unary_rpc_method_handler(
-                    self._status, parser(node_pb2.StatusRequest), codec.serialize
-                ),
-                "Batches": grpc.stream_unary_rpc_method_handler(
-                    self._batches, self._traffic.parser(node_pb2.BatchPiece), codec.serialize
-                ),
-                "Results": grpc.unary_stream_rpc_method_handler(
-                    self._results, parser(node_pb2.ResultsRequest), self._traffic.serialize
-                ),
-                "Offer": grpc.unary_unary_rpc_method_handler(
-                    self._offer, parser(node_pb2.OfferRequest), codec.serialize
-                ),
-                "Weights": grpc.stream_unary_rpc_method_handler(
-                    self._weights, parser(node_pb2.WeightsPiece), codec.serialize
-                ),
-                "Encode": grpc.stream_stream_rpc_method_handler(
-                    self._encode, self._traffic.parser(node_pb2.EncodePiece), self._traffic.serialize
-                ),
-                "MeasureHardware": grpc.unary_unary_rpc_method_handler(
-                    self._probe, parser(node_pb2.MeasureHardwareRequest), codec.serialize
-                ),
-                "Spans": grpc.unary_unary_rpc_method_handler(
-                    self._spans, parser(node_pb2.SpansRequest), codec.serialize
-                ),
-                "Release": grpc.unary_unary_rpc_method_handler(
-                    self._release, parser(node_pb2.ReleaseRequest), codec.serialize
-                ),
-            },
-        )
+    def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        """What its server runs around every call."""
+        check = [CallerCheck(lambda: self.previous_name)] if self._identity else []
+        return [*check, TrafficInterceptor(self._traffic)]
 
     def start(self, failed: Callable[[], None]) -> None:
         """Begins to load, and to compute what arrives. failed: called in the event loop when the chunk is no good."""
@@ -375,7 +331,7 @@ class Node:
         self._progress = (done, total)
         self._show(what, done, total)
 
-    async def _status(self, _request: node_pb2.StatusRequest, _context: object) -> node_pb2.NodeStatus:
+    async def Status(self, _request: node_pb2.StatusRequest, _context: object) -> node_pb2.NodeStatus:
         done, total = self._progress
         self._asked_s = time.monotonic()
         status = State(
@@ -416,7 +372,7 @@ class Node:
             return State.LOADING
         return State.RECEIVING if self._intake.receiving else State.WAITING
 
-    async def _offer(self, request: node_pb2.OfferRequest, _context: object) -> node_pb2.OfferReply:
+    async def Offer(self, request: node_pb2.OfferRequest, _context: object) -> node_pb2.OfferReply:
         """Whose chunk this node is to hold: it has it, or gets it from the cache, or wants it sent."""
         if request.version != codec.VERSION:
             return node_pb2.OfferReply(error=_other_version(request.version))
@@ -461,7 +417,7 @@ class Node:
         await self._unwire()
         self._loaded, self._sha256, self._manifest_digest = None, "", ""
 
-    async def _weights(self, pieces: AsyncIterator[node_pb2.WeightsPiece], _context: object) -> node_pb2.WeightsReply:
+    async def Weights(self, pieces: AsyncIterator[node_pb2.WeightsPiece], _context: object) -> node_pb2.WeightsReply:
         try:
             chunk = await self._intake.receive(pieces, self._note)
         except CheckpointError as error:
@@ -471,7 +427,7 @@ class Node:
             self._begin_loading(chunk.path, chunk)
         return node_pb2.WeightsReply()
 
-    async def _encode(
+    async def Encode(
         self, pieces: AsyncIterator[node_pb2.EncodePiece], _context: object
     ) -> AsyncIterator[node_pb2.EmbeddingsPiece]:
         try:
@@ -489,22 +445,24 @@ class Node:
         with self._busy, self._recorder.span("encode"), torch.inference_mode():
             return run_to_end(tower.encode_steps(*patches))
 
-    async def _probe(self, request: node_pb2.MeasureHardwareRequest, _context: object) -> node_pb2.MeasureHardwareReply:
+    async def MeasureHardware(
+        self, request: node_pb2.MeasureHardwareRequest, _context: object
+    ) -> node_pb2.MeasureHardwareReply:
         folder = self._cache.folder if self._cache else None
         found = await asyncio.to_thread(measure_hardware, self._device, self._dtype or request.dtype, folder)
         return node_pb2.MeasureHardwareReply(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )
 
-    async def _spans(self, request: node_pb2.SpansRequest, _context: object) -> node_pb2.SpansReply:
+    async def Spans(self, request: node_pb2.SpansRequest, _context: object) -> node_pb2.SpansReply:
         return codec.encode_spans(self._recorder.take(request.record), time.perf_counter())
 
-    async def _release(self, _request: node_pb2.ReleaseRequest, _context: object) -> node_pb2.ReleaseReply:
+    async def Release(self, _request: node_pb2.ReleaseRequest, _context: object) -> node_pb2.ReleaseReply:
         if self._released:
             self._asyncio.call_soon(self._released)
         return node_pb2.ReleaseReply()
 
-    async def _configure(self, request: node_pb2.ConfigureRequest, _context: object) -> node_pb2.ConfigureReply:
+    async def Configure(self, request: node_pb2.ConfigureRequest, _context: object) -> node_pb2.ConfigureReply:
         if request.version != codec.VERSION:
             return node_pb2.ConfigureReply(error=_other_version(request.version))
         if self._loaded is None:
@@ -531,14 +489,9 @@ class Node:
         if wiring:
             await wiring.close()
 
-    async def _batches(
-        self, pieces: AsyncIterator[node_pb2.BatchPiece], context: grpc.aio.ServicerContext
-    ) -> node_pb2.BatchesReply:
+    async def Batches(self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object) -> node_pb2.BatchesReply:
         if self._loaded is None or self._wiring is None:
             return node_pb2.BatchesReply(error="is not configured")
-        if self._identity and (caller := peer_name(context)) != self._wiring.previous_name:
-            log.warning("refused batches of node %s: node %s sends them", caller, self._wiring.previous_name)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"node {caller} may not send batches to {self.name}")
         decoder = codec.BatchDecoder(self._loaded.config.hidden_size, self._loaded.dtype)
         try:
             async for piece in pieces:
@@ -549,12 +502,13 @@ class Node:
                     self._work.put((wiring, piece.failure))
                 elif (work := decoder.add(piece)) is not None:
                     self._work.put((wiring, work))
-        except LinkError as error:
+        except (LinkError, DecodeError) as error:
             if self._wiring:
-                self._work.put((self._wiring, self._failure(error)))
+                known = error if isinstance(error, LinkError) else LinkError(codec.OTHER_VERSION)
+                self._work.put((self._wiring, self._failure(known)))
         return node_pb2.BatchesReply()
 
-    async def _results(self, request: node_pb2.ResultsRequest, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
+    async def Results(self, request: node_pb2.ResultsRequest, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
         wiring = self._wiring
         if wiring is None or wiring.epoch != request.epoch:
             return

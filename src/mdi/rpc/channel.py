@@ -1,19 +1,15 @@
-"""Channels to nodes and ports of nodes: encrypted, kept alive, and closed to callers who have no business there."""
+"""Channels to nodes and ports of nodes: encrypted, kept alive."""
 
 from __future__ import annotations
 
-import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from ipaddress import ip_address
-from typing import Any
 
 import grpc
 
 from mdi.core.errors import ConfigError
-from mdi.rpc.tls import Identity, host_name, node_names
-
-log = logging.getLogger(__name__)
+from mdi.rpc.tls import Identity, host_name
 
 HEARTBEAT_S = 1.0
 MISSED_BEATS = 3  # in a row: the node is lost
@@ -67,59 +63,6 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials(
         [(identity.key, identity.certificate)], identity.authority, require_client_auth=True
     )
-
-
-def peer_name(context: grpc.aio.ServicerContext) -> str | None:
-    """The node that calls, by its certificate; None without one, or with one that names no node or several."""
-    values = context.auth_context().get("x509_subject_alternative_name", ())
-    names = node_names([value.decode(errors="replace") for value in values])
-    return names[0] if len(names) == 1 else None
-
-
-class CallerCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses, and logs, calls by nodes that have no business with a method.
-
-    callers: by the method's full name, the beginnings of the names of nodes that may call it.
-    """
-
-    def __init__(self, callers: Mapping[str, tuple[str, ...]]) -> None:
-        self._callers = callers
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Any], details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler | None:
-        """See `grpc.aio.ServerInterceptor`. Handlers must be coroutines, or generators where they answer with many."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        method = details.method
-        if handler.response_streaming:
-            return handler._replace(unary_stream=self._checked_stream(method, handler.unary_stream))
-        if handler.request_streaming:
-            return handler._replace(stream_unary=self._checked(method, handler.stream_unary))
-        return handler._replace(unary_unary=self._checked(method, handler.unary_unary))
-
-    def _checked(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._check(method, context)
-            return await behaviour(request, context)
-
-        return call
-
-    def _checked_stream(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            await self._check(method, context)
-            async for message in behaviour(request, context):
-                yield message
-
-        return call
-
-    async def _check(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        name = peer_name(context)
-        if name is None or not name.startswith(self._callers.get(method, ())):
-            who = f"node {name}" if name else "a peer whose certificate names no node"
-            log.warning("refused %s at %s: it may not call %s", who, context.peer(), method)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call this")
 
 
 def is_loopback(host: str) -> bool:

@@ -26,6 +26,7 @@ VERSION = 5
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
+OTHER_VERSION = "bytes arrived that are no message of this version of mdi: use one version everywhere"
 
 
 def method(name: str) -> str:
@@ -37,24 +38,11 @@ def serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-class Traffic:
-    """Serialises and parses the messages of a link, and counts their bytes."""
-
-    def __init__(self) -> None:
-        self.sent_bytes = 0
-        self.received_bytes = 0
-
-    def serialize(self, message: Message) -> bytes:
-        data = serialize(message)
-        self.sent_bytes += len(data)
-        return data
-
-    def parser(self, kind: type[M]) -> Callable[[bytes], M]:
-        def counted(data: bytes) -> M:
-            self.received_bytes += len(data)
-            return parse(kind, data)
-
-        return counted
+def received(message: M | None) -> M:
+    """What a node answered. Raises LinkError for bytes that are no such message: gRPC gives None for them."""
+    if message is None:
+        raise LinkError(OTHER_VERSION)
+    return message
 
 
 def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.BatchPiece]:
@@ -188,7 +176,7 @@ def parse(kind: type[M], data: bytes) -> M:
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise LinkError(f"bytes arrived that are no {kind.__name__}: is the other side of the same version?") from None
+        raise LinkError(OTHER_VERSION) from None
     return message
 
 
