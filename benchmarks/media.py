@@ -16,7 +16,7 @@ import skimage
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mdi.media import MediaPolicy, PatchSpec, load_image
+from mdi.media import MediaPolicy, PatchSpec, decode_image, image_patches
 
 CHECKPOINT_MAX_PIXELS = 12_845_056
 
@@ -43,7 +43,7 @@ def compare(data: bytes, max_pixels: int, runs: int) -> None:
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels})
 
     def ours() -> np.ndarray:
-        return load_image(data, policy, spec).rows
+        return image_patches(decode_image(data, policy), spec).rows
 
     def theirs() -> np.ndarray:
         rows: np.ndarray = processor(images=Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"]

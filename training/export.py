@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from mdi.checkpoint.random_weights import CHAT_TEMPLATE
-from mdi.media.image import CLIP_MEAN, CLIP_STD
+from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from training.model import Student, hub_config
 from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
 

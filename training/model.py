@@ -15,7 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdi.layers.rope import vision_rotation
-from mdi.media.image import CLIP_MEAN, CLIP_STD
+from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from training.cells import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES
 from training.samples import MERGE, TEMPORAL, TrainingBatch
 from training.scenes import LETTERS

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
 from mdi.core.errors import MediaError
-from mdi.media import MediaPolicy, PatchSpec, decode_image, image_patches, load_image, smart_resize
+from mdi.media import MediaPolicy, PatchSpec, decode_image, image_patches, smart_resize
 
 CHECKPOINT = PatchSpec(max_pixels=12_845_056)
 PHOTOGRAPHS = [
@@ -105,14 +105,14 @@ def test_rows_of_other_colour_modes_equal_transformers(mode: str) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "TIFF")
     rows, _ = oracle(image, PatchSpec())
-    np.testing.assert_array_equal(load_image(buffer.getvalue(), MediaPolicy(), PatchSpec()).rows, rows)
+    np.testing.assert_array_equal(image_patches(decode_image(buffer.getvalue(), MediaPolicy()), PatchSpec()).rows, rows)
 
 
 def test_rows_of_a_jpeg_equal_transformers_from_the_same_bytes() -> None:
     buffer = io.BytesIO()
     photograph("coffee").resize((1500, 1000)).save(buffer, "JPEG", quality=90)
     rows, grid = oracle(Image.open(io.BytesIO(buffer.getvalue())), PatchSpec())
-    patches = load_image(buffer.getvalue(), MediaPolicy(), PatchSpec())
+    patches = image_patches(decode_image(buffer.getvalue(), MediaPolicy()), PatchSpec())
     assert patches.grid == grid
     np.testing.assert_array_equal(patches.rows, rows)
 

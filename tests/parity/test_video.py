@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mdi import Engine, SamplingParams
 from mdi.core.batch import Batch, Slice, Visual
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
-from mdi.media.video import frame_indices
+from mdi.media.video_spec import frame_indices
 from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Message, Prompt, PromptBuilder

@@ -1,12 +1,11 @@
-"""Media of a request: from a path, URL or bytes to the patch rows a vision tower reads, within a policy.
-
-Knows nothing about prompts, models or HTTP services.
-"""
+"""Media of a request: from a path, URL or bytes to the rows of patches a vision tower reads, within a policy."""
 
 from mdi.media.fetch import fetch
-from mdi.media.image import Patches, PatchSpec, decode_image, image_patches, load_image, smart_resize
+from mdi.media.image import decode_image
+from mdi.media.patches import Patches, PatchSpec, image_patches, smart_resize, video_patches
 from mdi.media.policy import MediaPolicy
-from mdi.media.video import Video, VideoSpec, open_video, video_patches
+from mdi.media.video import Video, open_video
+from mdi.media.video_spec import VideoSpec
 
 __all__ = [
     "MediaPolicy",
@@ -17,7 +16,6 @@ __all__ = [
     "decode_image",
     "fetch",
     "image_patches",
-    "load_image",
     "open_video",
     "smart_resize",
     "video_patches",

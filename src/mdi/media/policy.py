@@ -1,6 +1,6 @@
 """What media may be loaded from where, and how much of it: paths, hosts, bytes, pixels, seconds.
 
-Knows nothing about how bytes are fetched or decoded; `fetch`, `image` and `video` ask it before they act.
+`fetch`, `download`, `image` and `video_file` check it before they act.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import ipaddress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mdi.core.errors import MediaError
+
 MEBIBYTE = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """Limits on the media of a request. The defaults are those of a server that faces strangers.
+    """Limits on the media of a request. The defaults suit a server on an open network.
 
     media_dir: files are read only below this directory, symlinks resolved; None refuses every file.
     any_file: any file this process can read; for the command line and Python, where the user owns the
@@ -23,8 +25,8 @@ class MediaPolicy:
     private_hosts: also fetch from loopback, private and other addresses off the public internet.
     max_bytes, max_video_bytes: longest image file and longest video file, in bytes as sent.
     max_image_pixels: largest image (width times height) that is decoded; checked in the header. The default
-        lets the 108-megapixel pictures of phones through.
-    max_video_pixels: largest frame of a video that is decoded. The default lets 8K through.
+        allows the 108-megapixel pictures of phones.
+    max_video_pixels: largest frame of a video that is decoded. The default allows 8K.
     max_video_frames: longest video, in frames of the file, of which a few are sampled. The default is half an hour at
         30 a second.
     video_timeout_s: seconds that counting and decoding one video, or fetching all frames of one, may take.
@@ -51,6 +53,13 @@ class MediaPolicy:
         """Whether a download may connect to this IP address (as text, an IPv6 scope allowed)."""
         return self.private_hosts or is_public(address)
 
+    def check_size(self, size_bytes: int) -> None:
+        """Raises MediaError for a file above max_bytes."""
+        if size_bytes > self.max_bytes:
+            raise MediaError(
+                f"the file is larger than the limit of {self.max_bytes / MEBIBYTE:.3g} MiB; send a smaller one"
+            )
+
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet.
@@ -64,3 +73,8 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv4Address):
         return True
     return not (ip.is_site_local or ip.ipv4_mapped or ip.sixtofour or ip.teredo)
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """A name as error texts show it."""
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,197 @@
+"""Reads video files: measures them, and decodes the sampled frames upright, within the policy's limits."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import dropwhile
+from typing import Any
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+
+from mdi.core.errors import MediaError
+from mdi.media.image import on_white
+from mdi.media.policy import MediaPolicy
+from mdi.media.video_spec import frame_indices
+
+DEMUXERS = ("mov", "matroska", "avi", "mpegts", "gif")  # FFmpeg's names: mov is MP4 as well, matroska is WebM
+DECODERS = (  # FFmpeg's names, of the codecs in use on the web, in phones and in cameras
+    *("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "gif"),
+    *("mpeg4", "mpeg2video", "mpeg1video", "h263", "mjpeg", "prores", "dnxhd", "qtrle", "ffv1", "png", "rawvideo"),
+)
+
+FORMATS = "MP4, MOV, WebM, MKV, AVI, MPEG-TS, GIF"
+USUAL_FPS = 25.0  # for a file with neither rate nor times
+RATE_TOLERANCE = 0.05
+DAMAGED = "the video is damaged or cut off"
+NO_FRAMES = "the video has no frames"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a file holds: frames (counted, since headers may be wrong), frames a second, and its upright size."""
+
+    n_frames: int
+    fps: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """An encoded video, read twice: to measure it, and to take the frames. deadline_s: on the monotonic clock."""
+
+    data: bytes
+    policy: MediaPolicy
+    deadline_s: float
+
+    def measure(self) -> Measures:
+        """Reads all packets and decodes up to the first frame."""
+        times: list[tuple[int, int]] = []
+        n_frames, first = 0, None
+        with self._opened() as stream:
+            for packet in self._packets(stream):
+                if packet.size and not packet.is_discard:  # discarded ones come before an edit list's start
+                    n_frames += 1
+                    times += [(packet.pts, packet.duration or 0)] if packet.pts is not None else []
+                if n_frames > self.policy.max_video_frames:
+                    raise _refusal(f"the video has more than {self.policy.max_video_frames} frames; send a shorter one")
+                if first is None:
+                    first = next(iter(packet.decode()), None)
+            if first is None:
+                raise _refusal(NO_FRAMES)
+            width, height = _upright(first).size
+            return Measures(n_frames, _frame_rate(stream, times), height, width)
+
+    def sample(self, total_frames: int, n_frames: int, height: int, width: int) -> list[Image.Image]:
+        """n_frames of a video of total_frames, resized as they are decoded: only these stay in memory."""
+        indices = frame_indices(total_frames, n_frames)
+        taken = dict.fromkeys(indices)
+        count = 0
+        with self._opened() as stream:
+            for packet in self._packets(stream):
+                for frame in packet.decode():
+                    if count in taken:
+                        taken[count] = resize(_upright(frame), height, width)
+                    count += 1
+        if count == 0:
+            raise _refusal(NO_FRAMES)
+        if count != total_frames:  # packets and frames are not always one to one: VP8 has hidden frames
+            return self.sample(count, n_frames, height, width)
+        return [image for image in map(taken.get, indices) if image]
+
+    @contextmanager
+    def _opened(self) -> Iterator[VideoStream]:
+        limits = {
+            "format_whitelist": ",".join(DEMUXERS),  # playlists would make FFmpeg open files and URLs
+            "codec_whitelist": ",".join(DECODERS),
+            "max_pixels": str(self.policy.max_video_pixels),
+        }
+        try:
+            container = av.open(
+                io.BytesIO(self.data), "r", options=limits, metadata_errors="replace", io_open=_open_nothing
+            )
+        except (av.FFmpegError, ValueError):
+            raise _refusal(f"this is not a video in a known format ({FORMATS}), or it is damaged") from None
+        with container:
+            stream = _pictures(container)
+            context = stream.codec_context
+            if context.width * context.height > self.policy.max_video_pixels:
+                raise _refusal(
+                    f"the video is {context.width} x {context.height} pixels, above the limit of "
+                    f"{self.policy.max_video_pixels} pixels; send a smaller one"
+                )
+            context.options = {"max_pixels": limits["max_pixels"]}
+            context.thread_count = 1  # the other cores are the model's
+            try:
+                yield stream
+            except av.FFmpegError:
+                raise _refusal(DAMAGED) from None
+
+    def _packets(self, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+        """All from the first key frame on, and an empty one that flushes the decoder."""
+        container = stream.container
+        assert isinstance(container, InputContainer)
+        for packet in dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream)):
+            check_time(self.deadline_s, self.policy)
+            if packet.is_corrupt:
+                raise _refusal(DAMAGED)
+            yield packet
+
+
+def check_time(deadline_s: float, policy: MediaPolicy) -> None:
+    if time.monotonic() > deadline_s:
+        raise _refusal(f"reading the video took longer than {policy.video_timeout_s:g} seconds")
+
+
+def _refusal(message: str) -> MediaError:
+    return MediaError(message, "video")
+
+
+def _open_nothing(*_: Any) -> None:
+    raise PermissionError("a video may not refer to other files")
+
+
+def _pictures(container: InputContainer) -> VideoStream:
+    """The first stream of moving pictures: not the cover of a piece of music."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise _refusal("the file holds no video")
+    if streams[0].codec_context is None or streams[0].codec_context.codec.name not in DECODERS:
+        raise _refusal("the video's codec is not known here: convert it to H.264, VP9 or AV1")
+    return streams[0]
+
+
+def _frame_rate(stream: VideoStream, times: Sequence[tuple[int, int]]) -> float:
+    """Frames a second: the rate that the file states, unless the times of its frames contradict it.
+
+    times: start and duration (0 if unknown) of the frames. Many formats round them, so the stated rate is
+    better where it is true; browsers' recordings state 1000.
+    """
+    stated, measured = float(stream.average_rate or 0), 0.0
+    if times and stream.time_base:
+        last, duration = max(times)
+        span = float((last + duration - min(times)[0]) * stream.time_base)
+        measured = (len(times) - (not duration)) / span if span > 0 else 0.0
+    if stated > 0 and (not measured or abs(stated / measured - 1) < RATE_TOLERANCE):
+        return stated
+    return measured or USUAL_FPS
+
+
+_UPRIGHT = {  # signs of a display matrix (ISO/IEC 14496-12, 6.2.2: x' = ax + cy, y' = bx + dy) -> its transposition
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    """A decoded frame as an image: turned as the file states, in RGB, transparency on white."""
+    if any(component.is_alpha for component in frame.format.components):
+        image = on_white(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix))
+    turn = _UPRIGHT.get(tuple((value > 0) - (value < 0) for value in (a, b, c, d)))
+    return image if turn is None else image.transpose(turn)
+
+
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)

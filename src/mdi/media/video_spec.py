@@ -1,0 +1,121 @@
+"""How many frames of a video are taken, which, and how large: as qwen-vl-utils does it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mdi.core.errors import CheckpointError, InputError
+from mdi.media.patches import check_pixels, first_limit, smart_resize
+
+FRAME_FACTOR = 2  # the sampled frames are a multiple of it
+TOKEN_PIXELS = 28 * 28
+MARGIN = 1.05  # the largest area of a frame is at least so many times the smallest
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """How many frames of a video are taken, and how large; the defaults are those of qwen-vl-utils.
+
+    fps frames of every second are taken, at least min_frames and at most max_frames; or `nframes` of the whole, where
+    that is set. Every frame is resized to between min_pixels and max_pixels, so that all together stay about
+    total_pixels: a frame may have 2 total_pixels / frames.
+    """
+
+    fps: float = 2.0
+    nframes: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 128 * TOKEN_PIXELS
+    max_pixels: int = 768 * TOKEN_PIXELS
+    total_pixels: int = 24576 * TOKEN_PIXELS
+
+    @classmethod
+    def from_hf(cls, video_preprocessor_config: Mapping[str, Any]) -> VideoSpec:
+        """Reads video_preprocessor_config.json; entries it lacks are as in qwen-vl-utils.
+
+        Raises CheckpointError when its numbers make no sense.
+        """
+        config, default = video_preprocessor_config, cls()
+        try:
+            size = config.get("size") or {}
+            spec = cls(
+                fps=float(config.get("fps") or default.fps),
+                min_frames=int(config.get("min_frames") or default.min_frames),
+                max_frames=int(config.get("max_frames") or default.max_frames),
+                min_pixels=first_limit(config, size, "min_pixels", "shortest_edge", default.min_pixels),
+                max_pixels=first_limit(config, size, "max_pixels", "longest_edge", default.max_pixels),
+            )
+        except (TypeError, ValueError, AttributeError):
+            raise CheckpointError("video_preprocessor_config.json holds values that are not numbers") from None
+        frames_fit = FRAME_FACTOR <= spec.min_frames <= spec.max_frames
+        if not (frames_fit and 0 < spec.min_pixels <= spec.max_pixels and 0 < spec.fps < math.inf):
+            raise CheckpointError("video_preprocessor_config.json has limits that contradict each other")
+        return spec
+
+    def with_options(
+        self,
+        *,
+        fps: float | None = None,
+        nframes: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
+    ) -> VideoSpec:
+        """The same spec with a request's own options; None keeps a value. max_pixels can only lower the limit.
+
+        Raises InputError, naming the field, for what is out of range or contradictory.
+        """
+        _check_rate(fps, nframes)
+        check_pixels("min_pixels", min_pixels, 1)
+        check_pixels("max_pixels", max_pixels, TOKEN_PIXELS)
+        check_pixels("total_pixels", total_pixels, TOKEN_PIXELS)
+        if min_pixels and max_pixels and min_pixels > max_pixels:
+            raise InputError(f"min_pixels ({min_pixels}) must not be above max_pixels ({max_pixels})", "max_pixels")
+        least = min_pixels or min(self.min_pixels, max_pixels or self.min_pixels)
+        ceiling = max(self.max_pixels, int(least * MARGIN))
+        return replace(
+            self,
+            fps=fps or self.fps,
+            nframes=nframes,
+            min_pixels=least,
+            max_pixels=min(max_pixels or ceiling, ceiling),
+            total_pixels=total_pixels or self.total_pixels,
+        )
+
+    def frame_count(self, total_frames: int, video_fps: float) -> int:
+        """How many of a file's frames are taken, by qwen_vl_utils' `smart_nframes`; a single frame is taken twice.
+
+        Raises InputError when `nframes` asks for more than there are.
+        """
+        if self.nframes is not None:
+            count = round(self.nframes / FRAME_FACTOR) * FRAME_FACTOR
+            if count > total_frames:
+                raise InputError(f"nframes is {self.nframes}, but the video has only {total_frames} frames", "nframes")
+            return count
+        least = math.ceil(self.min_frames / FRAME_FACTOR) * FRAME_FACTOR
+        most = min(self.max_frames, total_frames) // FRAME_FACTOR * FRAME_FACTOR
+        wanted = min(max(total_frames / video_fps * self.fps, least), most)
+        return max(FRAME_FACTOR, int(wanted // FRAME_FACTOR) * FRAME_FACTOR)
+
+    def resized(self, height: int, width: int, n_frames: int, factor: int) -> tuple[int, int]:
+        """Height and width that every one of n_frames is resized to, as in qwen_vl_utils' `fetch_video`."""
+        share = self.total_pixels / n_frames * FRAME_FACTOR
+        most = min(self.max_pixels, max(share, int(self.min_pixels * MARGIN)))
+        return smart_resize(height, width, factor, self.min_pixels, most)
+
+
+def _check_rate(fps: Any, nframes: Any) -> None:
+    if fps is not None and nframes is not None:
+        raise InputError("send fps or nframes, not both", "nframes")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
+        raise InputError(f"fps must be a number above 0, got {fps!r}", "fps")
+    if nframes is not None and (isinstance(nframes, bool) or not isinstance(nframes, int) or nframes < FRAME_FACTOR):
+        raise InputError(f"nframes must be a whole number of at least {FRAME_FACTOR}, got {nframes!r}", "nframes")
+
+
+def frame_indices(total_frames: int, n_frames: int) -> list[int]:
+    """Which frames are taken: n_frames from the first to the last, evenly spread."""
+    return [round(index * (total_frames - 1) / (n_frames - 1)) for index in range(n_frames)]
