@@ -41,9 +41,7 @@ from testing.hosts import Host, Network, why_not
 from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.nodes_config import NodesConfig
-from mdi.cluster.recovery import RecoveryLimits
+from mdi.core.config import ManualNodes, RecoveryLimits
 from mdi.core.errors import MDIError
 
 N_NODES = 4
@@ -51,7 +49,7 @@ N_CLIENTS = 8
 PORT = 5000
 LONGEST_PAUSE_S = 2.0
 POLL_S = 0.01
-LIMITS = RecoveryLimits(timeout_s=300, max_losses=10**6)
+LIMITS = RecoveryLimits(recovery_timeout_s=300, max_losses=10**6)
 KINDS = ("kill", "kill two", "kill again", "kill another meanwhile", "freeze")
 CABLE = "pull a cable"
 Request = tuple[Any, SamplingParams]
@@ -180,7 +178,7 @@ def main() -> None:
 
 
 def local(path: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
-    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, sequence_length=2048, recovery_limits=LIMITS))
+    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, sequence_length=2048, recovery=LIMITS))
     return engine, LocalNodes(engine)
 
 
@@ -193,8 +191,8 @@ def manual_nodes(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, No
     for name in nodes.names:
         nodes.start(name)
     stack.enter_context(network.hosts["starter"].inside())  # and so are all threads that are made from now on
-    config = ManualNodes(NodesConfig.read(nodes.config), certs=nodes.certs("starter"))
-    running = Engine(path, manual_nodes=config, encryption=True, sequence_length=2048, recovery_limits=LIMITS)
+    manual = ManualNodes(nodes.config, certs=nodes.certs("starter"))
+    running = Engine(path, manual=manual, encryption=True, sequence_length=2048, recovery=LIMITS)
     return stack.enter_context(running), HostsByHand(nodes, network.hosts)
 
 

@@ -38,8 +38,6 @@ from mdi.bench.scenario import Scenario, noise
 from mdi.checkpoint.prepare import chunk_folder, prepare
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import open_source
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.nodes_config import NodesConfig
 from mdi.engine.stream import Stream
 
 SEQUENCE_LENGTH = 2048
@@ -275,9 +273,16 @@ def bound_engine(path: Path, cores: int) -> Iterator[Engine]:
         node = subprocess.Popen([sys.executable, "-m", *command], preexec_fn=lambda: os.sched_setaffinity(0, {1}))
         undo.callback(node.wait)
         undo.callback(node.kill)
-        manual_nodes = ManualNodes(NodesConfig.read(config), wait_s=120, certs=folder)
         yield undo.enter_context(
-            Engine(path, manual_nodes=manual_nodes, dtype="bfloat16", sequence_length=length, max_sequences=4)
+            Engine(
+                path,
+                nodes_config=config,
+                wait_s=120,
+                certs=folder,
+                dtype="bfloat16",
+                sequence_length=length,
+                max_sequences=4,
+            )
         )
 
 

@@ -20,7 +20,6 @@ from testing.processes import node_processes
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
-from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ClosedError, LinkError
 from mdi.engine import Completion, Stream
 
@@ -50,8 +49,7 @@ def own_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def shared(own_checkpoint: Path) -> Iterator[Engine]:
-    often = RecoveryLimits(timeout_s=200, max_losses=100)
-    with Engine(own_checkpoint, n_nodes=3, sequence_length=4096, recovery_limits=often) as engine:
+    with Engine(own_checkpoint, n_nodes=3, sequence_length=4096, recovery_timeout_s=200, max_losses=100) as engine:
         files = psutil.Process().num_fds()
         yield engine
         assert engine.recovery.recoveries >= 8
@@ -121,7 +119,7 @@ def check(engine: Engine, streams: list[Stream], undisturbed: list[Completion], 
 def test_a_node_whose_chunk_is_gone_fails_its_requests_with_the_cause(own_checkpoint: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(own_checkpoint, tmp_path / "tiny", ignore=shutil.ignore_patterns("chunks")))
     chunks = prepare(open_source(path), 2)
-    with Engine(path, n_nodes=2, recovery_limits=RecoveryLimits(max_losses=1)) as engine:
+    with Engine(path, n_nodes=2, max_losses=1) as engine:
         stream = engine.submit("Hello", SamplingParams(temperature=0, max_tokens=4000))
         next(stream)
         (chunks / "model_finisher.safetensors").unlink()
@@ -151,7 +149,7 @@ def test_nodes_that_cannot_be_started_again_fail_their_requests_with_the_cause(
 
 @pytest.mark.usefixtures("no_process_left")
 def test_requests_that_wait_longer_than_the_limit_fail_with_a_clear_error(own_checkpoint: Path) -> None:
-    with Engine(own_checkpoint, n_nodes=3, recovery_limits=RecoveryLimits(timeout_s=0.1)) as engine:
+    with Engine(own_checkpoint, n_nodes=3, recovery_timeout_s=0.1) as engine:
         streams = [engine.submit("Hello", SamplingParams(temperature=0, max_tokens=3000)) for _ in range(3)]
         next(streams[0])
         hit(engine, "secondary0")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from testing.links import answering, free_port
 
-from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes, Presence
+from mdi.cluster.launchers.manual import ManualLauncher, Presence, starter_identity
 from mdi.cluster.nodes_config import NodesConfig
+from mdi.core.config import ManualNodes
 from mdi.core.errors import ConfigError, LinkError
 from mdi.rpc.authority import Authority, create_authority, create_node
 
@@ -54,7 +55,7 @@ def test_nodes_are_found_in_any_order_and_shown_as_they_come() -> None:
 
         latecomer = threading.Thread(target=come_late)
         latecomer.start()
-        nodes = ManualLauncher(ManualNodes(config_of(first, last), wait_s=60, waiting=watch), None)
+        nodes = ManualLauncher(config_of(first, last), ManualNodes(wait_s=60), None, waiting=watch)
         latecomer.join()
         assert [node.name for node in nodes.nodes] == ["secondary0", "finisher"]
         assert all(presence.there for presence in shown[-1])
@@ -68,7 +69,7 @@ def test_the_wait_ends_in_time_and_names_who_is_missing_and_why() -> None:
     here, nowhere = free_port(), free_port()
     started = time.monotonic()
     with answering(None, "secondary0", here), pytest.raises(LinkError) as error:
-        ManualLauncher(ManualNodes(config_of(here, nowhere), wait_s=0.5), None)
+        ManualLauncher(config_of(here, nowhere), ManualNodes(wait_s=0.5), None)
     assert time.monotonic() - started < 10
     expected = (
         f"not all nodes were there within 0.5 s. finisher: nothing listens at 127.0.0.1:{nowhere}: start the node"
@@ -79,7 +80,7 @@ def test_the_wait_ends_in_time_and_names_who_is_missing_and_why() -> None:
 
 def test_a_node_with_anothers_chunk_is_not_taken() -> None:
     with answering(None, "finisher") as address, pytest.raises(LinkError, match="is finisher: start each node with"):
-        ManualLauncher(ManualNodes(config_of(int(address.split(":")[1]), free_port()), wait_s=1), None)
+        ManualLauncher(config_of(int(address.split(":")[1]), free_port()), ManualNodes(wait_s=1), None)
 
 
 def test_an_encrypted_node_is_found_with_the_starters_certificate_alone(tmp_path: Path) -> None:
@@ -87,21 +88,21 @@ def test_an_encrypted_node_is_found_with_the_starters_certificate_alone(tmp_path
     for name in ("starter", "vision"):
         create_node(tmp_path, name)
     with answering(Authority.load(tmp_path).issue("finisher"), "finisher") as address:
-        manual_nodes = ManualNodes(config_of(int(address.split(":")[1])), wait_s=1, certs=tmp_path)
-        ManualLauncher(manual_nodes, manual_nodes.identity(encryption=True))
+        config, manual = config_of(int(address.split(":")[1])), ManualNodes(wait_s=1, certs=tmp_path)
+        ManualLauncher(config, manual, starter_identity(config, manual, encryption=True))
         with pytest.raises(LinkError, match="set ENABLE_ENCRYPTION=1"):
-            ManualLauncher(manual_nodes, manual_nodes.identity(encryption=False))
+            ManualLauncher(config, manual, starter_identity(config, manual, encryption=False))
         (tmp_path / "starter.pem").write_bytes((tmp_path / "vision.pem").read_bytes())
         (tmp_path / "starter.key").write_bytes((tmp_path / "vision.key").read_bytes())
         with pytest.raises(ConfigError, match="is of vision, not of starter"):
-            manual_nodes.identity(encryption=True)
+            starter_identity(config, manual, encryption=True)
 
 
 def test_a_node_that_was_lost_is_awaited_again() -> None:
     port = free_port()
     with ExitStack() as servers:
         with answering(None, "finisher", port):
-            nodes = ManualLauncher(ManualNodes(config_of(port), wait_s=30), None)
+            nodes = ManualLauncher(config_of(port), ManualNodes(wait_s=30), None)
         with pytest.raises(LinkError, match=r"within 0\.3 s\. finisher: nothing listens"):
             nodes.restart(["finisher"], 0.3)
         again = threading.Timer(1, lambda: servers.enter_context(answering(None, "finisher", port)))
@@ -117,10 +118,11 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(tmp_path: Path) -> None
     create_node(tmp_path, "starter")
     port, spare_port = free_port(), free_port()
     spare = {"addr": "127.0.0.1", "communication": {"port": spare_port}}
-    manual_nodes = ManualNodes(config_of(port, spare=[spare]), wait_s=30, certs=tmp_path, spare_after_s=0)
-    identity = manual_nodes.identity(encryption=True)
+    config = config_of(port, spare=[spare])
+    manual = ManualNodes(wait_s=30, certs=tmp_path, spare_after_s=0)
+    identity = starter_identity(config, manual, encryption=True)
     with answering(authority.issue("finisher"), "finisher", port):
-        nodes = ManualLauncher(manual_nodes, identity)
+        nodes = ManualLauncher(config, manual, identity)
     try:
         for impostor, name in (("spare1", "spare0"), ("finisher", "spare0"), ("spare0", "spare1")):
             with answering(authority.issue(impostor), name, spare_port), pytest.raises(LinkError, match="nothing list"):
@@ -136,7 +138,7 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(tmp_path: Path) -> None
 def test_closing_ends_the_wait() -> None:
     port = free_port()
     with answering(None, "finisher", port):
-        nodes = ManualLauncher(ManualNodes(config_of(port), wait_s=30), None)
+        nodes = ManualLauncher(config_of(port), ManualNodes(wait_s=30), None)
     threading.Timer(0.5, nodes.close).start()
     started = time.monotonic()
     with pytest.raises(LinkError, match="not waited for any more"):
@@ -146,16 +148,16 @@ def test_closing_ends_the_wait() -> None:
 
 @pytest.mark.parametrize("wait_s", [0, -1, float("nan")])
 def test_a_wait_of_no_length_is_refused(wait_s: float) -> None:
-    with pytest.raises(ConfigError, match="longer than 0 s"):
-        ManualNodes(config_of(5000), wait_s=wait_s)
+    with pytest.raises(ConfigError, match="wait_s must be above 0"):
+        ManualNodes(wait_s=wait_s)
 
 
 def test_nodes_on_other_machines_need_encryption_or_leave() -> None:
     config = config_of(5000, addr="10.11.12.13")
     with pytest.raises(ConfigError, match=r"nodes\.secondary\[0\] is on another machine.*ENABLE_ENCRYPTION=1"):
-        ManualNodes(config).identity(encryption=False)
+        starter_identity(config, ManualNodes(), encryption=False)
     spare = {"addr": "10.11.12.14", "communication": {"port": 5001}}
     with pytest.raises(ConfigError, match=r"nodes\.spare\[0\] is on another machine"):
-        ManualNodes(config_of(5000, spare=[spare])).identity(encryption=False)
-    assert ManualNodes(config, insecure=True).identity(encryption=False) is None
-    assert ManualNodes(config_of(5000)).identity(encryption=False) is None
+        starter_identity(config_of(5000, spare=[spare]), ManualNodes(), encryption=False)
+    assert starter_identity(config, ManualNodes(insecure=True), encryption=False) is None
+    assert starter_identity(config_of(5000), ManualNodes(), encryption=False) is None

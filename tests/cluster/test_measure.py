@@ -17,8 +17,7 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import chunk_folder
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.cli.app import app
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.nodes_config import NodesConfig
+from mdi.core.config import ManualNodes
 from mdi.core.errors import ConfigError
 from mdi.planning import hardware
 from mdi.planning.hardware import FILE_NAME, measure_hardware
@@ -84,8 +83,8 @@ def test_a_plan_is_made_for_the_machines_there_are(
     limit(machines)
     for name in NAMES:
         machines.node(name)
-    manual_nodes = ManualNodes(NodesConfig.read(machines.config), wait_s=120)
-    with Engine(checkpoint, manual_nodes=manual_nodes, dtype="float32", sequence_length=64, max_sequences=2) as engine:
+    manual = ManualNodes(machines.config, wait_s=120)
+    with Engine(checkpoint, manual=manual, dtype="float32", sequence_length=64, max_sequences=2) as engine:
         assert engine.chat("Hello", GREEDY).token_ids
     split = Manifest.read(chunk_folder(checkpoint, 3)).plan.layers
     assert split[0] == 1
@@ -102,9 +101,9 @@ def test_what_fits_nowhere_is_refused_before_anything_is_written(
     limit(machines, secondary0=0.3)
     for name in NAMES:
         machines.node(name)
-    manual_nodes = ManualNodes(NodesConfig.read(machines.config), wait_s=120)
+    manual = ManualNodes(machines.config, wait_s=120)
     with pytest.raises(ConfigError, match=r"secondary0 cannot hold 1 layer: of its 0.0 GB, .* are missing"):
-        Engine(checkpoint, manual_nodes=manual_nodes, dtype="float32", sequence_length=64, max_sequences=2)
+        Engine(checkpoint, manual=manual, dtype="float32", sequence_length=64, max_sequences=2)
     assert not chunk_folder(checkpoint, 3).exists()
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from mdi.cluster.recovery import LossLog, RecoveryLimits
+from mdi.cluster.recovery import LossLog
+from mdi.core.config import RecoveryLimits
 from mdi.core.errors import ConfigError
 
 LIMITS = RecoveryLimits(max_losses=2, settled_s=60)
@@ -44,7 +45,7 @@ def test_time_spent_bringing_nodes_back_is_not_time_they_ran() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "message"),
-    [({"timeout_s": 0}, "longer than 0 s"), ({"timeout_s": math.nan}, "nan"), ({"max_losses": -1}, "-1")],
+    [({"recovery_timeout_s": 0}, "above 0"), ({"recovery_timeout_s": math.nan}, "nan"), ({"max_losses": -1}, "-1")],
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -19,9 +19,6 @@ from testing.videos import encoded, numbered
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.nodes_config import NodesConfig
-from mdi.cluster.recovery import RecoveryLimits
 from mdi.core.errors import ConfigError, LinkError
 from mdi.core.status import NodeStatus
 
@@ -47,16 +44,17 @@ class Served:
     def __init__(self, checkpoint: Path, machines: Machines, names: tuple[str, ...], undo: ExitStack) -> None:
         self.machines = machines
         self.processes = {name: machines.node(name) for name in (*names, "vision")}
-        manual_nodes = ManualNodes(NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs")
         self.engine = undo.enter_context(
             Engine(
                 checkpoint,
-                manual_nodes=manual_nodes,
+                nodes_config=machines.config,
+                wait_s=120,
+                certs=machines.root / "certs",
                 encryption=machines.encrypted,
                 dtype="float32",
                 sequence_length=1024,
                 vision_cache_bytes=0,
-                recovery_limits=RecoveryLimits(timeout_s=60),
+                recovery_timeout_s=60,
             )
         )
 

@@ -20,9 +20,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.nodes_config import NodesConfig
-from mdi.cluster.recovery import RecoveryLimits
+from mdi.core.config import RecoveryLimits
 from mdi.core.errors import LinkError
 from mdi.engine import Completion, NodeStatus, Stream
 from mdi.rpc.tls import Identity
@@ -67,12 +65,16 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
 def engine_of(
     checkpoint: Path, machines: Machines, undo: ExitStack, *, spare_after_s: float = 0.5, **limits: float
 ) -> Engine:
-    manual_nodes = ManualNodes(
-        NodesConfig.read(machines.config), wait_s=120, certs=machines.root / "certs", spare_after_s=spare_after_s
-    )
-    recovery = replace(RecoveryLimits(timeout_s=100), **limits)  # type: ignore[arg-type]
     return undo.enter_context(
-        Engine(checkpoint, manual_nodes=manual_nodes, encryption=machines.encrypted, recovery_limits=recovery)
+        Engine(
+            checkpoint,
+            nodes_config=machines.config,
+            wait_s=120,
+            certs=machines.root / "certs",
+            spare_after_s=spare_after_s,
+            encryption=machines.encrypted,
+            recovery=replace(RecoveryLimits(recovery_timeout_s=100), **limits),  # type: ignore[arg-type]
+        )
     )
 
 
@@ -227,7 +229,7 @@ def test_without_anybody_to_take_the_place_requests_fail_with_the_cause(
 ) -> None:
     machines = Machines(tmp_path, undo, spares=1)
     nodes = {name: machines.node(name) for name in NAMES}
-    engine = engine_of(checkpoint, machines, undo, timeout_s=4)
+    engine = engine_of(checkpoint, machines, undo, recovery_timeout_s=4)
     streams = running(engine)
     nodes["finisher"].popen.kill()
     with pytest.raises(LinkError, match="finisher: nothing listens at"):

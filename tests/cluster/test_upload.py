@@ -22,9 +22,10 @@ from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
-from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes
+from mdi.cluster.launchers.manual import ManualLauncher
 from mdi.cluster.node_client import Chunks
 from mdi.cluster.nodes_config import NodesConfig
+from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 
 QUESTION = ("Who are you?", "--max-tokens", "8", "--temperature", "1", "--seed", "4")
@@ -253,8 +254,8 @@ def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_lat
     manifest = Manifest.read(chunks(checkpoint))
     machines.node("secondary0", "--chunk", chunks(checkpoint) / chunk_file("secondary0"))
     finisher = machines.node("finisher", "--chunk", chunks(checkpoint) / chunk_file("finisher"))
-    manual_nodes = ManualNodes(NodesConfig.read(machines.config), wait_s=120)
-    nodes = ManualLauncher(manual_nodes, None, Chunks(chunks(checkpoint), manifest))
+    config = NodesConfig.read(machines.config)
+    nodes = ManualLauncher(config, ManualNodes(wait_s=120), None, Chunks(chunks(checkpoint), manifest))
     finisher.close()
     machines.node("finisher").says("listens")
     with pytest.raises(LinkError, match="finisher: receives its weights, and needs more time: see --recovery-timeout"):

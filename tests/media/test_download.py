@@ -20,7 +20,7 @@ from mdi.core.errors import MediaError
 from mdi.media import MediaPolicy, download, fetch
 
 BODY = bytes(range(256)) * 40
-TRUSTING = MediaPolicy(private_hosts=True, timeout_s=20)
+TRUSTING = MediaPolicy(private_hosts=True, fetch_timeout_s=20)
 PUBLIC_ADDRESS = "93.184.216.34"
 
 
@@ -184,7 +184,7 @@ def test_a_body_above_the_byte_limit_is_refused(server: PictureServer, path: str
 
 @pytest.mark.parametrize("path", ["silent", "drip"])
 def test_a_slow_server_meets_the_time_limit(server: PictureServer, path: str) -> None:
-    assert "longer than 0.3 seconds" in refusal(f"{server.url}/{path}", replace(TRUSTING, timeout_s=0.3))
+    assert "longer than 0.3 seconds" in refusal(f"{server.url}/{path}", replace(TRUSTING, fetch_timeout_s=0.3))
 
 
 def test_a_slow_name_lookup_meets_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_slow_name_lookup_meets_the_time_limit(monkeypatch: pytest.MonkeyPatch
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", stall)
-    assert "longer than 0.1 seconds" in refusal("http://slow.test/", replace(TRUSTING, timeout_s=0.1))
+    assert "longer than 0.1 seconds" in refusal("http://slow.test/", replace(TRUSTING, fetch_timeout_s=0.1))
     done.set()
 
 

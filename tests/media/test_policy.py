@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mdi.media import MediaPolicy
-from mdi.media.policy import is_public
+from mdi.media.policy import allows_address, is_public
 
 PUBLIC = ["8.8.8.8", "93.184.216.34", "2606:4700::1111"]
 NOT_PUBLIC = [
@@ -38,14 +38,14 @@ NOT_PUBLIC = [
 @pytest.mark.parametrize("address", PUBLIC)
 def test_a_public_address_is_allowed(address: str) -> None:
     assert is_public(address)
-    assert MediaPolicy().allows_address(address)
+    assert allows_address(MediaPolicy(), address)
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_any_other_address_is_refused_unless_private_hosts_are_allowed(address: str) -> None:
     assert not is_public(address)
-    assert not MediaPolicy().allows_address(address)
-    assert MediaPolicy(private_hosts=True).allows_address(address)
+    assert not allows_address(MediaPolicy(), address)
+    assert allows_address(MediaPolicy(private_hosts=True), address)
 
 
 def test_the_default_policy_trusts_nobody_with_files() -> None:

@@ -74,32 +74,21 @@ class EngineOptions(CheckpointOptions, NodesOptions):
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for the nodes of --nodes-config.")] = 600
     device: Device = None
 
-    def start(self, model: str, *, spare_after: float = 5, **settings: Any) -> Engine:
+    def start(self, model: str, **settings: Any) -> Engine:
         """Loads a model, showing which nodes are present and how far each has loaded."""
         from mdi.cli.screen import Startup
-        from mdi.cluster.launchers.manual import ManualNodes
-        from mdi.cluster.nodes_config import NodesConfig
         from mdi.engine import Engine
         from mdi.rpc.tls import encryption_enabled
 
-        manual_nodes, dtype, device, startup = None, self.dtype, self.device, Startup()
-        if self.nodes_config:
-            config = NodesConfig.read(self.nodes_config)
-            manual_nodes = ManualNodes(config, self.wait_s, self.certs, self.insecure, startup.waiting, spare_after)
-            dtype, device = dtype or config.starter.dtype, device or config.starter.device
+        startup = Startup()
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
         with startup.shown():
             return Engine(
                 model,
-                n_nodes=self.n_nodes,
-                layers=parse_layers(self.layers),
-                manual_nodes=manual_nodes,
-                encryption=encryption_enabled(),
-                dtype=dtype,
-                device=device or "cpu",
-                ckpt_folder=self.ckpt_folder,
-                hf_token=self.hf_token,
                 progress=startup.loading,
-                **settings,
+                waiting=startup.waiting,
+                encryption=encryption_enabled(),
+                **options | {"layers": parse_layers(self.layers)} | settings,
             )
 
 

@@ -40,13 +40,13 @@ def plan(
     With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
     """
     from mdi.cluster.nodes_config import NodesConfig
-    from mdi.engine.engine import sequence_length_of
+    from mdi.core.config import CacheSettings
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
-    cache_tokens = max_sequences * sequence_length_of(sequence_length, config.max_positions)
+    cache_tokens = max_sequences * CacheSettings(sequence_length).sequence_length_for(config.max_positions)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
@@ -71,14 +71,16 @@ def plan(
 
 
 def _measure(nodes: NodesConfig, options: NodesOptions, dtype: str) -> list[MeasuredNode]:
-    from mdi.cluster.launchers.manual import ManualNodes
+    from mdi.cluster.launchers.manual import starter_identity
     from mdi.cluster.measure import measure_reachable
+    from mdi.core.config import ManualNodes
     from mdi.rpc.tls import encryption_enabled
 
-    manual_nodes = ManualNodes(nodes, certs=options.certs, insecure=options.insecure)
+    manual = ManualNodes(certs=options.certs, insecure=options.insecure)
+    identity = starter_identity(nodes, manual, encryption_enabled())
     device = nodes.starter.device or "cpu"
     with err.status("measuring the machines, one after the other"):
-        return measure_reachable(manual_nodes, manual_nodes.identity(encryption_enabled()), dtype, device)
+        return measure_reachable(nodes, identity, dtype, device)
 
 
 def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:

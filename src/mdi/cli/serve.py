@@ -36,10 +36,8 @@ def serve(
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    from mdi.cluster.recovery import RecoveryLimits
     from mdi.gateway.app import GatewayConfig, bind
     from mdi.gateway.app import serve as serve_http
-    from mdi.media import MediaPolicy
 
     with (
         bind(host, port) as bound,
@@ -50,9 +48,10 @@ def serve(
             vision_cache_bytes=vision_cache_mb * 2**20,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            media=MediaPolicy(media_dir=media_dir),
-            recovery_limits=RecoveryLimits(timeout_s=recovery_timeout),
-            spare_after=spare_after,
+            media_dir=media_dir,
+            any_file=False,
+            recovery_timeout_s=recovery_timeout,
+            spare_after_s=spare_after,
         ) as engine,
     ):
         err.print(nodes_table(engine.model_name, engine.nodes()))

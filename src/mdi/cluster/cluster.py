@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,13 +19,14 @@ from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Deliver, Link
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.launchers.local import LocalLauncher
-from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes
+from mdi.cluster.launchers.manual import ManualLauncher, Waiting, starter_identity
 from mdi.cluster.link import NodeAddress, PipelineSettings
 from mdi.cluster.measure import measure_all
 from mdi.cluster.node_client import Chunks
-from mdi.cluster.recovery import RecoveryLimits
+from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import Supervisor
+from mdi.core.config import EngineConfig
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
@@ -39,57 +39,49 @@ from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic
 
 
-@dataclass(frozen=True)
-class ClusterConfig:
-    """How a model is spread. layers: per node, overriding the plan. dtype: the checkpoint's own if None.
-
-    encryption: of all links. manual_nodes: the nodes are started by hand; None starts them here.
-    """
-
-    n_nodes: int
-    layers: tuple[int, ...] | None
-    dtype: str | None
-    device: str
-    n_slots: int
-    sequence_length: int
-    recovery: RecoveryLimits
-    encryption: bool = False
-    manual_nodes: ManualNodes | None = None
-
-    @property
-    def vision(self) -> NodeAddress | None:
-        """The node that encodes images, where the starter does not."""
-        node = self.manual_nodes.config.vision if self.manual_nodes else None
-        return NodeAddress(node.name, node.address) if node else None
-
-
 class Cluster:
     """The first stage, loaded here, and the nodes that hold the others. vision: the one that encodes images, if any.
 
-    Chunks are prepared when there are none yet. progress: told (node, bytes done, bytes in all).
+    Chunks are prepared when there are none yet. progress: called with (node, bytes done, bytes in all). waiting: called
+    with the nodes that are awaited.
     """
 
-    def __init__(self, source: Source, config: ClusterConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        waiting: Waiting | None = None,
+    ) -> None:
+        manual = config.cluster.manual
+        self._nodes = nodes = NodesConfig.read(manual.nodes_config) if manual.nodes_config else None
+        if nodes:
+            nodes.check_layers(source.model_config.n_layers)
         self._config = config
+        self._layers = nodes.layers if nodes else config.cluster.layers
+        self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
+        self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
+        self._sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
         self._progress = progress
+        self._waiting = waiting
+        self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
         self._supervisor: Supervisor | None = None
         self._launcher: Launcher | None = None
         self._identity: Identity | None = None
         self.vision: RemoteEncoder | None = None
         with ExitStack() as undo:
-            loaded = (
-                self._load_together(source, undo) if config.n_nodes > 1 or config.vision else self._load_alone(source)
-            )
-            self.stage = Stage(loaded, n_slots=config.n_slots, sequence_length=config.sequence_length)
+            alone = self.n_nodes == 1 and not self._vision_address
+            loaded = self._load_alone(source) if alone else self._load_together(source, undo)
+            self.stage = Stage(loaded, n_slots=config.cache.max_sequences, sequence_length=self._sequence_length)
             self._loaded = loaded
             undo.pop_all()
 
     def connect(self, deliver: Deliver) -> Link:
         """Wires the nodes together once all have loaded, and whenever some were lost. Only where there are several."""
         assert self._launcher is not None
-        settings = PipelineSettings(self._manifest_digest, self._config.n_slots, self._config.sequence_length)
+        settings = PipelineSettings(self._manifest_digest, self._config.cache.max_sequences, self._sequence_length)
         self._supervisor = Supervisor(
-            self._launcher, settings, self._config.recovery, deliver, self._progress, self._identity
+            self._launcher, settings, self._config.cluster.recovery, deliver, self._progress, self._identity
         )
         return self._supervisor
 
@@ -129,87 +121,93 @@ class Cluster:
         if self._launcher:
             self._launcher.close()
 
+    @property
+    def _vision_address(self) -> NodeAddress | None:
+        """The node that encodes images, where the starter does not."""
+        node = self._nodes.vision if self._nodes else None
+        return NodeAddress(node.name, node.address) if node else None
+
     def _load_alone(self, source: Source) -> LoadedStage:
-        return load_source(
-            source, dtype=self._config.dtype, device=self._config.device, progress=self._starter_progress()
-        )
+        return load_source(source, dtype=self._dtype, device=self._device, progress=self._starter_progress())
 
     def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
-        config = self._config
-        if config.manual_nodes:
-            self._identity = config.manual_nodes.identity(config.encryption)
+        cluster = self._config.cluster
+        if self._nodes:
+            self._identity = starter_identity(self._nodes, cluster.manual, cluster.encryption)
         folder = self._prepared(source)
         manifest = Manifest.read(folder)
         self._manifest_digest = manifest.digest
         chunks = [folder / chunk.file for chunk in manifest.chunks]
-        if config.manual_nodes:
-            self._launcher = self._await_nodes(config.manual_nodes, Chunks(folder, manifest))
+        if self._nodes:
+            self._launcher = self._await_nodes(self._nodes, Chunks(folder, manifest))
         else:
             self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
         undo.callback(self._launcher.close)
-        if config.vision:
-            timeout_s, width = config.recovery.timeout_s, source.model_config.hidden_size
-            self.vision = RemoteEncoder(config.vision, self._identity, Chunks(folder, manifest), width, timeout_s)
+        if address := self._vision_address:
+            timeout_s, width = cluster.recovery.recovery_timeout_s, source.model_config.hidden_size
+            self.vision = RemoteEncoder(address, self._identity, Chunks(folder, manifest), width, timeout_s)
             undo.callback(self.vision.close)
-        return load_chunk(chunks[0], device=config.device, dtype=config.dtype, progress=self._starter_progress())
+        return load_chunk(chunks[0], device=self._device, dtype=self._dtype, progress=self._starter_progress())
 
-    def _await_nodes(self, manual_nodes: ManualNodes, chunks: Chunks) -> ManualLauncher:
-        if manual_nodes.config.starter.threads:
-            torch.set_num_threads(manual_nodes.config.starter.threads)
-        return ManualLauncher(manual_nodes, self._identity, chunks, self._progress)
+    def _await_nodes(self, nodes: NodesConfig, chunks: Chunks) -> ManualLauncher:
+        if nodes.starter.threads:
+            torch.set_num_threads(nodes.starter.threads)
+        manual = self._config.cluster.manual
+        return ManualLauncher(nodes, manual, self._identity, chunks, self._progress, self._waiting)
 
     def _start_nodes(self, chunks: list[Path], dtype: str) -> LocalLauncher:
         """Processes here; encrypted, with certificates of an authority that lives as long as this object."""
-        config = self._config
-        authority = Authority.create() if config.encryption else None
+        authority = Authority.create() if self._config.cluster.encryption else None
         self._identity = authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
-        threads = max(1, torch.get_num_threads() // config.n_nodes)
-        return LocalLauncher(chunks, dtype=dtype, device=config.device, threads=threads, authority=authority)
+        threads = max(1, torch.get_num_threads() // self.n_nodes)
+        return LocalLauncher(chunks, dtype=dtype, device=self._device, threads=threads, authority=authority)
 
     def _prepared(self, source: Source) -> Path:
         """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced.
 
         Nodes started by hand are awaited and measured first, unless somebody has decided on their layers.
         """
-        config = self._config
-        folder = chunk_folder(source.path, config.n_nodes, vision_node=config.vision is not None)
+        vision_node = self._vision_address is not None
+        folder = chunk_folder(source.path, self.n_nodes, vision_node=vision_node)
         if not folder.exists():
             return prepare(
                 source,
-                config.n_nodes,
-                dtype=config.dtype,
-                layers=config.layers or self._measured_layers(source),
-                vision_node=config.vision is not None,
+                self.n_nodes,
+                dtype=self._dtype,
+                layers=self._layers or self._measured_layers(source),
+                vision_node=vision_node,
                 progress=self._progress,
             )
         manifest = Manifest.read(folder)
-        wanted = make_plan(source.model_config, config.n_nodes, config.layers, vision_node=config.vision is not None)
-        if config.layers and manifest.plan != wanted:
+        wanted = make_plan(source.model_config, self.n_nodes, self._layers, vision_node=vision_node)
+        if self._layers and manifest.plan != wanted:
             raise CheckpointError(
                 f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, "
                 f"not {_commas(wanted.layers)}: "
-                f"run `mdi prepare --n-nodes {config.n_nodes} --layers {_commas(wanted.layers)}`"
+                f"run `mdi prepare --n-nodes {self.n_nodes} --layers {_commas(wanted.layers)}`"
             )
-        if config.dtype and manifest.dtype != config.dtype:
+        if self._dtype and manifest.dtype != self._dtype:
             raise CheckpointError(
-                f"the chunks in {str(folder)!r} are {manifest.dtype}, not {config.dtype}: "
-                f"run `mdi prepare --n-nodes {config.n_nodes} --dtype {config.dtype}`"
+                f"the chunks in {str(folder)!r} are {manifest.dtype}, not {self._dtype}: "
+                f"run `mdi prepare --n-nodes {self.n_nodes} --dtype {self._dtype}`"
             )
         return folder
 
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
-        config, dtype = self._config, self._config.dtype or source.model_config.dtype
-        if config.manual_nodes is None:
+        if self._nodes is None:
             return None
-        machines = measure_all(config.manual_nodes, self._identity, dtype, config.device)
-        cache_tokens = config.n_slots * config.sequence_length
+        dtype, cache = self._dtype or source.model_config.dtype, self._config.cache
+        machines = measure_all(
+            self._nodes, self._config.cluster.manual, self._identity, dtype, self._device, self._waiting
+        )
+        cache_tokens = cache.max_sequences * self._sequence_length
         made = make_plan(
             source.model_config,
-            config.n_nodes,
+            self.n_nodes,
             machines=machines,
             dtype=dtype,
             cache_tokens=cache_tokens,
-            vision_node=config.vision is not None,
+            vision_node=self._vision_address is not None,
         )
         return made.layers
 

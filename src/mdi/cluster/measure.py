@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
-from mdi.cluster.launchers.manual import ManualLauncher, ManualNodes
+from mdi.cluster.launchers.manual import ManualLauncher, Waiting
 from mdi.cluster.link import NodeAddress
 from mdi.cluster.node_client import Visitor
-from mdi.cluster.nodes_config import NodeConfig
+from mdi.cluster.nodes_config import NodeConfig, NodesConfig
+from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 from mdi.planning.hardware import Machine, measure_hardware
 from mdi.rpc.tls import Identity
@@ -27,14 +28,21 @@ class MeasuredNode:
     unknown: str = ""
 
 
-def measure_all(manual_nodes: ManualNodes, identity: Identity | None, dtype: str, device: str) -> list[Machine]:
+def measure_all(
+    config: NodesConfig,
+    manual: ManualNodes,
+    identity: Identity | None,
+    dtype: str,
+    device: str,
+    waiting: Waiting | None = None,
+) -> list[Machine]:
     """All machines, the starter's first; waits for nodes as the start of a cluster does.
 
     dtype, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be measured.
     """
-    awaited = ManualLauncher(manual_nodes, identity)
+    awaited = ManualLauncher(config, manual, identity, waiting=waiting)
     try:
-        findings = _ask_all(manual_nodes, identity, awaited.nodes, dtype, device)
+        findings = _ask_all(config, identity, awaited.nodes, dtype, device)
     finally:
         awaited.close()
     for finding, node in zip(findings[1:], awaited.nodes, strict=True):
@@ -43,19 +51,17 @@ def measure_all(manual_nodes: ManualNodes, identity: Identity | None, dtype: str
     return [finding.machine for finding in findings]
 
 
-def measure_reachable(
-    manual_nodes: ManualNodes, identity: Identity | None, dtype: str, device: str
-) -> list[MeasuredNode]:
+def measure_reachable(config: NodesConfig, identity: Identity | None, dtype: str, device: str) -> list[MeasuredNode]:
     """The same for who is there just now; who is not is taken to be as fast as this machine."""
-    nodes = [NodeAddress(node.name, node.address) for node in manual_nodes.config.pipeline]
-    return _ask_all(manual_nodes, identity, nodes, dtype, device)
+    nodes = [NodeAddress(node.name, node.address) for node in config.pipeline]
+    return _ask_all(config, identity, nodes, dtype, device)
 
 
 def _ask_all(
-    manual_nodes: ManualNodes, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
+    config: NodesConfig, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
 ) -> list[MeasuredNode]:
     """One after the other: two on one machine would slow each other down."""
-    config, visitor = manual_nodes.config, Visitor(identity, None, None)
+    visitor = Visitor(identity, None, None)
     here = measure_hardware(device, dtype, default_cache_folder())
     findings = [MeasuredNode(_limited(here, config.starter))]
     for node, described in zip(nodes, config.pipeline, strict=True):

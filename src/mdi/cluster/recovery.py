@@ -3,28 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
-from mdi.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class RecoveryLimits:
-    """When to give up. Raises ConfigError for limits that make no sense.
-
-    timeout_s: longest wait of running requests for nodes that were lost.
-    max_losses: of one node in a row, each within `settled_s` of running.
-    """
-
-    timeout_s: float = 120.0
-    max_losses: int = 5
-    settled_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
-            raise ConfigError(f"the recovery timeout must be longer than 0 s, got {self.timeout_s:g}")
-        if self.max_losses < 0:
-            raise ConfigError(f"nodes can be lost 0 times or more before it is given up, got {self.max_losses}")
+from mdi.core.config import RecoveryLimits
 
 
 class LossLog:

@@ -15,8 +15,9 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, Delivery, GaveUp, Rewired
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.link import GrpcLink, PipelineSettings
-from mdi.cluster.recovery import LossLog, RecoveryLimits
+from mdi.cluster.recovery import LossLog
 from mdi.core.batch import Batch
+from mdi.core.config import RecoveryLimits
 from mdi.core.errors import LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
@@ -127,7 +128,7 @@ class Supervisor:
         try:
             self._link.unwire()  # and hears no more of what is known already
             time.sleep(TOGETHER_S)
-            while not self._wire_again(deadline=started_s + self._limits.timeout_s):
+            while not self._wire_again(deadline=started_s + self._limits.recovery_timeout_s):
                 pass
         except LinkError as error:
             self._give_up(error)
@@ -166,7 +167,7 @@ class Supervisor:
         lost |= {name: _ended(name) for name in self._launcher.dead() - lost.keys()}
         for name, error in lost.items():
             if time.monotonic() > deadline:
-                raise LinkError(f"the nodes were not back within {self._limits.timeout_s:g} s: {error}", name)
+                raise LinkError(f"the nodes were not back within {self._limits.recovery_timeout_s:g} s: {error}", name)
             if self._losses.lost(name):
                 raise LinkError(f"{error}; the node was lost {self._limits.max_losses + 1} times in a row", name)
         return frozenset(lost.keys() & {node.name for node in self._launcher.nodes})

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -16,10 +17,10 @@ from mdi.checkpoint.generation import end_ids, generation_defaults
 from mdi.checkpoint.hub import locate
 from mdi.checkpoint.processing import patch_spec, video_spec
 from mdi.checkpoint.source import open_source
-from mdi.cluster.cluster import Cluster, ClusterConfig
-from mdi.cluster.launchers.manual import ManualNodes
-from mdi.cluster.recovery import RecoveryLimits
-from mdi.core.errors import ClosedError, ConfigError, InputError, MDIError, OverloadedError
+from mdi.cluster.cluster import Cluster
+from mdi.cluster.launchers.manual import Waiting
+from mdi.core.config import EngineConfig
+from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
@@ -30,104 +31,72 @@ from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
-from mdi.media import MediaPolicy
 from mdi.prompt.builder import Message, PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-DEFAULT_SEQUENCE_LENGTH = 4096
 MEDIA_THREADS = 2
 PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
-VISION_CACHE_BYTES = 256 * 2**20  # 65 images of 1,280 tokens of the 2B model
 TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
 
 class Engine:
     """A model, loaded over one or more nodes and ready for requests from any thread.
 
-    model: a checkpoint's directory in Hugging Face layout, or its name on the hub (downloaded into `ckpt_folder`).
-    n_nodes: processes the decoder's layers are split over; `layers` sets how many each gets.
-    dtype: "float32", "bfloat16" or "float16"; the checkpoint's own if None.
-    sequence_length: most tokens of prompt and answer together. max_sequences: samples that run at once; more wait.
-    max_queue: requests accepted before OverloadedError. min_pixels, max_pixels: area every image is resized into;
-    max_pixels also lowers the limit of a video's frames.
-    media: where images and videos may come from; by default any local file and any public URL.
-    vision_cache_bytes: encoded images and videos that are kept for further requests; 0 keeps none.
-    recovery_limits: how long and how often lost nodes are brought back before requests fail.
-    encryption: links between nodes are encrypted (mutual TLS). manual_nodes: the nodes are not started here but by
-    their owners, on this or other machines; it names them, and may give each its number of layers.
-    progress: told (node, done bytes, all bytes) while weights load.
+    model: a checkpoint's folder in Hugging Face layout, its name on the hub, or all settings as an `EngineConfig`.
+    settings: by their names in `EngineConfig`: `Engine("bundled", n_nodes=3, dtype="float32")`.
+    progress: called with (node, done, total) in bytes while weights load. waiting: called with the nodes that are
+    awaited, when they are started on other machines.
 
     Raises CheckpointError or ConfigError when the model cannot be served that way.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | EngineConfig,
         *,
-        n_nodes: int = 1,
-        layers: Sequence[int] | None = None,
-        dtype: str | None = None,
-        device: str = "cpu",
-        sequence_length: int | None = None,
-        max_sequences: int = 16,
-        max_queue: int = 256,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        media: MediaPolicy | None = None,
-        vision_cache_bytes: int = VISION_CACHE_BYTES,
-        recovery_limits: RecoveryLimits | None = None,
-        encryption: bool = False,
-        manual_nodes: ManualNodes | None = None,
-        ckpt_folder: Path = Path("checkpoints"),
-        hf_token: str | None = None,
         progress: Progress | None = None,
+        waiting: Waiting | None = None,
+        **settings: Any,
     ) -> None:
-        path = locate(str(model), ckpt_folder=ckpt_folder, hf_token=hf_token)
+        config = model if isinstance(model, EngineConfig) else EngineConfig.of(model)
+        config = config.with_settings(**settings)
+        path = locate(config.model.checkpoint, ckpt_folder=config.model.ckpt_folder, hf_token=config.model.hf_token)
         source = open_source(path)
-        if manual_nodes:
-            if n_nodes != 1 or layers:
-                raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
-            manual_nodes.config.check_layers(source.model_config.n_layers)
-            n_nodes, layers = manual_nodes.config.n_nodes, manual_nodes.config.layers
         self.model_name = path.resolve().name
-        self.sequence_length = sequence_length_of(sequence_length, source.model_config.max_positions)
-        self.max_queue = max_queue
+        self.sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
+        self.max_queue = config.limits.max_queue
         self._defaults = generation_defaults(path)
         self._vocab_size = source.model_config.vocab_size
         self._tokenizer = tokenizer = Tokenizer(path)
+        min_pixels, max_pixels = config.limits.min_pixels, config.limits.max_pixels
         spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
-        policy = media or MediaPolicy(media_dir=None, any_file=True)
         video = video_spec(path, max_pixels)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
-        config = ClusterConfig(
-            n_nodes=n_nodes,
-            layers=tuple(layers) if layers else None,
-            dtype=dtype,
-            device=device,
-            n_slots=max_sequences,
-            sequence_length=self.sequence_length,
-            recovery=recovery_limits or RecoveryLimits(),
-            encryption=encryption,
-            manual_nodes=manual_nodes,
-        )
-        self._cluster = Cluster(source, config, progress)
+        self._cluster = Cluster(source, config, progress, waiting)
+        n_nodes = self._cluster.n_nodes
         self._prompts = PromptBuilder(
-            source.model_config, tokenizer, spec, policy, self.sequence_length, video, self._cluster.stage.recorder
+            source.model_config,
+            tokenizer,
+            spec,
+            config.media,
+            self.sequence_length,
+            video,
+            self._cluster.stage.recorder,
         )
         try:
             self._loop = StepLoop(
                 self._cluster.stage,
                 self._cluster.connect if n_nodes > 1 else None,
-                Scheduler(n_slots=max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=n_nodes),
+                Scheduler(n_slots=config.cache.max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=n_nodes),
                 tokenizer.backend,
                 end_ids(source),
                 self.sequence_length,
-                EmbeddingCache(vision_cache_bytes),
+                EmbeddingCache(config.cache.vision_cache_bytes),
                 self._cluster.vision,
                 self._ended,
             )
@@ -273,12 +242,3 @@ class Engine:
     def _refuse(self, request: Request, error: MDIError) -> None:
         self._ended(request)
         request.stream.put(error)
-
-
-def sequence_length_of(wanted: int | None, limit: int) -> int:
-    """The one that is wanted, or a usual one. limit: the model's. Raises ConfigError beyond it."""
-    if wanted is None:
-        return min(DEFAULT_SEQUENCE_LENGTH, limit)
-    if not 2 <= wanted <= limit:
-        raise ConfigError(f"the sequence length must be between 2 and the model's {limit}, got {wanted}")
-    return wanted

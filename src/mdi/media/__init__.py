@@ -1,9 +1,9 @@
 """Media of a request: from a path, URL or bytes to the rows of patches a vision tower reads, within a policy."""
 
+from mdi.core.config import MediaPolicy
 from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, image_patches, smart_resize, video_patches
-from mdi.media.policy import MediaPolicy
 from mdi.media.video import Video, open_video
 from mdi.media.video_spec import VideoSpec
 

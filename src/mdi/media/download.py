@@ -17,8 +17,9 @@ from urllib.parse import unquote_to_bytes
 import httpcore
 import httpx
 
+from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
-from mdi.media.policy import MediaPolicy, shortened
+from mdi.media.policy import allows_address, check_size, shortened
 
 MAX_REDIRECTS = 3
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
@@ -34,7 +35,7 @@ def download(source: str, policy: MediaPolicy) -> bytes:
         raise MediaError("nothing is downloaded here; send a data: URL")
     url = _parsed(source)
     name = repr(shortened(f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"))
-    deadline = _Deadline(time.monotonic() + policy.timeout_s)
+    deadline = _Deadline(time.monotonic() + policy.fetch_timeout_s)
     try:
         for _ in range(1 + MAX_REDIRECTS):
             answer = _request(url, name, policy, deadline)
@@ -42,7 +43,7 @@ def download(source: str, policy: MediaPolicy) -> bytes:
                 return answer
             url = answer
     except httpcore.TimeoutException:
-        raise MediaError(f"downloading {name} took longer than {policy.timeout_s:g} seconds") from None
+        raise MediaError(f"downloading {name} took longer than {policy.fetch_timeout_s:g} seconds") from None
     except httpcore.NetworkError:
         raise MediaError(f"no connection to the host of {name}, or its certificate is not valid") from None
     except httpcore.ProtocolError:
@@ -94,18 +95,18 @@ def _parsed_redirect(url: httpx.URL, location: str, name: str) -> httpx.URL:
 
 
 def _read_body(chunks: Iterable[bytes], announced_bytes: int, policy: MediaPolicy) -> bytes:
-    policy.check_size(announced_bytes)
+    check_size(policy, announced_bytes)
     body = bytearray()
     for chunk in chunks:
         body += chunk
-        policy.check_size(len(body))
+        check_size(policy, len(body))
     return bytes(body)
 
 
 def _checked_addresses(url: httpx.URL, policy: MediaPolicy, deadline: _Deadline) -> Sequence[str]:
     """The host's addresses, looked up once. Raises MediaError when the policy refuses one of them."""
     addresses = _resolve(url.raw_host.decode("ascii"), _port(url), deadline)
-    if not addresses or not all(map(policy.allows_address, addresses)):
+    if not addresses or not all(allows_address(policy, address) for address in addresses):
         raise MediaError(f"the host {shortened(url.host)!r} is unknown or not on the public internet")
     return addresses
 

@@ -10,9 +10,10 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.download import download
-from mdi.media.policy import MediaPolicy, shortened
+from mdi.media.policy import check_size, shortened
 
 _SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
@@ -26,7 +27,7 @@ def fetch(source: str | bytes | Path, policy: MediaPolicy) -> bytes:
     data = source if isinstance(source, bytes) else _load(source, policy)
     if not data:
         raise MediaError("the file is empty (0 bytes)")
-    policy.check_size(len(data))
+    check_size(policy, len(data))
     return data
 
 
@@ -90,7 +91,7 @@ def _read_regular_file(target: Path, name: str, policy: MediaPolicy) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise MediaError(f"{name} is not a file")
-        policy.check_size(status.st_size)
+        check_size(policy, status.st_size)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(policy.max_bytes + 1)
     finally:
@@ -109,7 +110,7 @@ def _decode_data_url(url: str, policy: MediaPolicy) -> bytes:
         return unquote_to_bytes(body)
     if "%" in body:
         body = unquote(body)
-    policy.check_size(len(body) // 4 * 3 - 2)  # before the copies below are made
+    check_size(policy, len(body) // 4 * 3 - 2)  # before the copies below are made
     body = "".join(body.split()).rstrip("=")
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)

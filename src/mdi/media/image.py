@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import ExifTags, Image
 
+from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
-from mdi.media.policy import MediaPolicy
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an MPO is a JPEG that holds several
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, video_patches
-from mdi.media.policy import MediaPolicy
+from mdi.media.policy import for_video
 from mdi.media.video_file import VideoFile, check_time, resize
 from mdi.media.video_spec import FRAME_FACTOR, VideoSpec
 
@@ -53,7 +54,7 @@ def open_video(source: Source | Sequence[Source], policy: MediaPolicy, video: Vi
     Raises MediaError for what cannot be fetched or is no usable video, InputError for `nframes` above its length.
     """
     if isinstance(source, (str, bytes, Path)):
-        return _from_file(fetch(source, policy.for_video()), policy, video, cut)
+        return _from_file(fetch(source, for_video(policy)), policy, video, cut)
     return _from_stills(source, policy, video, cut)
 
 

@@ -19,9 +19,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
+from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.image import on_white
-from mdi.media.policy import MediaPolicy
 from mdi.media.video_spec import frame_indices
 
 DEMUXERS = ("mov", "matroska", "avi", "mpegts", "gif")  # FFmpeg's names: mov is MP4 as well, matroska is WebM

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mdi.cluster.launchers.base import Died
 from mdi.cluster.link import NodeAddress, node_status
 from mdi.cluster.node_client import POLL_S, Chunks, Visit, Visitor
 from mdi.cluster.nodes_config import NodesConfig
+from mdi.core.config import ManualNodes
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
@@ -60,56 +60,36 @@ Waiting = Callable[[Sequence[Presence]], None]
 Watch = Callable[[], Coroutine[Any, Any, None]]
 
 
-@dataclass(frozen=True)
-class ManualNodes:
-    """Nodes started by hand, and how to wait for them. Raises ConfigError for what cannot be served that way.
-
-    wait_s: longest wait at the start. certs: folder of the starter's certificate, for encrypted links.
-    insecure: they may be on other machines although links are not encrypted. waiting: shown who is there.
-    spare_after_s: how long a lost node may take to come back before a spare takes its place.
-    """
-
-    config: NodesConfig
-    wait_s: float = 600.0
-    certs: Path = Path("certs")
-    insecure: bool = False
-    waiting: Waiting | None = None
-    spare_after_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not self.wait_s > 0:
-            raise ConfigError(f"nodes are waited for longer than 0 s, not {self.wait_s:g}")
-        if not self.spare_after_s >= 0:
-            raise ConfigError(f"a spare takes over after 0 s or more, not {self.spare_after_s:g}")
-
-    def identity(self, encryption: bool) -> Identity | None:
-        """The starter's, when links are encrypted. Raises ConfigError when they are not and would have to be."""
-        if encryption:
-            return Identity.load(self.certs, "starter")
-        for node in self.config.all[1:]:
-            if not self.insecure and not is_loopback(node.addr):
-                raise ConfigError(
-                    f"{node.key} is on another machine ({node.addr}), and links are not encrypted: "
-                    f"set {VARIABLE}=1 (see `mdi certs --help`), or allow it with --insecure"
-                )
-        return None
+def starter_identity(nodes: NodesConfig, manual: ManualNodes, encryption: bool) -> Identity | None:
+    """The starter's identity when links are encrypted. Raises ConfigError when they are not and would have to be."""
+    if encryption:
+        return Identity.load(manual.certs, "starter")
+    for node in nodes.all[1:]:
+        if not manual.insecure and not is_loopback(node.addr):
+            raise ConfigError(
+                f"{node.key} is on another machine ({node.addr}), and links are not encrypted: "
+                f"set {VARIABLE}=1 (see `mdi certs --help`), or allow it with --insecure"
+            )
+    return None
 
 
 class ManualLauncher:
     """A `Launcher` for nodes started by hand: made, or back after a loss, when all answer and have their weights.
 
-    chunks: what they are to hold; None leaves them with what they have. progress: see `Visitor`.
+    chunks: what they are to hold; None leaves them with what they have. progress: see `Visitor`. waiting: called with
+    who is there.
     Raises LinkError, with what is wrong with each, when some do not answer in time.
     """
 
     def __init__(
         self,
-        manual_nodes: ManualNodes,
+        config: NodesConfig,
+        manual: ManualNodes,
         identity: Identity | None,
         chunks: Chunks | None = None,
         progress: Progress | None = None,
+        waiting: Waiting | None = None,
     ) -> None:
-        config = manual_nodes.config
         vision = (config.vision,) if config.vision else ()
         self._homes = {node.name: NodeAddress(node.name, node.address) for node in (*config.pipeline, *vision)}
         self._spares = [NodeAddress(node.name, node.address, spare=node.name) for node in config.spares]
@@ -118,11 +98,12 @@ class ManualLauncher:
         self._seen: dict[str, NodeStatus] = {}  # spares without a place
         self._roles: dict[str, str] = {}  # what spares say they are
         self._visitor = Visitor(identity, chunks, progress)
-        self._manual_nodes = manual_nodes
+        self._spare_after_s = manual.spare_after_s
+        self._waiting = waiting
         self._closed = threading.Event()
         self._restarts: Counter[str] = Counter()
         self._died: Died | None = None
-        self._wait(list(self._homes), manual_nodes.wait_s, timeout_s=None)
+        self._wait(list(self._homes), manual.wait_s, timeout_s=None)
         self._watcher = threading.Thread(target=lambda: asyncio.run(self._watch()), name="mdi-spares", daemon=True)
         if self._spares:
             self._watcher.start()
@@ -142,7 +123,7 @@ class ManualLauncher:
         """Waits until somebody has started these nodes anew, the network reaches them again, or spares replace them."""
         self._restarts.update(names)
         try:
-            self._wait(names, self._manual_nodes.spare_after_s, timeout_s)
+            self._wait(names, self._spare_after_s, timeout_s)
         except CheckpointError as error:
             raise LinkError(str(error), next(iter(names))) from None
 
@@ -161,7 +142,7 @@ class ManualLauncher:
 
     def _wait(self, names: Collection[str], spare_after_s: float, timeout_s: float | None) -> None:
         """timeout_s: of all; None gives up when nobody is there, not even a spare, but waits for who is."""
-        search = _Search({name: Presence(self._places[name], False, "") for name in names}, self._manual_nodes.waiting)
+        search = _Search({name: Presence(self._places[name], False, "") for name in names}, self._waiting)
         asyncio.run(self._find_all(search, spare_after_s, timeout_s))
         if self._closed.is_set():
             raise LinkError("nodes are not waited for any more")

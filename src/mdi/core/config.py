@@ -1,0 +1,224 @@
+"""The settings of an engine: one frozen tree of sections. Each setting, its default and its meaning stand here only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
+
+from mdi.core.dtypes import DTYPE_NAMES
+from mdi.core.errors import ConfigError
+
+T = TypeVar("T")
+
+MEBIBYTE = 2**20
+DEFAULT_SEQUENCE_LENGTH = 4096
+
+
+def setting(
+    default: T,
+    meaning: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """A field of a section. low, above: the least value, and the bound below all values. choices: the only values."""
+    metadata = {"meaning": meaning, "low": low, "above": above, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A dataclass whose fields are settings or sections. Raises ConfigError for a value out of range."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item, getattr(self, item.name))
+
+    def with_settings(self, **settings: Any) -> Self:
+        """This section with other values; names are those of fields at any depth. Raises ConfigError for others."""
+        known = [item.name for item in _all_fields(self)]
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise ConfigError(f"unknown setting {name}: " + (f"did you mean {near[0]}?" if near else "see Engine"))
+        return cast(Self, _replaced(self, settings))
+
+
+@dataclass(frozen=True)
+class ModelSettings(Section):
+    """Which model, and what it is computed in."""
+
+    checkpoint: str = setting("", "A checkpoint's folder, its name on the Hugging Face hub, or: bundled.")
+    dtype: str | None = setting(
+        None, "float32, bfloat16 or float16; the checkpoint's own if not given.", choices=DTYPE_NAMES
+    )
+    device: str | None = setting(None, "Where this node computes: cpu (the default), cuda, cuda:1, mps.")
+    ckpt_folder: Path = setting(Path("checkpoints"), "Where checkpoints from the hub are kept.")
+    hf_token: str | None = setting(None, "Access token for gated checkpoints.")
+
+
+@dataclass(frozen=True)
+class CacheSettings(Section):
+    """How much the KV cache and the cache of encoded media hold."""
+
+    sequence_length: int | None = setting(
+        None,
+        f"Most tokens of prompt and answer together; {DEFAULT_SEQUENCE_LENGTH}, or the model's most, if not given.",
+    )
+    max_sequences: int = setting(16, "Samples that run at once; more wait.", low=1)
+    vision_cache_bytes: int = setting(  # 65 images of 1,280 tokens of the 2B model
+        256 * MEBIBYTE,
+        "Memory for encoded images and videos, for later requests that show the same; 0 keeps none.",
+        low=0,
+    )
+
+    def sequence_length_for(self, max_positions: int) -> int:
+        """The sequence length, for a model of so many positions. Raises ConfigError beyond them."""
+        if self.sequence_length is None:
+            return min(DEFAULT_SEQUENCE_LENGTH, max_positions)
+        if not 2 <= self.sequence_length <= max_positions:
+            raise ConfigError(
+                f"the sequence length must be between 2 and the model's {max_positions}, got {self.sequence_length}"
+            )
+        return self.sequence_length
+
+
+@dataclass(frozen=True)
+class RequestLimits(Section):
+    """What is accepted of requests."""
+
+    max_queue: int = setting(256, "Requests that run or wait at once; more are refused.", low=0)
+    min_pixels: int | None = setting(None, "Smallest area an image is given, in pixels.", low=1)
+    max_pixels: int | None = setting(
+        None, "Largest area an image or a video's frame is given, in pixels (784 make a token).", low=1
+    )
+
+
+@dataclass(frozen=True)
+class MediaPolicy(Section):
+    """What media may be loaded from where, and how much of it. The defaults suit a server on the public internet."""
+
+    media_dir: Path | None = setting(
+        None, "Requests may name files in this folder, symlinks resolved; without one, no files."
+    )
+    any_file: bool = setting(False, "Any file this process can read; for Python and the command line.")
+    remote: bool = setting(True, "Whether http and https URLs are fetched at all.")
+    private_hosts: bool = setting(False, "Fetch from loopback, private and other non-public addresses, too.")
+    max_bytes: int = setting(32 * MEBIBYTE, "Longest image file, in bytes as sent.", low=0)
+    max_video_bytes: int = setting(256 * MEBIBYTE, "Longest video file, in bytes as sent.", low=0)
+    max_image_pixels: int = setting(  # lets the 108-megapixel pictures of phones through
+        120_000_000, "Largest image (width times height) that is decoded; checked in the header.", low=0
+    )
+    max_video_pixels: int = setting(8192 * 4320, "Largest frame of a video that is decoded; 8K passes.", low=0)
+    max_video_frames: int = setting(  # half an hour at 30 a second
+        54_000, "Longest video, in frames of the file, of which a few are sampled.", low=0
+    )
+    video_timeout_s: float = setting(
+        120.0, "Seconds for counting and decoding one video, or for fetching all frames of one.", above=0
+    )
+    fetch_timeout_s: float = setting(20.0, "Seconds for one download, name lookup and redirects included.", above=0)
+
+
+@dataclass(frozen=True)
+class ManualNodes(Section):
+    """Nodes that are started on their machines, not by this process."""
+
+    nodes_config: Path | None = setting(None, "JSON file with all nodes, each started on its machine.")
+    wait_s: float = setting(600.0, "Seconds to wait at the start for nodes of the nodes-config.", above=0)
+    certs: Path = setting(Path("certs"), "Folder with this node's certificate, for encrypted links.")
+    insecure: bool = setting(False, "Allow unencrypted links beyond this machine.")
+    spare_after_s: float = setting(5.0, "Seconds for a lost node to come back before a spare takes its place.", low=0)
+
+
+@dataclass(frozen=True)
+class RecoveryLimits(Section):
+    """How long and how often lost nodes are brought back before requests fail."""
+
+    recovery_timeout_s: float = setting(120.0, "Seconds that requests wait for lost nodes.", above=0)
+    max_losses: int = setting(5, "Most losses of one node in a row, each within settled_s of running.", low=0)
+    settled_s: float = setting(60.0, "Seconds of running after which losses before count no more.", low=0)
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Section):
+    """The nodes that the layers are spread over."""
+
+    n_nodes: int = setting(1, "Nodes the layers are split over.", low=1)
+    layers: tuple[int, ...] | None = setting(None, "Layers per node, overriding the plan.")
+    encryption: bool = setting(False, "Links between nodes are encrypted (mutual TLS).")
+    manual: ManualNodes = field(default_factory=ManualNodes)
+    recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple(self.layers) if self.layers else None)
+        if self.manual.nodes_config and (self.n_nodes != 1 or self.layers):
+            raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """All settings of an engine. By default any local file and any public URL may be shown."""
+
+    model: ModelSettings
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    media: MediaPolicy = field(default_factory=lambda: MediaPolicy(any_file=True))
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @classmethod
+    def of(cls, checkpoint: str | Path, **settings: Any) -> EngineConfig:
+        """The settings of a checkpoint's engine, by the fields' own names: `of("bundled", n_nodes=3)`.
+
+        A section's name takes a whole section. Raises ConfigError for an unknown name or a value out of range.
+        """
+        return cls(ModelSettings(str(checkpoint))).with_settings(**settings)
+
+
+def meaning(name: str) -> str:
+    """What a setting means, in a sentence."""
+    found = next(item for item in _all_fields(EngineConfig.of("")) if item.name == name)
+    return str(found.metadata["meaning"])
+
+
+def _all_fields(section: Section) -> Iterator[Field[Any]]:
+    for item in fields(section):
+        yield item
+        value = getattr(section, item.name)
+        if isinstance(value, Section):
+            yield from _all_fields(value)
+
+
+def _replaced(section: Any, settings: dict[str, Any]) -> Any:
+    changes = {}
+    for item in fields(section):
+        before = getattr(section, item.name)
+        value = settings.get(item.name, before)
+        if isinstance(before, Section):
+            if type(value) is not type(before):
+                kind, given = type(before).__name__, type(value).__name__
+                raise ConfigError(f"{item.name} must be of {kind}, got {given}")
+            value = _replaced(value, settings)
+        if value is not before:
+            changes[item.name] = value
+    return replace(section, **changes) if changes else section
+
+
+def _check(item: Field[Any], value: Any) -> None:
+    low, above, choices = (item.metadata.get(name) for name in ("low", "above", "choices"))
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+    if low is None and above is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{item.name} must be a number, got {value!r}")
+    if low is not None and not value >= low:
+        raise ConfigError(f"{item.name} must be at least {low:g}, got {value:g}")
+    if above is not None and not value > above:
+        raise ConfigError(f"{item.name} must be above {above:g}, got {value:g}")
