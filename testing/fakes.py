@@ -17,11 +17,11 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError, MDIError
+from mdi.core.messages import Chat, Message, parse_messages
 from mdi.core.sampling import SamplingParams
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
-from mdi.prompt.builder import Message
 
-Prompt = str | Sequence[Message]
+Prompt = str | tuple[Message, ...]
 
 
 class Hold:
@@ -114,17 +114,18 @@ class FakeEngine:
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: str | Chat,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
         params = params or SamplingParams()
-        if error := self.refuse(prompt):
+        read = prompt if isinstance(prompt, str) else parse_messages(prompt)
+        if error := self.refuse(read):
             raise error
-        self.calls.append(Call(prompt, params, min_pixels, max_pixels))
-        request = FakeRequest(self.script(prompt, params))
+        self.calls.append(Call(read, params, min_pixels, max_pixels))
+        request = FakeRequest(self.script(read, params))
         self.requests.append(request)
         self.submitted.set()
         return request.stream
@@ -140,7 +141,9 @@ class FakeEngine:
 
     def part(self, number: int) -> Any:
         """A content part of the last call's last message."""
-        return self.calls[-1].prompt[-1]["content"][number]  # type: ignore[index]
+        message = self.calls[-1].prompt[-1]
+        assert isinstance(message, Message)
+        return message.content[number]
 
 
 class FakeStage:

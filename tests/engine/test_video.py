@@ -16,7 +16,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.media import MediaPolicy, PatchSpec
 from mdi.models.config import ModelConfig
-from mdi.prompt.builder import PromptBuilder, check_messages
+from mdi.prompt.builder import PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -106,23 +106,6 @@ def test_two_videos_share_the_room(engine: Engine, clip: Path) -> None:
     left = 1024 - one - 3  # the second has its own start, placeholder and end
     with pytest.raises(PromptTooLongError, match=f"and {left} of the sequence length's 1024 are left"):
         engine.chat(asking(half, half), GREEDY)
-
-
-@pytest.mark.parametrize(
-    ("part", "field"),
-    [
-        ({"type": "video"}, "messages[0].content[0].video"),
-        ({"type": "video", "video": ""}, "messages[0].content[0].video"),
-        ({"type": "video", "video": []}, "messages[0].content[0].video"),
-        ({"type": "video", "video": 7}, "messages[0].content[0].video"),
-        ({"type": "video", "video": ["a.png", None]}, "messages[0].content[0].video[1]"),
-        ({"type": "video", "video": ["a.png"], "nframes": 2}, "messages[0].content[0].nframes"),
-    ],
-)
-def test_malformed_videos_are_refused_by_name(part: Any, field: str) -> None:
-    with pytest.raises(InputError) as caught:
-        check_messages([{"role": "user", "content": [part]}])
-    assert caught.value.field == field
 
 
 def test_bad_videos_are_refused_and_the_engine_goes_on(engine: Engine, clip: Path) -> None:

@@ -32,6 +32,7 @@ from mdi.core.errors import (
     OverloadedError,
     PromptTooLongError,
 )
+from mdi.core.messages import ImagePart, Message, TextPart, VideoPart
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Piece, RecoveryStatus
 from mdi.gateway.app import GatewayConfig, create_app
@@ -147,14 +148,11 @@ def test_openai_messages_reach_the_engine_in_its_own_form(server: Server) -> Non
         {"role": "user", "content": [picture, {"type": "text", "text": "What?"}]},
     ]
     assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
-    assert server.engine.calls[0].prompt == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "assistant", "content": "Hi"},
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": "data:image/png;base64,AAAA"}, {"type": "text", "text": "What?"}],
-        },
-    ]
+    assert server.engine.calls[0].prompt == (
+        Message("system", "Be brief."),
+        Message("assistant", "Hi"),
+        Message("user", (ImagePart("data:image/png;base64,AAAA"), TextPart("What?"))),
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,8 +209,10 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(
         ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
         ({"role": "user", "content": "x", "cache": 1}, "messages[0].cache"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].image_url"),
-        ({"role": "user", "content": "\ud800"}, "messages"),
-        ({"role": ["user"], "content": [{"type": "text", "text": "a\udfffb"}]}, "messages"),
+        ({"role": "user", "content": "\ud800"}, "messages[0].content"),
+        ({"role": ["user"], "content": [{"type": "text", "text": "a\udfffb"}]}, "messages[0].role"),
+        ({"role": "user", "content": [{"type": "text", "text": "a\udfffb"}]}, "messages[0].content[0].text"),
+        ({"role": "user", "content": [{"type": "image", "image": "http://a/\ud800"}]}, "messages[0].content[0].image"),
     ],
 )
 def test_messages_the_model_cannot_read_are_refused_by_name(server: Server, message: Any, field: str) -> None:
@@ -289,7 +289,7 @@ def test_uploads_go_where_the_messages_want_them(server: Server, names: Any, pla
     files = [("images", ("a.png", b"A")), ("file", ("b.png", b"B"))]
     answer = server.post("/generate/multimodal", files=files, data={"messages": images(*names)})
     assert answer.status_code == 200
-    assert [server.engine.part(number)["image"] for number in range(len(placed))] == placed
+    assert [server.engine.part(number).source for number in range(len(placed))] == placed
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_uploaded_videos_are_told_from_images(server: Server, file: Any) -> None
     for form in ({"messages": messages}, {"prompt": "What?"}):
         assert server.post("/generate/multimodal", files=files, data=form).status_code == 200
         parts = [server.engine.part(number) for number in range(3)]
-        contents = [(part["type"], part[part["type"]]) for part in parts]
+        contents = [(part.kind, part.source) for part in parts]
         assert sorted(contents) == [("image", b"A"), ("image", b"B"), ("video", b"V")]
     assert [kind for kind, _ in contents] == ["image", "video", "image"]  # with a prompt, in the form's order
 
@@ -349,19 +349,20 @@ def test_uploaded_videos_without_one_clear_place_are_refused(server: Server, par
 
 @pytest.mark.parametrize("url", ["https://example.org/a.mp4", {"url": "https://example.org/a.mp4"}])
 def test_video_urls_reach_the_engine_with_their_settings(server: Server, url: Any) -> None:
-    settings = {"fps": 1.5, "max_pixels": 50_000, "total_pixels": 10**6}
+    settings: Any = {"fps": 1.5, "max_pixels": 50_000, "total_pixels": 10**6}
     messages = [{"role": "user", "content": [{"type": "video_url", "video_url": url, **settings}]}]
     assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
-    assert server.engine.part(0) == {"type": "video", "video": "https://example.org/a.mp4", **settings}
+    assert server.engine.part(0) == VideoPart("https://example.org/a.mp4", **settings)
 
 
 def test_lists_of_frames_reach_the_engine_as_they_are(server: Server) -> None:
     part = {"type": "video", "video": ["https://example.org/1.png", "https://example.org/2.png"], "max_pixels": 50_000}
+    expected = VideoPart(("https://example.org/1.png", "https://example.org/2.png"), max_pixels=50_000)
     messages = [{"role": "user", "content": [part]}]
     assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
-    assert server.engine.part(0) == part
+    assert server.engine.part(0) == expected
     assert server.post("/generate/multimodal", json={"messages": messages}).status_code == 200
-    assert server.engine.part(0) == part
+    assert server.engine.part(0) == expected
 
 
 def test_a_forms_messages_may_hold_a_picture_of_many_megabytes(server: Server) -> None:
@@ -369,7 +370,7 @@ def test_a_forms_messages_may_hold_a_picture_of_many_megabytes(server: Server) -
     files = [("image", ("a.png", b"A"))]
     answer = server.post("/generate/multimodal", files=files, data={"messages": images(url, None)})
     assert answer.status_code == 200
-    assert server.engine.part(0)["image"] == url
+    assert server.engine.part(0).source == url
 
 
 def test_a_forms_settings_reach_the_engine(server: Server) -> None:
@@ -379,7 +380,7 @@ def test_a_forms_settings_reach_the_engine(server: Server) -> None:
     call = server.engine.calls[0]
     assert call.params == SamplingParams(n=2, temperature=0.5, stop=("a",))
     assert call.max_pixels == 300
-    assert [server.engine.part(0)["image"], server.engine.part(1)["text"]] == [b"A", "[What?]"]
+    assert [server.engine.part(0).source, server.engine.part(1).text] == [b"A", "[What?]"]
 
 
 # Answers

@@ -28,7 +28,7 @@ from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
 from mdi.media.video_spec import frame_indices
 from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
-from mdi.prompt.builder import Message, Prompt, PromptBuilder
+from mdi.prompt.builder import Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from tests.parity.conftest import load_stages, qwen2_vl_config
 from tests.parity.test_model import encode, relative_difference
@@ -94,7 +94,7 @@ def checkpoint(
     return path
 
 
-def conversation() -> tuple[list[Message], list[tuple[str, list[Image.Image]]]]:
+def conversation() -> tuple[list[dict[str, Any]], list[tuple[str, list[Image.Image]]]]:
     """A prompt with a video, an image and another video between texts, and what it holds, in order."""
     first, still, second = photographs(), photographs((80, 60))[0], photographs((60, 120))[:3]
     image = encoded([still], "image2pipe", "png", "rgb24")

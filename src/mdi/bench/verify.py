@@ -24,7 +24,7 @@ from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, decode_image, fetch, open_video
 from mdi.models.stage import Stage
 from mdi.planning.plan import make_plan
-from mdi.prompt.builder import Message, Prompt, PromptBuilder
+from mdi.prompt.builder import Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 CHUNK = 512
@@ -57,7 +57,7 @@ class Report:
 
 
 def verify(
-    source: Source, messages: Sequence[Message], *, dtype: str, n_nodes: int = 1, max_tokens: int = 16
+    source: Source, messages: Sequence[dict[str, Any]], *, dtype: str, n_nodes: int = 1, max_tokens: int = 16
 ) -> Report:
     """Runs both and compares. Memory: both models at once, in `dtype`."""
     with torch.inference_mode():
@@ -79,12 +79,11 @@ def verify(
     )
 
 
-def _prompt(source: Source, messages: Sequence[Message], max_tokens: int) -> Prompt:
+def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int) -> Prompt:
     config = source.model_config
     spec = patch_spec(source.path) if config.vision else None
     room = config.max_positions - max_tokens
     builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, room, video_spec(source.path))
-    builder.check(messages)
     return builder.build(messages)
 
 
@@ -156,13 +155,13 @@ class Oracle:
         self._processor = _their_processor(source.path) if source.model_config.vision else None
 
     @torch.inference_mode()
-    def read(self, messages: Sequence[Message]) -> tuple[list[int], Tensor]:
+    def read(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], Tensor]:
         """Token ids of the prompt, and its logits: float32 [tokens, vocab_size]."""
         inputs = self._inputs(messages)
         return inputs["input_ids"][0].tolist(), self._model(**inputs, use_cache=False).logits[0].float()
 
     @torch.inference_mode()
-    def answer(self, messages: Sequence[Message], max_tokens: int) -> tuple[int, ...]:
+    def answer(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> tuple[int, ...]:
         """Token ids of the greedy answer, the end token included."""
         inputs = self._inputs(messages)
         if "position_ids" in inputs:
@@ -173,7 +172,7 @@ class Oracle:
         return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[Message]], n_tokens: int, note: Callable[..., Tensor]) -> int:
+    def generate(self, prompts: Sequence[Sequence[dict[str, Any]]], n_tokens: int, note: Callable[..., Tensor]) -> int:
         """Greedy answers of exactly so many tokens to prompts of one length, as one batch; that length.
 
         note: a stopping criterion, called after every step. Images only, and as many in every prompt.
@@ -192,7 +191,7 @@ class Oracle:
         )
         return inputs["input_ids"].shape[1]
 
-    def text(self, messages: Sequence[Message], max_tokens: int) -> str:
+    def text(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> str:
         """The greedy answer as text."""
         return str(self._tokenizer.decode(self.answer(messages, max_tokens), skip_special_tokens=True))
 
@@ -210,7 +209,7 @@ class Oracle:
             inputs["position_ids"] = torch.cat((inputs["position_ids"], position.expand(3, 1, 1)), 2)
         return tuple(answer)
 
-    def _inputs(self, messages: Sequence[Message]) -> dict[str, Tensor]:
+    def _inputs(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         media = [(part["type"], *self._rows(part)) for part in parts if part["type"] != "text"]

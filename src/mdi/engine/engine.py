@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
 from mdi.core.config import EngineConfig
 from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
+from mdi.core.messages import Chat
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
@@ -31,7 +32,7 @@ from mdi.engine.loop import Cancel, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request
 from mdi.engine.stream import Stream
-from mdi.prompt.builder import Message, PixelRange, Prompt, PromptBuilder
+from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Chat,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,
@@ -119,23 +120,21 @@ class Engine:
         Raises InputError for malformed messages, OverloadedError when the queue is full, LinkError when a node is lost;
         what goes wrong later (media, lengths) is raised by the stream.
         """
-        self._prompts.check(prompt)
+        checked = self._prompts.check(prompt)
         sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
         self._check_token_ids(sampling)
         pixels = PixelRange(min_pixels, max_pixels)
         stream = Stream(lambda: self._loop.post(Cancel(request)))
         request = Request(stream, sampling)
         self._accept(request)
-        self._media_threads.submit(self._prepare, request, prompt, pixels)
+        self._media_threads.submit(self._prepare, request, checked, pixels)
         return stream
 
-    def chat(self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int) -> Completion:
+    def chat(self, prompt: str | Chat, params: SamplingParams | None = None, **pixels: int) -> Completion:
         """Runs a request to its end. See `submit`."""
         return self.submit(prompt, params, **pixels).completion()
 
-    def stream(
-        self, prompt: str | Sequence[Message], params: SamplingParams | None = None, **pixels: int
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: str | Chat, params: SamplingParams | None = None, **pixels: int) -> Iterator[Piece]:
         """Runs a request, piece by piece; leaving the iteration cancels it. See `submit`."""
         stream = self.submit(prompt, params, **pixels)
         try:
@@ -227,7 +226,7 @@ class Engine:
         with self._lock:
             self._requests.discard(request)
 
-    def _prepare(self, request: Request, prompt: str | Sequence[Message], pixels: PixelRange) -> None:
+    def _prepare(self, request: Request, prompt: str | Chat, pixels: PixelRange) -> None:
         """In a media thread: from messages to a prompt, then over to the loop."""
         try:
             request.prompt = self._prompts.build(prompt, pixels)

@@ -14,22 +14,19 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.responses import JSONResponse, Response
 
 from mdi.core.errors import InputError
+from mdi.core.messages import Chat, parse_messages
 from mdi.engine import Piece
-from mdi.gateway.schemas import PART_FIELDS, GenerateRequest, MultimodalRequest
+from mdi.gateway.schemas import GenerateRequest, MultimodalRequest
 from mdi.gateway.streaming import TextEngine, events, whole
-from mdi.prompt.builder import Message
 
 UPLOAD_FIELDS = ("image", "images", "video", "videos", "file", "files")
 MAX_UPLOADS = 64
-MESSAGE_FIELDS = {"role", "content"}
 
 
 def router(engine: TextEngine, timeout_s: float | None) -> APIRouter:
     routes = APIRouter()
 
-    async def answer(
-        request: Request, prompt: str | list[Message], body: GenerateRequest | MultimodalRequest
-    ) -> Response:
+    async def answer(request: Request, prompt: str | Chat, body: GenerateRequest | MultimodalRequest) -> Response:
         running = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         if body.stream:
             return await events(request, running, timeout_s, _render)
@@ -43,8 +40,7 @@ def router(engine: TextEngine, timeout_s: float | None) -> APIRouter:
     @routes.post("/generate/multimodal")
     async def generate_multimodal(request: Request) -> Response:
         body = await _multimodal_body(request)
-        _check_fields(body.messages)
-        return await answer(request, body.messages, body)
+        return await answer(request, parse_messages(body.messages, strict=True), body)
 
     return routes
 
@@ -147,20 +143,3 @@ def _parts(messages: Any) -> list[dict[str, Any]]:
     listed = messages if isinstance(messages, list) else []
     contents = [message.get("content") for message in listed if isinstance(message, dict)]
     return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-
-
-def _check_fields(messages: list[Message]) -> None:
-    """Refuses what messages and their parts must not have; what they lack is the engine's to tell."""
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        _refuse_unknown(message, MESSAGE_FIELDS, field)
-        parts = message.get("content")
-        for number, part in enumerate(parts if isinstance(parts, list) else []):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind in PART_FIELDS:
-                _refuse_unknown(part, PART_FIELDS[kind], f"{field}.content[{number}]")
-
-
-def _refuse_unknown(given: dict[str, Any], known: set[str], field: str) -> None:
-    if unknown := sorted(given.keys() - known):
-        raise InputError(f"unknown field {field}.{unknown[0]}", f"{field}.{unknown[0]}")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from mdi.core.errors import InputError, MediaError, ModelNotFoundError
+from mdi.core.errors import InputError, ModelNotFoundError
+from mdi.core.messages import parse_messages
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Piece, Sample, Usage
 from mdi.gateway.logprobs import Teller, chat_logprobs, nothing, text_logprobs
-from mdi.gateway.schemas import PART_FIELDS, ChatRequest, CompletionRequest
+from mdi.gateway.schemas import ChatRequest, CompletionRequest
 from mdi.gateway.streaming import Running, TextEngine, events, whole
-from mdi.prompt.builder import Message
 
-IGNORED_IN_MESSAGES = {"name", "refusal", "annotations"}
+KNOWN_IN_MESSAGES = {"role", "content", "name", "refusal", "annotations"}  # the last three change nothing
 UNSUPPORTED_IN_MESSAGES = {"tool_calls", "tool_call_id", "function_call", "audio"}
 
 
@@ -49,8 +49,11 @@ def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) 
     async def chat(request: Request, body: ChatRequest) -> Response:
         check_model(body.model)
         params = body.params()
-        messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
-        running = engine.submit(messages, params, min_pixels=body.min_pixels, max_pixels=body.max_pixels)
+        for index, message in enumerate(body.messages):
+            _check_fields(message, f"messages[{index}]")
+        running = engine.submit(
+            parse_messages(body.messages), params, min_pixels=body.min_pixels, max_pixels=body.max_pixels
+        )
         envelope = _Envelope.new(engine, "chatcmpl")
         tell = chat_logprobs(engine.token_bytes) if body.logprobs else nothing
         if body.stream:
@@ -79,32 +82,13 @@ def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) 
     return routes
 
 
-def _message(message: Message, field: str) -> Message:
-    """OpenAI's message as the engine takes it; what is malformed is left for the engine to refuse."""
-    for key in message.keys() - {"role", "content"} - IGNORED_IN_MESSAGES:
-        if key not in UNSUPPORTED_IN_MESSAGES:
-            raise InputError(f"unknown field {field}.{key}", f"{field}.{key}")
-        if message[key]:
-            raise InputError(f"{field}.{key} is not supported", f"{field}.{key}")
-    known: Message = {key: message[key] for key in ("role", "content") if key in message}
-    if known.get("role") == "developer":  # OpenAI's newer name
-        known["role"] = "system"
-    if isinstance(content := known.get("content"), list):
-        known["content"] = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
-    return known
-
-
-def _part(part: Any, field: str) -> Any:
-    """An `image_url` or `video_url` part as the engine's own, its settings kept; any other as it is."""
-    name = part.get("type") if isinstance(part, dict) else None
-    if name not in ("image_url", "video_url"):
-        return part
-    source = part.get(name)
-    url = source.get("url") if isinstance(source, dict) else source
-    if not isinstance(url, str) or not url:
-        raise MediaError(f"{field}.{name} must have a url", f"{field}.{name}")
-    kind = name.removesuffix("_url")
-    return {key: part[key] for key in PART_FIELDS[kind] & part.keys()} | {"type": kind, kind: url}
+def _check_fields(message: Mapping[str, Any], path: str) -> None:
+    """Raises InputError for fields of a message that are unknown, or that would change the answer."""
+    for field in message.keys() - KNOWN_IN_MESSAGES:
+        if field not in UNSUPPORTED_IN_MESSAGES:
+            raise InputError(f"unknown field {path}.{field}", f"{path}.{field}")
+        if message[field]:
+            raise InputError(f"{path}.{field} is not supported", f"{path}.{field}")
 
 
 def _submit_all(engine: TextEngine, prompts: Sequence[str], params: SamplingParams) -> Running:

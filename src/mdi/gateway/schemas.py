@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mdi.core.errors import InputError
 from mdi.core.sampling import MAX_SAMPLES, Integer, SampleCount, SamplingParams, TokenCount, TopLogprobsCount
@@ -14,29 +14,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _encodable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON can spell half a surrogate pair, which is no text and which no tokenizer or encoder takes."""
-    left: list[Any] = [messages]
-    while left:
-        match left.pop():
-            case dict() as fields:
-                left += [*fields.keys(), *fields.values()]
-            case list() as items:
-                left += items
-            case str() as text if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError("text holds half of a surrogate pair")
-    return messages
-
-
 Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
-Messages = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
-
-PART_FIELDS = {
-    "text": {"type", "text"},
-    "image": {"type", "image", "min_pixels", "max_pixels"},
-    "video": {"type", "video", "min_pixels", "max_pixels", "total_pixels", "fps", "nframes"},
-}
-"""What the parts of a message may have, by their type."""
 
 NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 
@@ -112,7 +90,7 @@ class GenerateRequest(_Generate):
 class MultimodalRequest(_Generate):
     """POST /generate/multimodal: messages as the engine takes them."""
 
-    messages: Messages
+    messages: list[dict[str, Any]]
 
 
 class StreamOptions(BaseModel):
@@ -147,7 +125,7 @@ class _OpenAI(_Request):
 class ChatRequest(_OpenAI):
     """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it."""
 
-    messages: Messages
+    messages: list[dict[str, Any]]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
 

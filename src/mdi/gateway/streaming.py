@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -16,11 +16,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mdi.core.errors import MDIError
+from mdi.core.messages import Chat
 from mdi.core.outputs import collect
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Completion, NodeStatus, Piece, RecoveryStatus, Usage
 from mdi.gateway.guard import answer_to
-from mdi.prompt.builder import Message
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
@@ -50,7 +50,7 @@ class TextEngine(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
     def submit(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Chat,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,

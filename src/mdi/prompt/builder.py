@@ -6,32 +6,18 @@ Knows the tokenizer and the media room; nothing of slots, batches or sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
+from mdi.core.messages import Chat, ImagePart, MediaPart, Message, VideoPart, parse_messages
 from mdi.core.tracing import Recorder
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
 from mdi.models.config import ModelConfig
 from mdi.prompt.tokenizer import Tokenizer
-
-Message = dict[str, Any]
-"""A role and a content: text, or a list of parts:
-
-{"type": "text", "text"}
-{"type": "image", "image": path | URL | bytes}, maybe with min_pixels and max_pixels
-{"type": "video", "video": path | URL | bytes | list of images, its frames}, maybe with fps or nframes (to take from a
-    file; of a list all are taken), min_pixels, max_pixels (of a frame), total_pixels
-"""
-
-ROLES = ("system", "user", "assistant")
-MEDIA = ("image", "video")
-SAMPLING = ("fps", "nframes", "total_pixels")
 
 
 @dataclass(frozen=True)
@@ -76,6 +62,14 @@ class PixelRange:
             if pixels is not None and pixels < 1:
                 raise InputError(f"{field} must be at least 1, got {pixels}", field)
 
+    def applied_to(self, part: MediaPart) -> MediaPart:
+        """The part with these limits where it has none of its own."""
+        return replace(
+            part,
+            min_pixels=self.min_pixels if part.min_pixels is None else part.min_pixels,
+            max_pixels=self.max_pixels if part.max_pixels is None else part.max_pixels,
+        )
+
 
 class PromptBuilder:
     """Turns messages into prompts that fit `sequence_length`. recorder: told how long media take."""
@@ -96,72 +90,85 @@ class PromptBuilder:
         self._spec = spec
         self._video = video or VideoSpec()
         ids = (config.image_token_id, config.video_token_id)
-        self._placeholders = {token: kind for token, kind in zip(ids, MEDIA, strict=True) if token is not None}
+        self._placeholders = {
+            token: kind for token, kind in zip(ids, ("image", "video"), strict=True) if token is not None
+        }
         self._policy = policy
         self._sequence_length = sequence_length
 
-    def check(self, prompt: str | Sequence[Message]) -> None:
-        """Raises InputError for what can be told without fetching, decoding or tokenising anything."""
-        if not isinstance(prompt, str):
-            check_messages(prompt)
-            if not self._tokenizer.has_chat_template:
-                raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
-            if self._spec is None and (parts := _media_parts(prompt)):
-                raise InputError(f"this model reads text only: send no {parts[0]['type']}s", "messages")
+    def check(self, prompt: str | Chat) -> str | tuple[Message, ...]:
+        """The prompt, its messages typed. Raises InputError for what this model or any other cannot read.
 
-    def build(self, prompt: str | Sequence[Message], pixels: PixelRange = PixelRange()) -> Prompt:
+        Nothing is fetched, decoded or tokenised here.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        messages = parse_messages(prompt)
+        if not self._tokenizer.has_chat_template:
+            raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
+        if self._spec is None and (parts := _media_parts(messages)):
+            raise InputError(f"this model reads text only: send no {parts[0].kind}s", "messages")
+        return messages
+
+    def build(self, prompt: str | Chat, pixels: PixelRange = PixelRange()) -> Prompt:
         """Fetches, decodes, tokenises. A plain string is one user message where the model has a chat template.
 
-        Raises MediaError for unusable media and PromptTooLongError for what does not fit; nothing is ever cut.
+        Raises InputError as `check` does, MediaError for unusable media and PromptTooLongError for what does not fit;
+        nothing is ever cut.
         """
-        if not isinstance(prompt, str):
-            return self._build(prompt, pixels, "messages")
+        checked = self.check(prompt)
+        if not isinstance(checked, str):
+            return self._build(checked, pixels, "messages")
         if self._tokenizer.has_chat_template:
-            return self._build([{"role": "user", "content": prompt}], pixels, "prompt")
-        token_ids = self._tokenizer.encode(prompt)
+            return self._build([Message("user", checked)], pixels, "prompt")
+        token_ids = self._tokenizer.encode(checked)
         self._check_length(len(token_ids), "prompt")
         return self._assemble(token_ids, [])
 
     def _build(self, messages: Sequence[Message], pixels: PixelRange, field: str) -> Prompt:
-        token_ids = self._tokenizer.encode_chat(list(messages))
+        token_ids = self._tokenizer.encode_chat(messages)
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
-        if placed != [part["type"] for part in parts]:
+        if placed != [part.kind for part in parts]:
             raise InputError("the model's chat template does not place these images and videos", "messages")
         media: list[Patches] = []
         for part in parts:
             used = len(token_ids) - len(media) + sum(patches.n_tokens for patches in media)
-            media.append(self._load(part, pixels, self._sequence_length - used))
+            media.append(self._load(pixels.applied_to(part), self._sequence_length - used))
         prompt = self._assemble(token_ids, media)
         self._check_length(len(prompt.token_ids), field)
         return prompt
 
-    def _load(self, part: dict[str, Any], pixels: PixelRange, room: int) -> Patches:
-        limits = {name: part.get(name, getattr(pixels, name)) for name in ("min_pixels", "max_pixels")}
+    def _load(self, part: MediaPart, room: int) -> Patches:
         try:
-            load = self._load_image if part["type"] == "image" else self._load_video
-            return load(part, limits, room)
+            return self._load_image(part, room) if isinstance(part, ImagePart) else self._load_video(part, room)
         except MediaError as error:
-            error.field = part["type"]
+            error.field = part.kind
             raise
 
-    def _load_image(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
+    def _load_image(self, part: ImagePart, room: int) -> Patches:
         assert self._spec is not None
-        spec = self._spec.with_pixels(**limits)
+        spec = self._spec.with_pixels(part.min_pixels, part.max_pixels)
         with self._recorder.span("fetch"):
-            data = fetch(part["image"], self._policy)
+            data = fetch(part.source, self._policy)
         with self._recorder.span("preprocess"):
             image = decode_image(data, self._policy)
             height, width = spec.resized(image.height, image.width)
             self._check_room("image", height * width // spec.factor**2, room, "lower max_pixels")
             return image_patches(image, spec)
 
-    def _load_video(self, part: dict[str, Any], limits: dict[str, Any], room: int) -> Patches:
+    def _load_video(self, part: VideoPart, room: int) -> Patches:
         assert self._spec is not None
-        sampling = {name: part.get(name) for name in SAMPLING}
-        with self._recorder.span("preprocess"):  # which fetches, too
-            video = open_video(part["video"], self._policy, self._video.with_options(**limits, **sampling), self._spec)
+        options = self._video.with_options(
+            fps=part.fps,
+            nframes=part.nframes,
+            min_pixels=part.min_pixels,
+            max_pixels=part.max_pixels,
+            total_pixels=part.total_pixels,
+        )
+        with self._recorder.span("preprocess"):  # and fetch
+            video = open_video(part.source, self._policy, options, self._spec)
             self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
             return video.patches()
 
@@ -202,65 +209,6 @@ class PromptBuilder:
             )
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises InputError, naming the field, for messages of the wrong form."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise InputError("messages must be a list with at least one message", "messages")
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise InputError(f"{field} must have a role and a content", field)
-        if message["role"] not in ROLES:
-            raise InputError(f"unknown role {message['role']!r}: use one of {', '.join(ROLES)}", f"{field}.role")
-        _check_content(message["content"], f"{field}.content")
-
-
-def _check_content(content: Any, field: str) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{field} must be a string or a list of parts", field)
-    for index, part in enumerate(content):
-        _check_part(part, f"{field}[{index}]")
-
-
-def _check_part(part: Any, field: str) -> None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise InputError(f"{field}.text must be a string", f"{field}.text")
-    elif kind == "image":
-        if not _is_source(part.get("image")):
-            raise MediaError(f"{field}.image must be a path, a URL, or an image's bytes", f"{field}.image")
-    elif kind == "video":
-        _check_video(part, field)
-    else:
-        raise InputError(f"{field} must be of type text, image or video", field)
-
-
-def _check_video(part: dict[str, Any], field: str) -> None:
-    source = part.get("video")
-    if isinstance(source, (list, tuple)):
-        for index, frame in enumerate(source):
-            if not _is_source(frame):
-                name = f"{field}.video[{index}]"
-                raise MediaError(f"{name} must be a path, a URL, or an image's bytes", name)
-        if part.get("nframes") is not None:
-            raise InputError("nframes is for video files: of a list every frame is taken", f"{field}.nframes")
-    if not source or not (_is_source(source) or isinstance(source, (list, tuple))):
-        raise MediaError(f"{field}.video must be a path, a URL, a video's bytes, or a list of images", f"{field}.video")
-
-
-def _is_source(value: Any) -> bool:
-    return isinstance(value, (str, bytes, Path)) and bool(value)
-
-
-def _media_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _media_parts(messages: Sequence[Message]) -> list[MediaPart]:
     """The images and videos, in order of appearance."""
-    return [
-        part
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] in MEDIA
-    ]
+    return [part for message in messages for part in message.media]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from mdi.core.errors import CheckpointError, InputError
+from mdi.core.messages import Message, Part, TextPart
 
 
 def _bytes_by_character() -> dict[str, bytes]:
@@ -64,27 +65,32 @@ class Tokenizer:
         """Plain text to ids; strings that look like special tokens are plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages through the chat template to ids, ready for the assistant's answer.
 
-        messages: role and content, a string or parts {"type": "text", "text"} or {"type": "image"}; every media part
-        becomes whatever placeholder the template gives it.
+        Every image and video becomes the placeholder that the template gives it.
         """
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        guarded = [{**message, "content": self._guard(message["content"], mark)} for message in messages]
+        guarded = [{"role": message.role, "content": self._content(message.content, mark)} for message in messages]
         try:
             text = self._loaded.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja's own errors, and whatever a template raises
             raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
         return self._encode_template(text, mark)
 
-    def _guard(self, content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
+    def _content(self, content: str | tuple[Part, ...], mark: str) -> str | list[dict[str, str]]:
+        """A message's content as templates take it, its texts guarded."""
         if isinstance(content, str):
-            return self._first_characters.sub(lambda found: found[0] + mark, content)
+            return self._guard(content, mark)
         return [
-            {**part, "text": self._guard(part["text"], mark)} if part["type"] == "text" else {"type": part["type"]}
+            {"type": "text", "text": self._guard(part.text, mark)}
+            if isinstance(part, TextPart)
+            else {"type": part.kind}
             for part in content
         ]
+
+    def _guard(self, text: str, mark: str) -> str:
+        return self._first_characters.sub(lambda found: found[0] + mark, text)
 
     def _encode_template(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
