@@ -138,7 +138,7 @@ def second_question(engine: Engine, sizes: Sizes) -> Figure:
         stream = engine.submit([{"role": "user", "content": parts}], SamplingParams(temperature=0, max_tokens=1))
         started_s = time.perf_counter()
         [piece] = list(stream)
-        seconds.append(piece.times_s[0] - started_s)
+        seconds.append(piece.tokens[0].time_s - started_s)
     first_s, second_s = seconds
     behind = f"{first_s:.2f} s and {second_s:.2f} s"
     return Figure("first token of a second question about an image", first_s / second_s, 5, behind)
@@ -219,7 +219,7 @@ class Times:
 
     def _follow(self, stream: Stream) -> None:
         for piece in stream:
-            self._times_s += piece.times_s
+            self._times_s += [token.time_s for token in piece.tokens]
 
 
 def two_nodes(path: Path, sizes: Sizes) -> Figure:

@@ -35,7 +35,7 @@ Script = Callable[[Prompt, SamplingParams], Iterable[Step]]
 
 def piece(text: str, finish: FinishReason | None = None, *, index: int = 0) -> Piece:
     """A piece of one token."""
-    return Piece(index, text, (1,), (0.0,), ((),), (0.0,), finish)
+    return Piece(index, text, (Token(1, 0.0),), finish)
 
 
 def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
@@ -255,6 +255,11 @@ class FakeLink:
 
 
 def _drawn(cache: list[tuple[float, ...]], draw: TokenSampling) -> Token:
-    """A small letter, decided by everything computed so far, and by seed, sample and position unless greedy."""
+    """A small letter of the allowed ones, decided by everything computed so far, and by chance unless greedy.
+
+    Chance is seed, sample and position.
+    """
     chance = (draw.seed, draw.sample, draw.position) if draw.temperature else ()
-    return Token(97 + sha256(repr((cache, chance)).encode()).digest()[0] % 26, -1.0)
+    mask = draw.token_mask
+    letters = [token for token in range(97, 123) if mask is None or mask[token // 8] >> token % 8 & 1]
+    return Token(letters[sha256(repr((cache, chance)).encode()).digest()[0] % len(letters)], -1.0)

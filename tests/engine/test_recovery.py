@@ -26,7 +26,7 @@ from mdi.core.sampling import SamplingParams
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.loop import Cancel, Close, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
-from mdi.engine.sequence import Request
+from mdi.engine.sequence import Request, TokenMask
 from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
 from mdi.layers.rope import Grid, MediaSpan
@@ -64,9 +64,9 @@ class World:
         self.link = FakeLink(deliver, **self._link_options)
         return self.link
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def submit(self, prompt: Prompt, params: SamplingParams, token_mask: TokenMask | None = None) -> Request:
         stream = Stream(lambda: self.loop.post(Cancel(request)))
-        request = Request(stream, params.resolved(SamplingParams(), LENGTH), prompt)
+        request = Request(stream, params.resolved(SamplingParams(), LENGTH), prompt, token_mask=token_mask)
         self.loop.post(Submit(request))
         return request
 
@@ -192,6 +192,32 @@ def test_nodes_were_really_lost(make_world: Callable[..., World]) -> None:
     completions(world)
     assert world.loop.recovery.recoveries == 4
     assert not world.loop.recovery.recovering
+
+
+def in_turns(sequence: Sample) -> bytes | None:
+    """Allows x or y after an even number of tokens, all after every third answer token, and z otherwise."""
+    if len(sequence.generated) % 3 == 2:
+        return None
+    allowed = b"z" if sequence.length % 2 else b"xy"
+    return sum(1 << letter for letter in allowed).to_bytes(32, "little")
+
+
+@pytest.mark.parametrize("breaks", [(), (0, 2, 5), (1, 1, 1, 1)])
+@pytest.mark.parametrize("params", [GREEDY, WARM])
+def test_a_token_mask_constrains_the_answer_also_after_a_loss(
+    make_world: Callable[..., World], params: SamplingParams, breaks: tuple[int, ...]
+) -> None:
+    free, masked, undisturbed = make_world(), make_world(breaks=breaks), make_world()
+    answers = [
+        world.submit(text("mask"), params, mask).stream.completion()
+        for world, mask in ((free, None), (masked, in_turns), (undisturbed, in_turns))
+    ]
+    constrained = [bytes([token]) for number, token in enumerate(answers[1].token_ids) if number % 3 != 2]
+    expected = [b"xy" if number % 2 == 0 else b"z" for number in range(params.max_tokens or 0) if number % 3 != 2]
+    assert len(constrained) == len(expected)
+    assert all(letter in allowed for letter, allowed in zip(constrained, expected, strict=True))
+    assert answers[1] == answers[2] != answers[0]
+    assert masked.loop.recovery.recoveries == len(breaks)
 
 
 @pytest.mark.parametrize("lost_after", range(12))

@@ -79,10 +79,12 @@ def test_no_token_ends_the_answer_too_early(engine: Engine) -> None:
 
 def test_the_likeliest_tokens_are_told(engine: Engine) -> None:
     out = engine.chat(QUESTION, greedy(top_logprobs=4, max_tokens=6))
-    assert [len(top) for top in out.top_logprobs] == [4] * len(out.token_ids)
-    for token_id, logprob, top in zip(out.token_ids, out.logprobs, out.top_logprobs, strict=True):
-        assert top[0] == (token_id, logprob)
-        assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+    tokens = out.samples[0].tokens
+    assert [len(token.top_logprobs) for token in tokens] == [4] * len(out.token_ids)
+    for token in tokens:
+        assert token.top_logprobs[0] == (token.id, token.logprob)
+        values = [value for _, value in token.top_logprobs]
+        assert values == sorted(values, reverse=True)
 
 
 def test_a_penalised_answer_survives_the_loss_of_a_node(engine: Engine) -> None:
@@ -92,7 +94,7 @@ def test_a_penalised_answer_survives_the_loss_of_a_node(engine: Engine) -> None:
     pieces = [next(stream) for _ in range(5)]
     os.kill(engine.nodes()[1].pid, signal.SIGKILL)
     pieces += stream
-    assert tuple(token for piece in pieces for token in piece.token_ids) == undisturbed
+    assert tuple(token.id for piece in pieces for token in piece.tokens) == undisturbed
 
 
 @pytest.mark.parametrize(("field", "ids"), [("logit_bias", {10**6: 1.0}), ("stop_token_ids", [10**6])])

@@ -91,7 +91,7 @@ def measure(engine: Engine, scenario: Scenario, seed: int) -> Run:
     streams = [engine.submit(prompt, scenario.params) for prompt in prompts]
 
     async def times(stream: Stream) -> tuple[float, ...]:
-        return tuple([time_s - started_s async for piece in stream for time_s in piece.times_s])
+        return tuple([token.time_s - started_s async for piece in stream for token in piece.tokens])
 
     async def all_times() -> list[tuple[float, ...]]:
         return await asyncio.gather(*map(times, streams))

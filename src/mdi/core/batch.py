@@ -5,7 +5,7 @@ Knows slots and positions, nothing of requests, texts or networks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # who only describes a batch does not need torch
@@ -128,12 +128,14 @@ class Visual:
 class Token:
     """A drawn token and the natural logarithm of its probability under the model, before adjustment and filters.
 
-    top_logprobs: the likeliest tokens and their logprobs, likeliest first.
+    top_logprobs: the likeliest tokens and their logprobs, likeliest first. time_s: when the engine received it, by
+    time.perf_counter; 0 before that.
     """
 
     id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    time_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,38 +1,30 @@
-"""What a request gives back: pieces while it runs, a completion when it is done. Plain data."""
+"""The results of a request: pieces while it runs, a completion at its end. Plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from mdi.core.batch import Token
+
 FinishReason = Literal["stop", "length"]
-TopLogprobs = tuple[tuple[int, float], ...]
-"""The likeliest tokens at one position, in falling order, and their logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of sample `index` that became certain, and the tokens behind it. A sample's last has a finish reason.
-
-    logprobs: natural logarithm of each token's probability under the model, before penalties, temperature and filters.
-    top_logprobs: one for each token, as many as the request asked for. times_s: when each was drawn, by
-    time.perf_counter.
-    """
+    """Text of sample `index` that became certain, and its tokens. The last piece of a sample has a finish reason."""
 
     index: int
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...]
-    times_s: tuple[float, ...] = ()
+    tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request: the prompt's (media included), and of all its samples together.
+    """Tokens of a request: of the prompt (media included), and of all its samples together.
 
-    cached_tokens: those of the prompt that were not computed, since a sequence before had begun with them.
+    cached_tokens: tokens of the prompt that were not computed, because an earlier sequence had the same prefix.
     """
 
     prompt_tokens: int
@@ -42,18 +34,24 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One whole answer. token_ids end with the end-of-sequence token where that ended it; the text does not show it."""
+    """One complete answer. Its tokens include the end-of-sequence token that ended it; the text does not."""
 
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    top_logprobs: tuple[TopLogprobs, ...]
+    tokens: tuple[Token, ...]
     finish_reason: FinishReason
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return tuple(token.logprob for token in self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A request's answers, `n` of them. The properties are the first one's."""
+    """The answers to a request, `n` of them. The properties are those of the first answer."""
 
     samples: tuple[Sample, ...]
     usage: Usage
@@ -71,16 +69,12 @@ class Completion:
         return self.samples[0].logprobs
 
     @property
-    def top_logprobs(self) -> tuple[TopLogprobs, ...]:
-        return self.samples[0].top_logprobs
-
-    @property
     def finish_reason(self) -> FinishReason:
         return self.samples[0].finish_reason
 
 
 def collect(pieces: list[Piece], usage: Usage) -> Completion:
-    """Puts a finished request's pieces together, sample by sample."""
+    """The completion of a finished request, from its pieces."""
     by_sample: dict[int, list[Piece]] = {}
     for piece in pieces:
         by_sample.setdefault(piece.index, []).append(piece)
@@ -90,10 +84,5 @@ def collect(pieces: list[Piece], usage: Usage) -> Completion:
 def _join(pieces: list[Piece]) -> Sample:
     reason = pieces[-1].finish_reason
     assert reason is not None
-    return Sample(
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
-        top_logprobs=tuple(top for piece in pieces for top in piece.top_logprobs),
-        finish_reason=reason,
-    )
+    text = "".join(piece.text for piece in pieces)
+    return Sample(text, tuple(token for piece in pieces for token in piece.tokens), reason)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
@@ -100,7 +101,7 @@ class StepLoop:
         self._ended = ended
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._live: dict[Request, list[Sequence]] = {}
-        self._in_flight: dict[int, list[Work[Sequence]]] = {}
+        self._in_flight: dict[int, tuple[Batch, list[Work[Sequence]]]] = {}
         self._to_encode: deque[Request] = deque()
         self._encoder: Generator[None, None, Tensor] | None = None
         self._next_batch_id = 0
@@ -203,7 +204,7 @@ class StepLoop:
         if not work:
             return False
         batch, hidden = self._pack(work)
-        self._in_flight[batch.id] = work
+        self._in_flight[batch.id] = (batch, work)
         started_s = time.perf_counter()
         out = self._stage.run(batch, hidden)
         self._prefill_budget.note(batch.n_tokens, time.perf_counter() - started_s)
@@ -292,18 +293,19 @@ class StepLoop:
         self._link.recover()
 
     def _collect(self, result: Result) -> None:
-        """A batch came back: the caches hold its tokens, and every slice that drew has a new one."""
-        work = self._in_flight.pop(result.batch_id, None)
-        if work is None:
+        """A batch came back: the caches hold its tokens, and every slice with samplings has new ones."""
+        if result.batch_id not in self._in_flight:
             return  # sent before the nodes were lost
+        batch, work = self._in_flight.pop(result.batch_id)
         self.results += 1
         self._scheduler.finish(work)
         tokens = iter(result.tokens)
-        for item in work:
+        for item, part in zip(work, batch.slices, strict=True):
             sequence = item.sequence
             if sequence.index == 0:
                 sequence.request.stream.cached_tokens = sequence.reused
-            if item.samples and (piece := sequence.append(next(tokens))):
+            drawn = tuple(islice(tokens, len(part.samplings)))
+            if drawn and (piece := sequence.append(drawn)):
                 sequence.request.stream.put(piece)
             if sequence.finished or sequence.request.cancelled:
                 self._leave(sequence)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -18,10 +19,12 @@ from mdi.prompt.detokenizer import Detokenizer
 
 @dataclass(eq=False)
 class Request:
-    """What a caller submitted, while it runs.
+    """One submitted request while it runs.
 
-    embeddings: one [tokens, hidden_size] per medium of the prompt, as they get encoded; kept for as long as the request
-    lives, so that its prompt can be prefilled again. prefilled: by its first sample; the others share that.
+    embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
+    request ends, so that its prompt can be prefilled again. prefilled: whether the first sample has computed it, for
+    the others to take over. token_mask: called with a sequence before each draw, for the tokens that may come next, as
+    `TokenSampling.token_mask`; it depends on the sequence's tokens only, so that a replay gets the same masks.
     """
 
     stream: Stream
@@ -30,6 +33,7 @@ class Request:
     embeddings: list[Tensor] = field(default_factory=list)
     cancelled: bool = False
     prefilled: bool = False
+    token_mask: TokenMask | None = None
 
     @property
     def encoded(self) -> bool:
@@ -40,6 +44,9 @@ class Request:
         """The first that is not encoded."""
         assert self.prompt is not None
         return self.prompt.media[len(self.embeddings)]
+
+
+TokenMask = Callable[["Sequence"], bytes | None]
 
 
 @dataclass(eq=False)
@@ -61,7 +68,7 @@ class Sequence:
     reused: int = 0
     in_flight: bool = False
     finished: bool = False
-    _unsent: list[tuple[Token, float]] = field(default_factory=list)  # and when they were drawn
+    _unsent: list[Token] = field(default_factory=list)
     _seen: dict[int, int] = field(default_factory=dict)  # what penalties are for, and how often the answer has it
 
     def __post_init__(self) -> None:
@@ -111,6 +118,7 @@ class Sequence:
             position=self.length,
             top_logprobs=params.top_logprobs,
             adjustment=self._adjustment(),
+            token_mask=self.request.token_mask(self) if self.request.token_mask else None,
         )
 
     def _adjustment(self) -> LogitAdjustment | None:
@@ -132,31 +140,27 @@ class Sequence:
             tuple(biases.values()),
         )
 
-    def append(self, token: Token) -> Piece | None:
-        """Takes a drawn token; gives the piece that became certain, if any. The last one sets `finished`."""
-        self.generated.append(token.id)
-        self.keys.append(token.id)
+    def append(self, tokens: Iterable[Token]) -> Piece | None:
+        """Takes the tokens that one slice drew, up to the first that ends the answer: that sets `finished`.
+
+        Returns the piece of text that became certain, if any.
+        """
         self.request.prefilled = True
-        self._seen[token.id] = self._seen.get(token.id, 0) + 1
-        self._unsent.append((token, time.perf_counter()))
-        text = self.detokenizer.push(token.id)
-        reason = self._finish_reason(token.id)
-        if reason:
-            self.finished = True
-            text += self.detokenizer.finish()
-        elif not text:
+        text, reason = "", None
+        for token in tokens:
+            self.generated.append(token.id)
+            self.keys.append(token.id)
+            self._seen[token.id] = self._seen.get(token.id, 0) + 1
+            self._unsent.append(replace(token, time_s=time.perf_counter()))
+            text += self.detokenizer.push(token.id)
+            if reason := self._finish_reason(token.id):
+                self.finished = True
+                text += self.detokenizer.finish()
+                break
+        if not text and not reason:
             return None
-        tokens, times_s = zip(*self._unsent, strict=True)
-        self._unsent = []
-        return Piece(
-            self.index,
-            text,
-            tuple(token.id for token in tokens),
-            tuple(token.logprob for token in tokens),
-            tuple(token.top_logprobs for token in tokens),
-            times_s,
-            reason,
-        )
+        unsent, self._unsent = tuple(self._unsent), []
+        return Piece(self.index, text, unsent, reason)
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.end_ids or self.detokenizer.stopped:

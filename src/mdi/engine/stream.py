@@ -47,7 +47,7 @@ class Stream:
     def put(self, item: Piece | MDIError | None) -> None:
         """The engine's side: a piece, the error that ended the request, or None at its end."""
         if isinstance(item, Piece):
-            self.completion_tokens += len(item.token_ids)
+            self.completion_tokens += len(item.tokens)
         self._items.put(item)
         if wake := self._wake:
             wake()

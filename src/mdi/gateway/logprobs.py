@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Protocol
 
-from mdi.core.outputs import TopLogprobs
+from mdi.core.batch import Token
 
 LOWEST = -9999.0  # JSON has no infinity
 
@@ -15,22 +15,18 @@ Spell = Callable[[int], bytes]
 """The bytes that a token id stands for."""
 
 
-class Told(Protocol):
-    """Tokens and what is known of them: a piece, or a whole sample."""
+class Drawn(Protocol):
+    """A piece or a sample: tokens with their logprobs."""
 
     @property
-    def token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def logprobs(self) -> tuple[float, ...]: ...
-    @property
-    def top_logprobs(self) -> tuple[TopLogprobs, ...]: ...
+    def tokens(self) -> tuple[Token, ...]: ...
 
 
-Teller = Callable[[int, Told], dict[str, Any] | None]
+Teller = Callable[[int, Drawn], dict[str, Any] | None]
 """What a choice's `logprobs` are: given the sample's index, and its next tokens."""
 
 
-def nothing(_index: int, _told: Told) -> None:
+def nothing(_index: int, _drawn: Drawn) -> None:
     """For who did not ask."""
 
 
@@ -41,10 +37,10 @@ def chat_logprobs(spell: Spell) -> Teller:
         data = spell(token_id)
         return {"token": _text(data), "logprob": max(logprob, LOWEST), "bytes": list(data)}
 
-    def tell(_index: int, told: Told) -> dict[str, Any]:
+    def tell(_index: int, drawn: Drawn) -> dict[str, Any]:
         content = [
-            spelled(token_id, logprob) | {"top_logprobs": [spelled(*candidate) for candidate in top]}
-            for token_id, logprob, top in zip(told.token_ids, told.logprobs, told.top_logprobs, strict=True)
+            spelled(token.id, token.logprob) | {"top_logprobs": [spelled(*top) for top in token.top_logprobs]}
+            for token in drawn.tokens
         ]
         return {"content": content, "refusal": None}
 
@@ -55,16 +51,16 @@ def text_logprobs(spell: Spell) -> Teller:
     """As `choices[].logprobs` of a completion, or of one of its chunks: offsets go on from one to the next."""
     ends: dict[int, int] = defaultdict(int)
 
-    def tell(index: int, told: Told) -> dict[str, Any]:
-        tokens = [_text(spell(token_id)) for token_id in told.token_ids]
-        *offsets, ends[index] = accumulate(map(len, tokens), initial=ends[index])
-        chosen = zip(tokens, told.logprobs, told.top_logprobs, strict=True)
+    def tell(index: int, drawn: Drawn) -> dict[str, Any]:
+        texts = [_text(spell(token.id)) for token in drawn.tokens]
+        *offsets, ends[index] = accumulate(map(len, texts), initial=ends[index])
         return {
-            "tokens": tokens,
-            "token_logprobs": [max(logprob, LOWEST) for logprob in told.logprobs],
+            "tokens": texts,
+            "token_logprobs": [max(token.logprob, LOWEST) for token in drawn.tokens],
             "top_logprobs": [
-                {_text(spell(token_id)): max(value, LOWEST) for token_id, value in top} | {token: max(logprob, LOWEST)}
-                for token, logprob, top in chosen
+                {_text(spell(token_id)): max(value, LOWEST) for token_id, value in token.top_logprobs}
+                | {text: max(token.logprob, LOWEST)}
+                for text, token in zip(texts, drawn.tokens, strict=True)
             ],
             "text_offset": offsets,
         }

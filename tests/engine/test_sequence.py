@@ -1,0 +1,81 @@
+"""One sample's state: what it takes from a slice, when it ends, and which pieces it gives."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from mdi.core.batch import Token
+from mdi.core.sampling import SamplingParams
+from mdi.engine.sequence import Request, Sequence, TokenMask
+from mdi.engine.stream import Stream
+from mdi.prompt.builder import Prompt
+from mdi.prompt.detokenizer import Detokenizer
+
+END = 256
+PROMPT = Prompt((104, 105), torch.arange(2).repeat(3, 1), delta=0, media=())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+
+
+def sequence_of(tokenizer: Tokenizer, token_mask: TokenMask | None = None, **params: Any) -> Sequence:
+    sampling = SamplingParams(**params).resolved(SamplingParams(), longest=100)
+    request = Request(Stream(lambda: None), sampling, PROMPT, token_mask=token_mask)
+    detokenizer = Detokenizer(tokenizer, sampling.stop)
+    return Sequence(request, 0, PROMPT, detokenizer, sampling.max_tokens, frozenset({END}))
+
+
+def tokens(text: str, *more: int) -> tuple[Token, ...]:
+    return tuple(Token(token_id, -0.5) for token_id in (*text.encode(), *more))
+
+
+@pytest.mark.parametrize(
+    ("params", "drawn", "text", "n_tokens", "reason"),
+    [
+        ({}, tokens("abc"), "abc", 3, None),
+        ({}, tokens("ab", END, 99), "ab", 3, "stop"),
+        ({"max_tokens": 2}, tokens("abc"), "ab", 2, "length"),
+        ({"stop": "b"}, tokens("abc"), "a", 2, "stop"),
+        ({"stop": "bcd"}, tokens("abc"), "a", 3, None),
+    ],
+)
+def test_several_tokens_are_taken_up_to_the_first_that_ends_the_answer(
+    tokenizer: Tokenizer, params: dict[str, Any], drawn: tuple[Token, ...], text: str, n_tokens: int, reason: str | None
+) -> None:
+    before_s = time.perf_counter()
+    sequence = sequence_of(tokenizer, **params)
+    piece = sequence.append(drawn)
+    assert piece
+    assert (piece.text, piece.finish_reason) == (text, reason)
+    assert piece.tokens == drawn[:n_tokens]
+    assert all(before_s <= token.time_s <= time.perf_counter() for token in piece.tokens)
+    assert sequence.generated == [token.id for token in drawn[:n_tokens]]
+    assert sequence.length == sequence.remaining == len(PROMPT.token_ids) + n_tokens
+    assert sequence.finished == (reason is not None)
+
+
+def test_tokens_without_certain_text_come_with_the_next_piece(tokenizer: Tokenizer) -> None:
+    sequence = sequence_of(tokenizer)
+    first, *rest = tokens("日")
+    assert sequence.append([first]) is None
+    piece = sequence.append(rest)
+    assert piece
+    assert piece.text == "日"
+    assert piece.tokens == (first, *rest)
+
+
+def test_a_draw_carries_the_mask_of_its_position(tokenizer: Tokenizer) -> None:
+    masks = {2: b"\x01", 3: None}
+    sequence = sequence_of(tokenizer, lambda sequence: masks[sequence.length])
+    assert sequence.sampling().token_mask == b"\x01"
+    sequence.append(tokens("a"))
+    assert sequence.sampling().token_mask is None
+    assert sequence_of(tokenizer).sampling().token_mask is None
