@@ -46,9 +46,9 @@ from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
 from mdi.core.tracing import BusyMeter
 from mdi.models.stage import LoadedStage
 from mdi.node import server as node_module
+from mdi.node.settings import NodeSettings
 from mdi.rpc.authority import Authority
-from mdi.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, channel_credentials, server_credentials
-from mdi.rpc.node_pb2_grpc import add_NodeServicer_to_server
+from mdi.rpc.channel import channel_credentials, server_credentials
 from mdi.rpc.tls import Identity, host_name
 
 T = TypeVar("T")
@@ -172,14 +172,18 @@ class OurLink:
 
 
 class Arrival:
-    """In place of a stage: draws the time at which the batch arrived, as a token's probability."""
+    """In place of a stage: reports the time at which the batch arrived as a token's probability."""
 
     def __init__(self, loaded: LoadedStage, **_sizes: int) -> None:
         self.spec = loaded.spec
         self.busy = BusyMeter()
 
-    def run(self, _batch: Batch, _hidden: torch.Tensor) -> tuple[Token, ...]:
-        return (Token(0, time.monotonic()),)
+    def run(self, _batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        self._arrived_s = time.monotonic()
+        return hidden
+
+    def sample(self, _batch: Batch, _hidden: torch.Tensor) -> tuple[Token, ...]:
+        return (Token(0, self._arrived_s),)
 
 
 class BareGrpc:
@@ -277,11 +281,8 @@ async def serve(folder: Path) -> None:
 async def _serve_ours(folder: Path, identity: Identity) -> int:
     patch.object(node_module, "Stage", Arrival).start()
     chunk = folder / "wide" / "chunks" / "2nodes" / "model_finisher.safetensors"
-    node = node_module.Node(
-        "finisher", chunk, device="cpu", dtype=None, identity=identity, cache=None, progress=lambda *_: None
-    )
-    server = grpc.aio.server(options=(*CHANNEL_OPTIONS, *SERVER_OPTIONS), interceptors=node.interceptors())
-    add_NodeServicer_to_server(node, server)
+    node = node_module.NodeService(NodeSettings("finisher", chunk, listen="", identity=identity))
+    server = node.server()
     port = int(server.add_secure_port("127.0.0.1:0", server_credentials(identity)))
     await server.start()
     node.start(lambda: None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +45,13 @@ def secondary(
 
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
+    if with_parent:  # before torch is imported: the parent may end meanwhile
+        threading.Thread(target=_end_with_standard_input, daemon=True).start()
+
     from mdi.checkpoint.cache import ChunkCache, default_cache_folder
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.node.server import serve_node
+    from mdi.node.settings import NodeSettings
     from mdi.rpc.tls import Identity, encryption_enabled
 
     if (index is not None) + (spare is not None) + vision != (nodes_config is not None):
@@ -64,7 +71,7 @@ def secondary(
         cache, hands_over = ChunkCache(cache_folder or default_cache_folder()), bool(config.spares)
     elif chunk is None:
         raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
-    serve_node(
+    settings = NodeSettings(
         name,
         chunk,
         listen=listen or "127.0.0.1:0",
@@ -78,3 +85,10 @@ def secondary(
         hands_over=hands_over,
         progress=None if with_parent else NodeProgress(),
     )
+    serve_node(settings)
+
+
+def _end_with_standard_input() -> None:
+    """Ends this process when its parent, which holds the other end of standard input, has ended."""
+    sys.stdin.buffer.read()
+    os._exit(0)  # a node has nothing to save

@@ -1,21 +1,43 @@
-"""An image's way to a vision node and back: patch rows out, embeddings in. Both ends; knows no waiting, no retries."""
+"""The encoding of images and videos on a vision node: from patch rows to embeddings."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator
 
 import torch
 from torch import Tensor
 
 from mdi.core.errors import LinkError
+from mdi.core.tracing import BusyMeter, Recorder
 from mdi.layers.rope import Grid
 from mdi.models.stage import LoadedStage
 from mdi.rpc import codec, node_pb2
 
 
+class Encoder:
+    """Encodes one image or video after the other, in a thread. busy: the time it spends at work."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.busy = BusyMeter()
+        self._recorder = recorder
+        self._one_by_one = asyncio.Lock()
+
+    async def encode(self, loaded: LoadedStage, grid: Grid, data: bytearray) -> Tensor:
+        """Embeddings, [tokens, hidden_size]. Raises LinkError for bytes that do not fit the grid."""
+        rows = rows_of(loaded, grid, data)
+        async with self._one_by_one:
+            return await asyncio.to_thread(self._encode, loaded, rows, grid)
+
+    def _encode(self, loaded: LoadedStage, rows: Tensor, grid: Grid) -> Tensor:
+        assert loaded.vision is not None
+        with self.busy, self._recorder.span("encode"), torch.inference_mode():
+            return _result(loaded.vision.encode_steps(rows, grid))
+
+
 async def collect_rows(pieces: AsyncIterator[node_pb2.EncodePiece]) -> tuple[str, Grid, bytearray]:
-    """Manifest digest, grid and bytes, all of them. Raises LinkError for more than a batch may have."""
+    """Manifest digest, grid and bytes of all pieces. Raises LinkError for more bytes than a batch may have."""
     digest, grid, data = "", (0, 0, 0), bytearray()
     async for piece in pieces:
         if piece.grid:
@@ -26,28 +48,14 @@ async def collect_rows(pieces: AsyncIterator[node_pb2.EncodePiece]) -> tuple[str
     return digest, grid, data
 
 
-def rows_of(loaded: LoadedStage, grid: Grid, data: bytearray) -> tuple[Tensor, Grid]:
-    """What `VisionTower.encode_steps` takes. Raises LinkError for bytes that are not what the grid says."""
+def rows_of(loaded: LoadedStage, grid: Grid, data: bytearray) -> Tensor:
+    """Patch rows, [patches, patch_elements]. Raises LinkError for bytes that do not fit the grid."""
     vision = loaded.config.vision
     assert vision is not None
     expected = math.prod(grid) * vision.patch_elements * loaded.dtype.itemsize
     if not data or len(data) != expected or grid[1] % vision.merge_size or grid[2] % vision.merge_size:
         raise LinkError(f"{len(data)} bytes of patch rows arrived for a grid of {grid}")
-    return torch.frombuffer(data, dtype=loaded.dtype).view(-1, vision.patch_elements), grid
-
-
-def embedding_pieces(embeddings: Tensor) -> Iterator[node_pb2.EmbeddingsPiece]:
-    """[tokens, width] as messages."""
-    return (node_pb2.EmbeddingsPiece(data=data) for data in codec.pieces(embeddings))
-
-
-def run_to_end(steps: Generator[None, None, Tensor]) -> Tensor:
-    """A generator's result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+    return torch.frombuffer(data, dtype=loaded.dtype).view(-1, vision.patch_elements)
 
 
 def _grid(piece: node_pb2.EncodePiece) -> Grid:
@@ -55,3 +63,12 @@ def _grid(piece: node_pb2.EncodePiece) -> Grid:
         raise LinkError("a grid has three sides")
     t, h, w = piece.grid
     return t, h, w
+
+
+def _result(steps: Generator[None, None, Tensor]) -> Tensor:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

@@ -1,7 +1,4 @@
-"""A chunk's way from the starter's disk to a node's: sent in pieces, gone on with where it broke off.
-
-Knows one file at each end, and no model. Files are read and written in threads; the event loops only pass pieces on.
-"""
+"""The receiving of a chunk: pieces are appended to a file, from the byte on that is missing. Written in threads."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from mdi.rpc.files import in_thread
 
 
 class Intake:
-    """A node's end: takes one chunk at a time; the starter that spoke last is the one that is heard."""
+    """Receives one chunk at a time: a new offer ends the transfer of the one before."""
 
     def __init__(self) -> None:
-        self.came_whole = False  # in one go: what is wrong with the chunk was wrong at the other end
+        self.came_whole = False  # in one transfer: damage in the chunk was there at the other end
         self._chunk: CachedChunk | None = None
         self._task: asyncio.Task[bool] | None = None
 
@@ -29,9 +26,9 @@ class Intake:
         return self._task is not None
 
     async def expect(self, chunk: CachedChunk) -> int:
-        """Ends a transfer that goes on, and makes ready for a chunk; gives the bytes of it that are there.
+        """Ends a transfer that goes on, and prepares for a chunk; returns the bytes of it that are there.
 
-        Raises CheckpointError when the disk has no place for it.
+        Raises CheckpointError when the disk has no room for it.
         """
         await self.stop()
         await asyncio.to_thread(chunk.prepare)
@@ -50,7 +47,7 @@ class Intake:
         task = self._task = asyncio.create_task(_append(chunk, pieces, progress))
         try:
             await asyncio.wait([task])
-        finally:  # the call may be over before the task
+        finally:  # the call may end before the task
             await self._end(task)
         if task.cancelled() or not task.result():
             return None
@@ -70,7 +67,7 @@ class Intake:
 
 
 async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> bool:
-    """Whether all of the chunk is there in the end."""
+    """Appends pieces to the chunk's file; whether all of it is there at the end."""
     there, size = chunk.have_bytes, chunk.entry.size_bytes
     with chunk.growing() as file:
         progress("receiving weights", there, size)

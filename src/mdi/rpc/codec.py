@@ -5,7 +5,7 @@ The messages are in codec.proto; `make proto` regenerates node_pb2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TypeVar, cast
 
@@ -43,6 +43,15 @@ def received(message: M | None) -> M:
     if message is None:
         raise LinkError(OTHER_VERSION)
     return message
+
+
+async def parsed(messages: AsyncIterator[M]) -> AsyncIterator[M]:
+    """The messages of a stream that a node receives. Raises LinkError for bytes that are no such message."""
+    try:
+        async for message in messages:
+            yield message
+    except DecodeError:
+        raise LinkError(OTHER_VERSION) from None
 
 
 def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.BatchPiece]:

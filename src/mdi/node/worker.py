@@ -1,0 +1,146 @@
+"""The compute thread of a node, and one epoch: its stage, the messages to send, the stream to the next node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+
+import grpc
+from torch import Tensor
+
+from mdi.core.batch import Batch, Result
+from mdi.core.errors import MDIError
+from mdi.models.stage import Stage
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel
+from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic, node_stub
+
+log = logging.getLogger(__name__)
+
+Work = tuple[Batch, Tensor] | node_pb2.Failure
+Outgoing = node_pb2.BatchPiece | node_pb2.BatchResult
+
+
+class Epoch:
+    """One epoch of a node. A batch belongs to the epoch it arrived in: when that is over, its outcome is dropped.
+
+    role: what failures are reported under. previous_name: the name in the certificate of the node that sends batches.
+    """
+
+    def __init__(self, number: int, stage: Stage, role: str, previous_name: str) -> None:
+        self.number = number
+        self.stage = stage
+        self.previous_name = previous_name
+        self.outgoing: asyncio.Queue[Outgoing | None] = asyncio.Queue()  # None ends it
+        self.next_lost = False
+        self.next_error = ""
+        self._role = role
+        self._closing = False
+        self._channel: grpc.aio.Channel | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self._diagnosis: asyncio.Task[None] | None = None
+
+    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: Traffic) -> None:
+        """Starts to send `outgoing` to the next node."""
+        self._next = next_address, next_name, identity
+        self._channel = open_channel(*self._next, (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
+        self._sender = asyncio.create_task(self._send(node_stub(self._channel, traffic).Batches()))
+
+    async def close(self) -> None:
+        """Ends the stream to the next node, or the reading of `outgoing`."""
+        self._closing = True
+        self.outgoing.put_nowait(None)
+        if self._sender and self._channel:
+            self._sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sender
+            await self._channel.close()
+
+    def outcome(self, work: Work) -> list[Outgoing]:
+        """Computes a batch, and makes the messages that carry what came of it. For the compute thread."""
+        try:
+            if isinstance(work, tuple):
+                batch, hidden = work[0], self.stage.run(*work)
+                if not self.stage.spec.head:
+                    return list(codec.encode_batch(batch, hidden, self.number))
+                return [codec.encode_result(Result(batch.id, self.stage.sample(batch, hidden)), self.number)]
+            failure = work
+        except Exception as error:
+            log.exception("a batch could not be computed")
+            failure = self.failure(error)
+        if self.stage.spec.head:
+            return [node_pb2.BatchResult(epoch=self.number, failure=failure)]
+        return [node_pb2.BatchPiece(epoch=self.number, failure=failure)]
+
+    def failure(self, error: Exception) -> node_pb2.Failure:
+        """What is passed on instead of a batch."""
+        text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
+        return node_pb2.Failure(node=self._role, message=text)
+
+    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
+        call.add_done_callback(self._lose_next)  # writes alone do not notice that an idle stream broke
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (message := await self.outgoing.get()) is not None:
+                await call.write(message)
+
+    def _lose_next(self, _call: object) -> None:
+        self.next_lost = True
+        if not self._closing:
+            self._diagnosis = asyncio.create_task(self._diagnose())
+
+    async def _diagnose(self) -> None:
+        address, name, _ = self._next
+        reason = await asyncio.to_thread(why_unreachable, *self._next)
+        log.error("the link to node %s at %s broke: %s", name, address, reason or "the node answers, though")
+        self.next_error = reason or ""
+
+
+class Worker:
+    """Computes the batches of the current epoch in a thread of its own, in order of arrival.
+
+    The event loop sets `epoch`; the thread reads it.
+    """
+
+    def __init__(self) -> None:
+        self.epoch: Epoch | None = None
+        self._arrived: queue.SimpleQueue[tuple[Epoch, Work] | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Starts the thread; messages go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._run, name="mdi-compute", daemon=True).start()
+
+    def put(self, epoch: Epoch, work: Work) -> None:
+        """Adds a batch of an epoch, or a failure to pass on."""
+        self._arrived.put((epoch, work))
+
+    async def end_epoch(self) -> None:
+        """Drops what is in flight; there is no epoch until the next one is set."""
+        epoch, self.epoch = self.epoch, None
+        if epoch:
+            await epoch.close()
+
+    async def stop(self) -> None:
+        """Ends the epoch and the thread, the latter after the batch that it computes."""
+        self._arrived.put(None)
+        await self.end_epoch()
+
+    def _run(self) -> None:
+        while self._serve(self._arrived.get()):  # keeps no reference to an old epoch while it waits
+            pass
+
+    def _serve(self, item: tuple[Epoch, Work] | None) -> bool:
+        """Computes one batch, or drops it when its epoch is over; False at the end."""
+        if item is None:
+            return False
+        epoch, work = item
+        if epoch is self.epoch:
+            for message in epoch.outcome(work):
+                with contextlib.suppress(RuntimeError):  # the event loop has ended, and the process ends
+                    self._loop.call_soon_threadsafe(epoch.outgoing.put_nowait, message)
+        return True
