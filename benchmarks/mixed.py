@@ -25,7 +25,7 @@ import httpx
 import psutil
 from rich.console import Console
 from rich.progress import Progress
-from testing.server import serving
+from testing.processes import serving
 from training.held_out import all_skills, exams
 
 from benchmarks.quality import openai_messages

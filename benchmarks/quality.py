@@ -25,7 +25,7 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
-from testing.server import serving
+from testing.processes import serving
 from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
 
 from mdi.bench.verify import Oracle

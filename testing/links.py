@@ -30,7 +30,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(servicer: NodeServicer, identity: Identity | None, *, previous: str = "", port: int = 0) -> Iterator[str]:
+def node_server(
+    servicer: NodeServicer, identity: Identity | None, *, previous: str = "", port: int = 0
+) -> Iterator[str]:
     """A node's server around any servicer; gives its address. previous: the node that may send it batches."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -69,12 +71,12 @@ class StatusServicer(NodeServicer):
         )
 
 
-def answering(identity: Identity | None, name: str = "finisher", port: int = 0) -> AbstractContextManager[str]:
+def fake_node(identity: Identity | None, name: str = "finisher", port: int = 0) -> AbstractContextManager[str]:
     """A server that answers Status as node `name` does, and echoes the caller's name in `error`; gives its address."""
-    return serving(StatusServicer(name), identity, port=port)
+    return node_server(StatusServicer(name), identity, port=port)
 
 
-def call(address: str, peer: str, identity: Identity | None, method: str = "Status") -> list[Message]:
+def call_node(address: str, peer: str, identity: Identity | None, method: str = "Status") -> list[Message]:
     """What a method answers to one empty message. Raises grpc.aio.AioRpcError.
 
     gRPC reports INTERNAL in place of the server's status when a call ends while its message is written: then it is
@@ -98,7 +100,7 @@ def call(address: str, peer: str, identity: Identity | None, method: str = "Stat
     raise AssertionError(f"{method} failed 20 times inside gRPC")
 
 
-class Recorder:
+class RecordingProxy:
     """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens.
 
     bytes_per_s: how fast it passes on what clients send; None is at once.
@@ -109,7 +111,8 @@ class Recorder:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.port = int(self._listener.getsockname()[1])
+        self.address = f"127.0.0.1:{self.port}"
         self._lock = threading.Lock()
         self._streams: list[bytearray] = []
         self._open: list[socket.socket] = []
@@ -179,7 +182,7 @@ class Recorder:
 
 
 @contextmanager
-def speaking(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     """A server that is no node: does with each connection what it is told. Gives its address."""
     listener = socket.create_server(("127.0.0.1", 0))
 

@@ -26,12 +26,12 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         (("benchmarks.mixed", "--requests", "60"), ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
         (("benchmarks.faults", "--faults", "2", "--seconds", "60"), SOAKED),
         pytest.param(
-            ("benchmarks.faults", "--by-hand", "--faults", "2"),
+            ("benchmarks.faults", "--manual", "--faults", "2"),
             SOAKED,
             marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
         ),
     ],
-    ids=["fullsize", "media", "links", "streams", "mixed", "faults", "faults by hand"],
+    ids=["fullsize", "media", "links", "streams", "mixed", "faults", "faults manual"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
     places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json")}

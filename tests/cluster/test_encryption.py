@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from testing.links import Recorder
+from testing.links import RecordingProxy
 
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
@@ -45,7 +45,9 @@ class Run:
         with ExitStack() as stack:
             launcher = LocalLauncher(chunks[1:], dtype="float32", device="cpu", threads=1, authority=authority)
             stack.callback(launcher.close)
-            recorders = {node.name: stack.enter_context(closing(Recorder(node.address))) for node in launcher.nodes}
+            recorders = {
+                node.name: stack.enter_context(closing(RecordingProxy(node.address))) for node in launcher.nodes
+            }
             nodes = [NodeAddress(name, recorder.address) for name, recorder in recorders.items()]
             digest = Manifest.read(chunks[0].parent).digest
             hidden, result = _send(chunks[0], nodes, digest, authority.issue("starter") if authority else None)

@@ -9,13 +9,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from testing.processes import node_processes
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
@@ -84,13 +85,6 @@ def tokens(completions: list[Completion]) -> list[list[tuple[int, ...]]]:
 
 def texts(completions: list[Completion]) -> list[list[str]]:
     return [[sample.text for sample in completion.samples] for completion in completions]
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 def pid_of(engine: Engine, name: str) -> int:

@@ -14,8 +14,7 @@ import signal
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from PIL import Image
 from testing.checkpoints import tiny_config
-from testing.host_nodes import Machine, NodesByHand
 from testing.hosts import Capture, Host, Network, why_not
-from testing.processes import node_processes
-from testing.server import serving
+from testing.manual_cluster import ManualCluster, Place
+from testing.processes import node_processes, serving
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.loader import load_chunk
@@ -79,7 +78,7 @@ def network() -> Iterator[Network]:
 class Cluster:
     """A server on the first host, and its nodes on the others, started in the order finisher, starter, secondary."""
 
-    def __init__(self, network: Network, checkpoint: Path, nodes: NodesByHand) -> None:
+    def __init__(self, network: Network, checkpoint: Path, nodes: ManualCluster) -> None:
         self.hosts = network.hosts
         self.nodes = nodes
         self._checkpoint = checkpoint
@@ -93,10 +92,8 @@ class Cluster:
     def serve(self) -> None:
         """Starts the server, and returns when all nodes are there; one that runs is killed."""
         self._server.close()
-        options = ["--nodes-config", str(self.nodes.config), "--wait-s", str(LONG_S)]
-        options += ["--recovery-timeout", str(LONG_S)]
-        options += ["--certs", str(self.nodes.certs("starter"))] if self.nodes.encrypted else ["--insecure"]
-        running = serving(str(self._checkpoint), *options, environment=self.nodes.environment)
+        options = [*self.nodes.starter_options, "--wait-s", str(LONG_S), "--recovery-timeout", str(LONG_S)]
+        running = serving(self._checkpoint, *options, environment=self.nodes.environment)
         with self.hosts["starter"].inside():
             self._process, self._url = self._server.enter_context(running)
 
@@ -128,7 +125,7 @@ class Cluster:
         return not shown["recovering"] and {node["state"] for node in shown["nodes"]} == {"ready"}
 
     def start_anew(self, name: str) -> None:
-        self.nodes.kill(name)
+        self.nodes.process(name).kill()
         self.nodes.start(name)
 
 
@@ -177,9 +174,10 @@ def cluster_on(
     network: Network, checkpoint: Path, folder: Path, *, port: int = PORT, encrypted: bool
 ) -> Iterator[Cluster]:
     own = Path(shutil.copytree(checkpoint, folder / "tiny"))
-    machines = [Machine(host.address, port, host.inside) for host in network.hosts.values()]
+    chunks = prepare(open_source(own), len(NAMES))
+    places = {name: Place(host.address, port, host.inside) for name, host in network.hosts.items()}
     with (
-        NodesByHand(own, folder, machines, encrypted=encrypted) as nodes,
+        ManualCluster(folder, places, chunks=chunks, encrypted=encrypted) as nodes,
         closing(Cluster(network, own, nodes)) as cluster,
     ):
         yield cluster
@@ -200,13 +198,6 @@ def cluster(shared: Cluster) -> Iterator[Cluster]:
     wait_for(lambda: shared.well)
     assert shared.get("/v1/nodes")["failed_requests"] == 0
     assert shared.get("/health/ready") == {"status": "ready"}
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def questions(text: str, max_tokens: int, image: str | None = None) -> Questions:
@@ -269,7 +260,7 @@ def test_an_answer_survives_a_node_killed_while_an_image_is_encoded(cluster: Clu
 
 def test_a_server_started_anew_finds_the_same_nodes(cluster: Cluster) -> None:
     [question, _] = questions("Again.", max_tokens=20)
-    before, pids = cluster.ask(question).text(), [cluster.nodes.pid(name) for name in NODES]
+    before, pids = cluster.ask(question).text(), [cluster.nodes.process(name).popen.pid for name in NODES]
     cluster.serve()
     assert cluster.ask(question).text() == before
     assert [node["pid"] for node in cluster.get("/v1/nodes")["nodes"][1:]] == pids
@@ -278,9 +269,9 @@ def test_a_server_started_anew_finds_the_same_nodes(cluster: Cluster) -> None:
 def test_an_answer_survives_a_frozen_node_that_thaws(cluster: Cluster) -> None:
     with undisturbed_answers(cluster, questions("Freeze.", max_tokens=150)) as answers:
         wait_for_words(answers)
-        cluster.nodes.send("finisher", signal.SIGSTOP)
+        cluster.nodes.process("finisher").popen.send_signal(signal.SIGSTOP)
         wait_for(lambda: cluster.get("/health")["status"] == "recovering")
-        cluster.nodes.send("finisher", signal.SIGCONT)
+        cluster.nodes.process("finisher").popen.send_signal(signal.SIGCONT)
 
 
 def test_an_answer_survives_a_cable_that_is_pulled_and_plugged_in_again(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testing.links import answering, free_port
+from testing.links import fake_node, free_port
 
 from mdi.cluster.launchers.manual import ManualLauncher, Presence, starter_identity
 from mdi.cluster.nodes_config import NodesConfig
@@ -46,12 +46,12 @@ def test_nodes_are_found_in_any_order_and_shown_as_they_come() -> None:
             finisher_seen.set()
 
     with ExitStack() as servers:
-        servers.enter_context(answering(None, "finisher", last))
+        servers.enter_context(fake_node(None, "finisher", last))
 
         def come_late() -> None:
             assert finisher_seen.wait(30)
             assert secondary_missed.wait(30)
-            servers.enter_context(answering(None, "secondary0", first))
+            servers.enter_context(fake_node(None, "secondary0", first))
 
         latecomer = threading.Thread(target=come_late)
         latecomer.start()
@@ -68,7 +68,7 @@ def test_nodes_are_found_in_any_order_and_shown_as_they_come() -> None:
 def test_the_wait_ends_in_time_and_names_who_is_missing_and_why() -> None:
     here, nowhere = free_port(), free_port()
     started = time.monotonic()
-    with answering(None, "secondary0", here), pytest.raises(LinkError) as error:
+    with fake_node(None, "secondary0", here), pytest.raises(LinkError) as error:
         ManualLauncher(config_of(here, nowhere), ManualNodes(wait_s=0.5), None)
     assert time.monotonic() - started < 10
     expected = (
@@ -79,7 +79,7 @@ def test_the_wait_ends_in_time_and_names_who_is_missing_and_why() -> None:
 
 
 def test_a_node_with_anothers_chunk_is_not_taken() -> None:
-    with answering(None, "finisher") as address, pytest.raises(LinkError, match="is finisher: start each node with"):
+    with fake_node(None, "finisher") as address, pytest.raises(LinkError, match="is finisher: start each node with"):
         ManualLauncher(config_of(int(address.split(":")[1]), free_port()), ManualNodes(wait_s=1), None)
 
 
@@ -87,7 +87,7 @@ def test_an_encrypted_node_is_found_with_the_starters_certificate_alone(tmp_path
     create_authority(tmp_path)
     for name in ("starter", "vision"):
         create_node(tmp_path, name)
-    with answering(Authority.load(tmp_path).issue("finisher"), "finisher") as address:
+    with fake_node(Authority.load(tmp_path).issue("finisher"), "finisher") as address:
         config, manual = config_of(int(address.split(":")[1])), ManualNodes(wait_s=1, certs=tmp_path)
         ManualLauncher(config, manual, starter_identity(config, manual, encryption=True))
         with pytest.raises(LinkError, match="set ENABLE_ENCRYPTION=1"):
@@ -101,11 +101,11 @@ def test_an_encrypted_node_is_found_with_the_starters_certificate_alone(tmp_path
 def test_a_node_that_was_lost_is_awaited_again() -> None:
     port = free_port()
     with ExitStack() as servers:
-        with answering(None, "finisher", port):
+        with fake_node(None, "finisher", port):
             nodes = ManualLauncher(config_of(port), ManualNodes(wait_s=30), None)
         with pytest.raises(LinkError, match=r"within 0\.3 s\. finisher: nothing listens"):
             nodes.restart(["finisher"], 0.3)
-        again = threading.Timer(1, lambda: servers.enter_context(answering(None, "finisher", port)))
+        again = threading.Timer(1, lambda: servers.enter_context(fake_node(None, "finisher", port)))
         again.start()
         nodes.restart(["finisher"], 30)
         assert nodes.restarts("finisher") == 2
@@ -121,13 +121,13 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(tmp_path: Path) -> None
     config = config_of(port, spare=[spare])
     manual = ManualNodes(wait_s=30, certs=tmp_path, spare_after_s=0)
     identity = starter_identity(config, manual, encryption=True)
-    with answering(authority.issue("finisher"), "finisher", port):
+    with fake_node(authority.issue("finisher"), "finisher", port):
         nodes = ManualLauncher(config, manual, identity)
     try:
         for impostor, name in (("spare1", "spare0"), ("finisher", "spare0"), ("spare0", "spare1")):
-            with answering(authority.issue(impostor), name, spare_port), pytest.raises(LinkError, match="nothing list"):
+            with fake_node(authority.issue(impostor), name, spare_port), pytest.raises(LinkError, match="nothing list"):
                 nodes.restart(["finisher"], 1.5)
-        with answering(authority.issue("spare0"), "spare0", spare_port):
+        with fake_node(authority.issue("spare0"), "spare0", spare_port):
             nodes.restart(["finisher"], 30)
         taken = [(node.name, node.certificate, node.address) for node in nodes.nodes]
         assert taken == [("finisher", "spare0", f"127.0.0.1:{spare_port}")]
@@ -137,7 +137,7 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(tmp_path: Path) -> None
 
 def test_closing_ends_the_wait() -> None:
     port = free_port()
-    with answering(None, "finisher", port):
+    with fake_node(None, "finisher", port):
         nodes = ManualLauncher(config_of(port), ManualNodes(wait_s=30), None)
     threading.Timer(0.5, nodes.close).start()
     started = time.monotonic()

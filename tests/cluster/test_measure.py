@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from testing.checkpoints import tiny_config
-from testing.machines import NAMES, Machines
+from testing.manual_cluster import NODES, ManualCluster, on_loopback
 from typer.testing import CliRunner
 
 from mdi import Engine, SamplingParams
@@ -32,17 +31,17 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Machines]:
-    with ExitStack() as undo:
-        yield Machines(tmp_path, undo)
+def nodes(tmp_path: Path) -> Iterator[ManualCluster]:
+    with ManualCluster(tmp_path, on_loopback(*NODES)) as nodes:
+        yield nodes
 
 
-def limit(machines: Machines, **memory_gb: float) -> None:
+def limit(nodes: ManualCluster, **memory_gb: float) -> None:
     """Writes what nodes may use into the nodes-config."""
-    document = json.loads(machines.config.read_text())
-    for index, name in enumerate(NAMES):
+    document = json.loads(nodes.config.read_text())
+    for index, name in enumerate(NODES):
         document["nodes"]["secondary"][index]["memory_gb"] = memory_gb.get(name, PLENTY_GB)
-    machines.config.write_text(json.dumps(document))
+    nodes.config.write_text(json.dumps(document))
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
@@ -76,45 +75,43 @@ def test_a_real_measurement_is_of_this_world() -> None:
 
 
 def test_a_plan_is_made_for_the_machines_there_are(
-    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Path, nodes: ManualCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     speeds(monkeypatch, 1.0)  # the starter is hopeless
-    limit(machines)
-    for name in NAMES:
-        machines.node(name)
-    manual = ManualNodes(machines.config, wait_s=120)
+    limit(nodes)
+    nodes.start_all()
+    manual = ManualNodes(nodes.config, wait_s=100)
     with Engine(checkpoint, manual=manual, dtype="float32", sequence_length=64, max_sequences=2) as engine:
         assert engine.chat("Hello", GREEDY).token_ids
     split = Manifest.read(chunk_folder(checkpoint, 3)).plan.layers
     assert split[0] == 1
     assert sum(split) == 8
-    for name in NAMES:
-        assert (machines.cache(name) / FILE_NAME).exists()
+    for name in NODES:
+        assert (nodes.cache(name) / FILE_NAME).exists()
 
 
 def test_what_fits_nowhere_is_refused_before_anything_is_written(
-    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Path, nodes: ManualCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     speeds(monkeypatch, 1e9)
-    limit(machines, secondary0=0.3)
-    for name in NAMES:
-        machines.node(name)
-    manual = ManualNodes(machines.config, wait_s=120)
+    limit(nodes, secondary0=0.3)
+    nodes.start_all()
+    manual = ManualNodes(nodes.config, wait_s=100)
     with pytest.raises(ConfigError, match=r"secondary0 cannot hold 1 layer: of its 0.0 GB, .* are missing"):
         Engine(checkpoint, manual=manual, dtype="float32", sequence_length=64, max_sequences=2)
     assert not chunk_folder(checkpoint, 3).exists()
 
 
 def test_the_plan_is_shown_beforehand_and_says_who_was_not_asked(
-    checkpoint: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Path, nodes: ManualCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "160")
-    limit(machines)
-    machines.node("finisher").says("listens")
-    done = CliRunner().invoke(app, ["plan", str(checkpoint), "--nodes-config", str(machines.config)])
+    limit(nodes)
+    nodes.start("finisher").wait_for_line("listens")
+    done = CliRunner().invoke(app, ["plan", str(checkpoint), "--nodes-config", str(nodes.config)])
     assert done.exit_code == 0, done.output
     assert "GB/s" in done.output
     assert "TFLOP/s" in done.output

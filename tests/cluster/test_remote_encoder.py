@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from testing.checkpoints import tiny_config, tiny_text_config
-from testing.machines import NAMES, Machines, Process
+from testing.manual_cluster import NODES, ManualCluster, on_loopback
+from testing.processes import Process
 from testing.videos import encoded, numbered
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
@@ -41,16 +43,16 @@ def alone(checkpoint: Path) -> Iterator[Engine]:
 class Served:
     """An engine over nodes started by hand, one of which has the vision tower."""
 
-    def __init__(self, checkpoint: Path, machines: Machines, names: tuple[str, ...], undo: ExitStack) -> None:
-        self.machines = machines
-        self.processes = {name: machines.node(name) for name in (*names, "vision")}
+    def __init__(self, checkpoint: Path, nodes: ManualCluster, undo: ExitStack) -> None:
+        self.nodes = nodes
+        nodes.start_all()
         self.engine = undo.enter_context(
             Engine(
                 checkpoint,
-                nodes_config=machines.config,
-                wait_s=120,
-                certs=machines.root / "certs",
-                encryption=machines.encrypted,
+                nodes_config=nodes.config,
+                wait_s=100,
+                certs=nodes.certs("starter"),
+                encryption=nodes.encrypted,
                 dtype="float32",
                 sequence_length=1024,
                 vision_cache_bytes=0,
@@ -60,25 +62,25 @@ class Served:
 
     @property
     def vision(self) -> Process:
-        return self.processes["vision"]
+        return self.nodes.process("vision")
 
     @property
     def status(self) -> NodeStatus:
         return next(node for node in self.engine.nodes() if node.name == "vision")
 
     def end_vision(self) -> None:
-        self.vision.popen.kill()
-        self.vision.popen.wait()
+        self.vision.kill()
 
     def start_vision(self) -> None:
-        self.processes["vision"] = self.machines.node("vision")
+        self.nodes.start("vision")
 
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with ExitStack() as undo:
-        machines = Machines(tmp_path_factory.mktemp("served"), undo, vision=True, encrypted=True)
-        yield Served(checkpoint, machines, NAMES, undo)
+        places = on_loopback(*NODES, "vision")
+        nodes = undo.enter_context(ManualCluster(tmp_path_factory.mktemp("served"), places, encrypted=True))
+        yield Served(checkpoint, nodes, undo)
 
 
 def about(*parts: Any) -> list[dict[str, Any]]:
@@ -90,13 +92,6 @@ def image(seed: int, side: int = 112) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return {"type": "image", "image": buffer.getvalue()}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def test_images_and_videos_are_encoded_elsewhere_with_the_same_answers(served: Served, alone: Engine) -> None:
@@ -111,7 +106,7 @@ def test_the_starter_has_no_vision_weights(served: Served) -> None:
     stage = served.engine._cluster.stage
     assert stage._vision is None
     assert not stage.spec.vision
-    assert [node.name for node in served.engine.nodes()] == ["starter", *NAMES, "vision"]
+    assert [node.name for node in served.engine.nodes()] == ["starter", *NODES, "vision"]
 
 
 def test_the_node_is_shown(served: Served) -> None:
@@ -171,8 +166,8 @@ def test_a_request_can_be_cancelled_while_its_image_waits(served: Served) -> Non
 
 def test_a_starter_alone_can_have_a_vision_node(checkpoint: Path, alone: Engine, tmp_path: Path) -> None:
     with ExitStack() as undo:
-        machines = Machines(tmp_path, undo, names=(), vision=True)
-        engine = Served(checkpoint, machines, (), undo).engine
+        nodes = undo.enter_context(ManualCluster(tmp_path, on_loopback("vision")))
+        engine = Served(checkpoint, nodes, undo).engine
         assert [node.name for node in engine.nodes()] == ["starter", "vision"]
         assert engine.chat(about(image(9)), GREEDY).token_ids == alone.chat(about(image(9)), GREEDY).token_ids
 
@@ -180,6 +175,6 @@ def test_a_starter_alone_can_have_a_vision_node(checkpoint: Path, alone: Engine,
 def test_a_text_model_needs_none(tmp_path: Path) -> None:
     path = write_random_checkpoint(tmp_path / "text", tiny_text_config())
     with ExitStack() as undo:
-        machines = Machines(tmp_path, undo, names=(), vision=True)
+        nodes = undo.enter_context(ManualCluster(tmp_path, on_loopback("vision")))
         with pytest.raises(ConfigError, match="no vision tower for a node of its own: leave the vision node out"):
-            Served(path, machines, (), undo)
+            Served(path, nodes, undo)

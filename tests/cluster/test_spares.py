@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from testing.links import call
-from testing.machines import NAMES, Machines
+from testing.links import call_node
+from testing.manual_cluster import NODES, ManualCluster, on_loopback
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.manifest import chunk_file
@@ -51,28 +51,27 @@ def undo() -> Iterator[ExitStack]:
         yield stack
 
 
+def cluster(folder: Path, undo: ExitStack, *, n_spares: int = 1, encrypted: bool = False) -> ManualCluster:
+    """Two nodes and some spares, none of them running."""
+    places = on_loopback(*NODES, *(f"spare{index}" for index in range(n_spares)))
+    return undo.enter_context(ManualCluster(folder, places, encrypted=encrypted))
+
+
 def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [sample.token_ids for completion in completions for sample in completion.samples]
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
 def engine_of(
-    checkpoint: Path, machines: Machines, undo: ExitStack, *, spare_after_s: float = 0.5, **limits: float
+    checkpoint: Path, nodes: ManualCluster, undo: ExitStack, *, spare_after_s: float = 0.5, **limits: float
 ) -> Engine:
     return undo.enter_context(
         Engine(
             checkpoint,
-            nodes_config=machines.config,
-            wait_s=120,
-            certs=machines.root / "certs",
+            nodes_config=nodes.config,
+            wait_s=100,
+            certs=nodes.certs("starter"),
             spare_after_s=spare_after_s,
-            encryption=machines.encrypted,
+            encryption=nodes.encrypted,
             recovery=replace(RecoveryLimits(recovery_timeout_s=100), **limits),  # type: ignore[arg-type]
         )
     )
@@ -97,39 +96,38 @@ def row(engine: Engine, name: str) -> NodeStatus:
     return next(node for node in engine.nodes() if node.name == name)
 
 
-@pytest.mark.parametrize("victim", NAMES)
+@pytest.mark.parametrize("victim", NODES)
 def test_a_spare_takes_a_lost_nodes_place_and_streams_keep_their_tokens(
     victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
-    engine = engine_of(checkpoint, machines, undo)
+    nodes = cluster(tmp_path, undo, encrypted=True)
+    processes = nodes.start_all()
+    engine = engine_of(checkpoint, nodes, undo)
     wait_for(lambda: ("spare0", "waiting", "spare0") in shown(engine))
     streams = running(engine)
-    nodes[victim].popen.kill()
+    processes[victim].popen.kill()
     assert rest(streams) == undisturbed
     assert engine.recovery.recoveries == 1
     assert engine.recovery.failed_requests == 0
-    expected = [("starter", "ready", "")] + [(name, "ready", "spare0" if name == victim else "") for name in NAMES]
+    expected = [("starter", "ready", "")] + [(name, "ready", "spare0" if name == victim else "") for name in NODES]
     assert shown(engine) == expected
-    assert row(engine, victim).pid == nodes["spare0"].popen.pid
-    assert nodes["spare0"].says("receiving weights: done")
-    assert list(machines.cache("spare0").glob(f"*/{chunk_file(victim)}"))
+    assert row(engine, victim).pid == processes["spare0"].popen.pid
+    assert processes["spare0"].wait_for_line("receiving weights: done")
+    assert list(nodes.cache("spare0").glob(f"*/{chunk_file(victim)}"))
 
 
 def test_a_node_that_is_back_in_time_is_taken_and_gets_its_weights_again_on_a_fresh_disk(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
-    engine = engine_of(checkpoint, machines, undo, spare_after_s=60)
+    nodes = cluster(tmp_path, undo)
+    processes = nodes.start_all()
+    engine = engine_of(checkpoint, nodes, undo, spare_after_s=60)
     streams = running(engine)
-    nodes["finisher"].popen.kill()
-    nodes["finisher"].popen.wait()
-    shutil.rmtree(machines.cache("finisher"))
-    again = machines.node("finisher")
+    processes["finisher"].kill()
+    shutil.rmtree(nodes.cache("finisher"))
+    again = nodes.start("finisher")
     assert rest(streams) == undisturbed
-    assert again.says("receiving weights: done")
+    assert again.wait_for_line("receiving weights: done")
     assert ("finisher", "ready", "") in shown(engine)
     assert ("spare0", "waiting", "spare0") in shown(engine)
 
@@ -138,24 +136,24 @@ def test_places_change_hands_as_nodes_come_and_go(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
     """Both nodes are lost at once, to two spares; one spare is lost, and the node is back at home."""
-    machines = Machines(tmp_path, undo, spares=2, encrypted=True)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0", "spare1")}
-    engine = engine_of(checkpoint, machines, undo)
+    nodes = cluster(tmp_path, undo, n_spares=2, encrypted=True)
+    processes = nodes.start_all()
+    engine = engine_of(checkpoint, nodes, undo)
     streams = running(engine)
-    for name in NAMES:
-        nodes[name].popen.kill()
+    for name in NODES:
+        processes[name].popen.kill()
     assert rest(streams) == undisturbed
-    places = {name: row(engine, name).spare for name in NAMES}
+    places = {name: row(engine, name).spare for name in NODES}
     assert set(places.values()) == {"spare0", "spare1"}
     streams = running(engine)
-    nodes[places["finisher"]].popen.kill()
-    home = machines.node("finisher")
+    processes[places["finisher"]].popen.kill()
+    home = nodes.start("finisher")
     assert rest(streams) == undisturbed
     assert row(engine, "finisher").spare == ""
     wait_for(lambda: (places["finisher"], "lost", places["finisher"]) in shown(engine))
     streams = running(engine)
     home.popen.kill()
-    machines.node(places["finisher"])
+    nodes.start(places["finisher"])
     assert rest(streams) == undisturbed
     assert row(engine, "finisher").spare == places["finisher"]
     assert [node.restarts for node in engine.nodes()] == [0, 1, 3]
@@ -164,32 +162,32 @@ def test_places_change_hands_as_nodes_come_and_go(
 def test_a_starter_that_starts_again_finds_the_spare_in_the_place_it_took(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
+    nodes = cluster(tmp_path, undo)
+    processes = nodes.start_all()
     with ExitStack() as first:
-        engine = engine_of(checkpoint, machines, first)
+        engine = engine_of(checkpoint, nodes, first)
         streams = running(engine)
-        nodes["secondary0"].popen.kill()
+        processes["secondary0"].popen.kill()
         assert rest(streams) == undisturbed
     started = time.monotonic()
-    engine = engine_of(checkpoint, machines, undo)
+    engine = engine_of(checkpoint, nodes, undo)
     assert time.monotonic() - started < 60  # it waits 120 s for nodes
     assert rest(running(engine)) == undisturbed
     assert ("secondary0", "ready", "spare0") in shown(engine)
 
 
-@pytest.mark.parametrize("victim", NAMES)
+@pytest.mark.parametrize("victim", NODES)
 def test_a_node_told_to_end_hands_over_to_a_spare(
     victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
-    engine = engine_of(checkpoint, machines, undo, spare_after_s=1000)
+    nodes = cluster(tmp_path, undo, encrypted=True)
+    processes = nodes.start_all()
+    engine = engine_of(checkpoint, nodes, undo, spare_after_s=1000)
     streams = running(engine)
-    nodes[victim].popen.terminate()
+    processes[victim].popen.terminate()
     wait_for(lambda: row(engine, victim).state == "leaving")
-    assert nodes[victim].says(f"node {victim} hands over to a spare")
-    assert nodes[victim].popen.wait(25) == 0
+    assert processes[victim].wait_for_line(f"node {victim} hands over to a spare")
+    assert processes[victim].popen.wait(25) == 0
     assert rest(streams) == undisturbed
     assert engine.recovery.failed_requests == 0
     assert row(engine, victim).spare == "spare0"
@@ -198,40 +196,40 @@ def test_a_node_told_to_end_hands_over_to_a_spare(
 def test_a_node_told_to_end_ends_when_no_spare_is_there(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1)
-    nodes = {name: machines.node(name) for name in NAMES}
-    engine = engine_of(checkpoint, machines, undo)
+    nodes = cluster(tmp_path, undo)
+    processes = {name: nodes.start(name) for name in NODES}
+    engine = engine_of(checkpoint, nodes, undo)
     streams = running(engine)
     told = time.monotonic()
-    nodes["finisher"].popen.terminate()
-    assert nodes["finisher"].popen.wait(25) == 0
+    processes["finisher"].popen.terminate()
+    assert processes["finisher"].popen.wait(25) == 0
     assert time.monotonic() - told < 15  # it waits 30 s at most
-    machines.node("finisher")
+    nodes.start("finisher")
     assert rest(streams) == undisturbed
     engine.close()
     time.sleep(4)  # no starter asks any more
-    nodes["secondary0"].popen.terminate()
-    assert nodes["secondary0"].popen.wait(10) == 0
+    processes["secondary0"].popen.terminate()
+    assert processes["secondary0"].popen.wait(10) == 0
 
 
 def test_told_twice_a_node_ends_at_once(checkpoint: Path, tmp_path: Path, undo: ExitStack) -> None:
-    machines = Machines(tmp_path, undo, spares=1)
-    nodes = {name: machines.node(name) for name in NAMES}
-    engine_of(checkpoint, machines, undo)
-    nodes["finisher"].popen.send_signal(signal.SIGINT)
-    nodes["finisher"].says("hands over")
-    nodes["finisher"].popen.send_signal(signal.SIGINT)
-    assert nodes["finisher"].popen.wait(10) == 0
+    nodes = cluster(tmp_path, undo)
+    processes = {name: nodes.start(name) for name in NODES}
+    engine_of(checkpoint, nodes, undo)
+    processes["finisher"].popen.send_signal(signal.SIGINT)
+    processes["finisher"].wait_for_line("hands over")
+    processes["finisher"].popen.send_signal(signal.SIGINT)
+    assert processes["finisher"].popen.wait(10) == 0
 
 
 def test_without_anybody_to_take_the_place_requests_fail_with_the_cause(
     checkpoint: Path, tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1)
-    nodes = {name: machines.node(name) for name in NAMES}
-    engine = engine_of(checkpoint, machines, undo, recovery_timeout_s=4)
+    nodes = cluster(tmp_path, undo)
+    processes = {name: nodes.start(name) for name in NODES}
+    engine = engine_of(checkpoint, nodes, undo, recovery_timeout_s=4)
     streams = running(engine)
-    nodes["finisher"].popen.kill()
+    processes["finisher"].popen.kill()
     with pytest.raises(LinkError, match="finisher: nothing listens at"):
         streams[0].completion()
     assert engine.recovery.failed_requests == len(streams)
@@ -240,11 +238,11 @@ def test_without_anybody_to_take_the_place_requests_fail_with_the_cause(
 def test_only_the_node_before_may_send_batches_and_only_the_starter_weights(
     checkpoint: Path, tmp_path: Path, undo: ExitStack
 ) -> None:
-    machines = Machines(tmp_path, undo, spares=1, encrypted=True)
-    nodes = {name: machines.node(name) for name in (*NAMES, "spare0")}
-    engine = engine_of(checkpoint, machines, undo)
+    nodes = cluster(tmp_path, undo, encrypted=True)
+    processes = nodes.start_all()
+    engine = engine_of(checkpoint, nodes, undo)
     streams = running(engine)
-    address = f"127.0.0.1:{machines.ports['finisher']}"
+    address = f"127.0.0.1:{nodes.places['finisher'].port}"
     for caller, method in (
         ("spare0", "Batches"),
         ("secondary0", "Offer"),
@@ -252,8 +250,8 @@ def test_only_the_node_before_may_send_batches_and_only_the_starter_weights(
         ("spare0", "Release"),
     ):
         with pytest.raises(grpc.aio.AioRpcError, match="may not") as refused:
-            call(address, "finisher", Identity.load(tmp_path / "certs", caller), method)
+            call_node(address, "finisher", Identity.load(nodes.certs(caller), caller), method)
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    assert nodes["finisher"].says("only secondary0 may call Batches")
+    assert processes["finisher"].wait_for_line("only secondary0 may call Batches")
     assert len(rest(streams)) == len(streams)
     assert engine.recovery.recoveries == 0

@@ -14,8 +14,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from testing.commands import ENVIRONMENT, mdi
-from testing.server import serving
+from testing.processes import ENVIRONMENT, mdi, serving
 
 from mdi.cli import app as cli
 
@@ -142,7 +141,7 @@ def test_a_port_in_use_is_named(checkpoint: Path) -> None:
 
 
 def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Path, picture: Path) -> None:
-    with serving(str(checkpoint), "--n-nodes", "3", environment=ENVIRONMENT) as (process, url):
+    with serving(checkpoint, "--n-nodes", "3", environment=ENVIRONMENT) as (process, url):
         nodes = psutil.Process(process.pid).children(recursive=True)
         assert len(nodes) == 2
         upload = {"image": ("cup.png", picture.read_bytes(), "image/png")}
@@ -156,7 +155,7 @@ def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Pat
 
 
 def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None:
-    with serving(str(checkpoint), "--n-nodes", "3", environment=ENVIRONMENT) as (process, _url):
+    with serving(checkpoint, "--n-nodes", "3", environment=ENVIRONMENT) as (process, _url):
         nodes = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait(10)
@@ -173,7 +172,7 @@ def wait_for_status(url: str, status: int) -> httpx.Response:
 
 def test_a_server_brings_a_killed_node_back_and_answers_as_before(checkpoint: Path) -> None:
     question = {"prompt": "x", "max_tokens": 150, "temperature": 1, "seed": 3}
-    with serving(str(checkpoint), "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
+    with serving(checkpoint, "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
         assert httpx.get(f"{url}/health/ready", timeout=30).status_code == 200
         before = httpx.post(f"{url}/generate", json=question, timeout=120).json()
         [node] = psutil.Process(process.pid).children(recursive=True)
@@ -187,7 +186,7 @@ def test_a_server_brings_a_killed_node_back_and_answers_as_before(checkpoint: Pa
 
 def test_a_server_told_to_end_brings_a_node_back_to_finish_what_runs(checkpoint: Path) -> None:
     question = {"prompt": "x", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": True}
-    with serving(str(checkpoint), "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
+    with serving(checkpoint, "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
         [node] = psutil.Process(process.pid).children(recursive=True)
         with httpx.stream("POST", f"{url}/generate", json=question, timeout=120) as answer:
             lines = answer.iter_lines()
@@ -200,7 +199,7 @@ def test_a_server_told_to_end_brings_a_node_back_to_finish_what_runs(checkpoint:
 
 def test_a_server_whose_node_does_not_come_back_in_time_says_so(checkpoint: Path) -> None:
     options = ("--n-nodes", "2", "--recovery-timeout", "0.05")
-    with serving(str(checkpoint), *options, environment=ENVIRONMENT) as (process, url):
+    with serving(checkpoint, *options, environment=ENVIRONMENT) as (process, url):
         [node] = psutil.Process(process.pid).children(recursive=True)
         assert httpx.get(f"{url}/health").status_code == 200
         node.kill()

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing.fakes import FakeLink, FakeStage
+from testing.waiting import wait_for
 from tokenizers import Tokenizer
 
 from mdi.cluster.delivery import Deliver
@@ -120,13 +121,6 @@ QUESTIONS: Sequence[tuple[Prompt, SamplingParams]] = [
 def completions(world: World, requests: Sequence[tuple[Prompt, SamplingParams]] = REQUESTS) -> list[Completion]:
     running = [world.submit(*request) for request in requests]
     return [request.stream.completion() for request in running]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
 
 
 @settings(max_examples=25, deadline=None)

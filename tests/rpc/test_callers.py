@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from testing.links import call, serving
+from testing.links import call_node, node_server
 
 from mdi.rpc import authority as certificates
 from mdi.rpc.authority import Authority
@@ -63,7 +63,7 @@ def node() -> Recording:
 
 @pytest.fixture(scope="module")
 def address(authority: Authority, node: Recording) -> Iterator[str]:
-    with serving(node, authority.issue("secondary2"), previous=PREVIOUS) as address:
+    with node_server(node, authority.issue("secondary2"), previous=PREVIOUS) as address:
         yield address
 
 
@@ -81,11 +81,11 @@ def test_only_the_node_that_may_call_a_method_reaches_it(
 ) -> None:
     allowed = PREVIOUS if method == "Batches" else "starter"
     if caller == allowed:
-        assert len(call(address, "secondary2", authority.issue(caller), method)) == 1
+        assert len(call_node(address, "secondary2", authority.issue(caller), method)) == 1
         assert calls.entered == [method]
         return
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(address, "secondary2", authority.issue(caller), method)
+        call_node(address, "secondary2", authority.issue(caller), method)
     assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert error.value.details() == f"node {caller} may not call {method}"
     assert (calls.entered, calls.read) == ([], 0)
@@ -101,7 +101,7 @@ def test_a_certificate_that_names_no_node_opens_nothing(
 ) -> None:
     monkeypatch.setattr(certificates, "host_name", lambda node: "starter.elsewhere")
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(address, "secondary2", authority.issue("starter"), method)
+        call_node(address, "secondary2", authority.issue("starter"), method)
     assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert calls.entered == []
 
@@ -114,7 +114,7 @@ def test_a_caller_without_a_certificate_reaches_nothing(
         "mdi.rpc.channel.channel_credentials", lambda identity: grpc.ssl_channel_credentials(identity.authority)
     )
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(address, "secondary2", authority.issue("starter"), method)
+        call_node(address, "secondary2", authority.issue("starter"), method)
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert calls.entered == []
 
@@ -123,16 +123,16 @@ def test_a_caller_without_a_certificate_reaches_nothing(
 def test_before_a_node_is_configured_no_node_may_send_it_batches(
     caller: str, authority: Authority, calls: Recording
 ) -> None:
-    with serving(calls, authority.issue("secondary2")) as address, pytest.raises(grpc.aio.AioRpcError) as error:
-        call(address, "secondary2", authority.issue(caller), "Batches")
+    with node_server(calls, authority.issue("secondary2")) as address, pytest.raises(grpc.aio.AioRpcError) as error:
+        call_node(address, "secondary2", authority.issue(caller), "Batches")
     assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert calls.entered == []
 
 
 def test_without_encryption_every_method_is_open(calls: Recording) -> None:
-    with serving(calls, None) as address:
+    with node_server(calls, None) as address:
         for method in METHODS:
-            call(address, "secondary2", None, method)
+            call_node(address, "secondary2", None, method)
     assert calls.entered == METHODS
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from testing.links import answering, call, free_port, speaking
+from testing.links import call_node, fake_node, free_port, raw_server
 
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.errors import ConfigError, LinkError
@@ -45,7 +45,7 @@ def finisher(authority: Authority) -> Identity:
 
 @pytest.fixture(scope="module")
 def server(finisher: Identity) -> Iterator[str]:
-    with answering(finisher) as address:
+    with fake_node(finisher) as address:
         yield address
 
 
@@ -58,20 +58,20 @@ def outdated(authority: Authority, node: str) -> Identity:
 
 def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        call(address, peer, identity)
+        call_node(address, peer, identity)
     return error.value.code()
 
 
 def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, starter: Identity) -> None:
-    assert call(server, "finisher", starter) == [
+    assert call_node(server, "finisher", starter) == [
         node_pb2.NodeStatus(name="finisher", error="starter", state=node_pb2.NodeStatus.LOADED)
     ]
     assert why_unreachable(server, "finisher", starter) is None
 
 
 def test_nodes_in_the_clear_talk() -> None:
-    with answering(None) as address:
-        assert call(address, "finisher", None) == [
+    with fake_node(None) as address:
+        assert call_node(address, "finisher", None) == [
             node_pb2.NodeStatus(name="finisher", state=node_pb2.NodeStatus.LOADED)
         ]
         assert why_unreachable(address, "finisher", None) is None
@@ -105,7 +105,7 @@ def test_a_client_without_a_certificate_is_refused(
 
 
 def test_a_server_of_another_authority_is_refused(stranger: Authority, starter: Identity) -> None:
-    with answering(stranger.issue("finisher")) as address:
+    with fake_node(stranger.issue("finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
         reason = why_unreachable(address, "finisher", starter)
     assert reason
@@ -113,7 +113,7 @@ def test_a_server_of_another_authority_is_refused(stranger: Authority, starter: 
 
 
 def test_a_server_with_an_expired_certificate_is_refused(authority: Authority, starter: Identity) -> None:
-    with answering(outdated(authority, "finisher")) as address:
+    with fake_node(outdated(authority, "finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
         reason = why_unreachable(address, "finisher", starter)
     assert reason
@@ -124,7 +124,7 @@ def test_a_server_with_a_certificate_that_is_not_valid_yet_is_refused(
     authority: Authority, starter: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(certs, "CLOCK_SLACK", timedelta(hours=-1))
-    with answering(authority.issue("finisher")) as address:
+    with fake_node(authority.issue("finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
         reason = why_unreachable(address, "finisher", starter)
     assert reason
@@ -134,7 +134,7 @@ def test_a_server_with_a_certificate_that_is_not_valid_yet_is_refused(
 def test_another_nodes_certificate_is_refused_although_its_address_is_right(
     authority: Authority, starter: Identity
 ) -> None:
-    with answering(authority.issue("secondary0", ["127.0.0.1", "localhost"])) as address:
+    with fake_node(authority.issue("secondary0", ["127.0.0.1", "localhost"])) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
         reason = why_unreachable(address, "finisher", starter)
     assert reason == f"{address} has the certificate of secondary0, not of finisher"
@@ -147,7 +147,7 @@ def test_plain_traffic_to_an_encrypted_port_is_told(server: str) -> None:
 
 
 def test_encrypted_traffic_to_a_plain_port_is_told(starter: Identity) -> None:
-    with answering(None) as address:
+    with fake_node(None) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
         reason = why_unreachable(address, "finisher", starter)
     assert reason == f"{address} is not encrypted and this side is: start the node there with ENABLE_ENCRYPTION=1"
@@ -162,7 +162,7 @@ def test_what_is_no_node_is_told(starter: Identity) -> None:
         pass
 
     for answer in (web, hangs_up):
-        with speaking(answer) as address:
+        with raw_server(answer) as address:
             for identity in (starter, None):
                 assert why_unreachable(address, "finisher", identity) == f"what listens at {address} is no mdi node"
 
