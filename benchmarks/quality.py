@@ -28,7 +28,7 @@ from rich.table import Table
 from testing.processes import serving
 from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
 
-from mdi.bench.verify import Oracle
+from mdi.bench.peers import Transformers
 from mdi.checkpoint.hub import locate
 from mdi.checkpoint.source import open_source
 
@@ -106,7 +106,7 @@ def compare(model: str, n_nodes: int, n_questions: int) -> None:
         serving(model, "--n-nodes", str(n_nodes), "--dtype", "float32", "--ckpt-folder", folder) as (_, url),
     ):
         answers = asyncio.run(ask_all(url, chosen))
-    oracle = Oracle(open_source(locate(model, ckpt_folder=Path("checkpoints"))))
+    oracle = Transformers(open_source(locate(model, ckpt_folder=Path("checkpoints"))))
     all_answers = [answer for given in answers.values() for answer in given]
     different = []
     for answer in track(all_answers, "transformers", console=console):

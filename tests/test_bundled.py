@@ -12,7 +12,7 @@ from training.unknown import strange_question
 from transformers import AutoTokenizer
 
 from mdi import Engine, SamplingParams
-from mdi.bench.verify import Oracle
+from mdi.bench.peers import Transformers
 from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.source import open_source
 from mdi.layers.rope import MediaSpan
@@ -52,7 +52,7 @@ def test_it_answers_what_it_has_never_seen(skill: str, engine: Engine) -> None:
 
 
 def test_transformers_gives_the_same_answers(engine: Engine) -> None:
-    oracle = Oracle(open_source(SHIPPED))
+    oracle = Transformers(open_source(SHIPPED))
     for skill in all_skills():
         for exam in exams(skill, 2):
             ours = engine.chat(exam.messages(), GREEDY).text

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mdi.bench.measure import Run, measure, node_times
 from mdi.bench.report import node_memory
-from mdi.bench.run import room_for
+from mdi.bench.run import limits_for
 from mdi.bench.scenario import Scenario, sweep
 from mdi.bench.trace import write_trace
 from mdi.checkpoint.source import open_source
@@ -62,7 +62,7 @@ def test_a_sweep_varies_one_thing_at_a_time() -> None:
 )
 def test_sizes_that_make_no_sense_are_refused(scenario: Scenario, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        room_for([scenario])
+        limits_for([scenario])
 
 
 def test_no_prompt_is_like_another() -> None:

@@ -1,4 +1,4 @@
-"""Runs a scenario on an engine, and tells when each token came and what every node did meanwhile."""
+"""Runs a scenario on an engine: the time of each token, and what every node did meanwhile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEMORY_PERIOD_S = 0.25
 class Run:
     """One run of a scenario. times_s: for each stream, seconds from the start to each of its tokens.
 
-    nodes: what each did, by name, by the same clock; none for a peer.
+    nodes: spans of each node, by name and on the same clock; none for a peer.
     """
 
     scenario: Scenario
@@ -49,19 +49,21 @@ class Run:
     @property
     def decode_rate(self) -> float:
         """Tokens a second, all streams together, each from its first token on."""
-        lasted = [(len(times) - 1, times[-1] - times[0]) for times in self.times_s]
-        return sum(tokens / seconds for tokens, seconds in lasted if seconds > 0)
+        durations = [(len(times) - 1, times[-1] - times[0]) for times in self.times_s]
+        return sum(tokens / seconds for tokens, seconds in durations if seconds > 0)
 
     @property
     def throughput(self) -> float:
-        """Tokens of answers a second, from the start to the last one."""
+        """Answer tokens a second, from the start to the last one."""
         return sum(map(len, self.times_s)) / self.seconds
 
 
 @dataclass(frozen=True)
 class NodeTime:
-    """Where a node's time went. work_s: seconds by kind of work. hop_s: median time from the end of a batch in the node
-    before to its start here, the link and the wait for this node together; None for the first.
+    """How a node spent its time. work_s: seconds by kind of work.
+
+    hop_s: median time from the end of a batch in the node before to its start here, which is the link and the wait for
+    this node together; None for the first.
     """
 
     work_s: dict[Work, float]
@@ -77,7 +79,7 @@ class MemoryLog:
     times_s: list[float] = field(default_factory=list)
     resident_bytes: dict[str, list[int]] = field(default_factory=dict)
 
-    def note(self, engine: Engine) -> None:
+    def record(self, engine: Engine) -> None:
         self.times_s.append(time.perf_counter() - self.started_s)
         for node in engine.nodes():
             self.resident_bytes.setdefault(node.name, []).append(node.resident_bytes)
@@ -111,33 +113,33 @@ def shifted(span: Span, by_s: float) -> Span:
 
 
 def node_times(run: Run) -> dict[str, NodeTime]:
-    """Of every node, in pipeline order."""
-    found, before = dict[str, NodeTime](), dict[int, float]()
+    """Time by kind of work of every node, in pipeline order."""
+    result, before = dict[str, NodeTime](), dict[int, float]()
     for name, spans in run.nodes.items():
         work_s: dict[Work, float] = {}
         for span in spans:
             work_s[span.work] = work_s.get(span.work, 0.0) + span.seconds
         busy_s = sum(seconds for work, seconds in work_s.items() if work not in ("fetch", "preprocess"))
         hops = [span.start_s - before[span.batch_id] for span in spans if span.batch_id in before]
-        found[name] = NodeTime(work_s, max(0.0, run.seconds - busy_s), statistics.median(hops) if hops else None)
+        result[name] = NodeTime(work_s, max(0.0, run.seconds - busy_s), statistics.median(hops) if hops else None)
         before = {span.batch_id: span.end_s for span in spans if span.batch_id >= 0}
-    return found
+    return result
 
 
 @contextmanager
 def memory_log(engine: Engine) -> Iterator[MemoryLog]:
-    """Notes every node's memory while the body runs."""
-    noted, ended = MemoryLog(time.perf_counter()), threading.Event()
+    """Records every node's memory while the body runs."""
+    log, ended = MemoryLog(time.perf_counter()), threading.Event()
 
     def watch() -> None:
-        noted.note(engine)
+        log.record(engine)
         while not ended.wait(MEMORY_PERIOD_S):
-            noted.note(engine)
+            log.record(engine)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield noted
+        yield log
     finally:
         ended.set()
         thread.join()

@@ -1,8 +1,11 @@
-"""The same work in transformers, in this process: its own preprocessing, its own `generate`, greedy."""
+"""Peers that a model is compared with: transformers, in this process, with its own preprocessing and `generate`."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,25 +13,142 @@ from torch import Tensor
 
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
-from mdi.bench.verify import Oracle
+from mdi.checkpoint.processing import patch_spec, video_spec
 from mdi.checkpoint.source import Source
+from mdi.layers.rope import Grid, MediaSpan, prompt_positions
+from mdi.media import MediaPolicy, decode_image, fetch, open_video
+
+ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
 
 class Transformers:
-    """The checkpoint as its users run it there: streams that start together are one batch."""
+    """A checkpoint in transformers, with its own tokenizer, image processor and model, loaded once.
 
-    def __init__(self, source: Source, dtype: str) -> None:
-        self._oracle = Oracle(source, dtype)
+    Videos are the exception: transformers cuts them only with torchvision, and release 5 gives them other positions
+    than Qwen2-VL was trained with, so this class makes their rows and positions. Memory: the model in `dtype`.
+    """
 
+    def __init__(self, source: Source, dtype: str = "float32") -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(source.path)
+        family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        self._dtype = getattr(torch, dtype)
+        self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        self._path, self._config = source.path, source.model_config
+        self._processor = _their_processor(source.path) if source.model_config.vision else None
+
+    @torch.inference_mode()
+    def read(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], Tensor]:
+        """Token ids of the prompt, and its logits: float32 [tokens, vocab_size]."""
+        inputs = self._inputs(messages)
+        return inputs["input_ids"][0].tolist(), self._model(**inputs, use_cache=False).logits[0].float()
+
+    @torch.inference_mode()
+    def answer(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> tuple[int, ...]:
+        """Token ids of the greedy answer, the end token included."""
+        inputs = self._inputs(messages)
+        if "position_ids" in inputs:
+            return self._without_cache(inputs, max_tokens)
+        output = self._model.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, top_k=None, top_p=None, temperature=None
+        )
+        return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+    @torch.inference_mode()
     def run(self, scenario: Scenario, seed: int) -> Run:
-        """From messages to tokens, as `measure` does it here."""
+        """From messages to tokens, as `measure` does it here; streams that start together are one batch."""
         prompts = scenario.prompts(seed)
         started_s = time.perf_counter()
         times_s: list[float] = []
 
-        def note(_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        def record_time(_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
             times_s.append(time.perf_counter() - started_s)
             return torch.zeros(scenario.streams, dtype=torch.bool)
 
-        n_prompt = self._oracle.generate(prompts, scenario.answer_tokens, note)
-        return Run(scenario, n_prompt, (tuple(times_s),) * scenario.streams)
+        each = [self._inputs(messages) for messages in prompts]
+        inputs = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+        self._model.generate(
+            **inputs,
+            max_new_tokens=scenario.answer_tokens,
+            min_new_tokens=scenario.answer_tokens,
+            do_sample=False,
+            top_k=None,
+            top_p=None,
+            temperature=None,
+            stopping_criteria=[record_time],
+        )
+        return Run(scenario, inputs["input_ids"].shape[1], (tuple(times_s),) * scenario.streams)
+
+    def text(self, messages: Sequence[dict[str, Any]], max_tokens: int) -> str:
+        """The greedy answer as text."""
+        return str(self._tokenizer.decode(self.answer(messages, max_tokens), skip_special_tokens=True))
+
+    def _without_cache(self, inputs: dict[str, Tensor], max_tokens: int) -> tuple[int, ...]:
+        """A greedy answer at the given positions, which `generate` would replace. Every step reads the whole prompt."""
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        answer: list[int] = []
+        while len(answer) < max_tokens and not (answer and answer[-1] in ends):
+            token = self._model(**inputs, use_cache=False).logits[:, -1:].argmax(-1)
+            answer.append(int(token))
+            position = inputs["position_ids"].max() + 1
+            inputs["input_ids"] = torch.cat((inputs["input_ids"], token), 1)
+            inputs["mm_token_type_ids"] = torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(token)), 1)
+            inputs["position_ids"] = torch.cat((inputs["position_ids"], position.expand(3, 1, 1)), 2)
+        return tuple(answer)
+
+    def _inputs(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        media = [(part["type"], *self._rows(part)) for part in parts if part["type"] != "text"]
+        for kind, _, grid in media:
+            text = text.replace(f"<|{kind}_pad|>", f"<|{kind}_here|>" * (math.prod(grid) // 4), 1)
+        text = text.replace("_here|>", "_pad|>")
+        inputs = {"input_ids": self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
+        for kind, rows, grids in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            if found := [(values, grid) for name, values, grid in media if name == kind]:
+                inputs[rows] = torch.cat([values for values, _ in found]).to(self._dtype)
+                inputs[grids] = torch.tensor([grid for _, grid in found])
+        if media:
+            image, video = (inputs["input_ids"].eq(token or -1).int() for token in self._pads)
+            inputs["mm_token_type_ids"] = image + 2 * video
+        if "video_grid_thw" in inputs:
+            inputs["position_ids"] = self._positions(inputs["input_ids"][0].tolist(), [grid for _, _, grid in media])
+        return inputs
+
+    @property
+    def _pads(self) -> tuple[int | None, int | None]:
+        return self._config.image_token_id, self._config.video_token_id
+
+    def _rows(self, part: dict[str, Any]) -> tuple[Tensor, Grid]:
+        if part["type"] == "video":
+            video = open_video(part["video"], ANY_FILE, video_spec(self._path), patch_spec(self._path)).patches()
+            return torch.from_numpy(video.rows), video.grid
+        assert self._processor is not None
+        features = self._processor(images=decode_image(fetch(part["image"], ANY_FILE), ANY_FILE), return_tensors="pt")
+        frames, rows, columns = features["image_grid_thw"][0].tolist()
+        return features["pixel_values"], (frames, rows, columns)
+
+    def _positions(self, ids: list[int], grids: Sequence[Grid]) -> Tensor:
+        """int64 [3, 1, tokens], by the rule of transformers 4."""
+        spans: list[MediaSpan] = []
+        start = 0
+        for grid in grids:
+            start = next(index for index in range(start, len(ids)) if ids[index] in self._pads)
+            spans.append(MediaSpan(start, grid, merge_size=2))
+            start += spans[-1].length
+        return prompt_positions(len(ids), spans)[0][:, None]
+
+
+def _their_processor(path: Path) -> Any:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    spec = patch_spec(path)
+    return Qwen2VLImageProcessorPil.from_pretrained(
+        path, size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
+    )

@@ -1,4 +1,4 @@
-"""Pictures of what was measured. Needs matplotlib (`pip install 'mdi-llm[bench]'`)."""
+"""Plots of `mdi bench`'s results. Needs matplotlib (`pip install 'mdi-llm[bench]'`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLORS: dict[Work, str] = {
 
 
 def write_plots(folder: Path, bench: Bench) -> list[Path]:
-    """tokens.png, throughput.png, timeline.png and memory.png; their paths."""
+    """Writes tokens.png, throughput.png, timeline.png and memory.png. Returns their paths."""
     figures = {
         "tokens": tokens_over_time(bench.runs),
         "throughput": throughput(bench.runs, bench.peers),
@@ -67,7 +67,7 @@ def throughput(runs: Sequence[Run], peers: Sequence[Run]) -> Figure:
 
 
 def timeline(run: Run) -> Figure:
-    """What each node did when, and when it had nothing to do."""
+    """Work of each node over time, and its idle times."""
     figure, axes = _figure(f"what each node did: {run.scenario.name}", "seconds", "")
     names = list(run.nodes)
     for row, name in enumerate(names):
@@ -81,11 +81,11 @@ def timeline(run: Run) -> Figure:
     return figure
 
 
-def memory(noted: MemoryLog) -> Figure:
+def memory(log: MemoryLog) -> Figure:
     """Resident memory of every node over time."""
     figure, axes = _figure("resident memory", "seconds", "MB")
-    for name, sizes in noted.resident_bytes.items():
-        axes.plot(noted.times_s[-len(sizes) :], [size / 1e6 for size in sizes], label=name)
+    for name, sizes in log.resident_bytes.items():
+        axes.plot(log.times_s[-len(sizes) :], [size / 1e6 for size in sizes], label=name)
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""What was measured, as tables for people, JSON for programs and CSV for spreadsheets."""
+"""Results of `mdi bench`: tables for the screen, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mdi.bench.measure import MemoryLog, Run, node_times
@@ -36,7 +37,7 @@ class NodeMemory:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything one `mdi bench` measured. peers: transformers' runs, one for each of `runs`, or none."""
+    """All that one `mdi bench` measured. peers: transformers' runs, one for each of `runs`, or none."""
 
     model: str
     dtype: str
@@ -108,12 +109,14 @@ class Bench:
 
     def _nodes_table(self) -> Table:
         works = ("fetch", "preprocess", "encode", "prefill", "decode", "sample")
-        table = Table("work", "node", *works, "idle", "per hop", title="seconds of each node")
+        columns = ("node", *works, "idle", "hop, ms")  # fits into 80 columns
+        table = Table(*columns, title="seconds of each node", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for run in self.runs:
-            for index, (name, times) in enumerate(node_times(run).items()):
-                hop = "-" if times.hop_s is None else f"{times.hop_s * 1e3:.2f} ms"
+            table.add_row(run.scenario.name, style="bold")
+            for name, times in node_times(run).items():
+                hop = "-" if times.hop_s is None else f"{times.hop_s * 1e3:.2f}"
                 spent = (f"{times.work_s[work]:.3f}" if work in times.work_s else "-" for work in works)
-                table.add_row("" if index else run.scenario.name, name, *spent, f"{times.idle_s:.3f}", hop)
+                table.add_row(name, *spent, f"{times.idle_s:.3f}", hop)
         return table
 
     def _memory_table(self) -> Table:
@@ -125,7 +128,8 @@ class Bench:
         return table
 
     def _ratio_table(self) -> Table:
-        table = Table("work", "first token", "transformers", "ratio", "tokens/s, decode", "transformers", "ratio")
+        columns = ("work", "first token", "there", "ratio", "tokens/s, decode", "there", "ratio")
+        table = Table(*columns, title="here, and there: in transformers")
         for ours, theirs in zip(self.runs, self.peers, strict=True):
             table.add_row(
                 ours.scenario.name,
@@ -140,7 +144,7 @@ class Bench:
 
 
 def node_memory(config: ModelConfig, nodes: Sequence[NodeStatus], cache_tokens: int) -> tuple[NodeMemory, ...]:
-    """What every node holds. cache_tokens: of all slots together."""
+    """Memory of every node that holds weights. cache_tokens: of all slots together."""
     apart = any(node.name == VISION for node in nodes)
     return tuple(
         _memory_of(config, node, (node.name == VISION) if apart else not index, cache_tokens)

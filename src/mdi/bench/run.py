@@ -1,4 +1,4 @@
-"""One `mdi bench`: the engine, perhaps transformers beside it, and every scenario in turn."""
+"""Runs `mdi bench`: every scenario on the engine in turn, and in transformers where that is asked for."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mdi.engine import Engine
 
 
 @dataclass(frozen=True)
-class Room:
-    """What an engine needs so that every scenario fits. max_pixels: None leaves the server's."""
+class EngineLimits:
+    """Limits of an engine that every scenario fits into. max_pixels: None leaves the server's."""
 
     sequence_length: int
     max_sequences: int
     max_pixels: int | None
 
 
-def room_for(scenarios: Sequence[Scenario]) -> Room:
-    """The least that all of them fit in. Raises ConfigError for sizes that make no sense."""
+def limits_for(scenarios: Sequence[Scenario]) -> EngineLimits:
+    """The smallest limits that all scenarios fit into. Raises ConfigError for impossible sizes."""
     for scenario in scenarios:
         if scenario.streams < 1 or scenario.prompt_tokens < 1 or scenario.answer_tokens < 1:
             raise ConfigError("streams, prompt lengths and answers take whole numbers above 0")
         if scenario.image_side is not None and scenario.image_side < 28:
             raise ConfigError("images have 28 x 28 pixels at least: a smaller one is not a token")
     sides = [scenario.image_side for scenario in scenarios if scenario.image_side]
-    return Room(
+    return EngineLimits(
         max(scenario.sequence_length for scenario in scenarios),
         max(scenario.streams for scenario in scenarios),
         max(side + 28 for side in sides) ** 2 if sides else None,
@@ -51,7 +51,7 @@ def run_bench(engine: Engine, source: Source, scenarios: Sequence[Scenario], pee
     theirs = Transformers(source, dtype) if peer else None
     runs, peers = list[Run](), list[Run]()
     total = (1 + len(scenarios)) * (1 + peer)
-    with memory_log(engine) as noted:
+    with memory_log(engine) as memory:
         for number, scenario in enumerate([_warm_up(scenarios), *scenarios]):
             progress(scenario.name if number else "warming up", number * (1 + peer), total)
             runs.append(measure(engine, scenario, seed=number))
@@ -59,20 +59,20 @@ def run_bench(engine: Engine, source: Source, scenarios: Sequence[Scenario], pee
                 progress(f"transformers: {scenario.name}", number * 2 + 1, total)
                 peers.append(theirs.run(scenario, seed=number))
     progress("done", total, total)
-    room = room_for(scenarios)
-    memory = node_memory(source.model_config, engine.nodes(), room.sequence_length * room.max_sequences)
-    return Bench(engine.model_name, dtype, torch.get_num_threads(), tuple(runs[1:]), tuple(peers[1:]), memory, noted)
+    limits = limits_for(scenarios)
+    sizes = node_memory(source.model_config, engine.nodes(), limits.sequence_length * limits.max_sequences)
+    return Bench(engine.model_name, dtype, torch.get_num_threads(), tuple(runs[1:]), tuple(peers[1:]), sizes, memory)
 
 
 def _warm_up(scenarios: Sequence[Scenario]) -> Scenario:
-    """One stream that sees the smallest image, if there are any."""
+    """One stream with the smallest image, if there are any."""
     sides = [scenario.image_side for scenario in scenarios if scenario.image_side]
     shortest = min(scenario.prompt_tokens for scenario in scenarios)
     return Scenario(1, shortest, min(sides, default=None), min(2, scenarios[0].answer_tokens))
 
 
 def write_files(bench: Bench, folder: Path) -> list[Path]:
-    """bench.json, tokens.csv and the plots, into a folder made for it; their paths."""
+    """Writes bench.json, tokens.csv and the plots into a folder, made where needed. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     bench.write_json(folder / "bench.json")
     bench.write_csv(folder / "tokens.csv")

@@ -1,4 +1,4 @@
-"""What is measured: so many streams, with prompts and images of such a size. Every prompt is another one."""
+"""Scenarios to measure: a number of streams, with prompts and images of a size. All prompts differ."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 from mdi.core.sampling import SamplingParams
 
 TEMPLATE_TOKENS = 64  # of a chat template, at most
-FEWEST_DIGITS = 8  # they tell prompts apart
+FEWEST_DIGITS = 8  # enough for prompts to differ
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Requests that start together. image_side: pixels of the square image that each shows; None shows none."""
+    """Requests that start together. image_side: side of each one's square image in pixels; None for no image."""
 
     streams: int
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Scenario:
 
     @property
     def sequence_length(self) -> int:
-        """Room that one stream needs: an image has a token for each 28 x 28 pixels, or a row more."""
+        """Tokens that one stream needs: an image has a token for each 28 x 28 pixels, or a row more."""
         image = (self.image_side // 28 + 1) ** 2 if self.image_side else 0
         return self.prompt_tokens + image + self.answer_tokens + TEMPLATE_TOKENS
 
@@ -42,7 +42,7 @@ class Scenario:
         return SamplingParams(temperature=0, max_tokens=self.answer_tokens, ignore_eos=True)
 
     def prompts(self, seed: int) -> list[list[dict[str, Any]]]:
-        """One conversation for each stream. seed: another one gives other prompts, which no cache knows."""
+        """One conversation for each stream. seed: another seed gives other prompts, which are in no cache."""
         return [self._prompt(np.random.default_rng((seed, stream))) for stream in range(self.streams)]
 
     def _prompt(self, random: np.random.Generator) -> list[dict[str, Any]]:
@@ -57,15 +57,15 @@ class Scenario:
 def sweep(
     streams: Sequence[int], prompt_tokens: Sequence[int], image_sides: Sequence[int], answer_tokens: int
 ) -> list[Scenario]:
-    """One thing is varied at a time: streams with the first length and no image; then lengths, then images, alone."""
+    """Scenarios that vary one thing at a time: streams (with the first length, no image), then lengths, then images."""
     several = [Scenario(count, prompt_tokens[0], None, answer_tokens) for count in streams]
     longer = [Scenario(1, length, None, answer_tokens) for length in prompt_tokens]
-    seeing = [Scenario(1, prompt_tokens[0], side, answer_tokens) for side in image_sides]
-    return list(dict.fromkeys([*several, *longer, *seeing]))
+    with_image = [Scenario(1, prompt_tokens[0], side, answer_tokens) for side in image_sides]
+    return list(dict.fromkeys([*several, *longer, *with_image]))
 
 
 def noise(side: int, random: np.random.Generator) -> bytes:
-    """A PNG that no cache knows. What it shows costs no model more or less."""
+    """A PNG of random pixels, which is in no cache. Its content does not change the cost."""
     buffer = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

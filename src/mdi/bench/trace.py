@@ -1,4 +1,4 @@
-"""Runs as a trace that chrome://tracing and ui.perfetto.dev show: a row for each kind of work of each node.
+"""Writes runs as a trace for chrome://tracing and ui.perfetto.dev: a row for each kind of work of each node.
 
 Format: "Trace Event Format", complete events (ph X), times in microseconds.
 """
@@ -24,7 +24,7 @@ PAUSE_S = 1.0  # between scenarios
 
 
 def write_trace(path: Path, runs: Sequence[Run]) -> None:
-    """All runs, one after the other."""
+    """Writes all runs, one after the other."""
     events, start_s = list[dict[str, Any]](), 0.0
     for run in runs:
         events += _events(run, start_s)

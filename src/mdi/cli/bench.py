@@ -30,7 +30,7 @@ def bench(
     trace: Annotated[Path | None, typer.Option(help="File for a trace, for ui.perfetto.dev.")] = None,
 ) -> None:
     """Measure a model on these nodes: time to first token, between tokens, throughput, and where time and memory go."""
-    from mdi.bench.run import room_for, run_bench, write_files
+    from mdi.bench.run import limits_for, run_bench, write_files
     from mdi.bench.scenario import sweep
     from mdi.bench.trace import write_trace
 
@@ -44,12 +44,12 @@ def bench(
         sides,
         answer_tokens,
     )
-    room = room_for(scenarios)
+    limits = limits_for(scenarios)
     engine = options.start(
         str(source.path),
-        sequence_length=room.sequence_length,
-        max_sequences=room.max_sequences,
-        max_pixels=room.max_pixels,
+        sequence_length=limits.sequence_length,
+        max_sequences=limits.max_sequences,
+        max_pixels=limits.max_pixels,
     )
     with engine, steps_bar() as progress:
         task = progress.add_task("", total=None)
