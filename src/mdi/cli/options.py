@@ -1,6 +1,7 @@
-"""Options that more than one command takes, each declared once, and what they stand for.
+"""Options that more than one command takes, each declared once.
 
-A command with a parameter of one of these dataclasses takes every field of it as an option: see `grouped`.
+Options for settings of the engine have their names, meanings and defaults from `core/config.py`. A command
+with a parameter of one of these dataclasses takes every field of it as an option: see `grouped`.
 """
 
 from __future__ import annotations
@@ -14,38 +15,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdi.core.config import EngineConfig, meaning
 from mdi.core.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
     from mdi.checkpoint.source import Source
     from mdi.engine import Engine
 
-CERTS = Path("certs")
+DEFAULTS = EngineConfig.of("")
+CERTS = DEFAULTS.cluster.manual.certs
 
-Model = Annotated[str, typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, or: bundled.")]
-NNodes = Annotated[int, typer.Option("--n-nodes", min=1, help="Nodes the layers are split over.")]
-Layers = Annotated[str | None, typer.Option(help="Layers per node, overriding the plan: 10,10,8.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
-Device = Annotated[str | None, typer.Option(help="Where this node computes: cpu (the default), cuda, cuda:1, mps.")]
-SequenceLength = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")]
-MaxSequences = Annotated[int, typer.Option(min=1, help="Samples that run at once; more wait.")]
+
+def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
+    """An option for a setting of the engine, which has its meaning."""
+    return typer.Option(*flags, help=meaning(name) + example, **settings)
+
+
+Model = Annotated[str, typer.Argument(help=meaning("checkpoint"))]
+NNodes = Annotated[int, setting("n_nodes", "--n-nodes", min=1)]
+Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]
+Dtype = Annotated[str | None, setting("dtype")]
+Device = Annotated[str | None, setting("device")]
+SequenceLength = Annotated[int | None, setting("sequence_length")]
+MaxSequences = Annotated[int, setting("max_sequences", min=1)]
+MaxPixels = Annotated[int | None, setting("max_pixels")]
+MinPixels = Annotated[int | None, setting("min_pixels")]
+NodesJson = Annotated[Path | None, setting("nodes_config", "--nodes-config")]
+Certs = Annotated[Path, setting("certs")]
+Insecure = Annotated[bool, setting("insecure", "--insecure")]
 Images = Annotated[list[str] | None, typer.Option("--image", help="Path, URL or data: URL; may be repeated.")]
 Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or data: URL; may be repeated.")]
-MaxPixels = Annotated[int | None, typer.Option(help="Largest area an image is given, in pixels (784 make a token).")]
-MinPixels = Annotated[int | None, typer.Option(help="Smallest area an image is given, in pixels.")]
-NodesJson = Annotated[
-    Path | None, typer.Option("--nodes-config", help="JSON file with all nodes, each started on its own machine.")
-]
-Certs = Annotated[Path, typer.Option(help="Folder with this node's certificate, for ENABLE_ENCRYPTION=1.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Allow unencrypted links beyond this machine.")]
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
     """Where a checkpoint comes from."""
 
-    ckpt_folder: Annotated[Path, typer.Option(help="Where checkpoints from the hub are kept.")] = Path("checkpoints")
-    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Access token for gated checkpoints.")] = None
+    ckpt_folder: Annotated[Path, setting("ckpt_folder")] = DEFAULTS.model.ckpt_folder
+    hf_token: Annotated[str | None, setting("hf_token", envvar="HF_TOKEN")] = None
 
     def open(self, model: str, *, download: bool = True) -> Source:
         """The checkpoint, downloaded first where that is needed and allowed."""
@@ -71,7 +78,7 @@ class NodesOptions:
 class EngineOptions(CheckpointOptions, NodesOptions):
     """What every command that loads a model takes."""
 
-    wait_s: Annotated[float, typer.Option(help="Seconds to wait for the nodes of --nodes-config.")] = 600
+    wait_s: Annotated[float, setting("wait_s")] = DEFAULTS.cluster.manual.wait_s
     device: Device = None
 
     def start(self, model: str, **settings: Any) -> Engine:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mdi.cli.options import (
+    DEFAULTS,
     CheckpointOptions,
     MaxSequences,
     Model,
@@ -18,6 +19,7 @@ from mdi.cli.options import (
     parse_layers,
 )
 from mdi.cli.screen import err, out
+from mdi.core.config import CacheSettings, ManualNodes
 
 if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
@@ -33,14 +35,13 @@ def plan(
     options: NodesOptions,
     checkpoint: CheckpointOptions,
     sequence_length: SequenceLength = None,
-    max_sequences: MaxSequences = 16,
+    max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
 ) -> None:
     """Show which layers would go to which node, and what each would hold, before anything is loaded.
 
     With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
     """
     from mdi.cluster.nodes_config import NodesConfig
-    from mdi.core.config import CacheSettings
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
@@ -73,7 +74,6 @@ def plan(
 def _measure(nodes: NodesConfig, options: NodesOptions, dtype: str) -> list[MeasuredNode]:
     from mdi.cluster.launchers.manual import starter_identity
     from mdi.cluster.measure import measure_reachable
-    from mdi.core.config import ManualNodes
     from mdi.rpc.tls import encryption_enabled
 
     manual = ManualNodes(certs=options.certs, insecure=options.insecure)

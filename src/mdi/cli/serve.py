@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mdi.cli.options import EngineOptions, MaxPixels, MaxSequences, MinPixels, SequenceLength, grouped
+from mdi.cli.options import (
+    DEFAULTS,
+    EngineOptions,
+    MaxPixels,
+    MaxSequences,
+    MinPixels,
+    SequenceLength,
+    grouped,
+    setting,
+)
 from mdi.cli.screen import err, nodes_table
+from mdi.core.config import MEBIBYTE
 from mdi.core.errors import ConfigError
 
 
@@ -20,18 +30,16 @@ def serve(
     host: Annotated[str, typer.Option(help="Address the HTTP server binds.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
     sequence_length: SequenceLength = None,
-    max_sequences: MaxSequences = 16,
+    max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
     vision_cache_mb: Annotated[
-        int, typer.Option(min=0, help="Memory for encoded images and videos, kept for further requests.")
-    ] = 256,
+        int, typer.Option(min=0, help="Mebibytes for encoded images and videos, kept for further requests.")
+    ] = DEFAULTS.cache.vision_cache_bytes // MEBIBYTE,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
-    media_dir: Annotated[Path | None, typer.Option(help="Requests may name files in this folder.")] = None,
+    media_dir: Annotated[Path | None, setting("media_dir")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
-    recovery_timeout: Annotated[float, typer.Option(help="Seconds that requests wait for lost nodes.")] = 120,
-    spare_after: Annotated[
-        float, typer.Option(help="Seconds that a lost node has to come back before a spare takes its place.")
-    ] = 5,
+    recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
+    spare_after: Annotated[float, setting("spare_after_s")] = DEFAULTS.cluster.manual.spare_after_s,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
@@ -45,7 +53,7 @@ def serve(
             model or ckpt or "",
             sequence_length=sequence_length,
             max_sequences=max_sequences,
-            vision_cache_bytes=vision_cache_mb * 2**20,
+            vision_cache_bytes=vision_cache_mb * MEBIBYTE,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             media_dir=media_dir,
