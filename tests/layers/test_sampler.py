@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -135,3 +136,33 @@ def test_logprobs_are_the_models_own_whatever_is_adjusted() -> None:
 def test_no_more_likeliest_tokens_are_told_than_there_are() -> None:
     [token] = sample(torch.randn(1, 4), [replace(PLAIN, top_logprobs=20)])
     assert len(token.top_logprobs) == 4
+
+
+def mask_of(*token_ids: int, size: int = 300) -> bytes:
+    allowed = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8)
+    allowed[list(token_ids)] = 1
+    return np.packbits(allowed.numpy(), bitorder="little").tobytes()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_masked_draw_is_the_draw_from_the_allowed_tokens_alone(temperature: float) -> None:
+    logits, allowed = torch.randn(1, 300), [3, 8, 150, 299]
+    masked = draws(200, temperature=temperature, token_mask=mask_of(*allowed))  # type: ignore[arg-type]
+    tokens = [sample(logits, [sampling])[0] for sampling in masked]
+    alone = [sample(logits[:, allowed], [replace(sampling, token_mask=None)])[0] for sampling in masked]
+    assert [token.id for token in tokens] == [allowed[token.id] for token in alone]
+    assert torch.allclose(
+        torch.tensor([token.logprob for token in tokens]),
+        logits.log_softmax(-1)[0, [token.id for token in tokens]],
+    )
+
+
+def test_a_mask_forbids_what_a_bias_forces_and_tokens_that_it_does_not_reach() -> None:
+    forced = replace(adjustment(biases={5: 100.0}), token_mask=mask_of(4, size=8))
+    assert sample(torch.randn(1, 300), [forced])[0].id == 4
+
+
+def test_a_masked_row_leaves_the_others_alone() -> None:
+    logits = torch.randn(2, 300)
+    tokens = sample(logits, [replace(PLAIN, temperature=0.0, token_mask=mask_of(9)), replace(PLAIN, temperature=0.0)])
+    assert [token.id for token in tokens] == [9, int(logits[1].argmax())]

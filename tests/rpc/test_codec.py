@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
+from mdi.core.batch import MASK_ELSEWHERE, Batch, Result, Slice, Token, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.rpc import codec, node_pb2
 
 SOURCE = Path(codec.__file__).parents[2]
 WIDTH = 8
+PLAIN = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 
 samplings = st.builds(
     TokenSampling,
@@ -79,6 +81,22 @@ def test_a_result_survives_the_wire() -> None:
     result = Result(9, (Token(151_935, -0.25), Token(0, -17.5)))
     message = codec.parse(node_pb2.BatchResult, codec.serialize(codec.encode_result(result, epoch=2)))
     assert codec.decode_result(message) == result
+
+
+@given(sizes=st.lists(st.none() | st.integers(1, 600_000), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_masks_travel_apart_from_their_batch_in_messages_below_a_mebibyte(sizes: list[int | None]) -> None:
+    masks = [None if size is None else bytes([index]) * size for index, size in enumerate(sizes)]
+    parts = [Slice(0, 0, 1, (replace(PLAIN, token_mask=mask),)) for mask in masks]
+    batch, hidden = batch_of(*parts)
+    travelled, _ = through(batch, hidden)
+    assert sum(len(codec.serialize(piece)) for piece in codec.encode_batch(batch, hidden, epoch=3)) < 1000
+    assert [sampling.token_mask for sampling in travelled.samplings] == [mask and MASK_ELSEWHERE for mask in masks]
+    messages = list(codec.encode_masks(batch, epoch=3))
+    assert all(message.ByteSize() < 2**20 for message in messages)
+    assert {(message.epoch, message.batch_id) for message in messages} <= {(3, batch.id)}
+    arrived = [mask for message in messages for mask in message.masks]
+    assert travelled.with_token_masks(arrived).slices == batch.slices
 
 
 def test_a_failure_names_its_node() -> None:

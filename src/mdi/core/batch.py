@@ -5,11 +5,16 @@ Knows slots and positions, nothing of requests, texts or networks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # who only describes a batch does not need torch
     from torch import Tensor
+
+
+MASK_ELSEWHERE = b""
+"""A token mask that does not travel with the batch, but by itself to the node with the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,21 @@ class Batch:
     def samplings(self) -> list[TokenSampling]:
         """How a token is drawn from each of `sampled_rows`."""
         return [sampling for part in self.slices for sampling in part.samplings]
+
+    @property
+    def token_masks(self) -> list[bytes]:
+        """The masks of the samplings that have one."""
+        return [sampling.token_mask for sampling in self.samplings if sampling.token_mask is not None]
+
+    def with_token_masks(self, masks: Sequence[bytes]) -> Batch:
+        """The same batch with these masks in place of `token_masks`."""
+        left = iter(masks)
+
+        def masked(sampling: TokenSampling) -> TokenSampling:
+            return sampling if sampling.token_mask is None else replace(sampling, token_mask=next(left))
+
+        slices = (replace(part, samplings=tuple(map(masked, part.samplings))) for part in self.slices)
+        return replace(self, slices=tuple(slices))
 
 
 @dataclass(frozen=True, slots=True)

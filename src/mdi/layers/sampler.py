@@ -53,13 +53,21 @@ def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
         logits[biased] += torch.tensor(adjustment.biases, dtype=logits.dtype, device=logits.device)
 
 
+def forbid(logits: Tensor, token_mask: bytes) -> None:
+    """Sets the logits of tokens that the mask does not allow to minus infinity. logits: [vocab_size]."""
+    allowed = np.unpackbits(np.frombuffer(token_mask, np.uint8), count=len(logits), bitorder="little")
+    logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
+
+
 def _adjusted(logits: Tensor, samplings: Sequence[TokenSampling]) -> Tensor:
-    if not any(sampling.adjustment for sampling in samplings):
+    if not any(sampling.adjustment or sampling.token_mask is not None for sampling in samplings):
         return logits
     adjusted = logits.clone()
     for row, sampling in zip(adjusted, samplings, strict=True):
         if sampling.adjustment:
             adjust(row, sampling.adjustment)
+        if sampling.token_mask is not None:
+            forbid(row, sampling.token_mask)
     return adjusted
 
 

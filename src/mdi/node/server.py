@@ -209,6 +209,22 @@ class NodeService(NodeServicer):
             self._worker.put(epoch, epoch.failure(error))
         return node_pb2.BatchesReply()
 
+    async def TokenMasks(
+        self, messages: AsyncIterator[node_pb2.BatchMasks], _context: object
+    ) -> node_pb2.TokenMasksReply:
+        epoch = self._worker.epoch
+        if epoch is None:
+            return node_pb2.TokenMasksReply(error="is not configured")
+        try:
+            async for message in codec.parsed(messages):
+                if message.epoch == epoch.number:
+                    epoch.masks.add(message.batch_id, message.masks)
+        except LinkError as error:
+            return node_pb2.TokenMasksReply(error=str(error))
+        finally:
+            epoch.masks.close()
+        return node_pb2.TokenMasksReply()
+
     async def Results(self, request: node_pb2.ResultsRequest, _context: object) -> AsyncIterator[node_pb2.BatchResult]:
         epoch = self._worker.epoch
         if epoch is None or epoch.number != request.epoch:

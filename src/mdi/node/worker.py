@@ -12,8 +12,9 @@ import grpc
 from torch import Tensor
 
 from mdi.core.batch import Batch, Result
-from mdi.core.errors import MDIError
+from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
+from mdi.node.masks import MaskInbox
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel
 from mdi.rpc.diagnose import why_unreachable
@@ -37,6 +38,7 @@ class Epoch:
         self.stage = stage
         self.previous_name = previous_name
         self.outgoing: asyncio.Queue[Outgoing | None] = asyncio.Queue()  # None ends it
+        self.masks = MaskInbox()
         self.next_lost = False
         self.next_error = ""
         self._role = role
@@ -54,6 +56,7 @@ class Epoch:
     async def close(self) -> None:
         """Ends the stream to the next node, or the reading of `outgoing`."""
         self._closing = True
+        self.masks.close()
         self.outgoing.put_nowait(None)
         if self._sender and self._channel:
             self._sender.cancel()
@@ -68,8 +71,12 @@ class Epoch:
                 batch, hidden = work[0], self.stage.run(*work)
                 if not self.stage.spec.head:
                     return list(codec.encode_batch(batch, hidden, self.number))
-                return [codec.encode_result(Result(batch.id, self.stage.sample(batch, hidden)), self.number)]
+                tokens = self.stage.sample(self.masks.complete(batch), hidden)
+                return [codec.encode_result(Result(batch.id, tokens), self.number)]
             failure = work
+        except LinkError as error:
+            log.warning("%s", error)
+            failure = self.failure(error)
         except Exception as error:
             log.exception("a batch could not be computed")
             failure = self.failure(error)

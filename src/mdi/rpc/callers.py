@@ -33,13 +33,14 @@ def complete(callers: Mapping[str, Caller]) -> Mapping[str, Caller]:
 
 CALLERS = complete(
     {
-        "Configure": Caller.STARTER,
-        "Status": Caller.STARTER,
-        "Batches": Caller.PREVIOUS,
-        "Results": Caller.STARTER,
-        "Encode": Caller.STARTER,
         "Offer": Caller.STARTER,
         "Weights": Caller.STARTER,
+        "Configure": Caller.STARTER,
+        "Batches": Caller.PREVIOUS,
+        "TokenMasks": Caller.STARTER,
+        "Results": Caller.STARTER,
+        "Encode": Caller.STARTER,
+        "Status": Caller.STARTER,
         "MeasureHardware": Caller.STARTER,
         "Spans": Caller.STARTER,
         "Release": Caller.STARTER,

@@ -13,7 +13,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from mdi.core.batch import Batch, Copy, LogitAdjustment, Result, Slice, Token, TokenSampling
+from mdi.core.batch import MASK_ELSEWHERE, Batch, Copy, LogitAdjustment, Result, Slice, Token, TokenSampling
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span, Work
@@ -22,7 +22,7 @@ from mdi.rpc import node_pb2
 M = TypeVar("M", bound=Message)
 Parser = Callable[[bytes], Message]
 
-VERSION = 5
+VERSION = 6
 SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
@@ -69,6 +69,20 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.
         yield node_pb2.BatchPiece(
             epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
         )
+
+
+def encode_masks(batch: Batch, epoch: int) -> Iterator[node_pb2.BatchMasks]:
+    """The token masks of a batch in messages below 1 MiB; no message when it has none."""
+    message = node_pb2.BatchMasks(epoch=epoch, batch_id=batch.id)
+    size_bytes = 0
+    for mask in batch.token_masks:
+        if message.masks and size_bytes + len(mask) > PIECE_BYTES:
+            yield message
+            message, size_bytes = node_pb2.BatchMasks(epoch=epoch, batch_id=batch.id), 0
+        message.masks.append(mask)
+        size_bytes += len(mask)
+    if message.masks:
+        yield message
 
 
 def pieces(tensor: Tensor) -> Iterator[bytes]:
@@ -205,6 +219,7 @@ def _encode_sampling(sampling: TokenSampling) -> node_pb2.TokenSampling:
         position=sampling.position,
         top_logprobs=sampling.top_logprobs,
         adjustment=node_pb2.LogitAdjustment(**asdict(sampling.adjustment)) if sampling.adjustment else None,
+        masked=sampling.token_mask is not None,
     )
 
 
@@ -223,6 +238,7 @@ def _decode_sampling(message: node_pb2.TokenSampling) -> TokenSampling:
         message.position,
         message.top_logprobs,
         _decode_adjustment(message.adjustment) if message.HasField("adjustment") else None,
+        MASK_ELSEWHERE if message.masked else None,
     )
 
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class NodeStub:
-    """A node, as the starter and the node before it call it.
+    """Every node but the starter serves this. callers.py says which node may call which method.
     """
 
     def __init__(self, channel):
@@ -35,20 +35,30 @@ class NodeStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Offer = channel.unary_unary(
+                '/mdi.Node/Offer',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.OfferRequest.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.OfferReply.FromString,
+                _registered_method=True)
+        self.Weights = channel.stream_unary(
+                '/mdi.Node/Weights',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.WeightsPiece.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.WeightsReply.FromString,
+                _registered_method=True)
         self.Configure = channel.unary_unary(
                 '/mdi.Node/Configure',
                 request_serializer=mdi_dot_rpc_dot_node__pb2.ConfigureRequest.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.ConfigureReply.FromString,
                 _registered_method=True)
-        self.Status = channel.unary_unary(
-                '/mdi.Node/Status',
-                request_serializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
-                response_deserializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
-                _registered_method=True)
         self.Batches = channel.stream_unary(
                 '/mdi.Node/Batches',
                 request_serializer=mdi_dot_rpc_dot_node__pb2.BatchPiece.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.BatchesReply.FromString,
+                _registered_method=True)
+        self.TokenMasks = channel.stream_unary(
+                '/mdi.Node/TokenMasks',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.BatchMasks.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.TokenMasksReply.FromString,
                 _registered_method=True)
         self.Results = channel.unary_stream(
                 '/mdi.Node/Results',
@@ -60,15 +70,10 @@ class NodeStub:
                 request_serializer=mdi_dot_rpc_dot_node__pb2.EncodePiece.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.EmbeddingsPiece.FromString,
                 _registered_method=True)
-        self.Offer = channel.unary_unary(
-                '/mdi.Node/Offer',
-                request_serializer=mdi_dot_rpc_dot_node__pb2.OfferRequest.SerializeToString,
-                response_deserializer=mdi_dot_rpc_dot_node__pb2.OfferReply.FromString,
-                _registered_method=True)
-        self.Weights = channel.stream_unary(
-                '/mdi.Node/Weights',
-                request_serializer=mdi_dot_rpc_dot_node__pb2.WeightsPiece.SerializeToString,
-                response_deserializer=mdi_dot_rpc_dot_node__pb2.WeightsReply.FromString,
+        self.Status = channel.unary_unary(
+                '/mdi.Node/Status',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
         self.MeasureHardware = channel.unary_unary(
                 '/mdi.Node/MeasureHardware',
@@ -88,51 +93,60 @@ class NodeStub:
 
 
 class NodeServicer:
-    """A node, as the starter and the node before it call it.
+    """Every node but the starter serves this. callers.py says which node may call which method.
     """
 
-    def Configure(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def Offer(self, request, context):
+        """Names the chunk that the node is to hold. Repeated until the node is ready.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Status(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def Weights(self, request_iterator, context):
+        """The bytes of the chunk that was offered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Configure(self, request, context):
+        """Begins an epoch.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Batches(self, request_iterator, context):
-        """the node before sends them
+        """Batches from the node before. The call lasts as long as the epoch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TokenMasks(self, request_iterator, context):
+        """Token masks of batches, from the starter to the node with the head. The call lasts as long as the epoch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Results(self, request, context):
-        """of the finisher
+        """Results of an epoch, from the node with the head to the starter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Encode(self, request_iterator, context):
-        """one image or video, on the vision node
+        """Encodes one image or video.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Offer(self, request, context):
+    def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Weights(self, request_iterator, context):
-        """the chunk that was offered
-        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -144,13 +158,15 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Spans(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Takes all spans since the last call.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lets a leaving node end.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -158,20 +174,30 @@ class NodeServicer:
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.OfferRequest.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.OfferReply.SerializeToString,
+            ),
+            'Weights': grpc.stream_unary_rpc_method_handler(
+                    servicer.Weights,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.WeightsPiece.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.WeightsReply.SerializeToString,
+            ),
             'Configure': grpc.unary_unary_rpc_method_handler(
                     servicer.Configure,
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.ConfigureRequest.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.ConfigureReply.SerializeToString,
             ),
-            'Status': grpc.unary_unary_rpc_method_handler(
-                    servicer.Status,
-                    request_deserializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.FromString,
-                    response_serializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.SerializeToString,
-            ),
             'Batches': grpc.stream_unary_rpc_method_handler(
                     servicer.Batches,
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.BatchPiece.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.BatchesReply.SerializeToString,
+            ),
+            'TokenMasks': grpc.stream_unary_rpc_method_handler(
+                    servicer.TokenMasks,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.BatchMasks.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.TokenMasksReply.SerializeToString,
             ),
             'Results': grpc.unary_stream_rpc_method_handler(
                     servicer.Results,
@@ -183,15 +209,10 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.EncodePiece.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.EmbeddingsPiece.SerializeToString,
             ),
-            'Offer': grpc.unary_unary_rpc_method_handler(
-                    servicer.Offer,
-                    request_deserializer=mdi_dot_rpc_dot_node__pb2.OfferRequest.FromString,
-                    response_serializer=mdi_dot_rpc_dot_node__pb2.OfferReply.SerializeToString,
-            ),
-            'Weights': grpc.stream_unary_rpc_method_handler(
-                    servicer.Weights,
-                    request_deserializer=mdi_dot_rpc_dot_node__pb2.WeightsPiece.FromString,
-                    response_serializer=mdi_dot_rpc_dot_node__pb2.WeightsReply.SerializeToString,
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.SerializeToString,
             ),
             'MeasureHardware': grpc.unary_unary_rpc_method_handler(
                     servicer.MeasureHardware,
@@ -217,8 +238,62 @@ def add_NodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Node:
-    """A node, as the starter and the node before it call it.
+    """Every node but the starter serves this. callers.py says which node may call which method.
     """
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mdi.Node/Offer',
+            mdi_dot_rpc_dot_node__pb2.OfferRequest.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.OfferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Weights(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/mdi.Node/Weights',
+            mdi_dot_rpc_dot_node__pb2.WeightsPiece.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.WeightsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Configure(request,
@@ -248,33 +323,6 @@ class Node:
             _registered_method=True)
 
     @staticmethod
-    def Status(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mdi.Node/Status',
-            mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
-            mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def Batches(request_iterator,
             target,
             options=(),
@@ -291,6 +339,33 @@ class Node:
             '/mdi.Node/Batches',
             mdi_dot_rpc_dot_node__pb2.BatchPiece.SerializeToString,
             mdi_dot_rpc_dot_node__pb2.BatchesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TokenMasks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/mdi.Node/TokenMasks',
+            mdi_dot_rpc_dot_node__pb2.BatchMasks.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.TokenMasksReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -356,7 +431,7 @@ class Node:
             _registered_method=True)
 
     @staticmethod
-    def Offer(request,
+    def Status(request,
             target,
             options=(),
             channel_credentials=None,
@@ -369,36 +444,9 @@ class Node:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/mdi.Node/Offer',
-            mdi_dot_rpc_dot_node__pb2.OfferRequest.SerializeToString,
-            mdi_dot_rpc_dot_node__pb2.OfferReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Weights(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
-            target,
-            '/mdi.Node/Weights',
-            mdi_dot_rpc_dot_node__pb2.WeightsPiece.SerializeToString,
-            mdi_dot_rpc_dot_node__pb2.WeightsReply.FromString,
+            '/mdi.Node/Status',
+            mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
             options,
             channel_credentials,
             insecure,
