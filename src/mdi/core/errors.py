@@ -11,7 +11,7 @@
     ├── OverloadedError         the queue is full; try again later
     └── ClosedError             the engine is shutting down
 
-Messages name the cause and the remedy. The edges translate them once: `gateway.guard` into HTTP, `cli` into exit codes.
+Messages name the cause and the remedy. `gateway.errors` turns them into HTTP statuses, `cli` into exit codes.
 """
 
 from __future__ import annotations

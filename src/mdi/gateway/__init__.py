@@ -1,1 +1,1 @@
-"""HTTP in front of the engine, and nothing else: no tensors, no model."""
+"""The HTTP server in front of the engine: routes, checks and error answers. It knows no tensors and no model."""

@@ -1,4 +1,4 @@
-"""The HTTP server: routes put together, bound to an address, run until told to stop."""
+"""The HTTP server: puts middleware and routes together, binds an address and runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import uvicorn
 from fastapi import FastAPI
 
 from mdi.core.errors import ConfigError
-from mdi.gateway import generate, guard, health, openai
-from mdi.gateway.streaming import TextEngine
+from mdi.gateway import errors, generate, health, openai
+from mdi.gateway.engine import TextEngine
+from mdi.gateway.middleware.api_key import ApiKey
+from mdi.gateway.middleware.body_limit import BodyLimit
 
 DRAIN_S = 30
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """How the server guards itself.
+    """Limits of the server.
 
-    api_key: what requests must bring, but to /health and /health/ready; None lets everybody in.
+    api_key: key that every request must send, except health checks; None accepts requests without a key.
     max_body_bytes: largest body of one request.
-    request_timeout_s: longest answer, waiting in the queue included; None is for ever.
-    aliases: names the model answers to besides its own.
+    request_timeout_s: longest answer, including the time in the queue; None is no limit.
+    aliases: further names of the model.
     """
 
     api_key: str | None = None
@@ -38,7 +40,10 @@ class GatewayConfig:
 def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
     """The application, for any ASGI server."""
     app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
-    guard.install(app, config.api_key, config.max_body_bytes)
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.api_key is not None:
+        app.add_middleware(ApiKey, key=config.api_key)  # added last, so it runs first
     app.include_router(generate.router(engine, config.request_timeout_s))
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, config.aliases, config.request_timeout_s))
@@ -55,9 +60,9 @@ def serve(engine: TextEngine, bound: socket.socket, config: GatewayConfig = Gate
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes the address, before a model is loaded for it; who connects early waits. Port 0 picks a free one.
+    """Takes the address before the model is loaded; connections wait until it is. Port 0 picks a free port.
 
-    Raises ConfigError when it cannot be had.
+    Raises ConfigError when the address cannot be bound.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

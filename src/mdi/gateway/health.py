@@ -1,4 +1,4 @@
-"""How the server is: /health for who restarts it, /health/ready for who sends it requests, /v1/nodes for who looks."""
+"""Liveness, readiness and node status: /health, /health/ready and /v1/nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
-from mdi.gateway.streaming import TextEngine
+from mdi.gateway.engine import TextEngine
 
 READY_TIMEOUT_S = 10.0
 RETRY_AFTER = {"Retry-After": "2"}
@@ -20,38 +20,41 @@ def router(engine: TextEngine) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> JSONResponse:
-        """200 unless the server has to be started anew. Costs nothing: no node is asked."""
-        if engine.error:
-            return JSONResponse({"status": "unavailable", "detail": str(engine.error)}, 503)
-        status = "recovering" if engine.recovery.recovering else "ok"
-        return JSONResponse({"status": status, "model": engine.model_name})
+        """200 unless the server must be restarted. Computes nothing and calls no node."""
+        return _failed(engine) or JSONResponse({"status": _status(engine, "ok"), "model": engine.model_name})
 
     @routes.get("/health/ready")
     async def ready() -> JSONResponse:
-        """200 when a token came through all nodes just now; 503 while lost nodes are brought back, or none comes."""
-        if await readiness.asked():
+        """200 when a token has just passed through all nodes; 503 while lost nodes are replaced, or no token comes."""
+        if await readiness.check():
             return JSONResponse({"status": "ready"})
-        if engine.error:
-            return JSONResponse({"status": "unavailable", "detail": str(engine.error)}, 503)
-        status = "recovering" if engine.recovery.recovering else "busy"
-        return JSONResponse({"status": status}, 503, RETRY_AFTER)
+        return _failed(engine) or JSONResponse({"status": _status(engine, "busy")}, 503, RETRY_AFTER)
 
     @routes.get("/v1/nodes")
     async def nodes() -> JSONResponse:
-        """What every node holds and does, in pipeline order, and how often lost ones were brought back."""
+        """What every node holds and does, in pipeline order, and how often lost nodes were replaced."""
         return JSONResponse({"nodes": [asdict(node) for node in engine.nodes()], **asdict(engine.recovery)})
 
     return routes
 
 
+def _failed(engine: TextEngine) -> JSONResponse | None:
+    """The answer of an engine that serves no more requests; None while it does."""
+    return JSONResponse({"status": "unavailable", "detail": str(engine.error)}, 503) if engine.error else None
+
+
+def _status(engine: TextEngine, otherwise: str) -> str:
+    return "recovering" if engine.recovery.recovering else otherwise
+
+
 class _Readiness:
-    """Asks the engine once at a time: whoever comes meanwhile shares the answer, so that asking costs little."""
+    """The engine's readiness, checked once at a time: requests that come during a check share its result."""
 
     def __init__(self, engine: TextEngine) -> None:
         self._engine = engine
-        self._asking: asyncio.Task[bool] | None = None
+        self._check: asyncio.Task[bool] | None = None
 
-    async def asked(self) -> bool:
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(asyncio.to_thread(self._engine.ready, READY_TIMEOUT_S))
-        return await asyncio.shield(self._asking)
+    async def check(self) -> bool:
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(asyncio.to_thread(self._engine.ready, READY_TIMEOUT_S))
+        return await asyncio.shield(self._check)

@@ -1,67 +1,33 @@
-"""A running request over HTTP: whole or as server-sent events, and cancelled as soon as its client is gone.
-
-Knows what the gateway needs of an engine, and nothing of what any route's answer looks like.
-"""
+"""A running request over HTTP: its completion, or server-sent events. It is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mdi.core.errors import MDIError
-from mdi.core.messages import Chat
-from mdi.core.outputs import collect
-from mdi.core.sampling import SamplingParams
-from mdi.engine import Completion, NodeStatus, Piece, RecoveryStatus, Usage
-from mdi.gateway.guard import answer_to
+from mdi.core.outputs import Completion, Piece, collect
+from mdi.gateway.engine import Running
+from mdi.gateway.errors import answer_to
 
 T = TypeVar("T")
+Render = Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]]
+"""Makes the JSON of a stream's events from its pieces."""
+
 DONE = "data: [DONE]\n\n"
-HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second: no proxy may hold events back
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second: proxies must not hold events back
 
 
-class Running(Protocol):
-    """A request that runs: `mdi.engine.Stream`, or several of them as one."""
+async def completion(request: Request, running: Running, timeout_s: float | None) -> Completion:
+    """Waits for the end of a request.
 
-    @property
-    def usage(self) -> Usage: ...
-    def __aiter__(self) -> AsyncIterator[Piece]: ...
-    def cancel(self) -> None: ...
-
-
-class TextEngine(Protocol):
-    """What the gateway needs of an engine: `mdi.Engine`, or a double."""
-
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def error(self) -> MDIError | None: ...
-    @property
-    def recovery(self) -> RecoveryStatus: ...
-    def nodes(self) -> list[NodeStatus]: ...
-    def ready(self, timeout_s: float) -> bool: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def submit(
-        self,
-        prompt: str | Chat,
-        params: SamplingParams | None = None,
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> Running: ...
-
-
-async def whole(request: Request, running: Running, timeout_s: float | None) -> Completion:
-    """Waits for a request's end.
-
-    Raises ClientDisconnect when the client goes away first, TimeoutError past the limit; both cancel the request.
+    Raises ClientDisconnect when the client disconnects first, TimeoutError past the limit; both cancel the request.
     """
     try:
         pieces = await _while_connected(request, _all(_timed(running, timeout_s)))
@@ -70,15 +36,10 @@ async def whole(request: Request, running: Running, timeout_s: float | None) -> 
         running.cancel()
 
 
-async def events(
-    request: Request,
-    running: Running,
-    timeout_s: float | None,
-    render: Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]],
-) -> Response:
-    """A running request as server-sent events. `render` turns pieces into the JSON of the events.
+async def events(request: Request, running: Running, timeout_s: float | None, render: Render) -> Response:
+    """A running request as server-sent events.
 
-    The first piece is awaited before anything is sent, so that an error found until then has its own status.
+    The response begins with the first piece, so that an error before it has its own status.
     """
     timed = _timed(running, timeout_s)
     try:
@@ -93,19 +54,11 @@ async def events(
         async for piece in timed:
             yield piece
 
-    async def body() -> AsyncIterator[str]:
-        try:
-            async for event in render(pieces()):
-                yield _event(event)
-            yield DONE
-        except Exception as error:
-            yield _event(answer_to(error, request.url.path).body)
-
-    return _Events(running, body())
+    return _Events(running, _body(render(pieces()), request.url.path))
 
 
 class _Events(StreamingResponse):
-    """Cancels its request however it ends; a generator's own `finally` does not run if its client left before it."""
+    """Cancels its request however it ends: a generator's `finally` does not run if the client left before its start."""
 
     media_type = "text/event-stream"
 
@@ -120,12 +73,22 @@ class _Events(StreamingResponse):
             self._running.cancel()
 
 
+async def _body(contents: AsyncIterator[dict[str, Any]], path: str) -> AsyncIterator[str]:
+    """The text of the events. An error in the middle is the last one."""
+    try:
+        async for content in contents:
+            yield _event(content)
+        yield DONE
+    except Exception as error:
+        yield _event(answer_to(error, path).body(path))
+
+
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 async def _timed(running: Running, timeout_s: float | None) -> AsyncIterator[Piece]:
-    """The pieces, until the time for all of them is up: then TimeoutError."""
+    """The pieces, until the time for all of them is over: then TimeoutError."""
     deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
     pieces = aiter(running)
     while True:
@@ -150,8 +113,8 @@ async def _first(pieces: AsyncIterator[Piece]) -> Piece | None:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; cancels it and raises ClientDisconnect when the client goes away first."""
-    working, watching = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    """The result of the work; cancels it and raises ClientDisconnect when the client disconnects first."""
+    working, watching = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -163,6 +126,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,0 +1,43 @@
+"""What the gateway needs of an engine: `mdi.Engine` provides it, and so does the double of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from mdi.core.errors import MDIError
+from mdi.core.messages import Chat
+from mdi.core.outputs import Piece, Usage
+from mdi.core.sampling import SamplingParams
+from mdi.core.status import NodeStatus, RecoveryStatus
+
+
+class Running(Protocol):
+    """A running request: `mdi.engine.Stream`, or several of them as one."""
+
+    @property
+    def usage(self) -> Usage: ...
+    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    def cancel(self) -> None: ...
+
+
+class TextEngine(Protocol):
+    """An engine that takes requests and reports on its nodes."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def error(self) -> MDIError | None: ...
+    @property
+    def recovery(self) -> RecoveryStatus: ...
+    def nodes(self) -> list[NodeStatus]: ...
+    def ready(self, timeout_s: float) -> bool: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def submit(
+        self,
+        prompt: str | Chat,
+        params: SamplingParams | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Running: ...

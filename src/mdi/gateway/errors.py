@@ -1,0 +1,115 @@
+"""Errors as HTTP: the one table from errors to statuses, the bodies of error answers, and the handlers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from mdi.core.errors import (
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    InputError,
+    LinkError,
+    MDIError,
+    ModelNotFoundError,
+    OverloadedError,
+)
+from mdi.gateway.schemas import NOT_AN_OBJECT
+
+log = logging.getLogger(__name__)
+
+STATUSES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
+    (ModelNotFoundError, 404),
+    (InputError, 400),
+    (OverloadedError, 429),
+    (LinkError, 503),
+    (ClosedError, 503),
+    (TimeoutError, 504),
+    (Exception, 500),
+)
+CONFIDENTIAL = (ConfigError, CheckpointError)  # their texts are for the operator: they name files
+TYPES = {  # OpenAI's names
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+RETRY_AFTER_S = 1
+CLIENT_GONE = 499  # for logs, as nginx; no client receives it
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """An error as HTTP. field: the request's name of the part that is wrong. code: OpenAI's, where it has one."""
+
+    status: int
+    message: str
+    field: str | None = None
+    code: str | None = None
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The JSON that the path's clients expect: OpenAI's under /v1, `detail` and `field` elsewhere."""
+        if not path.startswith("/v1/"):
+            return {"detail": self.message, "field": self.field}
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+
+    def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
+        if self.status == 429:
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+        content = json.dumps(self.body(path))  # as ASCII: a field's name may hold half of a surrogate pair
+        return Response(content, self.status, headers, "application/json")
+
+
+def answer_to(error: Exception, path: str) -> ErrorAnswer:
+    """The answer to an error. What clients must not read goes to the log, under a number that the answer names."""
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
+    if isinstance(error, CONFIDENTIAL) or not isinstance(error, (MDIError, TimeoutError)):
+        number = secrets.token_hex(4)
+        log.error("request %s to %s failed", number, path, exc_info=error)
+        return ErrorAnswer(status, f"internal error {number}; the server's log has the details")
+    field = error.field if isinstance(error, InputError) else None
+    code = "model_not_found" if isinstance(error, ModelNotFoundError) else None
+    return ErrorAnswer(status, str(error) or "the answer took too long", field, code)
+
+
+def install(app: FastAPI) -> None:
+    """Adds the handlers of all errors to an app."""
+    for kind in (MDIError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_unreadable)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(ClientDisconnect, _answer_disconnect)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return answer_to(error, request.url.path).response(request.url.path)
+
+
+async def _answer_unreadable(request: Request, error: Exception) -> Response:
+    """Answers FastAPI's finding that there is no body, or no JSON in it. The requests' models check all the rest."""
+    assert isinstance(error, RequestValidationError)
+    not_json = error.errors()[0]["type"] == "json_invalid"
+    return await _answer_error(request, InputError("the body is not valid JSON" if not_json else NOT_AN_OBJECT))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """Answers starlette's own errors, such as an unknown path."""
+    assert isinstance(error, HTTPException)
+    return ErrorAnswer(error.status_code, error.detail).response(request.url.path, error.headers)
+
+
+async def _answer_disconnect(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return Response(status_code=CLIENT_GONE)

@@ -1,0 +1,87 @@
+"""POST /v1/completions, of one or several prompts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from mdi.core.outputs import Piece, Sample, Usage
+from mdi.core.sampling import SamplingParams
+from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
+from mdi.gateway.openai.models import ServedModel
+from mdi.gateway.openai.schemas import CompletionRequest
+
+
+def router(engine: TextEngine, served: ServedModel, timeout_s: float | None) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        served.check(body.model)
+        running = _submit_all(engine, body.prompt, body.params())
+        choices = TextChoices(text_logprobs(engine.token_bytes) if body.wants_logprobs else no_logprobs)
+        return await answer(request, body, running, choices, engine.model_name, timeout_s)
+
+    return routes
+
+
+def _submit_all(engine: TextEngine, prompts: Sequence[str], params: SamplingParams) -> Running:
+    """Starts one request for each prompt; if one is refused, none runs."""
+    joined = _Joined([], params.n)
+    try:
+        for prompt in prompts:
+            joined.parts.append(engine.submit(prompt, params))
+    except BaseException:
+        joined.cancel()
+        raise
+    return joined
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Several running requests of `n` samples each as one: their pieces in the order of the requests, numbered on."""
+
+    parts: list[Running]
+    n: int
+
+    @property
+    def usage(self) -> Usage:
+        each = [part.usage for part in self.parts]
+        return Usage(
+            sum(usage.prompt_tokens for usage in each),
+            sum(usage.completion_tokens for usage in each),
+            sum(usage.cached_tokens for usage in each),
+        )
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        for number, part in enumerate(self.parts):
+            async for piece in part:
+                yield replace(piece, index=number * self.n + piece.index)
+
+    def cancel(self) -> None:
+        for part in self.parts:
+            part.cancel()
+
+
+class TextChoices:
+    """Choices of one completion."""
+
+    id_prefix = "cmpl"
+    kind = "text_completion"
+    chunk_kind = kind
+
+    def __init__(self, logprobs_of: LogprobsOf) -> None:
+        self._logprobs_of = logprobs_of
+
+    def whole(self, index: int, part: Sample | Piece) -> dict[str, Any]:
+        logprobs = self._logprobs_of(index, part)
+        return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self.whole(piece.index, piece)]

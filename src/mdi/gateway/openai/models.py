@@ -1,0 +1,43 @@
+"""GET /v1/models and GET /v1/models/{name}: the served model under its name and its aliases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter
+
+from mdi.core.errors import ModelNotFoundError
+
+
+class ServedModel:
+    """The names of the served model."""
+
+    def __init__(self, name: str, aliases: Sequence[str]) -> None:
+        self.names = (name, *aliases)
+        self._started = int(time.time())
+
+    def check(self, name: str) -> None:
+        """Raises ModelNotFoundError for any other name."""
+        if name not in self.names:
+            served = " or ".join(map(repr, self.names))
+            raise ModelNotFoundError(f"the model {name!r} is not served here: ask for {served}", "model")
+
+    def described(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "mdi"}
+
+
+def router(served: ServedModel) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": list(map(served.described, served.names))}
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        served.check(name)
+        return served.described(name)
+
+    return routes
