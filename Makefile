@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench proto clean
+.PHONY: demo test lint bench proto docs clean
 
 demo: $(INSTALLED)  ## three local nodes with a small model answer questions about a picture
 	$(BIN)/mdi demo
@@ -23,6 +23,9 @@ bench: $(INSTALLED)  ## the exact 2B shape against transformers (needs 20 GB of 
 
 proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. mdi/rpc/node.proto
+
+docs: $(INSTALLED)  ## write docs/commands.md from the command line itself
+	$(BIN)/python -m testing.docs
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
