@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testing.checkpoints import tiny_text_config
+from testing.checkpoints import tiny_config, tiny_text_config
 from testing.processes import node_processes
 
 from mdi import Engine, SamplingParams
@@ -255,14 +257,62 @@ def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, 
 
 
 @pytest.mark.usefixtures("no_process_left")
-def test_chunks_of_another_dtype_or_plan_are_refused_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_chunks_of_another_dtype_or_plan_are_written_beside_those_that_are_there(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    Engine(path, n_nodes=2, layers=(4, 2)).close()
-    with pytest.raises(CheckpointError, match="bfloat16"):
-        Engine(path, n_nodes=2, dtype="bfloat16")
-    with pytest.raises(CheckpointError, match="4,2"):
-        Engine(path, n_nodes=2, layers=(3, 3))
+    with Engine(path, n_nodes=2, layers=(4, 2)) as engine:
+        first = engine.chat("Hello", GREEDY).token_ids
+    before = (path / "chunks" / "2nodes" / "manifest.json").read_bytes()
+    with Engine(path, n_nodes=2, dtype="bfloat16") as engine:
+        assert {node.dtype for node in engine.nodes()} == {"bfloat16"}
+    with Engine(path, n_nodes=2, layers=(3, 3)) as engine:
+        assert [node.last_layer for node in engine.nodes()] == [3, 6]
+        assert engine.chat("Hello", GREEDY).token_ids == first
+    assert (path / "chunks" / "2nodes" / "manifest.json").read_bytes() == before
+    assert len(list((path / "chunks").iterdir())) == 3
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_weights_overwritten_in_place_are_the_ones_that_answer(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, other = tmp_path / "tiny", tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    write_random_checkpoint(other, tiny_config(), seed=1)
+
+    def answers() -> list[tuple[int, ...]]:
+        found = []
+        for n_nodes in (1, 3):
+            with Engine(path, n_nodes=n_nodes) as engine:
+                found.append(engine.chat("Hello", GREEDY).token_ids)
+        return found
+
+    before = answers()
+    assert not caplog.messages
+    (path / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    after = answers()
+    assert after[0] == after[1]
+    assert after != before
+    [message] = caplog.messages
+    assert message.endswith("chunks/3nodes are made of other weights than are there now: preparing them again")
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_the_nodes_of_a_running_server_restart_from_the_weights_it_began_with(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path, other = tmp_path / "tiny", tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
+    write_random_checkpoint(other, tiny_config(), seed=1)
+    with Engine(path, n_nodes=2) as running:
+        before = running.chat("Hello", GREEDY).token_ids
+        (path / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+        with Engine(path, n_nodes=2) as engine, Engine(other) as expected:
+            assert engine.chat("Hello", GREEDY).token_ids == expected.chat("Hello", GREEDY).token_ids != before
+        os.kill(running.nodes()[1].pid, signal.SIGKILL)
+        assert running.chat("Hello", GREEDY).token_ids == before
 
 
 @pytest.mark.parametrize(

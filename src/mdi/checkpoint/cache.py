@@ -1,24 +1,23 @@
-"""Where a node keeps chunks it was sent: one folder for each manifest, by its digest. Knows files, no network.
+"""The user's cache folder: chunks that nodes received, and what cannot be written beside a checkpoint.
 
-A chunk on its way is a file of its own that grows; whoever goes on asks how far it got. Nothing here is believed:
-a chunk is checked whenever it is loaded.
+Each entry is a subfolder. Its modification time says when it was last used; a lock on it says that it is in use.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
-from mdi.checkpoint.manifest import FILE_NAME, ChunkEntry, Manifest, chunk_file
-from mdi.checkpoint.prepare import RESERVE_BYTES
+from mdi.checkpoint.locks import Hold, exclusive, in_use
 from mdi.core.errors import CheckpointError, ConfigError
+
+FOLDER_OPTION = "--cache-folder"
+LIMIT_VARIABLE = "MDI_CACHE_GB"
+DEFAULT_LIMIT_GB = 100.0
+RESERVE_BYTES = 64 * 2**20  # of every disk, left free
 
 
 def default_cache_folder() -> Path:
@@ -26,124 +25,135 @@ def default_cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdi" / "chunks"
     except RuntimeError:
-        raise ConfigError("this user has no home folder to keep chunks in: choose one with --cache-folder") from None
+        raise ConfigError(f"this user has no home folder to keep chunks in: choose one with {FOLDER_OPTION}") from None
+
+
+def limit_from_environment() -> int:
+    """The most bytes in the cache folder, from MDI_CACHE_GB. Raises ConfigError unless that is a number above 0."""
+    text = os.environ.get(LIMIT_VARIABLE) or DEFAULT_LIMIT_GB
+    try:
+        limit_gb = float(text)
+    except ValueError:
+        limit_gb = 0.0
+    if not 0 < limit_gb < float("inf"):
+        raise ConfigError(f"{LIMIT_VARIABLE} is the size of the cache folder in GB, a number above 0, not {text!r}")
+    return int(limit_gb * 1e9)
 
 
 @dataclass(frozen=True)
-class ChunkCache:
-    """A folder of chunks."""
+class CacheEntry:
+    """A subfolder of the cache. used_s: when it was last used, in seconds of the Unix epoch."""
 
     folder: Path
+    size_bytes: int
+    used_s: float
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def in_use(self) -> bool:
+        return in_use(self.folder)
+
+    def remove(self) -> bool:
+        """Removes it, unless it is in use; whether it is gone."""
+        try:
+            with exclusive(self.folder):
+                shutil.rmtree(self.folder)
+        except FileNotFoundError:  # another process removed it
+            return True
+        except OSError:
+            return not self.folder.exists()
+        return True
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries, and the most bytes that they may take together."""
+
+    folder: Path
+    limit_bytes: int
+
+    @classmethod
+    def open(cls, folder: Path | None = None) -> Cache:
+        """The user's cache, or the one in another folder, with the limit from the environment."""
+        return cls(folder or default_cache_folder(), limit_from_environment())
+
+    def __str__(self) -> str:
+        return f"the cache folder {str(self.folder)!r}"
 
     def check(self) -> None:
-        """Raises ConfigError unless chunks can be kept in it."""
+        """Raises ConfigError unless something can be written into it."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"the folder for chunks cannot be made: {_cause(error, self.folder)}") from None
+            raise ConfigError(f"{self} cannot be made ({error.strerror}): {_OTHER}") from None
         if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"nothing can be written into {str(self.folder)!r}, where chunks are kept: "
-                "make it writable, or choose another with --cache-folder"
-            )
+            raise ConfigError(f"nothing can be written into {self}: make it writable, or {_OTHER}")
 
-    def chunk(self, manifest: Manifest, role: str) -> CachedChunk:
-        """A role's chunk, there or not. Raises CheckpointError when the manifest has none."""
-        return CachedChunk(self.folder / manifest.digest, manifest, manifest.chunk(chunk_file(role)))
+    def entries(self) -> list[CacheEntry]:
+        """All entries, the least recently used first. Unfinished ones have a name that begins with a dot."""
+        found = []
+        with suppress(FileNotFoundError):
+            for folder in self.folder.iterdir():
+                with suppress(OSError):  # removed meanwhile
+                    if folder.is_dir():
+                        found.append(CacheEntry(folder, folder_bytes(folder), folder.stat().st_mtime))
+        return sorted(found, key=lambda entry: entry.used_s)
 
+    def hold(self, name: str) -> Hold:
+        """Makes the entry if there is none, locks it and marks it as used. Raises OSError when the disk refuses."""
+        folder = self.folder / name
+        while True:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # it was removed in between
+                hold = Hold(folder)
+                mark_used(folder)
+                return hold
 
-@dataclass(frozen=True)
-class CachedChunk:
-    """The place of one chunk of one manifest. Methods raise CheckpointError, with the remedy, when the disk refuses."""
+    def make_room(self, size_bytes: int) -> None:
+        """Removes least recently used entries, but none in use, until so many bytes more fit.
 
-    folder: Path
-    manifest: Manifest
-    entry: ChunkEntry
-
-    @property
-    def path(self) -> Path:
-        """Where it is, once all of it is there."""
-        return self.folder / self.entry.file
-
-    @property
-    def _growing(self) -> Path:
-        return self.folder / f".{self.entry.file}.part"
-
-    @property
-    def complete(self) -> bool:
-        """Whether all of it is there; not whether it is undamaged."""
-        return _size(self.path) == self.entry.size_bytes
-
-    @property
-    def have_bytes(self) -> int:
-        """How many of its first bytes are there, when it is not complete."""
-        return _size(self._growing)
-
-    def prepare(self) -> None:
-        """Makes ready for what is missing: the folder with its manifest, and nothing in it that cannot be right.
-
-        Raises CheckpointError when the rest does not fit on the disk.
+        Raises CheckpointError, with the remedy, when they do not fit even then.
         """
-        with self._translated():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write_manifest()
-            if not self.complete:
-                self.path.unlink(missing_ok=True)
-            if self.have_bytes > self.entry.size_bytes:
-                self._growing.unlink()
-            free, missing = shutil.disk_usage(self.folder).free, self.entry.size_bytes - self.have_bytes
-            if not self.complete and free < missing + RESERVE_BYTES:
-                raise OSError(errno.ENOSPC, f"{missing / 1e9:.1f} GB are missing, {free / 1e9:.1f} GB are free")
+        entries = self.entries()
+        total_bytes = sum(entry.size_bytes for entry in entries)
+        free_bytes = shutil.disk_usage(self.folder).free
+        excess = max(total_bytes + size_bytes - self.limit_bytes, size_bytes + RESERVE_BYTES - free_bytes)
+        unused = [entry for entry in entries if excess > 0 and not entry.in_use]
+        if excess <= sum(entry.size_bytes for entry in unused):
+            for entry in unused:
+                if excess > 0 and entry.remove():
+                    excess -= entry.size_bytes
+        if excess > 0:
+            raise CheckpointError(self._does_not_fit(size_bytes, total_bytes, free_bytes))
 
-    @contextmanager
-    def growing(self) -> Iterator[FileIO]:
-        """The file to append to, for one at a time."""
-        with self._translated(), self._growing.open("ab", buffering=0) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"another process is receiving {self.entry.file} into {str(self.folder.parent)!r}: "
-                    "end it, or choose another folder with --cache-folder"
-                ) from None
-            yield file
-
-    def finish(self) -> None:
-        """Puts the chunk into its place: all bytes are there."""
-        with self._translated():
-            self._growing.replace(self.path)
-
-    def discard(self) -> None:
-        """Removes what is there."""
-        with self._translated():
-            self.path.unlink(missing_ok=True)
-            self._growing.unlink(missing_ok=True)
-
-    def _write_manifest(self) -> None:
-        """All of it or nothing: other nodes of this machine write the same."""
-        beside = self.folder / f".{self.entry.role}"
-        beside.mkdir(exist_ok=True)
-        self.manifest.write(beside)
-        (beside / FILE_NAME).replace(self.folder / FILE_NAME)
-        beside.rmdir()
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"the chunk cannot be kept: {_cause(error, self.folder.parent)}") from None
+    def _does_not_fit(self, size_bytes: int, total_bytes: int, free_bytes: int) -> str:
+        if size_bytes + RESERVE_BYTES > free_bytes:
+            sizes = f"{_gb(size_bytes)} are missing, {_gb(free_bytes)} are free"
+            return f"the disk of {self} is full ({sizes}): make room (see `mdi cache ls`), or {_OTHER}"
+        sizes = f"it is limited to {_gb(self.limit_bytes)} and holds {_gb(total_bytes)}"
+        return f"{_gb(size_bytes)} do not fit into {self}: {sizes}, in use. Raise {LIMIT_VARIABLE}, or {_OTHER}"
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+def mark_used(folder: Path) -> None:
+    """Makes an entry the most recently used one, where its folder can be written."""
+    with suppress(OSError):
+        os.utime(folder)
 
 
-def _cause(error: OSError, folder: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room (chunks of other checkpoints may be there), or choose another folder with --cache-folder"
-        return f"the disk of {str(folder)!r} is full ({error.strerror}): {remedy}"
-    return f"{str(folder)!r} cannot be written ({error.strerror}): choose another folder with --cache-folder"
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and its subfolders."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+_OTHER = f"choose another folder with {FOLDER_OPTION}"

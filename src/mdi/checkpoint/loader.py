@@ -7,7 +7,6 @@ up become resident.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mdi.checkpoint.fingerprint import hash_file
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
-from mdi.checkpoint.prepare import check_tensors, chunk_metadata, counter
+from mdi.checkpoint.prepare import check_tensors, chunk_metadata
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.core.progress import Progress
+from mdi.core.progress import Progress, counter
 from mdi.core.tensors import Specs, TensorSpec, total_bytes
 from mdi.models.config import ModelConfig
 from mdi.models.decoder import Decoder, Get
@@ -30,8 +30,6 @@ from mdi.models.stage import LoadedStage
 from mdi.models.vision import VisionTower
 from mdi.models.weights import EMBEDDING, StageSpec, stage_specs
 from mdi.planning.plan import make_plan
-
-HASH_BLOCK = 16 * 2**20
 
 
 def load_chunk(
@@ -141,7 +139,7 @@ def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs
             "keep the files of one `mdi prepare` together, or run `mdi prepare` again"
         )
     whole = metadata is not None and path.stat().st_size == entry.size_bytes
-    if not whole or _sha256(path, count) != entry.sha256:
+    if not whole or hash_file(path, count) != entry.sha256:
         raise CheckpointError(
             f"{path.name} is damaged: its checksum is not the manifest's; copy it again, or run `mdi prepare` again"
         )
@@ -169,13 +167,3 @@ def _spec(entry: Any) -> TensorSpec:
 def _mapped(path: Path, name: str) -> Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)  # type: ignore[no-any-return]
-
-
-def _sha256(path: Path, count: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(HASH_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while n_bytes := file.readinto(buffer):
-            digest.update(buffer[:n_bytes])
-            count(n_bytes)
-    return digest.hexdigest()

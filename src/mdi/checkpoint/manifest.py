@@ -1,4 +1,4 @@
-"""What a folder of chunks says about itself: plan, dtype, checksums. One JSON file; knows no tensors."""
+"""The description of a folder of chunks, a JSON file: plan, dtype, checksums and what they were made of."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mdi.checkpoint.fingerprint import SourceFile
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.models.config import ModelConfig
 from mdi.models.weights import StageSpec
@@ -43,15 +45,16 @@ class ChunkEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A prepared checkpoint. config: the Hugging Face config.json it was made from."""
+    """The contents of a folder of chunks. config, source: the checkpoint's config.json, and its files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: str
     dtype: str
     plan_hash: str
     config: dict[str, Any]
+    source: tuple[SourceFile, ...]
     chunks: tuple[ChunkEntry, ...]
 
     @property
@@ -62,8 +65,8 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Identifies plan, dtype and every chunk's bytes: what nodes compare at connect (sha256, hexadecimal)."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Identifies plan, dtype and the bytes of every chunk: what nodes compare (sha256, hexadecimal)."""
+        return hashlib.sha256(self.model_dump_json(exclude={"source"}).encode()).hexdigest()
 
     def chunk(self, file: str) -> ChunkEntry:
         """The entry of a file. Raises CheckpointError when there is none."""
@@ -74,7 +77,10 @@ class Manifest(BaseModel):
         raise CheckpointError(f"{file} is not in its folder's manifest, which has {known}: run `mdi prepare` again")
 
     def write(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Completely or not at all: other processes may write the same file."""
+        unfinished = folder / f".{FILE_NAME}-{uuid4()}"
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / FILE_NAME)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

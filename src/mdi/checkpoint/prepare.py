@@ -1,33 +1,51 @@
-"""From a checkpoint to one chunk per node, tensor by tensor. Knows files and plans, nothing of running nodes.
-
-What is not finished never looks finished.
-"""
+"""The chunks of a checkpoint: one file per node, written tensor by tensor, found again by what they were made of."""
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
+import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
+from mdi.checkpoint.fingerprint import Fingerprint
+from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
+from mdi.checkpoint.new_folder import FolderInUseError, new_folder
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.errors import CheckpointError
-from mdi.core.progress import Progress
+from mdi.core.progress import Progress, counter
 from mdi.core.tensors import ITEM_BYTES, Specs, total_bytes
 from mdi.models.weights import stage_specs
-from mdi.planning.plan import make_plan
+from mdi.planning.plan import Plan, make_plan
 
-RESERVE_BYTES = 64 * 2**20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks that are used. They are not replaced or evicted until `close`, or until this process ends."""
+
+    folder: Path
+    manifest: Manifest
+    hold: Hold
+
+    def file(self, role: str) -> Path:
+        """The chunk of a role."""
+        return self.folder / chunk_file(role)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self.hold.close()
 
 
 def chunk_folder(source: Path, n_nodes: int, *, vision_node: bool = False) -> Path:
-    """Where a checkpoint's chunks for so many nodes lie, and for one with the vision tower beside them."""
-    return source / "chunks" / f"{n_nodes}nodes{'-vision' * vision_node}"
+    """The usual place of a checkpoint's chunks for so many nodes, and for a vision node beside them."""
+    return source / "chunks" / _usual_name(n_nodes, vision_node)
 
 
 def prepare(
@@ -39,51 +57,167 @@ def prepare(
     vision_node: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes `chunks/{n}nodes/` in the checkpoint's folder, replacing what is there, and returns it.
+    """Writes the chunks to their usual place, replacing those that are there, and returns their folder.
 
+    That is `chunks/{n}nodes` in the checkpoint's folder, or an entry of the cache where the folder cannot be written.
     dtype: the checkpoint's own if None. layers: per node, overriding the plan. vision_node: one chunk more has the
     vision tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor.
-    Raises CheckpointError for missing or misshapen tensors and for a full disk, ConfigError for an impossible split.
+    Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
+    impossible split.
+    """
+    plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
+    folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
+    _write(folder, source, plan, dtype or source.model_config.dtype, Fingerprint(source, progress), progress)
+    return folder
+
+
+def prepared(
+    source: Source,
+    n_nodes: int,
+    *,
+    dtype: str | None = None,
+    layers: Sequence[int] | None = None,
+    vision_node: bool = False,
+    measure: Callable[[], Sequence[int] | None] | None = None,
+    progress: Progress | None = None,
+) -> Chunks:
+    """Finds the chunks of this checkpoint, or writes them: beside those of other layers or dtype, over outdated ones.
+
+    dtype, layers: None takes what is in the usual place. measure: called for the layers when chunks are written and
+    `layers` is None. See `prepare` for the rest.
     """
     config = source.model_config
-    dtype = dtype or config.dtype
     plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
+    search = _Search(Fingerprint(source, progress), n_nodes, vision_node, dtype, plan.layers if layers else None)
+    details = "-".join([_usual_name(n_nodes, vision_node), dtype or config.dtype, *map(str, layers or ())])
+    while True:
+        for name in search.names(details):
+            for folder in _folders(source, name):
+                if chunks := search.open(folder):
+                    return chunks
+        if layers is None and measure:
+            layers = measure()
+            plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
+        folder = search.free([_folders(source, name)[-1] for name in search.names(details)])
+        with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
+            _write(folder, source, plan, dtype or config.dtype, search.fingerprint, progress)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The chunks that are wanted. dtype, layers: any if None."""
+
+    fingerprint: Fingerprint
+    n_nodes: int
+    vision_node: bool
+    dtype: str | None
+    layers: tuple[int, ...] | None
+
+    def names(self, details: str) -> Iterator[str]:
+        """Names of folders that may have them, in order. The last one is only for this content of the checkpoint."""
+        yield _usual_name(self.n_nodes, self.vision_node)
+        yield details
+        yield f"{details}-{_short(repr([file.sha256 for file in self.fingerprint.record()]))}"
+
+    def open(self, folder: Path) -> Chunks | None:
+        """The chunks in a folder if they are the ones. Notes new modification times of the same content."""
+        try:
+            hold = Hold(folder)
+        except OSError:
+            return None
+        if (manifest := _manifest(folder)) is None or not self._fits(manifest):
+            hold.close()
+            return None
+        if manifest.source != (files := self.fingerprint.record()):
+            manifest = manifest.model_copy(update={"source": files})
+            with suppress(OSError):  # the folder is read-only: the content is compared again next time
+                manifest.write(folder)
+        mark_used(folder)
+        return Chunks(folder, manifest, hold)
+
+    def free(self, folders: Sequence[Path]) -> Path:
+        """The first folder that is not there, or is outdated and not in use; says so if it is the latter."""
+        for folder in folders:
+            if not folder.exists():
+                return folder
+            manifest = _manifest(folder)
+            if (manifest is None or not self.fingerprint.matches(manifest.source)) and not in_use(folder):
+                why = "made of other weights than are there now" if manifest else "damaged or of another version"
+                log.warning("the chunks in %s are %s: preparing them again", folder, why)
+                return folder
+        raise FolderInUseError(f"{str(folders[-1])!r} is damaged and in use by a running server: stop it first")
+
+    def _fits(self, manifest: Manifest) -> bool:
+        plan = manifest.plan
+        return (
+            (plan.n_nodes, plan.vision is not None) == (self.n_nodes, self.vision_node)
+            and self.dtype in (None, manifest.dtype)
+            and self.layers in (None, plan.layers)
+            and self.fingerprint.matches(manifest.source)
+        )
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except CheckpointError:
+        return None
+
+
+def _usual_name(n_nodes: int, vision_node: bool) -> str:
+    return f"{n_nodes}nodes{'-vision' * vision_node}"
+
+
+def _folders(source: Source, name: str) -> list[Path]:
+    """Where chunks may be: beside the checkpoint, or in the cache if that is read-only. The last one can be written."""
+    beside = source.path / "chunks" / name
+    written = beside.parent if beside.parent.is_dir() else source.path
+    if os.access(written, os.W_OK | os.X_OK):
+        return [beside]
+    return [beside, default_cache_folder() / f"{_short(str(source.path.resolve()))}-{name}"]
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write(
+    folder: Path, source: Source, plan: Plan, dtype: str, fingerprint: Fingerprint, progress: Progress | None
+) -> None:
+    config = source.model_config
     specs = [stage_specs(config, spec, dtype) for spec in plan.roles.values()]
     for stage in specs:
         check_tensors(source, stage)
     total = sum(total_bytes(stage.values()) for stage in specs)
     count = counter(progress, "preparing chunks", total)
     identity = plan_hash(config, plan, dtype)
-    folder = chunk_folder(source.path, n_nodes, vision_node=vision_node)
-    with _new_folder(folder, total) as unfinished:
+    if folder.parent == default_cache_folder():
+        cache = Cache.open()
+        cache.check()
+        cache.make_room(total)
+    with new_folder(folder, total, "the chunks") as unfinished:
         chunks = []
         for (role, spec), stage in zip(plan.roles.items(), specs, strict=True):
             file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
             sha256, size = write_safetensors(file, stage, source.tensor, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
-        name = source.path.resolve().name
-        manifest = Manifest(model=name, dtype=dtype, plan_hash=identity, config=source.config, chunks=tuple(chunks))
+        manifest = Manifest(
+            model=source.path.resolve().name,
+            dtype=dtype,
+            plan_hash=identity,
+            config=source.config,
+            source=fingerprint.record(),
+            chunks=tuple(chunks),
+        )
+        if fingerprint.changed():
+            raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")
         manifest.write(unfinished)
-    return folder
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:
     """What a chunk's own header says it is, so that one of another plan is told from a damaged one."""
     return {"format": "pt", "role": role, "plan_hash": identity}
-
-
-def counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    """A function that adds up the bytes it is called with, and passes the sum to `progress`."""
-    done = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress:
-            progress(what, done, total)
-
-    return count
 
 
 def check_tensors(source: Source, specs: Specs) -> None:
@@ -96,58 +230,3 @@ def check_tensors(source: Source, specs: Specs) -> None:
             raise CheckpointError(
                 f"the tensor {name} is stored as {found.dtype}: quantised checkpoints are not supported"
             )
-
-
-@contextmanager
-def _new_folder(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Gives an unfinished folder that takes its name when all is written, and goes when something fails."""
-    unfinished = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(folder)
-        _check_space(folder.parent, size_bytes)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        with _lock(unfinished):
-            yield unfinished
-            _put_in_place(unfinished, folder)
-    except OSError as error:
-        raise CheckpointError(f"{str(folder.parent)!r} cannot be written ({error.strerror})") from None
-    finally:
-        if unfinished:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _clear_remains(folder: Path) -> None:
-    """Removes what killed writers left; a living one holds its lock."""
-    for remains in folder.parent.glob(f".{folder.name}-*"):
-        with suppress(OSError), _lock(remains):
-            shutil.rmtree(remains)
-
-
-def _check_space(folder: Path, size_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size_bytes + RESERVE_BYTES:
-        sizes = f"{size_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free"
-        raise CheckpointError(f"the chunks take {sizes}: make room, or use a smaller dtype")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Raises BlockingIOError where another process holds it. The system lets go when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(unfinished: Path, folder: Path) -> None:
-    unfinished.chmod(0o755)
-    if not folder.exists():
-        unfinished.rename(folder)
-        return
-    replaced = unfinished.with_name(unfinished.name + "-replaced")
-    folder.rename(replaced)
-    unfinished.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)

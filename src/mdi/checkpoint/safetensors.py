@@ -53,7 +53,12 @@ class SafetensorsSource:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({path for path, _ in self._places.values()}))
+        index = self.path / INDEX
+        return (self.path / "config.json", *([index] if index.exists() else []), *self._weight_files)
+
+    @property
+    def _weight_files(self) -> list[Path]:
+        return sorted({path for path, _ in self._places.values()})
 
     def names(self) -> frozenset[str]:
         return frozenset(self._places)
@@ -87,7 +92,7 @@ class SafetensorsSource:
         return {_hub_name(name): (path, name) for name, path in stored.items()}
 
     def _check_files(self) -> None:
-        for path in self.files:
+        for path in self._weight_files:
             if not path.is_file():
                 raise CheckpointError(f"{self.path.name} lacks {path.name}: is the download complete?")
 

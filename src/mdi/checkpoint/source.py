@@ -30,7 +30,7 @@ class Source(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files with the weights, sorted."""
+        """The files that decide what the model computes: weights, their index, config.json."""
 
     def names(self) -> frozenset[str]:
         """Names of all tensors."""

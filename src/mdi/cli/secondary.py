@@ -48,7 +48,7 @@ def secondary(
     if with_parent:  # before torch is imported: the parent may end meanwhile
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
 
-    from mdi.checkpoint.cache import ChunkCache, default_cache_folder
+    from mdi.checkpoint.cache import Cache
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.node.server import serve_node
     from mdi.node.settings import NodeSettings
@@ -68,7 +68,7 @@ def secondary(
             raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {name}")
         name, listen = node.name, listen or node.address
         device, dtype, threads = device or node.device, dtype or node.dtype, threads or node.threads
-        cache, hands_over = ChunkCache(cache_folder or default_cache_folder()), bool(config.spares)
+        cache, hands_over = Cache.open(cache_folder), bool(config.spares)
     elif chunk is None:
         raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
     settings = NodeSettings(

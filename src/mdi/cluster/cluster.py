@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
 
 import psutil
 import torch
 
 from mdi.checkpoint.loader import load_chunk, load_source
-from mdi.checkpoint.manifest import Manifest
-from mdi.checkpoint.prepare import chunk_folder, prepare
+from mdi.checkpoint.prepare import Chunks, prepared
 from mdi.checkpoint.source import Source
 from mdi.cluster.delivery import Deliver, Link
 from mdi.cluster.launchers.base import Launcher
@@ -22,13 +20,11 @@ from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting, starter_identity
 from mdi.cluster.link import NodeAddress, PipelineSettings
 from mdi.cluster.measure import measure_all
-from mdi.cluster.node_client import Chunks
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import Supervisor
 from mdi.core.config import EngineConfig
 from mdi.core.dtypes import dtype_name
-from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
@@ -67,6 +63,7 @@ class Cluster:
         self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
         self._supervisor: Supervisor | None = None
         self._launcher: Launcher | None = None
+        self._chunks: Chunks | None = None
         self._identity: Identity | None = None
         self.vision: RemoteEncoder | None = None
         with ExitStack() as undo:
@@ -79,7 +76,10 @@ class Cluster:
     def connect(self, deliver: Deliver) -> Link:
         """Wires the nodes together once all have loaded, and whenever some were lost. Only where there are several."""
         assert self._launcher is not None
-        settings = PipelineSettings(self._manifest_digest, self._config.cache.max_sequences, self._sequence_length)
+        assert self._chunks is not None
+        settings = PipelineSettings(
+            self._chunks.manifest.digest, self._config.cache.max_sequences, self._sequence_length
+        )
         self._supervisor = Supervisor(
             self._launcher, settings, self._config.cluster.recovery, deliver, self._progress, self._identity
         )
@@ -120,6 +120,8 @@ class Cluster:
             self.vision.close()
         if self._launcher:
             self._launcher.close()
+        if self._chunks:
+            self._chunks.close()
 
     @property
     def _vision_address(self) -> NodeAddress | None:
@@ -134,20 +136,26 @@ class Cluster:
         cluster = self._config.cluster
         if self._nodes:
             self._identity = starter_identity(self._nodes, cluster.manual, cluster.encryption)
-        folder = self._prepared(source)
-        manifest = Manifest.read(folder)
-        self._manifest_digest = manifest.digest
-        chunks = [folder / chunk.file for chunk in manifest.chunks]
+        chunks = self._chunks = prepared(
+            source,
+            self.n_nodes,
+            dtype=self._dtype,
+            layers=self._layers,
+            vision_node=self._vision_address is not None,
+            measure=lambda: self._measured_layers(source),
+            progress=self._progress,
+        )
+        undo.callback(chunks.close)
         if self._nodes:
-            self._launcher = self._await_nodes(self._nodes, Chunks(folder, manifest))
+            self._launcher = self._await_nodes(self._nodes, chunks)
         else:
-            self._launcher = self._start_nodes(chunks[1:], manifest.dtype)
+            self._launcher = self._start_nodes(chunks)
         undo.callback(self._launcher.close)
         if address := self._vision_address:
             timeout_s, width = cluster.recovery.recovery_timeout_s, source.model_config.hidden_size
-            self.vision = RemoteEncoder(address, self._identity, Chunks(folder, manifest), width, timeout_s)
+            self.vision = RemoteEncoder(address, self._identity, chunks, width, timeout_s)
             undo.callback(self.vision.close)
-        return load_chunk(chunks[0], device=self._device, dtype=self._dtype, progress=self._starter_progress())
+        return load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
 
     def _await_nodes(self, nodes: NodesConfig, chunks: Chunks) -> ManualLauncher:
         if nodes.starter.threads:
@@ -155,43 +163,14 @@ class Cluster:
         manual = self._config.cluster.manual
         return ManualLauncher(nodes, manual, self._identity, chunks, self._progress, self._waiting)
 
-    def _start_nodes(self, chunks: list[Path], dtype: str) -> LocalLauncher:
+    def _start_nodes(self, chunks: Chunks) -> LocalLauncher:
         """Processes here; encrypted, with certificates of an authority that lives as long as this object."""
         authority = Authority.create() if self._config.cluster.encryption else None
         self._identity = authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
         threads = max(1, torch.get_num_threads() // self.n_nodes)
-        return LocalLauncher(chunks, dtype=dtype, device=self._device, threads=threads, authority=authority)
-
-    def _prepared(self, source: Source) -> Path:
-        """The chunks' folder, written now if not there. Chunks of another plan or dtype are refused, not replaced.
-
-        Nodes started by hand are awaited and measured first, unless somebody has decided on their layers.
-        """
-        vision_node = self._vision_address is not None
-        folder = chunk_folder(source.path, self.n_nodes, vision_node=vision_node)
-        if not folder.exists():
-            return prepare(
-                source,
-                self.n_nodes,
-                dtype=self._dtype,
-                layers=self._layers or self._measured_layers(source),
-                vision_node=vision_node,
-                progress=self._progress,
-            )
-        manifest = Manifest.read(folder)
-        wanted = make_plan(source.model_config, self.n_nodes, self._layers, vision_node=vision_node)
-        if self._layers and manifest.plan != wanted:
-            raise CheckpointError(
-                f"the chunks in {str(folder)!r} were split {_commas(manifest.plan.layers)}, "
-                f"not {_commas(wanted.layers)}: "
-                f"run `mdi prepare --n-nodes {self.n_nodes} --layers {_commas(wanted.layers)}`"
-            )
-        if self._dtype and manifest.dtype != self._dtype:
-            raise CheckpointError(
-                f"the chunks in {str(folder)!r} are {manifest.dtype}, not {self._dtype}: "
-                f"run `mdi prepare --n-nodes {self.n_nodes} --dtype {self._dtype}`"
-            )
-        return folder
+        files = [chunks.folder / entry.file for entry in chunks.manifest.chunks[1:]]
+        dtype = chunks.manifest.dtype
+        return LocalLauncher(files, dtype=dtype, device=self._device, threads=threads, authority=authority)
 
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
         if self._nodes is None:
@@ -214,7 +193,3 @@ class Cluster:
     def _starter_progress(self) -> Progress | None:
         progress = self._progress
         return (lambda _what, done, total: progress("starter", done, total)) if progress else None
-
-
-def _commas(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import grpc
 from google.protobuf.message import Message
 
-from mdi.checkpoint.manifest import Manifest, chunk_file
+from mdi.checkpoint.manifest import chunk_file
+from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.link import STATES, NodeAddress
 from mdi.cluster.upload import send_chunk
 from mdi.core.errors import LinkError
@@ -43,14 +43,6 @@ class Visit(Enum):
     READY = "ready"
     AWAY = "away"
     LEAVING = "leaving"
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """The chunks on this disk, as they were when they were planned."""
-
-    folder: Path
-    manifest: Manifest
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import grpc
 import torch
 from torch import Tensor
 
+from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.link import NodeAddress, node_status
 from mdi.cluster.loop_thread import LoopThread
-from mdi.cluster.node_client import POLL_S, Chunks, Visit, Visitor
+from mdi.cluster.node_client import POLL_S, Visit, Visitor
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.status import NodeStatus

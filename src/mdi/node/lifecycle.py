@@ -14,13 +14,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from mdi.checkpoint.cache import CachedChunk
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, LinkError, MDIError
 from mdi.models.stage import LoadedStage
 from mdi.node.settings import NodeSettings
+from mdi.node.store import ChunkStore, StoredChunk
 from mdi.node.weights import Intake
 from mdi.rpc import node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
@@ -50,6 +50,7 @@ class Lifecycle:
         self._damaged = ""  # why the chunk that was sent cannot be used
         self._progress = (0, 0)
         self._intake = Intake()
+        self._store = ChunkStore(settings.cache) if settings.cache else None
         self._offering = asyncio.Lock()
         self._last_status_s = -math.inf
         self._released: Callable[[], None] | None = None
@@ -148,21 +149,21 @@ class Lifecycle:
             return State.LOADING
         return State.RECEIVING if self._intake.receiving else State.WAITING
 
-    def _place(self, manifest: Manifest, role: str) -> CachedChunk:
+    def _place(self, manifest: Manifest, role: str) -> StoredChunk:
         """Where the role's chunk is kept. Raises CheckpointError when this node cannot take it."""
         settings = self._settings
         if not NODE_NAME.fullmatch(role) or (role != self.role and not self._spare):
             raise CheckpointError(f"is {self.role}, and cannot be {role}")
-        if settings.cache is None:
+        if self._store is None:
             raise CheckpointError("was started for its own chunk alone: start it with --nodes-config")
         if settings.dtype and parse_dtype(settings.dtype) != parse_dtype(manifest.dtype):
             raise CheckpointError(
                 f"is to compute in {settings.dtype}, and the chunks are {manifest.dtype}: "
                 f"run `mdi prepare --dtype {settings.dtype}`, or change its dtype"
             )
-        return settings.cache.chunk(manifest, role)
+        return self._store.chunk(manifest, role)
 
-    def _load(self, path: Path, cached: CachedChunk | None = None) -> None:
+    def _load(self, path: Path, cached: StoredChunk | None = None) -> None:
         """Starts a thread that loads a chunk. A daemon, so that a node which ends does not wait for it."""
         self._loading = True
 
@@ -193,7 +194,7 @@ class Lifecycle:
     def _note_verified(self, manifest: Manifest, entry: ChunkEntry) -> None:
         self.manifest_digest, self._sha256 = manifest.digest, entry.sha256
 
-    def _finish_loading(self, outcome: LoadedStage | Exception, cached: CachedChunk | None) -> None:
+    def _finish_loading(self, outcome: LoadedStage | Exception, cached: StoredChunk | None) -> None:
         self._loading = False
         if isinstance(outcome, LoadedStage):
             self.loaded = outcome
@@ -205,7 +206,7 @@ class Lifecycle:
             log.error("the chunk could not be loaded", exc_info=outcome)
             self._fail("the chunk could not be loaded; this node's log has the details")
 
-    def _discard(self, cached: CachedChunk, error: CheckpointError) -> None:
+    def _discard(self, cached: StoredChunk, error: CheckpointError) -> None:
         """Removes a damaged chunk from the cache: the starter sends it again."""
         log.warning("%s; it is removed, and is sent again", error)
         self.manifest_digest = self._sha256 = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdi.checkpoint.cache import ChunkCache
+from mdi.checkpoint.cache import Cache
 from mdi.core.progress import Progress
 from mdi.rpc.tls import Identity
 
@@ -32,6 +32,6 @@ class NodeSettings:
     with_parent: bool = False
     insecure: bool = False
     identity: Identity | None = None
-    cache: ChunkCache | None = None
+    cache: Cache | None = None
     hands_over: bool = False
     progress: Progress | None = None

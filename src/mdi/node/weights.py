@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from io import FileIO
 
-from mdi.checkpoint.cache import CachedChunk
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
+from mdi.node.store import StoredChunk
 from mdi.rpc import node_pb2
 from mdi.rpc.files import in_thread
 
@@ -18,14 +18,14 @@ class Intake:
 
     def __init__(self) -> None:
         self.came_whole = False  # in one transfer: damage in the chunk was there at the other end
-        self._chunk: CachedChunk | None = None
+        self._chunk: StoredChunk | None = None
         self._task: asyncio.Task[bool] | None = None
 
     @property
     def receiving(self) -> bool:
         return self._task is not None
 
-    async def expect(self, chunk: CachedChunk) -> int:
+    async def expect(self, chunk: StoredChunk) -> int:
         """Ends a transfer that goes on, and prepares for a chunk; returns the bytes of it that are there.
 
         Raises CheckpointError when the disk has no room for it.
@@ -35,7 +35,7 @@ class Intake:
         self._chunk, self.came_whole = chunk, False
         return chunk.have_bytes
 
-    async def receive(self, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> CachedChunk | None:
+    async def receive(self, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> StoredChunk | None:
         """Takes the pieces of the expected chunk; the chunk when all of it is there, None when it stopped before.
 
         progress: called with bytes. Raises CheckpointError when the disk refuses.
@@ -66,7 +66,7 @@ class Intake:
             self._task = None
 
 
-async def _append(chunk: CachedChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> bool:
+async def _append(chunk: StoredChunk, pieces: AsyncIterator[node_pb2.WeightsPiece], progress: Progress) -> bool:
     """Appends pieces to the chunk's file; whether all of it is there at the end."""
     there, size = chunk.have_bytes, chunk.entry.size_bytes
     with chunk.growing() as file:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.launchers.base import Died
 from mdi.cluster.link import NodeAddress, node_status
-from mdi.cluster.node_client import POLL_S, Chunks, Visit, Visitor
+from mdi.cluster.node_client import POLL_S, Visit, Visitor
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
