@@ -120,7 +120,7 @@ class Lifecycle:
 
         Raises CheckpointError when the disk refuses, LinkError for bytes that are no pieces.
         """
-        chunk = await self._intake.receive(pieces, lambda *done: self._show("receiving weights", *done))
+        chunk = await self._intake.receive(pieces, self._show)
         if chunk:
             self._load(chunk.path, chunk)
 
