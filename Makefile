@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench proto docs clean
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-slow test-all lint bench proto docs clean
 
 demo: $(INSTALLED)  ## three local nodes with a small model answer questions about a picture
 	$(BIN)/mdi demo
 
-test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## the tests, without the slow ones: some minutes
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## the slow ones: hosts (as root, with iproute2), outside clients, benchmarks, many lost nodes
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow  ## all tests
 
 lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""Small ends of links for tests: a server that answers as a node does, and a proxy that remembers what passes."""
+"""Ends of links: servers that take a node's place, a client for one call, and a proxy that records what passes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
 import socket
 import threading
 import time
@@ -22,11 +24,17 @@ from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import node_stub
 
+PORTS = range(10_000, 32_000)  # below those that the system gives to connections
+_numbers = itertools.count(os.getpid() * 997)  # test processes that run side by side begin at different ports
+
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A port on which nothing listens, and which this process gets once."""
+    while True:
+        port = PORTS[next(_numbers) % len(PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

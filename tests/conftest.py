@@ -1,18 +1,33 @@
-"""What many rooms' tests share: a tiny checkpoint, a photograph, and a check that no node process is left behind."""
+"""What tests of many rooms share: seeds, a tiny checkpoint, a photograph, and a check that all processes ended."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 from testing.checkpoints import tiny_config
 from testing.processes import node_processes
 
 from mdi.checkpoint.random_weights import write_random_checkpoint
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+torch.set_num_threads(1)  # tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Unseeded draws of torch are the same in every order of the tests."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

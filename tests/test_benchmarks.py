@@ -13,6 +13,8 @@ WHY_NO_HOSTS = why_not()
 SOAKED = ("lost requests: 0", "recovery time", "nothing")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -47,7 +47,7 @@ NAMES = ("starter", "secondary0", "finisher")
 NODES = NAMES[1:]
 PORT = 5000
 LONG_S = 120  # nothing takes as long
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 Questions = list[dict[str, Any]]
 
 

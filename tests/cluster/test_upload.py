@@ -12,9 +12,10 @@ import psutil
 import pytest
 from testing.checkpoints import tiny_config
 from testing.manual_cluster import NODES, ManualCluster, on_loopback
-from testing.processes import Process, mdi
+from testing.processes import Process
 from testing.waiting import wait_for
 
+from mdi import Engine, SamplingParams
 from mdi.checkpoint.locks import Hold
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import Chunks, prepare
@@ -25,7 +26,8 @@ from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 
-QUESTION = ("Who are you?", "--max-tokens", "8", "--temperature", "1", "--seed", "4")
+PROMPT, PARAMS = "Who are you?", SamplingParams(max_tokens=8, temperature=1, seed=4)
+QUESTION = (PROMPT, "--max-tokens", "8", "--temperature", "1", "--seed", "4")
 SLOW = 4e6  # bytes a second: a chunk takes some seconds
 
 
@@ -41,9 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> str:
     """What one process answers."""
-    done = mdi("ask", checkpoint, *QUESTION)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with Engine(checkpoint) as engine:
+        return engine.chat(PROMPT, PARAMS).text
 
 
 @pytest.fixture
@@ -77,12 +78,19 @@ def arrived(nodes: ManualCluster, name: str) -> int:
     return sum(part.stat().st_size for part in nodes.cache(name).glob("*/.*.part"))
 
 
+def asked(checkpoint: Path, nodes: ManualCluster) -> str:
+    """The answer of a starter in this process, which starts faster than a command."""
+    certs = nodes.certs("starter")
+    with Engine(checkpoint, nodes_config=nodes.config, wait_s=100, encryption=nodes.encrypted, certs=certs) as engine:
+        return engine.chat(PROMPT, PARAMS).text
+
+
 def answer(starter: Process) -> str:
     """Of an `ask` that ends well."""
     assert starter.popen.stdout
     text = starter.popen.stdout.read()
-    assert starter.popen.wait(120) == 0, "".join(starter.lines)
-    return text
+    assert starter.popen.wait(60) == 0, "".join(starter.lines)
+    return text.removesuffix("\n")
 
 
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
@@ -104,9 +112,9 @@ def test_nodes_without_weights_get_them_and_have_them_next_time(
         node.popen.terminate()
         assert node.popen.wait(30) == 0
     again = list(nodes.start_all().values())
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
     assert not any("receiving" in line for node in again for line in node.lines)
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
     assert [line.count("loading: done") for node in again for line in ["".join(node.lines)]] == [1, 1]
 
 
@@ -128,6 +136,7 @@ def test_a_node_killed_in_mid_transfer_goes_on_where_its_file_ended(
     assert processes[1].wait_for_line("loading: done")
 
 
+@pytest.mark.slow
 def test_a_broken_link_and_a_starter_that_starts_again_go_on_where_they_were(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -139,7 +148,7 @@ def test_a_broken_link_and_a_starter_that_starts_again_go_on_where_they_were(
     starter.wait_for_line("node finisher is awaited: the link to node finisher broke while it was sent its weights")
     wait_for(lambda: arrived(nodes, "finisher") > 5e6)
     starter.kill()
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
     sent = sum(len(stream) for stream in nodes.links["finisher"].recorded)
     assert sent < 1.4 * size(checkpoint, "finisher")  # what was on its way when it broke is sent again, no more
     for node in processes:
@@ -147,6 +156,7 @@ def test_a_broken_link_and_a_starter_that_starts_again_go_on_where_they_were(
         assert node.wait_for_line("loading: done")
 
 
+@pytest.mark.slow
 def test_a_frozen_node_does_not_hold_the_starter_and_a_new_transfer_replaces_the_old(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -170,7 +180,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(checkpoint: Path, alone: str, t
     damaged.write_bytes(good[0][:-1] + bytes([good[0][-1] ^ 1]))
     half.with_name(f".{half.name}.part").write_bytes(bytes(10_000_000))  # a disk that lost what was written
     processes = list(nodes.start_all().values())
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
     for node in processes:
         assert "it is removed, and asked for again" in node.wait_for_line(
             "is damaged: its checksum is not the manifest's"
@@ -188,13 +198,14 @@ def test_a_chunk_of_another_plan_is_replaced_by_the_right_one(
     replaced = nodes.start("secondary0", "--chunk", wrong)
     kept_one = nodes.start("finisher", "--chunk", right)
     replaced.wait_for_line("loading: done")
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
     assert replaced.wait_for_line("receiving weights: done")
     assert wrong.exists()
     assert not any("receiving" in line for line in kept_one.lines)
     assert not nodes.cache("finisher").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_changed_is_sent_anew_to_nodes_that_hold_the_old_one(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -202,9 +213,9 @@ def test_a_checkpoint_that_changed_is_sent_anew_to_nodes_that_hold_the_old_one(
     changed = tmp_path / "changed"
     write_random_checkpoint(changed, tiny_config(intermediate_size=1024), seed=1)
     processes = list(nodes.start_all().values())
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
-    assert answer(nodes.ask(changed, *QUESTION)) != alone
-    assert answer(nodes.ask(checkpoint, *QUESTION)) == alone
+    assert asked(checkpoint, nodes) == alone
+    assert asked(changed, nodes) != alone
+    assert asked(checkpoint, nodes) == alone
     assert [line.count("receiving weights: done") for node in processes for line in ["".join(node.lines)]] == [2, 2]
 
 
@@ -248,6 +259,7 @@ def test_a_full_disk_is_named_at_both_ends_and_the_transfer_goes_on_when_there_i
     assert answer(starter) == alone
 
 
+@pytest.mark.slow
 def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_later(
     checkpoint: Path, tmp_path: Path, undo: ExitStack
 ) -> None:
