@@ -98,7 +98,7 @@ def hit(engine: Engine, *names: str, with_signal: int = signal.SIGKILL) -> None:
 
 def decoding(engine: Engine) -> bool:
     """Whether most answers are being written, and have begun."""
-    generated = [len(sample.generated) for samples in list(engine._loop._live.values()) for sample in samples]
+    generated = [len(sample.generated) for request in list(engine._loop._live) for sample in request.sequences]
     return len(generated) >= 6 and min(generated) >= 5
 
 

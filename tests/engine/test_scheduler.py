@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from mdi.engine.scheduler import Scheduler, Work
+from mdi.engine.scheduler import ScheduledSlice, Scheduler
 
 
 @dataclass(eq=False)
@@ -17,15 +17,15 @@ class FakeSequence:
     computed: int = 0
     in_flight: bool = False
     encoded: bool = True
-    reused: int = 0
-    held: bool = False
+    cached_tokens: int = 0
+    blocked: bool = False
 
     @property
-    def keys(self) -> list[int]:
+    def prefix_keys(self) -> list[int]:
         """Like no other's."""
         return [id(self)] * (self.prompt + self.drawn)
 
-    def whole(self, length: int) -> int:
+    def align_to_media(self, length: int) -> int:
         return length
 
     @property
@@ -37,7 +37,7 @@ class FakeSequence:
         return self.encoded and not self.in_flight
 
 
-def finish(scheduler: Scheduler[FakeSequence], work: list[Work[FakeSequence]]) -> None:
+def finish(scheduler: Scheduler[FakeSequence], work: list[ScheduledSlice[FakeSequence]]) -> None:
     scheduler.finish(work)
     for item in work:
         item.sequence.drawn += item.samples
@@ -145,7 +145,7 @@ def test_random_loads_compute_every_token_once_in_order_and_end(seed: int) -> No
         n_slots=n_slots, token_budget=rng.randint(n_slots, 40), max_in_flight=n_nodes
     )
     sequences = [FakeSequence(rng.randint(1, 90), rng.randint(1, 12)) for _ in range(25)]
-    pending, flying = list(sequences), list[list[Work[FakeSequence]]]()
+    pending, flying = list(sequences), list[list[ScheduledSlice[FakeSequence]]]()
     for _ in range(10_000):
         arrivals = [pending.pop() for _ in range(min(len(pending), rng.randint(0, 2)))]
         scheduler.add(arrivals)

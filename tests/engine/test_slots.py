@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdi.core.batch import Copy
-from mdi.engine.slots import LEAST_KEPT, Slots, common_length
+from mdi.engine.slots import MIN_PREFIX, Slots, common_length
 
 PLAIN = list(range(100, 200))
 
@@ -17,13 +17,13 @@ PLAIN = list(range(100, 200))
 class FakeSequence:
     """image: where one stands, and where it ends."""
 
-    keys: Sequence[int]
+    prefix_keys: Sequence[int]
     image: tuple[int, int] = (0, 0)
     slot: int | None = None
     computed: int = 0
-    reused: int = 0
+    cached_tokens: int = 0
 
-    def whole(self, length: int) -> int:
+    def align_to_media(self, length: int) -> int:
         start, end = self.image
         return start if start < length < end else length
 
@@ -47,23 +47,23 @@ def ran(slots: Slots[FakeSequence], keys: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "reused"),
+    ("before", "after", "cached"),
     [
         (PLAIN, [*PLAIN, 1, 2], 100),
         (PLAIN, PLAIN, 99),  # the last token's logits are needed
         (PLAIN, [*PLAIN[:60], 7, 7, 7], 60),
         (PLAIN, [5, *PLAIN], 0),
-        (PLAIN[:LEAST_KEPT], [*PLAIN[:LEAST_KEPT], 1], LEAST_KEPT),
-        (PLAIN[: LEAST_KEPT - 1], [*PLAIN[: LEAST_KEPT - 1], 1], 0),
+        (PLAIN[:MIN_PREFIX], [*PLAIN[:MIN_PREFIX], 1], MIN_PREFIX),
+        (PLAIN[: MIN_PREFIX - 1], [*PLAIN[: MIN_PREFIX - 1], 1], 0),
     ],
 )
-def test_a_free_slot_is_taken_with_what_it_holds(before: list[int], after: list[int], reused: int) -> None:
+def test_a_free_slot_is_taken_with_what_it_holds(before: list[int], after: list[int], cached: int) -> None:
     slots: Slots[FakeSequence] = Slots(3)
     slot = ran(slots, before)
     sequence = FakeSequence(after)
     assert slots.take(sequence) is None
-    assert sequence.computed == sequence.reused == reused
-    assert (sequence.slot == slot) or not reused
+    assert sequence.computed == sequence.cached_tokens == cached
+    assert (sequence.slot == slot) or not cached
 
 
 def test_a_beginning_is_copied_from_who_still_runs() -> None:
@@ -95,13 +95,13 @@ def test_hardly_anything_is_no_reason_to_keep_a_slot() -> None:
     assert ran(slots, [1]) == ran(slots, [2])
 
 
-@pytest.mark.parametrize(("shared", "reused"), [(29, 20), (30, 30), (35, 35), (20, 20), (19, 19)])
-def test_no_beginning_ends_inside_an_image(shared: int, reused: int) -> None:
+@pytest.mark.parametrize(("shared", "cached"), [(29, 20), (30, 30), (35, 35), (20, 20), (19, 19)])
+def test_no_beginning_ends_inside_an_image(shared: int, cached: int) -> None:
     slots: Slots[FakeSequence] = Slots(1)
     ran(slots, PLAIN[:shared])
     sequence = FakeSequence(PLAIN, image=(20, 30))
     slots.take(sequence)
-    assert sequence.computed == reused
+    assert sequence.computed == cached
 
 
 def test_nothing_is_known_of_empty_caches() -> None:

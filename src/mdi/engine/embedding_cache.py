@@ -1,4 +1,4 @@
-"""Encoded images and videos, kept for the next request that shows the same. Bounded in bytes; of one thread."""
+"""Encoded images and videos, kept for later requests with the same ones. Bounded in bytes; for one thread."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class EmbeddingCache:
-    """Embeddings by the digest of what was encoded; the one used longest ago leaves first.
+    """Embeddings by the digest of what was encoded; the least recently used one is evicted first.
 
-    limit_bytes: of all together; 0 keeps nothing.
+    limit_bytes: of all embeddings together; 0 keeps none.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -19,7 +19,7 @@ class EmbeddingCache:
         self.size_bytes = 0
 
     def get(self, digest: bytes) -> Tensor | None:
-        """[tokens, hidden_size], not to be written to; None when they have to be encoded."""
+        """[tokens, hidden_size], not to be written to; None when they are not kept."""
         if digest in self._kept:
             self._kept.move_to_end(digest)
         return self._kept.get(digest)

@@ -1,8 +1,9 @@
-"""The public surface: `Engine` takes messages and gives text. Puts cluster, prompt builder and loop together."""
+"""The public surface: `Engine` takes messages and gives text. Composes cluster, prompt builder and step loop."""
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from mdi.checkpoint.generation import end_ids, generation_defaults
 from mdi.checkpoint.hub import locate
 from mdi.checkpoint.processing import patch_spec, video_spec
-from mdi.checkpoint.source import open_source
+from mdi.checkpoint.source import Source, open_source
 from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
 from mdi.core.config import EngineConfig
@@ -28,17 +29,18 @@ from mdi.core.sampling import Sampling, SamplingParams
 from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
-from mdi.engine.loop import Cancel, StepLoop, Submit
+from mdi.engine.loop import Cancel, Inbox, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
-from mdi.engine.sequence import Request
+from mdi.engine.sequence import Request, Sequence
 from mdi.engine.stream import Stream
+from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MEDIA_THREADS = 2
-PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
+READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
 TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
@@ -70,40 +72,21 @@ class Engine:
         self.sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
         self.max_queue = config.limits.max_queue
         self._defaults = generation_defaults(path)
+        self._end_ids = end_ids(source)
         self._vocab_size = source.model_config.vocab_size
-        self._tokenizer = tokenizer = Tokenizer(path)
-        min_pixels, max_pixels = config.limits.min_pixels, config.limits.max_pixels
-        spec = patch_spec(path, min_pixels, max_pixels) if source.model_config.vision else None
-        video = video_spec(path, max_pixels)
+        self._tokenizer = Tokenizer(path)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._inbox: Inbox = queue.SimpleQueue()
         self._cluster = Cluster(source, config, progress, waiting)
-        n_nodes = self._cluster.n_nodes
-        self._prompts = PromptBuilder(
-            source.model_config,
-            tokenizer,
-            spec,
-            config.media,
-            self.sequence_length,
-            video,
-            self._cluster.stage.recorder,
-        )
         try:
-            self._loop = StepLoop(
-                self._cluster.stage,
-                self._cluster.connect if n_nodes > 1 else None,
-                Scheduler(n_slots=config.cache.max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=n_nodes),
-                tokenizer.backend,
-                end_ids(source),
-                self.sequence_length,
-                EmbeddingCache(config.cache.vision_cache_bytes),
-                self._cluster.vision,
-                self._ended,
-            )
+            self._prompts = self._prompt_builder(source, config)
+            self._link = self._cluster.connect(self._inbox.put) if self._cluster.n_nodes > 1 else None
         except BaseException:
             self._cluster.close()
             raise
+        self._loop = self._start_loop(config)
         self._media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="mdi-media")
 
     def submit(
@@ -114,17 +97,17 @@ class Engine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
-        """Starts a request and gives its stream of pieces.
+        """Starts a request and returns its stream of pieces.
 
         prompt: messages in the chat form, or a plain string (one user message where the model has a chat template).
         Raises InputError for malformed messages, OverloadedError when the queue is full, LinkError when a node is lost;
-        what goes wrong later (media, lengths) is raised by the stream.
+        the stream raises later errors (media, lengths).
         """
         checked = self._prompts.check(prompt)
         sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
         self._check_token_ids(sampling)
         pixels = PixelRange(min_pixels, max_pixels)
-        stream = Stream(lambda: self._loop.post(Cancel(request)))
+        stream = Stream(lambda: self._inbox.put(Cancel(request)))
         request = Request(stream, sampling)
         self._accept(request)
         self._media_threads.submit(self._prepare, request, checked, pixels)
@@ -143,30 +126,30 @@ class Engine:
             stream.cancel()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for: part of a text in UTF-8, not always whole characters."""
+        """The bytes of a token: part of a text in UTF-8, not always whole characters."""
         return self._tokenizer.token_bytes(token_id)
 
     def nodes(self) -> list[NodeStatus]:
-        """What every node holds and does, as last heard of it, in pipeline order."""
+        """The last known status of every node, in pipeline order."""
         return self._cluster.nodes()
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
-        """What every node did when, since this was last asked; by name. record: whether to note more from now on.
+        """Spans of work of every node since the last call, by its name. record: whether to note more from now on.
 
         Raises LinkError when a node does not answer.
         """
         return self._cluster.spans(record)
 
     def ready(self, timeout_s: float) -> bool:
-        """Whether a token comes through all nodes within this time: of a running request, or else of one made up.
+        """Whether a token comes through all nodes within this time: of a running request, or of a probe.
 
         False at once while lost nodes are brought back, and after an error or `close`.
         """
         before, deadline = self._loop.results, time.monotonic() + timeout_s
-        stream = Stream(lambda: self._loop.post(Cancel(probe)))
+        stream = Stream(lambda: self._inbox.put(Cancel(probe)))
         sampling = SamplingParams(temperature=0, max_tokens=1).resolved(self._defaults, self.sequence_length)
-        probe = Request(stream, sampling, PROBE)
-        self._loop.post(Submit(probe))
+        probe = Request(stream, sampling)
+        self._start(probe, READINESS_PROBE)
         while self._loop.results == before:
             if self._closed or self.error or self.recovery.recovering or time.monotonic() > deadline:
                 stream.cancel()
@@ -176,22 +159,24 @@ class Engine:
 
     @property
     def recovery(self) -> RecoveryStatus:
-        """Whether nodes are being brought back, how often they were, and how many requests that failed."""
+        """Whether nodes are being brought back, how often that happened, and how many requests failed by it."""
         return self._loop.recovery
 
     @property
     def error(self) -> MDIError | None:
-        """Why no request is served any more; None while all is well."""
+        """The error that ended service for good; None while requests are served."""
         return self._loop.error
 
     def close(self) -> None:
-        """Fails what runs with ClosedError and ends every node. Safe to call twice."""
+        """Ends running requests with ClosedError, and ends every node. Safe to call twice."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         self._media_threads.shutdown(cancel_futures=True)
         self._loop.close()
+        if self._link:
+            self._link.close()
         self._cluster.close()
         with self._lock:
             left = list(self._requests)
@@ -205,6 +190,23 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _prompt_builder(self, source: Source, config: EngineConfig) -> PromptBuilder:
+        limits, stage = config.limits, self._cluster.stage
+        spec = patch_spec(source.path, limits.min_pixels, limits.max_pixels) if source.model_config.vision else None
+        video = video_spec(source.path, limits.max_pixels)
+        return PromptBuilder(
+            source.model_config, self._tokenizer, spec, config.media, self.sequence_length, video, stage.recorder
+        )
+
+    def _start_loop(self, config: EngineConfig) -> StepLoop:
+        cluster, cache = self._cluster, config.cache
+        scheduler: Scheduler[Sequence] = Scheduler(
+            n_slots=cache.max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=cluster.n_nodes
+        )
+        embeddings = EmbeddingCache(cache.vision_cache_bytes)
+        vision = VisionQueue(cluster.stage, embeddings, cluster.vision, self._inbox.put)
+        return StepLoop(cluster.stage, self._link, self._inbox, scheduler, vision, self._ended)
 
     def _check_token_ids(self, sampling: Sampling) -> None:
         """Raises InputError for ids beyond the vocabulary: the finisher indexes logits with them."""
@@ -227,16 +229,18 @@ class Engine:
             self._requests.discard(request)
 
     def _prepare(self, request: Request, prompt: str | Chat, pixels: PixelRange) -> None:
-        """In a media thread: from messages to a prompt, then over to the loop."""
+        """Builds a request's prompt, in a media thread, and hands the request to the loop."""
         try:
-            request.prompt = self._prompts.build(prompt, pixels)
-            request.stream.prompt_tokens = len(request.prompt.token_ids)
-            self._loop.post(Submit(request))
+            self._start(request, self._prompts.build(prompt, pixels))
         except MDIError as error:
             self._refuse(request, error)
         except Exception:
             log.exception("a prompt could not be prepared")
             self._refuse(request, MDIError("the prompt could not be prepared; the server's log has the details"))
+
+    def _start(self, request: Request, prompt: Prompt) -> None:
+        request.set_prompt(prompt, self._tokenizer.backend, self._end_ids, self.sequence_length)
+        self._inbox.put(Submit(request))
 
     def _refuse(self, request: Request, error: MDIError) -> None:
         self._ended(request)

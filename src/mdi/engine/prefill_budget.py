@@ -1,22 +1,23 @@
-"""How much of a long prompt goes into one batch while others wait for their next token. Pure: it is told the time."""
+"""The number of prompt tokens in one batch while other sequences wait for their next token. Pure, without a clock."""
 
 from __future__ import annotations
 
 PAUSE_S = 0.5
-"""Longest that prompts should make running streams wait for a token."""
+"""Longest time that prompts should make running streams wait for a token."""
 
-FEWEST = 32  # tokens of prompts in a batch: fewer take hardly less time
+MIN_TOKENS = 32  # tokens of prompts in a batch: fewer take hardly less time
 
 
 class PrefillBudget:
-    """Learns from one stage's batches. most: tokens in a batch when nobody waits. n_nodes: stages like this one."""
+    """Learns from the batches of one stage. limit: tokens in a batch when nothing decodes. n_nodes: stages alike."""
 
-    def __init__(self, most: int, n_nodes: int) -> None:
-        self._most = most
+    def __init__(self, limit: int, n_nodes: int) -> None:
+        self._limit = limit
+        self._least = min(MIN_TOKENS, limit)
         self._pause_s = PAUSE_S / n_nodes
-        self.tokens = min(FEWEST, most)
+        self.tokens = self._least
 
-    def note(self, n_tokens: int, seconds: float) -> None:
-        """A batch of so many tokens took so long here."""
-        if n_tokens >= min(FEWEST, self._most) and seconds > 0:
-            self.tokens = max(min(FEWEST, self._most), min(self._most, int(n_tokens * self._pause_s / seconds)))
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        """Adapts `tokens` to a batch of n_tokens that took this long; small batches change nothing."""
+        if n_tokens >= self._least and seconds > 0:
+            self.tokens = max(self._least, min(self._limit, int(n_tokens * self._pause_s / seconds)))

@@ -1,4 +1,4 @@
-"""Which sequences the next batch computes, and how many tokens of each. Pure: no torch, no clock, no I/O.
+"""The choice of sequences for the next batch, and of how many tokens of each. Pure: no torch, no clock, no I/O.
 
 Decode goes first in every batch; prefill chunks fill the rest of its token budget. While several batches are in flight
 (recurrent pipeline parallelism), each takes its share of the decoding sequences, so that every node has work.
@@ -16,26 +16,32 @@ from mdi.engine.slots import Cached, Slots
 
 
 class Schedulable(Cached, Protocol):
-    """What the scheduler sees of a sequence. held: it waits for another one, whose cache it will share."""
+    """A sequence, as the scheduler needs it. in_flight: a batch that has not come back computes it."""
 
     in_flight: bool
 
     @property
-    def held(self) -> bool: ...
+    def blocked(self) -> bool:
+        """Whether it waits for another sequence, whose cache it will share."""
 
     @property
-    def remaining(self) -> int: ...
+    def remaining(self) -> int:
+        """Tokens that are known but not computed."""
 
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """Whether a batch may take it."""
 
 
 S = TypeVar("S", bound=Schedulable)
 
 
 @dataclass(frozen=True)
-class Work(Generic[S]):
-    """One sequence's part of a batch: its next `length` tokens from `start`. `samples` when none remain after them."""
+class ScheduledSlice(Generic[S]):
+    """One sequence's part of a batch: its next `length` tokens from `start`.
+
+    samples: whether these are all the tokens that are known, so that the next one is drawn.
+    """
 
     sequence: S
     start: int
@@ -47,11 +53,11 @@ class Scheduler(Generic[S]):
     """Waiting and running sequences, and the slots they run in.
 
     n_slots: sequences that run at once. token_budget: most tokens in a batch. max_in_flight: batches in the pipeline at
-    once, at least the number of nodes.
+    once; at least the number of nodes keeps all of them busy.
     """
 
     prefill_budget: int
-    """Most tokens of prompts in a batch while other sequences decode; at first as many as otherwise."""
+    """Most tokens of prompts in a batch while other sequences decode; `token_budget` at first."""
 
     def __init__(self, *, n_slots: int, token_budget: int, max_in_flight: int) -> None:
         self.token_budget = self.prefill_budget = token_budget
@@ -75,7 +81,7 @@ class Scheduler(Generic[S]):
         self._waiting.extend(sequences)
 
     def remove(self, sequence: S) -> None:
-        """Takes a sequence out and frees its slot. Not while it is in flight."""
+        """Removes a sequence and frees its slot. Not while it is in flight."""
         assert not sequence.in_flight
         if sequence.slot is None:
             self._waiting.remove(sequence)
@@ -83,7 +89,7 @@ class Scheduler(Generic[S]):
             self._running.remove(sequence)
             self._slots.give_back(sequence)
 
-    def schedule(self) -> list[Work[S]]:
+    def schedule(self) -> list[ScheduledSlice[S]]:
         """The next batch; empty when there is nothing to do or the pipeline is full. Its sequences become in flight."""
         if self.in_flight >= self.max_in_flight:
             return []
@@ -94,12 +100,12 @@ class Scheduler(Generic[S]):
         work += self._prefill(min(left, self.prefill_budget) if decoding else left)
         for item in work:
             item.sequence.in_flight = True
-            self._running.remove(item.sequence)  # to the back: those that waited longest come first next time
+            self._running.remove(item.sequence)  # to the back: the longest waiting come first next time
             self._running.append(item.sequence)
         self.in_flight += bool(work)
         return work
 
-    def finish(self, work: Iterable[Work[S]]) -> None:
+    def finish(self, work: Iterable[ScheduledSlice[S]]) -> None:
         """A batch came back: its tokens are in the cache."""
         self.in_flight -= 1
         for item in work:
@@ -107,7 +113,7 @@ class Scheduler(Generic[S]):
             item.sequence.computed = item.start + item.length
 
     def restart(self) -> None:
-        """Nothing in flight comes back, and the caches are empty: every running sequence begins again, in its slot."""
+        """Forgets what is in flight and in the caches: every running sequence starts again, in its slot."""
         self.in_flight = 0
         self._copies.clear()
         self._slots.forget()
@@ -115,26 +121,26 @@ class Scheduler(Generic[S]):
             sequence.in_flight = False
 
     def take_copies(self) -> tuple[Copy, ...]:
-        """What the batch just scheduled copies first, be it for sequences that come in a later one."""
+        """The copies that belong to the batch just scheduled, also for sequences that a later batch computes."""
         copies = tuple(self._copies)
         self._copies.clear()
         return copies
 
     def _admit(self) -> None:
-        while self._slots.free and (sequence := next((s for s in self._waiting if not s.held), None)):
+        while self._slots.free and (sequence := next((s for s in self._waiting if not s.blocked), None)):
             self._waiting.remove(sequence)
             if copy := self._slots.take(sequence):
                 self._copies.append(copy)
             self._running.append(sequence)
 
-    def _decode(self, decoding: list[S]) -> list[Work[S]]:
+    def _decode(self, decoding: list[S]) -> list[ScheduledSlice[S]]:
         ready = [sequence for sequence in decoding if sequence.ready]
         fair = _divide_up(len(decoding), self.max_in_flight)
         left = _divide_up(len(ready), self.max_in_flight - self.in_flight)
         share = min(fair, left, self.token_budget)
-        return [Work(sequence, sequence.computed, 1, samples=True) for sequence in ready[:share]]
+        return [ScheduledSlice(sequence, sequence.computed, 1, samples=True) for sequence in ready[:share]]
 
-    def _prefill(self, budget: int) -> list[Work[S]]:
+    def _prefill(self, budget: int) -> list[ScheduledSlice[S]]:
         work = []
         for sequence in self._running:
             if budget == 0:
@@ -142,7 +148,7 @@ class Scheduler(Generic[S]):
             if not sequence.ready or _decodes(sequence):
                 continue
             length = min(sequence.remaining, budget)
-            work.append(Work(sequence, sequence.computed, length, samples=length == sequence.remaining))
+            work.append(ScheduledSlice(sequence, sequence.computed, length, samples=length == sequence.remaining))
             budget -= length
         return work
 

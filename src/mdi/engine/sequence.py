@@ -1,4 +1,4 @@
-"""One sample being generated: all its state in one place. Modules hold weights, a `Sequence` holds state."""
+"""A request and its sequences: all state of what is being generated. Modules hold weights, a `Sequence` holds state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
@@ -21,19 +22,34 @@ from mdi.prompt.detokenizer import Detokenizer
 class Request:
     """One submitted request while it runs.
 
+    prompt, sequences: None and empty until the prompt is ready; a sequence is removed when it ends.
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
-    request ends, so that its prompt can be prefilled again. prefilled: whether the first sample has computed it, for
-    the others to take over. token_mask: called with a sequence before each draw, for the tokens that may come next, as
-    `TokenSampling.token_mask`; it depends on the sequence's tokens only, so that a replay gets the same masks.
+    request ends, so that its prompt can be prefilled again.
+    prefilled: whether the first sample has computed the prompt, for the others to take over.
+    token_mask: called with a sequence before each draw; gives the tokens that may come next, as
+    `TokenSampling.token_mask`. It depends on the sequence's tokens only, so that a replay gets the same masks.
     """
 
     stream: Stream
     sampling: Sampling
     prompt: Prompt | None = None
+    sequences: list[Sequence] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
     cancelled: bool = False
     prefilled: bool = False
     token_mask: TokenMask | None = None
+
+    def set_prompt(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: frozenset[int], sequence_length: int) -> None:
+        """Makes the request's sequences. end_ids: tokens that end an answer, beside those the request names."""
+        sampling = self.sampling
+        self.prompt = prompt
+        self.stream.prompt_tokens = len(prompt.token_ids)
+        max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
+        ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
+        self.sequences = [
+            Sequence(self, index, prompt, Detokenizer(tokenizer, sampling.stop), max_tokens, ends)
+            for index in range(sampling.n)
+        ]
 
     @property
     def encoded(self) -> bool:
@@ -41,7 +57,7 @@ class Request:
 
     @property
     def next_media(self) -> Media:
-        """The first that is not encoded."""
+        """The first image or video that is not encoded."""
         assert self.prompt is not None
         return self.prompt.media[len(self.embeddings)]
 
@@ -51,9 +67,10 @@ TokenMask = Callable[["Sequence"], bytes | None]
 
 @dataclass(eq=False)
 class Sequence:
-    """Sample `index` of a request. `computed` of its tokens are in its slot's cache; `in_flight`: a batch has it.
+    """Sample `index` of a request.
 
-    end_ids: tokens that end it. keys, reused: see `slots.py`.
+    end_ids: tokens that end it. finished: its answer is complete. in_flight: see `scheduler.Schedulable`. slot,
+    computed, cached_tokens, prefix_keys: see `slots.Cached`.
     """
 
     request: Request
@@ -65,16 +82,16 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
-    reused: int = 0
+    cached_tokens: int = 0
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)
-    _seen: dict[int, int] = field(default_factory=dict)  # what penalties are for, and how often the answer has it
+    _counts: dict[int, int] = field(default_factory=dict)  # tokens with penalties: how often the answer has them
 
     def __post_init__(self) -> None:
         if self.request.sampling.repetition_penalty != 1:
-            self._seen = dict.fromkeys(self.prompt.token_ids, 0)
-        self.keys = list(self.prompt.keys)
+            self._counts = dict.fromkeys(self.prompt.token_ids, 0)
+        self.prefix_keys = list(self.prompt.prefix_keys)
 
     @property
     def length(self) -> int:
@@ -91,17 +108,19 @@ class Sequence:
         return not self.in_flight and self.request.encoded
 
     @property
-    def held(self) -> bool:
+    def blocked(self) -> bool:
+        """Whether it waits until the first sample has computed the prompt."""
         return self.index > 0 and not self.request.prefilled
 
-    def whole(self, length: int) -> int:
+    def align_to_media(self, length: int) -> int:
+        """See `slots.Cached`."""
         for media in self.prompt.media:
             if media.span.start < length < media.span.start + media.span.length:
                 return media.span.start
         return length
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """The tokens at indices [start, end), of prompt and answer as one."""
+        """The tokens at indices [start, end), of prompt and answer together."""
         prompt = self.prompt.token_ids
         return [*prompt[start:end], *self.generated[max(0, start - len(prompt)) : max(0, end - len(prompt))]]
 
@@ -129,13 +148,13 @@ class Sequence:
             biases |= dict.fromkeys(self.end_ids, -math.inf)
         if not penalised and not biases:
             return None
-        seen = self._seen if penalised else {}
+        counts = self._counts if penalised else {}
         return LogitAdjustment(
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
-            tuple(seen),
-            tuple(seen.values()),
+            tuple(counts),
+            tuple(counts.values()),
             tuple(biases),
             tuple(biases.values()),
         )
@@ -149,8 +168,8 @@ class Sequence:
         text, reason = "", None
         for token in tokens:
             self.generated.append(token.id)
-            self.keys.append(token.id)
-            self._seen[token.id] = self._seen.get(token.id, 0) + 1
+            self.prefix_keys.append(token.id)
+            self._counts[token.id] = self._counts.get(token.id, 0) + 1
             self._unsent.append(replace(token, time_s=time.perf_counter()))
             text += self.detokenizer.push(token.id)
             if reason := self._finish_reason(token.id):

@@ -1,7 +1,7 @@
-"""Slots, and what their caches still hold: a sequence that begins like another takes that part over. Pure.
+"""Slots of the KV cache, and prefix reuse: a sequence takes over what a slot holds of its prefix. Pure.
 
-A free slot keeps what was computed in it until it is taken. What a sequence shares with it, or with one that runs, is
-not computed again: the longest such beginning is used in place, or copied inside every node.
+A free slot keeps what was computed in it until it is taken. The longest prefix that a sequence shares with a free or
+running slot is not computed again: it is used in place, or copied inside every node.
 """
 
 from __future__ import annotations
@@ -11,28 +11,32 @@ from typing import Generic, Protocol, TypeVar
 
 from mdi.core.batch import Copy
 
-LEAST_KEPT = 16  # shorter beginnings are computed as fast as they are copied, and take no other's place
+MIN_PREFIX = 16  # tokens: a shorter prefix is computed as fast as it is copied
 
 
 class Cached(Protocol):
-    """What slots see of a sequence. keys: one for each known token; equal beginnings mean equal cache contents."""
+    """A sequence, as slots need it.
+
+    prefix_keys: one for each known token; equal prefixes of keys mean equal cache contents. computed: tokens in the
+    slot's cache. cached_tokens: those of them that another sequence had computed.
+    """
 
     slot: int | None
     computed: int
-    reused: int
+    cached_tokens: int
 
     @property
-    def keys(self) -> Sequence[int]: ...
+    def prefix_keys(self) -> Sequence[int]: ...
 
-    def whole(self, length: int) -> int:
-        """The longest beginning of at most `length` tokens that ends inside no image or video."""
+    def align_to_media(self, length: int) -> int:
+        """The length of the longest prefix of at most `length` tokens that ends inside no image or video."""
 
 
 C = TypeVar("C", bound=Cached)
 
 
 class Slots(Generic[C]):
-    """`n_slots` of them, each free or of one sequence."""
+    """`n_slots` slots, each free or taken by one sequence."""
 
     def __init__(self, n_slots: int) -> None:
         self._kept: dict[int, Sequence[int]] = dict.fromkeys(range(n_slots), ())  # free slots; the first is taken next
@@ -43,48 +47,51 @@ class Slots(Generic[C]):
         return len(self._kept)
 
     def take(self, sequence: C) -> Copy | None:
-        """Gives a sequence a slot, and what is known of its beginning; the copy that this needs, if any.
+        """Gives a sequence a slot and the known part of its prefix; returns the copy that this needs, if any.
 
-        The copy is of what has been computed by all batches so far: it belongs to the next one.
+        The copy is of what all batches so far have computed: it belongs to the next batch.
         """
-        source, length = self._longest_beginning(sequence)
+        source, length = self._longest_prefix(sequence)
         in_place = source in self._kept and 2 * length >= len(self._kept[source])
         slot = source if in_place and length else next(iter(self._kept))
         del self._kept[slot]
         self._taken[slot] = sequence
         sequence.slot = slot
-        sequence.computed = sequence.reused = length
+        sequence.computed = sequence.cached_tokens = length
         return Copy(source, slot, length) if length and source != slot else None
 
     def give_back(self, sequence: C) -> None:
-        """Frees a sequence's slot; what it has computed is kept until somebody takes the slot."""
+        """Frees a sequence's slot, which keeps what was computed in it until it is taken again."""
         assert sequence.slot is not None
         del self._taken[sequence.slot]
-        kept = list(sequence.keys[: sequence.computed])
-        if len(kept) >= LEAST_KEPT:
+        kept = list(sequence.prefix_keys[: sequence.computed])
+        if len(kept) >= MIN_PREFIX:
             self._kept[sequence.slot] = kept
         else:
             self._kept = {sequence.slot: (), **self._kept}
         sequence.slot = None
 
     def forget(self) -> None:
-        """All caches are empty."""
+        """Marks all caches as empty."""
         self._kept = dict.fromkeys(self._kept, ())
         for sequence in self._taken.values():
             sequence.computed = 0
 
-    def _longest_beginning(self, sequence: C) -> tuple[int, int]:
-        """A slot that holds most of it, and how many tokens of it; the last one has to be computed in any case."""
-        known = list(sequence.keys)
-        held = {slot: other.keys[: other.computed] for slot, other in self._taken.items()} | self._kept
-        shared = {slot: common_length(known, keys) for slot, keys in held.items()}
+    def _longest_prefix(self, sequence: C) -> tuple[int, int]:
+        """The slot that holds most of a sequence's prefix, and how many tokens of it.
+
+        The last token is never among them: its logits are needed.
+        """
+        keys = list(sequence.prefix_keys)
+        contents = {slot: other.prefix_keys[: other.computed] for slot, other in self._taken.items()} | self._kept
+        shared = {slot: common_length(keys, content) for slot, content in contents.items()}
         slot = max(shared, key=lambda slot: (shared[slot], slot in self._kept))
-        length = sequence.whole(min(shared[slot], len(known) - 1))
-        return slot, length if length >= LEAST_KEPT else 0
+        length = sequence.align_to_media(min(shared[slot], len(keys) - 1))
+        return slot, length if length >= MIN_PREFIX else 0
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists have in common at their beginning. Slices compare faster than Python counts."""
+    """The length of the longest common prefix. Compares slices, which is faster than counting in Python."""
     same, length = 0, min(len(first), len(second))
     while length > 0:
         half = -(-length // 2)

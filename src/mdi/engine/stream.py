@@ -1,4 +1,4 @@
-"""A running request as its caller sees it: an iterator over pieces, for threads and for asyncio. Knows no models."""
+"""The caller's end of a running request: an iterator over pieces, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mdi.core.outputs import Completion, Piece, Usage, collect
 class Stream:
     """Pieces of one request, in order. Iterate it (`for` or `async for`) once, from one place.
 
-    Iteration raises what ended the request early: InputError for media or lengths that do not fit, LinkError where a
-    node was lost, ClosedError at shutdown. A cancelled stream just ends.
+    Iteration raises the error that ended the request early: InputError for media or lengths that do not fit, LinkError
+    for a lost node, ClosedError at shutdown. A cancelled stream ends without an error.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
@@ -32,20 +32,15 @@ class Stream:
         return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def cancel(self) -> None:
-        """Ends the request within one step of the engine. From any thread, at any time, as often as you like."""
+        """Ends the request within one step of the engine. From any thread, at any time, more than once."""
         self._cancel()
 
     def completion(self) -> Completion:
-        """Waits for the end and gives the whole."""
+        """Waits for the end; all pieces together."""
         return collect(list(self), self.usage)
 
-    async def acompletion(self) -> Completion:
-        """`completion` for asyncio."""
-        pieces = [piece async for piece in self]
-        return collect(pieces, self.usage)
-
     def put(self, item: Piece | MDIError | None) -> None:
-        """The engine's side: a piece, the error that ended the request, or None at its end."""
+        """Adds a piece, the error that ended the request, or None at its end. For the engine."""
         if isinstance(item, Piece):
             self.completion_tokens += len(item.tokens)
         self._items.put(item)

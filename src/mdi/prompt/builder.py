@@ -38,12 +38,12 @@ class Prompt:
     media: tuple[Media, ...]
 
     @cached_property
-    def keys(self) -> tuple[int, ...]:
-        """For each token what tells it from others: its id, or for an image's or a video's what this one shows."""
+    def prefix_keys(self) -> tuple[int, ...]:
+        """One for each token: its id, or, for a token of an image or a video, a number that its content decides."""
         keys = list(self.token_ids)
         for item in self.media:
-            shown = -int.from_bytes(item.patches.digest) - 1
-            keys[item.span.start : item.span.start + item.span.length] = [shown] * item.span.length
+            content = -int.from_bytes(item.patches.digest) - 1
+            keys[item.span.start : item.span.start + item.span.length] = [content] * item.span.length
         return tuple(keys)
 
 

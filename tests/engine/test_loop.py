@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cache
@@ -18,18 +19,18 @@ from testing.fakes import FakeLink, FakeStage
 from testing.waiting import wait_for
 from tokenizers import Tokenizer
 
-from mdi.cluster.delivery import Deliver
 from mdi.core.batch import Batch
 from mdi.core.errors import ClosedError, LinkError
 from mdi.core.outputs import Completion
 from mdi.core.outputs import Sample as OneSample
 from mdi.core.sampling import SamplingParams
 from mdi.engine.embedding_cache import EmbeddingCache
-from mdi.engine.loop import Cancel, Close, StepLoop, Submit
+from mdi.engine.loop import Cancel, Close, Inbox, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request, TokenMask
 from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
+from mdi.engine.vision_queue import VisionQueue
 from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
@@ -48,27 +49,22 @@ class World:
     def __init__(self, tokenizer: Tokenizer, stage: FakeStage | None = None, **link: Any) -> None:
         self.scheduler: Scheduler[Sample] = Scheduler(n_slots=N_SLOTS, token_budget=5, max_in_flight=3)
         self.ended: list[Request] = []
-        self._link_options = link
-        self.loop = StepLoop(
-            cast(Stage, stage or FakeStage()),
-            self._connect,
-            self.scheduler,
-            tokenizer,
-            frozenset({END}),
-            LENGTH,
-            EmbeddingCache(10**6),
-            None,
-            self.ended.append,
-        )
+        self._tokenizer = tokenizer
+        self.inbox: Inbox = queue.SimpleQueue()
+        first = cast(Stage, stage or FakeStage())
+        vision = VisionQueue(first, EmbeddingCache(10**6), None, self.inbox.put)
+        self.link = FakeLink(self.inbox.put, **link)
+        self.loop = StepLoop(first, self.link, self.inbox, self.scheduler, vision, self.ended.append)
 
-    def _connect(self, deliver: Deliver) -> FakeLink:
-        self.link = FakeLink(deliver, **self._link_options)
-        return self.link
+    def close(self) -> None:
+        self.loop.close()
+        self.link.close()
 
     def submit(self, prompt: Prompt, params: SamplingParams, token_mask: TokenMask | None = None) -> Request:
-        stream = Stream(lambda: self.loop.post(Cancel(request)))
-        request = Request(stream, params.resolved(SamplingParams(), LENGTH), prompt, token_mask=token_mask)
-        self.loop.post(Submit(request))
+        stream = Stream(lambda: self.inbox.put(Cancel(request)))
+        request = Request(stream, params.resolved(SamplingParams(), LENGTH), token_mask=token_mask)
+        request.set_prompt(prompt, self._tokenizer, frozenset({END}), LENGTH)
+        self.inbox.put(Submit(request))
         return request
 
 
@@ -87,7 +83,7 @@ def make_world(tokenizer: Tokenizer) -> Iterator[Callable[..., World]]:
 
     yield make
     for world in worlds:
-        world.loop.close()
+        world.close()
 
 
 def text(words: str) -> Prompt:
@@ -134,8 +130,8 @@ def test_streams_go_on_with_the_tokens_they_would_have_had(tokenizer: Tokenizer,
         assert disturbed.scheduler._slots.free == N_SLOTS
         assert len(disturbed.ended) == len(REQUESTS)
     finally:
-        undisturbed.loop.close()
-        disturbed.loop.close()
+        undisturbed.close()
+        disturbed.close()
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,7 +150,7 @@ def test_what_slots_hold_from_before_changes_no_answer(
         assert [answer.samples for answer in answers] == [alone(tokenizer, number) for number in order]
         assert world.scheduler._slots.free == N_SLOTS
     finally:
-        world.loop.close()
+        world.close()
 
 
 @cache
@@ -164,7 +160,7 @@ def alone(tokenizer: Tokenizer, number: int) -> tuple[OneSample, ...]:
     try:
         return completions(world, [QUESTIONS[number]])[0].samples
     finally:
-        world.loop.close()
+        world.close()
 
 
 def test_a_second_question_computes_only_what_is_new(make_world: Callable[..., World]) -> None:
@@ -286,7 +282,7 @@ def test_closing_while_nodes_are_away_fails_what_runs(make_world: Callable[..., 
     next(request.stream)
     world.link.lose()
     assert world.link.asked_to_recover.wait(10)
-    world.loop.post(Close())
+    world.inbox.put(Close())
     with pytest.raises(ClosedError):
         list(request.stream)
     assert world.loop.recovery.failed_requests == 0

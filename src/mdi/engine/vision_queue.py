@@ -1,0 +1,111 @@
+"""Images and videos that wait to be encoded, in order of arrival: on this node or on the vision node.
+
+Belongs to the step loop's thread. Results go to their requests and into the embedding cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdi.cluster.remote_encoder import Encoded, RemoteEncoder
+from mdi.engine.embedding_cache import EmbeddingCache
+from mdi.engine.sequence import Request
+from mdi.models.stage import Stage
+
+
+@dataclass(frozen=True)
+class EncodeDone:
+    """The outcome of the vision node's work on the next image or video of a request."""
+
+    request: Request
+    digest: bytes
+    outcome: Encoded
+
+
+class VisionQueue:
+    """Encodes one image or video at a time.
+
+    remote: where to encode; None encodes on this node, in parts between batches. post: called with each outcome of
+    `remote`, from another thread; the loop then calls `take` with it.
+    """
+
+    def __init__(
+        self, stage: Stage, cache: EmbeddingCache, remote: RemoteEncoder | None, post: Callable[[EncodeDone], None]
+    ) -> None:
+        self._stage = stage
+        self._cache = cache
+        self._remote = remote
+        self._post = post
+        self._waiting: deque[Request] = deque()
+        self._parts: Generator[None, None, Tensor] | None = None  # of the image that is encoded on this node
+        self._remote_busy = False
+
+    def add(self, request: Request) -> None:
+        """Puts a request with all its media at the end of the queue."""
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Stops encoding for this request, on this node."""
+        if self._waiting and self._waiting[0] is request:
+            self._parts = None
+
+    def encode(self, seconds: float) -> bool:
+        """Encodes for so long, but at least one part of an image; False when there is nothing to encode here."""
+        until_s = time.perf_counter() + seconds
+        if self._parts is None:
+            self._parts = self._next_parts()
+        if self._parts is None:
+            return False
+        try:
+            with self._stage.working("encode"):
+                next(self._parts)
+                while time.perf_counter() < until_s:
+                    next(self._parts)
+        except StopIteration as done:
+            self._parts = None
+            request = self._waiting[0]
+            self._keep(request, request.next_media.patches.digest, done.value)
+        return True
+
+    def take(self, done: EncodeDone) -> None:
+        """Keeps what the vision node has encoded, and lets it encode the next."""
+        self._remote_busy = False
+        if isinstance(done.outcome, Tensor):
+            self._keep(done.request, done.digest, done.outcome)
+
+    def _keep(self, request: Request, digest: bytes, embeddings: Tensor) -> None:
+        self._cache.put(digest, embeddings)
+        if not request.cancelled:
+            request.embeddings.append(embeddings)
+
+    def _next_parts(self) -> Generator[None, None, Tensor] | None:
+        """The encoding of the next image that the cache does not have; None when there is none, or it is remote."""
+        while self._waiting and not self._remote_busy:
+            request = self._waiting[0]
+            if request.encoded or request.cancelled:
+                self._waiting.popleft()
+                continue
+            patches = request.next_media.patches
+            known = self._cache.get(patches.digest)
+            if known is not None:
+                request.embeddings.append(known)
+            elif self._remote is None:
+                return self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
+            else:
+                self._encode_remotely(self._remote, request)
+        return None
+
+    def _encode_remotely(self, remote: RemoteEncoder, request: Request) -> None:
+        patches = request.next_media.patches
+        self._remote_busy = True
+        remote.encode(
+            torch.from_numpy(patches.rows),
+            patches.grid,
+            lambda outcome: self._post(EncodeDone(request, patches.digest, outcome)),
+        )
