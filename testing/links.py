@@ -84,8 +84,10 @@ def fake_node(identity: Identity | None, name: str = "finisher", port: int = 0) 
     return node_server(StatusServicer(name), identity, port=port)
 
 
-def call_node(address: str, peer: str, identity: Identity | None, method: str = "Status") -> list[Message]:
-    """What a method answers to one empty message. Raises grpc.aio.AioRpcError.
+def call_node(
+    address: str, peer: str, identity: Identity | None, method: str = "Status", message: Message | None = None
+) -> list[Message]:
+    """What a method answers to one message, an empty one by default. Raises grpc.aio.AioRpcError.
 
     gRPC reports INTERNAL in place of the server's status when a call ends while its message is written: then it is
     called again.
@@ -93,10 +95,10 @@ def call_node(address: str, peer: str, identity: Identity | None, method: str = 
 
     async def run() -> list[Message]:
         described = SERVICE.methods_by_name[method]
-        message = GetMessageClass(described.input_type)()
+        request = message or GetMessageClass(described.input_type)()
         async with open_channel(address, peer, identity, CHANNEL_OPTIONS) as channel:
             rpc = getattr(node_stub(channel), method)
-            answer = rpc(iter([message]) if described.client_streaming else message, timeout=10)
+            answer = rpc(iter([request]) if described.client_streaming else request, timeout=30)
             return [reply async for reply in answer] if described.server_streaming else [await answer]
 
     for _ in range(20):

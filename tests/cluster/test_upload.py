@@ -182,7 +182,7 @@ def test_a_damaged_file_in_the_cache_is_replaced(checkpoint: Path, alone: str, t
     processes = list(nodes.start_all().values())
     assert asked(checkpoint, nodes) == alone
     for node in processes:
-        assert "it is removed, and asked for again" in node.wait_for_line(
+        assert "it is removed, and is sent again" in node.wait_for_line(
             "is damaged: its checksum is not the manifest's"
         )
     assert [path.read_bytes() for path in (damaged, half)] == good

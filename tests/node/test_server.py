@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import shutil
@@ -11,9 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
+from testing.links import call_node
 from testing.local_link import LocalLink
+from testing.nodes import node_here
 
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
@@ -25,21 +29,17 @@ from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
-from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
+from mdi.node.settings import NodeSettings
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.authority import Authority
+from mdi.rpc.callers import SERVICE
+from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, MISSED_BEATS, open_channel
+from mdi.rpc.traffic import node_stub
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")
 LENGTH = 128
 GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
-
-
-@pytest.fixture(scope="module")
-def chunks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Chunks of a three-node plan, in pipeline order."""
-    path = tmp_path_factory.mktemp("nodes") / "tiny"
-    shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
-    folder = prepare(open_source(path), 3)
-    return [folder / chunk.file for chunk in Manifest.read(folder).chunks]
 
 
 @pytest.fixture
@@ -287,3 +287,61 @@ def test_a_corrupted_chunk_reaches_who_connects(chunks: list[Path], tmp_path: Pa
             GrpcLink.connect(launcher.nodes, settings_of(chunks), Inbox().put)
     finally:
         launcher.close()
+
+
+CALLERS = ("starter", "secondary0", "secondary1", "finisher", "vision", "spare0", "spare1")
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.create()
+
+
+@pytest.fixture(scope="module")
+def configured(chunks: list[Path], authority: Authority) -> Iterator[str]:
+    """The address of a real node with encryption that has spare0 before it."""
+    settings = NodeSettings("finisher", chunks[2], listen="", dtype="float32", identity=authority.issue("finisher"))
+    starter = authority.issue("starter")
+    request = node_pb2.ConfigureRequest(
+        version=codec.VERSION,
+        epoch=5,
+        manifest_digest=Manifest.read(chunks[2].parent).digest,
+        n_slots=1,
+        sequence_length=8,
+        previous_name="spare0",
+    )
+    with node_here(settings) as address:
+        deadline = time.monotonic() + 30
+        while call_node(address, "finisher", starter, "Configure", request) != [node_pb2.ConfigureReply()]:
+            assert time.monotonic() < deadline
+        yield address
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+def test_a_real_node_answers_a_method_only_to_the_node_that_may_call_it(
+    method: str, caller: str, configured: str, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = authority.issue(caller)
+    if caller == ("spare0" if method == "Batches" else "starter"):
+        call_node(configured, "finisher", identity, method)
+        assert not [record for record in caplog.records if "refused" in record.getMessage()]
+        return
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        call_node(configured, "finisher", identity, method)
+    assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert f"refused node {caller} at" in caplog.text
+
+
+def test_bytes_of_another_version_are_named_and_the_node_lives(configured: str, authority: Authority) -> None:
+    async def run() -> None:
+        async with open_channel(configured, "finisher", authority.issue("starter"), CHANNEL_OPTIONS) as channel:
+            masks = await channel.stream_unary("/mdi.Node/TokenMasks")(iter([b"\xff\xff"]), timeout=10)
+            encoded = [reply async for reply in channel.stream_stream("/mdi.Node/Encode")(iter([b"\xff"]), timeout=10)]
+            for reply in (masks, *encoded):
+                assert b"bytes arrived that are no message of this version of mdi" in reply
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary("/mdi.Node/Configure")(b"\xff\xff", timeout=10)
+            assert (await node_stub(channel).Status(node_pb2.StatusRequest(), timeout=10)).epoch == 5
+
+    asyncio.run(run())
