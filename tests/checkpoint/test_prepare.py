@@ -10,20 +10,23 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mdi.checkpoint import fingerprint
+from mdi.checkpoint import prepare as prepare_module
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
-from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.prepare import Chunks, chunk_folder, prepare, prepared
 from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
-from mdi.models.weights import EMBEDDING, LM_HEAD, stage_specs
+from mdi.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, stage_specs
 from mdi.planning.plan import make_plan
 
 Weights = dict[str, torch.Tensor]
@@ -164,7 +167,10 @@ class failing_half_way:  # noqa: N801 - used like a function
 KILLED_HALF_WAY = """
 import os, signal, sys
 from pathlib import Path
-from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint import fingerprint
+from mdi.checkpoint import prepare as prepare_module
+from mdi.checkpoint.locks import Hold
+from mdi.checkpoint.prepare import Chunks, chunk_folder, prepare, prepared
 from mdi.checkpoint.source import Source, open_source
 kill = lambda what, done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)
 prepare(open_source(Path(sys.argv[1])), 2, progress=kill)
@@ -255,34 +261,149 @@ def test_more_nodes_than_layers_and_unknown_dtypes_are_refused(source: Source) -
         prepare(source, 2, dtype="int3")
 
 
-# the manifest as a file
+# chunks that are found again
 
 
-def edit_manifest(folder: Path, **entries: object) -> None:
-    content = json.loads((folder / FILE_NAME).read_text())
-    (folder / FILE_NAME).write_text(json.dumps({**content, **entries}))
+def name(chunks: Chunks) -> str:
+    """Of the folder of chunks that are not needed any more."""
+    chunks.close()
+    return chunks.folder.name
 
 
-@pytest.mark.parametrize("entries", [{"colour": "red"}, {"version": 1}, {"dtype": "float16"}, {"chunks": []}])
-def test_a_manifest_that_was_changed_is_refused(entries: dict[str, object], source: Source) -> None:
-    folder = prepare(source, 2)
-    edit_manifest(folder, **entries)
-    with pytest.raises(CheckpointError, match="damaged or of another version: run `mdi prepare` again"):
-        Manifest.read(folder)
+def overwrite(source: Source, **changes: torch.Tensor) -> Source:
+    return change_weights(source.path, **{FINAL_NORM: torch.rand(64), **changes})
 
 
-def test_a_manifest_whose_chunks_lose_a_layer_is_refused(source: Source) -> None:
-    folder = prepare(source, 2)
-    chunks = json.loads((folder / FILE_NAME).read_text())["chunks"]
-    chunks[0]["last_layer"] -= 1
-    edit_manifest(folder, chunks=chunks)
-    with pytest.raises(CheckpointError, match="damaged"):
-        Manifest.read(folder)
+def test_chunks_are_written_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name(prepared(source, 2)) == "2nodes"
+    monkeypatch.setattr(prepare_module, "write_safetensors", None)
+    monkeypatch.setattr(fingerprint, "hash_file", None)  # nor is the checkpoint read
+    assert name(prepared(source, 2)) == "2nodes"
+    assert name(prepared(source, 2, layers=(3, 3), dtype="float32")) == "2nodes"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])
-def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, source: Source) -> None:
-    folder = prepare(source, 2)
-    (folder / FILE_NAME).write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        Manifest.read(folder)
+def test_other_layers_and_dtypes_are_written_beside(source: Source) -> None:
+    for _ in range(2):
+        assert name(prepared(source, 2)) == "2nodes"
+        assert name(prepared(source, 2, dtype="bfloat16")) == "2nodes-bfloat16"
+        assert name(prepared(source, 2, layers=(4, 2))) == "2nodes-float32-4-2"
+        assert name(prepared(source, 2, layers=(4, 2), dtype="float16")) == "2nodes-float16-4-2"
+        assert name(prepared(source, 2, vision_node=True)) == "2nodes-vision"
+        assert len(list((source.path / "chunks").iterdir())) == 5
+
+
+def test_what_was_prepared_in_the_usual_place_is_taken_by_whom_all_is_right(source: Source) -> None:
+    prepare(source, 2, dtype="bfloat16", layers=(1, 5))
+    with closing(prepared(source, 2)) as chunks:
+        assert (chunks.folder.name, chunks.manifest.dtype, chunks.manifest.plan.layers) == (
+            "2nodes",
+            "bfloat16",
+            (1, 5),
+        )
+
+
+def test_layers_are_measured_only_when_chunks_are_written(source: Source) -> None:
+    measured: list[None] = []
+
+    def measure() -> tuple[int, int]:
+        measured.append(None)
+        return (5, 1)
+
+    for _ in range(2):
+        with closing(prepared(source, 2, measure=measure)) as chunks:
+            assert chunks.manifest.plan.layers == (5, 1)
+    prepared(source, 2, layers=(2, 4), measure=measure).close()
+    assert len(measured) == 1
+
+
+def test_other_weights_of_the_same_size_are_noticed_with_one_line(
+    source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = prepared(source, 2)
+    before.close()
+    source = overwrite(source)
+    with closing(prepared(source, 2)) as chunks:
+        assert chunks.manifest.digest != before.manifest.digest
+        assert torch.equal(load_file(chunks.file("finisher"))[FINAL_NORM], source.tensor(FINAL_NORM))
+    [message] = caplog.messages
+    assert "are made of other weights than are there now: preparing them again" in message
+
+
+def test_a_changed_config_is_noticed(source: Source) -> None:
+    prepared(source, 2).close()
+    config = source.path / "config.json"
+    config.write_text(json.dumps({**source.config, "rope_theta": 5000.0}))
+    with closing(prepared(open_source(source.path), 2)) as chunks:
+        assert chunks.manifest.config["rope_theta"] == 5000.0
+
+
+def test_the_same_weights_written_again_keep_their_chunks(
+    source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = prepared(source, 2)
+    chunks.close()
+    os.utime(source.path / SINGLE, (1, 1))
+    monkeypatch.setattr(prepare_module, "write_safetensors", None)
+    with closing(prepared(source, 2)) as again:
+        assert again.manifest.digest == chunks.manifest.digest
+    monkeypatch.setattr(fingerprint, "hash_file", None)  # the new time was noted
+    prepared(source, 2).close()
+    assert not caplog.messages
+
+
+def test_chunks_of_an_older_version_are_prepared_again(source: Source, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = prepare(source, 2) / FILE_NAME
+    content = json.loads(manifest.read_text())
+    del content["source"]
+    manifest.write_text(json.dumps({**content, "version": 1}))
+    assert name(prepared(source, 2)) == "2nodes"
+    assert Manifest.read(manifest.parent).source
+    [message] = caplog.messages
+    assert "are damaged or of another version: preparing them again" in message
+
+
+def test_chunks_in_use_are_not_replaced(source: Source) -> None:
+    first = prepared(source, 2)
+    before = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    source = overwrite(source)
+    with pytest.raises(CheckpointError, match=r"2nodes' is in use by a running server: stop it first"):
+        prepare(source, 2)
+    second = prepared(source, 2)
+    assert second.folder.name == "2nodes-float32"
+    source = overwrite(source)
+    third = prepared(source, 2)
+    assert third.folder.name.startswith("2nodes-float32-")
+    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == before
+    assert len({chunks.manifest.digest for chunks in (first, second, third)}) == 3
+    for chunks in (first, second, third):
+        chunks.close()
+    assert name(prepared(source, 2)) == third.folder.name
+
+
+def test_of_two_that_prepare_the_same_the_second_takes_what_the_first_wrote(source: Source) -> None:
+    others: list[Chunks] = []
+
+    def run_another(what: str, done: int, total: int) -> None:
+        if what == "preparing chunks" and done == total and not others:
+            others.append(prepared(source, 2))
+
+    with closing(prepared(source, 2, progress=run_another)) as chunks:
+        assert chunks.folder == others[0].folder
+        assert [path.name for path in (source.path / "chunks").iterdir()] == ["2nodes"]
+    others[0].close()
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_not_split(source: Source) -> None:
+    def change(what: str, done: int, total: int) -> None:
+        if what == "preparing chunks" and done == total:
+            os.utime(source.path / SINGLE, (1, 1))
+
+    with pytest.raises(CheckpointError, match="was changed while its chunks were written: start again"):
+        prepare(source, 2, progress=change)
+    assert not list((source.path / "chunks").iterdir())
+
+
+def test_impossible_layers_are_refused_before_anything_is_read(source: Source) -> None:
+    with pytest.raises(ConfigError, match="add up to 5, but the model has 6"):
+        prepared(source, 2, layers=(3, 2))
+    assert not chunk_folder(source.path, 2).exists()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.locks import Hold, exclusive, in_use
 from mdi.core.errors import CheckpointError, ConfigError
 
@@ -51,6 +52,16 @@ class CacheEntry:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def contents(self) -> str:
+        """The model, and what of it is there: chunks with their dtype, or a checkpoint."""
+        try:
+            manifest = read_json(self.folder / "manifest.json")
+            roles = [path.stem.removeprefix("model_") for path in sorted(self.folder.glob("model_*.safetensors"))]
+            return f"{manifest['model']}, {manifest['dtype']}: {', '.join(roles) or 'unfinished'}"
+        except (CheckpointError, KeyError):
+            return "checkpoint" if (self.folder / "config.json").exists() else "unfinished"
 
     @property
     def in_use(self) -> bool:

@@ -10,7 +10,7 @@ import sys
 import typer
 from rich.text import Text
 
-from mdi.cli import certs
+from mdi.cli import cache, certs
 from mdi.cli.ask import ask
 from mdi.cli.bench import bench
 from mdi.cli.demo import demo
@@ -32,6 +32,7 @@ app = typer.Typer(
 for command in (prepare, plan, serve, secondary, ask, verify, bench, demo):
     app.command()(command)
 app.add_typer(certs.app, name="certs")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -63,8 +63,10 @@ class Lifecycle:
             self._load(self._settings.chunk)
 
     async def stop(self) -> None:
-        """Ends a transfer."""
+        """Ends a transfer, and releases the chunk."""
         await self._intake.stop()
+        if self._store:
+            self._store.close()
 
     def status(self) -> node_pb2.NodeStatus:
         """The part of a node's status that is known here. Notes that the starter polls."""

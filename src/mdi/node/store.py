@@ -36,6 +36,11 @@ class ChunkStore:
         if held:
             held.close()
 
+    def close(self) -> None:
+        """Releases the entry. Safe to call twice."""
+        if self._held:
+            self._held.close()
+
 
 class StoredChunk:
     """The place of one chunk. Methods raise CheckpointError, with the remedy, when the disk refuses."""
