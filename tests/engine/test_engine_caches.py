@@ -1,4 +1,4 @@
-"""What is kept from one request to the next: encoded images, and the beginnings that prompts share."""
+"""The engine keeps encoded images and shared prefixes from one request to the next, and answers as without them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from mdi import Engine, SamplingParams
-from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.models.vision import VisionTower
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -71,7 +70,7 @@ def test_a_conversation_goes_on_without_computing_it_again(engine: Engine, fresh
     assert second.prompt_tokens <= third.cached_tokens < third.prompt_tokens
 
 
-def test_another_image_is_another_beginning(engine: Engine, fresh: Engine, photograph: bytes) -> None:
+def test_another_image_is_another_prefix(engine: Engine, fresh: Engine, photograph: bytes) -> None:
     for image in (photograph, turned(photograph, 180), photograph):
         messages = [user(image, "Look closely at this, and say what it is.")]
         assert engine.chat(messages, GREEDY).token_ids == fresh.chat(messages, GREEDY).token_ids
@@ -98,21 +97,3 @@ def test_nothing_is_kept_with_a_limit_of_zero(fresh: Engine, photograph: bytes, 
     for text in ("a", "b"):
         fresh.chat([user(text, photograph)], GREEDY)
     assert len(encodes) == 2
-
-
-def test_what_was_used_longest_ago_leaves_first() -> None:
-    rows = torch.zeros(10, 10)
-    cache = EmbeddingCache(2 * rows.nbytes)
-    for digest in (b"a", b"b"):
-        cache.put(digest, rows)
-    assert cache.get(b"a") is rows
-    cache.put(b"c", rows)
-    assert [cache.get(digest) is None for digest in (b"a", b"b", b"c")] == [False, True, False]
-    assert cache.size_bytes == 2 * rows.nbytes
-
-
-def test_what_is_larger_than_the_limit_is_not_kept() -> None:
-    cache = EmbeddingCache(10)
-    cache.put(b"a", torch.zeros(100))
-    assert cache.get(b"a") is None
-    assert cache.size_bytes == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from testing.videos import encoded, numbered
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
-from mdi.media import MediaPolicy, PatchSpec
-from mdi.models.config import ModelConfig
-from mdi.prompt.builder import PromptBuilder
-from mdi.prompt.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 TOKEN = 28 * 28
@@ -71,17 +66,6 @@ def test_three_nodes_answer_a_mix_of_videos_and_images_as_one_does(
     with Engine(tiny_checkpoint, n_nodes=3, sequence_length=1024) as spread:
         streams = [spread.submit(prompt, GREEDY) for prompt in prompts]
         assert [stream.completion().token_ids for stream in streams] == alone
-
-
-def test_media_keep_their_order(tiny_checkpoint: Path, clip: Path, photograph: bytes) -> None:
-    config = ModelConfig.from_hf(json.loads((tiny_checkpoint / "config.json").read_text()))
-    builder = PromptBuilder(config, Tokenizer(tiny_checkpoint), PatchSpec(), MediaPolicy(any_file=True), 1024)
-    image = {"type": "image", "image": photograph, "max_pixels": 4 * TOKEN}
-    prompt = builder.build(asking(video(clip, nframes=4), image, video(clip, nframes=6)))
-    assert [item.span.grid[0] for item in prompt.media] == [2, 1, 3]
-    tokens = [prompt.token_ids[item.span.start] for item in prompt.media]
-    assert tokens == [config.video_token_id, config.image_token_id, config.video_token_id]
-    assert all(item.patches.n_tokens == item.span.length for item in prompt.media)
 
 
 def test_user_text_makes_no_room_for_a_video(engine: Engine, clip: Path) -> None:
