@@ -33,8 +33,8 @@ from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
 from mdi.engine.engine import TOKEN_BUDGET
+from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.stage import Stage
-from mdi.models.weights import EMBEDDING, LM_HEAD
 
 GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 N_NODES = 3

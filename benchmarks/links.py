@@ -44,7 +44,7 @@ from mdi.cluster.delivery import Delivery
 from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
 from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
 from mdi.core.tracing import BusyMeter
-from mdi.models.stage import LoadedStage
+from mdi.models.weights import LoadedStage
 from mdi.node import server as node_module
 from mdi.node.settings import NodeSettings
 from mdi.rpc.authority import Authority

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdi.models.config import QWEN2, QWEN2_VL
-
 _TINY_TEXT: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 258,
@@ -45,7 +43,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     `vision_config` are merged into the tiny tower's.
     """
     config = {
-        "architectures": [QWEN2_VL],
+        "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         **_TINY_TEXT,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -62,4 +60,4 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
 
 def tiny_text_config(**overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a Qwen2 config."""
-    return {"architectures": [QWEN2], "model_type": "qwen2", **_TINY_TEXT, **overrides}
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **_TINY_TEXT, **overrides}

@@ -24,7 +24,10 @@ from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
-from mdi.models.weights import EMBEDDING, StageSpec, stage_specs
+from mdi.models.config import StageSpec
+from mdi.models.decoder import EMBEDDING
+from mdi.models.qwen2_vl import VisionTransformer
+from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
 
 
@@ -59,13 +62,14 @@ def test_a_chunk_and_the_checkpoint_give_the_same_stage(
 def test_a_stage_has_the_checkpoint_s_numbers_in_their_places(tiny: Path) -> None:
     source = open_source(tiny)
     stage = load_source(source, StageSpec(2, 4, embedding=True, vision=True, head=True))
-    second, vision = stage.decoder.layers[1], stage.vision
-    assert vision is not None
+    second, vision, norm = stage.decoder.layers[1], stage.vision, stage.decoder.norm
+    assert isinstance(vision, VisionTransformer)
+    assert norm is not None
     places = {
         EMBEDDING: stage.decoder.embedding,
-        "model.norm.weight": stage.decoder.norm,
+        "model.norm.weight": norm.weight,
         "model.layers.3.mlp.down_proj.weight": second.down.weight,
-        "model.layers.3.post_attention_layernorm.weight": second.mlp_norm,
+        "model.layers.3.post_attention_layernorm.weight": second.mlp_norm.weight,
         "visual.blocks.1.norm2.bias": vision.blocks[1].norm2.bias,
         "visual.merger.mlp.2.bias": vision.merger[1].bias,
     }

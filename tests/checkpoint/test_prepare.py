@@ -26,7 +26,8 @@ from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
-from mdi.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, stage_specs
+from mdi.models.decoder import EMBEDDING, FINAL_NORM, LM_HEAD
+from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
 
 Weights = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalG
 from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.tensors import total_size
-from mdi.models.config import ModelConfig
+from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
 
@@ -31,7 +31,7 @@ TEXTS = [
 
 
 def test_the_2b_config_has_exactly_the_published_parameters() -> None:
-    config = ModelConfig.from_hf(QWEN2_VL_2B)
+    config = read_config(QWEN2_VL_2B)
     specs = stage_specs(config, make_plan(config, 1).stages[0], "bfloat16")
     assert total_size(specs.values()) == 2_208_985_600
 

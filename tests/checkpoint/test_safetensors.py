@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.source import open_source
 from mdi.core.errors import CheckpointError
-from mdi.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD
+from mdi.models.decoder import EMBEDDING, FINAL_NORM, LM_HEAD
 
 Weights = dict[str, torch.Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mdi import Engine, SamplingParams
-from mdi.models.vision import VisionTower
+from mdi.models.qwen2_vl import VisionTransformer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 Message = dict[str, Any]
@@ -47,13 +47,13 @@ def user(*parts: bytes | str) -> Message:
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every image that a vision tower of this process begins to encode."""
     begun: list[int] = []
-    original = VisionTower.encode_steps
+    original = VisionTransformer.encode_steps
 
-    def counting(tower: VisionTower, rows: torch.Tensor, grid: Any) -> Any:
+    def counting(tower: VisionTransformer, rows: torch.Tensor, grid: Any) -> Any:
         begun.append(len(rows))
         return original(tower, rows, grid)
 
-    monkeypatch.setattr(VisionTower, "encode_steps", counting)
+    monkeypatch.setattr(VisionTransformer, "encode_steps", counting)
     return begun
 
 

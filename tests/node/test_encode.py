@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.source import open_source
 from mdi.core.errors import LinkError
-from mdi.models.stage import LoadedStage
+from mdi.models.weights import LoadedStage
 from mdi.node.encode import collect_rows, rows_of
 from mdi.rpc import codec, node_pb2
 

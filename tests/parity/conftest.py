@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mdi.models.config import ModelConfig
-from mdi.models.decoder import Decoder
-from mdi.models.stage import LoadedStage, Stage
-from mdi.models.vision import VisionTower
-from mdi.models.weights import StageSpec
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
+from mdi.models.stage import Stage
+from mdi.models.weights import load_stage
 
 IMAGE, VIDEO, VISION_START, VISION_END = 250, 251, 252, 253
 
@@ -79,15 +78,13 @@ def text_oracle() -> Qwen2ForCausalLM:
 
 def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32, n_slots: int = 8) -> list[Stage]:
     """The checkpoint as stages cut at the given layers: none for one stage of everything."""
-    config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+    config = read_config(json.loads((path / "config.json").read_text()))
     weights = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
     cuts = [0, *boundaries, config.n_layers]
     stages = []
     for first, last in pairwise(cuts):
         ends = {"embedding": first == 0, "vision": first == 0, "head": last == config.n_layers}
         spec = StageSpec(first, last, **ends)
-        decoder = Decoder(config, spec, weights.__getitem__)
-        vision = VisionTower(config.vision, weights.__getitem__) if spec.vision and config.vision else None
-        loaded = LoadedStage(config, spec, dtype, torch.device("cpu"), decoder, vision)
+        loaded = load_stage(config, spec, dtype, torch.device("cpu"), lambda name, _shape, _dtype=None: weights[name])
         stages.append(Stage(loaded, n_slots=n_slots, sequence_length=512))
     return stages

@@ -26,7 +26,7 @@ from mdi import Engine, SamplingParams
 from mdi.core.batch import Batch, Slice, Visual
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
 from mdi.media.video_spec import frame_indices
-from mdi.models.config import ModelConfig
+from mdi.models.registry import read_config
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
@@ -154,7 +154,7 @@ def positions_of_transformers_4(ids: list[int], grids: dict[int, list[tuple[int,
 
 
 def our_prompt(path: Path) -> Prompt:
-    config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
+    config = read_config(json.loads((path / "config.json").read_text()))
     return PromptBuilder(config, Tokenizer(path), PatchSpec(), POLICY, 1024, SPEC).build(conversation()[0])
 
 

@@ -12,14 +12,14 @@ from testing.checkpoints import tiny_text_config
 
 from mdi.checkpoint.random_weights import QWEN2_VL_2B
 from mdi.core.errors import ConfigError
-from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
 from mdi.planning.hardware import Machine
 from mdi.planning.plan import Plan, balance, make_plan, role_names
 from mdi.planning.predict import StageLoad, stage_summary
 
-FULL_SIZE = ModelConfig.from_hf(QWEN2_VL_2B)
-TEXT_ONLY = ModelConfig.from_hf(tiny_text_config())
+FULL_SIZE = read_config(QWEN2_VL_2B)
+TEXT_ONLY = read_config(tiny_text_config())
 
 
 def test_every_layer_is_on_exactly_one_node_for_all_counts() -> None:

@@ -18,6 +18,7 @@ from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.layers.rope import prompt_positions
 from mdi.media import MediaPolicy, PatchSpec
 from mdi.models.config import ModelConfig
+from mdi.models.registry import read_config
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ Build = Callable[..., Prompt]
 
 @pytest.fixture(scope="module")
 def config(tiny_checkpoint: Path) -> ModelConfig:
-    return ModelConfig.from_hf(json.loads((tiny_checkpoint / "config.json").read_text()))
+    return read_config(json.loads((tiny_checkpoint / "config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,6 @@ def test_an_error_of_media_names_the_part(builder: PromptBuilder, clip: Path) ->
 
 
 def test_a_model_without_vision_refuses_media(tokenizer: Tokenizer) -> None:
-    text_only = PromptBuilder(ModelConfig.from_hf(tiny_config()), tokenizer, None, MediaPolicy(), 1024)
+    text_only = PromptBuilder(read_config(tiny_config()), tokenizer, None, MediaPolicy(), 1024)
     with pytest.raises(InputError, match="text only: send no images"):
         text_only.check(asking(image(picture(56))))

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from mdi.bench.measure import MemoryLog, Run, node_times
 from mdi.core.status import NodeStatus
-from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec
+from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.plan import VISION
 from mdi.planning.predict import StageSummary, stage_summary
 

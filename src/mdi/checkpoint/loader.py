@@ -24,12 +24,14 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
 from mdi.core.tensors import Specs, TensorSpec, total_bytes
-from mdi.models.config import ModelConfig
-from mdi.models.decoder import Decoder, Get
-from mdi.models.stage import LoadedStage
-from mdi.models.vision import VisionTower
-from mdi.models.weights import EMBEDDING, StageSpec, stage_specs
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import EMBEDDING, Decoder
+from mdi.models.registry import read_config
+from mdi.models.weights import LoadedStage, load_stage, stage_specs
 from mdi.planning.plan import make_plan
+
+Read = Callable[[str], Tensor]
+"""Reads a tensor of a file by its name."""
 
 
 def load_chunk(
@@ -54,13 +56,13 @@ def load_chunk(
         raise CheckpointError(
             f"{path.name} was prepared in {manifest.dtype}, not {dtype}: run `mdi prepare --dtype {dtype}`"
         )
-    config = ModelConfig.from_hf(manifest.config)
+    config = read_config(manifest.config)
     specs = stage_specs(config, entry.spec, manifest.dtype)
     count = counter(progress, "loading", entry.size_bytes + total_bytes(specs.values()))
     _check_chunk(path, entry, manifest, specs, count)
     if verified:
         verified(manifest, entry)
-    return _load(config, entry.spec, specs, manifest.dtype, device, lambda name: _mapped(path, name), count)
+    return _load(config, entry.spec, manifest.dtype, device, lambda name: _mapped(path, name), count)
 
 
 def load_source(
@@ -81,7 +83,7 @@ def load_source(
     specs = stage_specs(config, spec, dtype)
     check_tensors(source, specs)
     count = counter(progress, "loading", total_bytes(specs.values()))
-    return _load(config, spec, specs, dtype, device, source.tensor, count)
+    return _load(config, spec, dtype, device, source.tensor, count)
 
 
 def parse_device(name: str) -> torch.device:
@@ -95,37 +97,27 @@ def parse_device(name: str) -> torch.device:
 
 
 def _load(
-    config: ModelConfig,
-    spec: StageSpec,
-    specs: Specs,
-    dtype_name: str,
-    device_name: str,
-    read: Get,
-    count: Callable[[int], None],
+    config: ModelConfig, spec: StageSpec, dtype_name: str, device_name: str, read: Read, count: Callable[[int], None]
 ) -> LoadedStage:
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    remaining = set(specs)
 
-    def get(name: str) -> Tensor:
-        remaining.remove(name)
-        tensor = read(name).to(device, parse_dtype(specs[name].dtype))
+    def get(name: str, _shape: tuple[int, ...], own_dtype: str | None = None) -> Tensor:
+        tensor = read(name).to(device, parse_dtype(own_dtype) if own_dtype else dtype)
         count(tensor.nbytes)
         return tensor
 
-    vision = VisionTower(config.vision, get) if spec.vision and config.vision else None
-    decoder = Decoder(config, spec, get)
-    assert not remaining, f"tensors nobody asked for: {remaining}"
-    if decoder.embedding is not None and device.type == "cpu":
-        _release_rows(decoder, read)
-    return LoadedStage(config, spec, dtype, device, decoder, vision)
+    loaded = load_stage(config, spec, dtype, device, get)
+    if device.type == "cpu":
+        _release_rows(loaded.decoder, read)
+    return loaded
 
 
-def _release_rows(decoder: Decoder, read: Get) -> None:
+def _release_rows(decoder: Decoder, read: Read) -> None:
     """Packing a tied head read every row of the mapped embedding; a fresh mapping has none resident."""
-    if decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
+    if decoder.embedding is None or decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
         return
     mapped = read(EMBEDDING)
-    if decoder.embedding is not None and mapped.dtype == decoder.embedding.dtype:
+    if mapped.dtype == decoder.embedding.dtype:
         decoder.embedding = mapped
 
 

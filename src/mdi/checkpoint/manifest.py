@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.fingerprint import SourceFile
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.registry import read_config
 from mdi.planning.plan import VISION, Plan
 
 FILE_NAME = "manifest.json"
@@ -99,7 +99,7 @@ class Manifest(BaseModel):
         """From the file's JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
         try:
             manifest = cls.model_validate_json(text)
-            expected = plan_hash(ModelConfig.from_hf(manifest.config), manifest.plan, manifest.dtype)
+            expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype)
         except (ValidationError, ConfigError, KeyError, TypeError):
             expected = None
         if expected is None or expected != manifest.plan_hash:

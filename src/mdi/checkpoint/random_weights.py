@@ -20,11 +20,12 @@ from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.tensors import Specs, TensorSpec, total_bytes
-from mdi.models.config import QWEN2_VL, ModelConfig
-from mdi.models.weights import StageSpec, stage_specs
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.registry import read_config
+from mdi.models.weights import stage_specs
 
 QWEN2_VL_2B: dict[str, Any] = {
-    "architectures": [QWEN2_VL],
+    "architectures": ["Qwen2VLForConditionalGeneration"],
     "attention_dropout": 0.0,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
@@ -116,7 +117,7 @@ def write_random_checkpoint(
     """
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
-    _write_weights(path, ModelConfig.from_hf(config), _RandomTensors(seed, std), dtype, shards)
+    _write_weights(path, read_config(config), _RandomTensors(seed, std), dtype, shards)
     _write_generation_config(path, config)
     _write_tokenizer(path, config)
     if "vision_config" in config:
@@ -151,8 +152,7 @@ def _repeat(block: Tensor, length: int) -> Tensor:
 
 
 def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, dtype: str, shards: int) -> None:
-    whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
-    specs = stage_specs(config, whole, dtype)
+    specs = stage_specs(config, StageSpec.everything(config), dtype)
     if shards == 1:
         return _write_file(path / SINGLE, specs, random)
     weight_map: dict[str, str] = {}

@@ -15,15 +15,13 @@ from torch import Tensor
 from mdi.checkpoint.json_file import read_json
 from mdi.core.errors import CheckpointError
 from mdi.core.tensors import TensorSpec
-from mdi.models.config import ModelConfig
-from mdi.models.weights import LM_HEAD, StageSpec, stage_specs
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import LM_HEAD
+from mdi.models.registry import family_of, read_config
+from mdi.models.weights import stage_specs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ALIASES = (
-    ("model.language_model.", "model."),
-    ("model.visual.", "visual."),
-)  # names that newer versions of transformers write
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -47,7 +45,7 @@ class SafetensorsSource:
         if self.config.get("quantization_config"):
             raise CheckpointError("quantised checkpoints are not supported: use the one they were made from")
         try:
-            return ModelConfig.from_hf(self.config)
+            return read_config(self.config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"config.json lacks an entry or has one of the wrong kind ({error})") from None
 
@@ -89,7 +87,8 @@ class SafetensorsSource:
             stored = {name: self.path / file for name, file in _weight_map(self.path / INDEX).items()}
         else:
             stored = dict.fromkeys(_names_in(self.path / SINGLE), self.path / SINGLE)
-        return {_hub_name(name): (path, name) for name, path in stored.items()}
+        family = family_of(self.model_config.architecture)
+        return {family.hub_name(name): (path, name) for name, path in stored.items()}
 
     def _check_files(self) -> None:
         for path in self._weight_files:
@@ -99,19 +98,11 @@ class SafetensorsSource:
     def _check_names(self) -> None:
         """A tensor that the architecture does not have means that this code would compute another model."""
         config = self.model_config
-        everything = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
-        expected = stage_specs(config, everything, "float32")  # for the names alone
+        expected = stage_specs(config, StageSpec.everything(config), "float32")  # for the names alone
         left_over = sorted(self.names() - set(expected))
         for name in left_over:
             if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
                 raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")
-
-
-def _hub_name(name: str) -> str:
-    for alias, on_hub in ALIASES:
-        if name.startswith(alias):
-            return on_hub + name.removeprefix(alias)
-    return name
 
 
 def _names_in(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ from mdi.core.config import CacheSettings, ManualNodes
 if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
     from mdi.cluster.nodes_config import NodesConfig
-    from mdi.models.weights import StageSpec
+    from mdi.models.config import StageSpec
     from mdi.planning.hardware import Machine
     from mdi.planning.predict import StageSummary
 

@@ -28,7 +28,8 @@ from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
-from mdi.models.stage import LoadedStage, Stage
+from mdi.models.stage import Stage
+from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.tls import Identity

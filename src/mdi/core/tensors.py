@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -42,3 +46,15 @@ def total_size(specs: Iterable[TensorSpec]) -> int:
 def total_bytes(specs: Iterable[TensorSpec]) -> int:
     """Bytes of all of them together."""
     return sum(spec.size_bytes for spec in specs)
+
+
+class GetTensor(Protocol):
+    """Gives a layer its tensors. The same calls declare what a model needs and load it (`models.weights`)."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
+        """One tensor of this shape, in `dtype`, or the stage's own where that is None. Each name is got once."""
+
+
+def within(prefix: str, get: GetTensor) -> GetTensor:
+    """`get` for the names behind a prefix."""
+    return lambda name, shape, dtype=None: get(prefix + name, shape, dtype)

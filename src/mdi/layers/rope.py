@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,26 +80,37 @@ class Rotation:
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin, out=out)
 
 
-class DecoderRope:
-    """Tables for the decoder's positions. `mrope_section`: channels per axis (t, h, w), summing to head_dim / 2."""
+@dataclass(frozen=True)
+class RopeConfig:
+    """How a decoder rotates by position.
 
-    def __init__(
-        self,
-        head_dim: int,
-        theta: float,
-        mrope_section: tuple[int, int, int] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    kind: "default" rotates all channels by the first axis of positions; "mrope" gives each axis (t, h, w) its own
+    channels, so many as `sections` says, in order: together head_dim / 2. theta: base of the frequencies.
+    """
+
+    kind: Literal["default", "mrope"]
+    theta: float
+    sections: tuple[int, int, int] | None = None
+
+    def axes(self, n_channels: int) -> Tensor:
+        """The axis that each channel is rotated by: int64 [n_channels]."""
+        if self.kind == "default" or self.sections is None:
+            return torch.zeros(n_channels, dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(self.sections))
+
+
+class DecoderRope:
+    """Rotations for the decoder's positions."""
+
+    def __init__(self, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> None:
         channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
-        self.frequencies = (1.0 / theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
-        sections = mrope_section or (head_dim // 2, 0, 0)
-        self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections)).to(device)  # [head_dim / 2]
+        self.frequencies = (1.0 / config.theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
+        self.axes = config.axes(head_dim // 2).to(device)
         self.dtype = dtype
 
     def __call__(self, positions: Tensor) -> Rotation:
         """positions: int64 [3, tokens]."""
-        angles = positions.to(torch.float32)[self.axis].T * self.frequencies  # [tokens, head_dim / 2]
+        angles = positions.to(torch.float32)[self.axes].T * self.frequencies  # [tokens, head_dim / 2]
         return _rotation(angles, self.dtype)
 
 

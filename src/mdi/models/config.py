@@ -1,4 +1,4 @@
-"""What config.json says about the mathematics, in its flat (hub) and nested (transformers 5) form. Opens no files."""
+"""What is computed: the mathematics of a model, and which part of it a stage has. Opens no files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdi.core.errors import CheckpointError
-
-QWEN2_VL = "Qwen2VLForConditionalGeneration"
-QWEN2 = "Qwen2ForCausalLM"
-ARCHITECTURES = (QWEN2_VL, QWEN2)
+from mdi.layers.rope import RopeConfig
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The Qwen2-VL vision transformer. `out_size` is the language model's hidden size."""
+    """A vision transformer. out_size: width of its embeddings, the decoder's hidden size."""
 
     depth: int
     width: int
@@ -44,7 +41,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder, and the vision tower if there is one. `mrope_section` is None for 1-D positions."""
+    """A model: its decoder, and its vision tower where it has one.
+
+    qkv_bias: the products of queries, keys and values have biases. qk_norm: each head's queries and keys are
+    normalised before they are rotated. norm_dtype: of the decoder's norms; None is the stage's dtype.
+    tied_embeddings: the LM head's matrix is the embedding's.
+    """
 
     architecture: str
     hidden_size: int
@@ -55,11 +57,13 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     rms_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int] | None
+    rope: RopeConfig
+    qkv_bias: bool
+    qk_norm: bool
     tied_embeddings: bool
     max_positions: int
     dtype: str
+    norm_dtype: str | None = None
     vision: VisionConfig | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
@@ -73,40 +77,75 @@ class ModelConfig:
         return self.n_kv_heads * self.head_dim
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Reads a parsed config.json. Raises CheckpointError for what this project does not compute."""
-        architecture = (config.get("architectures") or ["none"])[0]
-        if architecture not in ARCHITECTURES:
-            raise CheckpointError(
-                f"checkpoints of architecture {architecture} are not supported; supported: {', '.join(ARCHITECTURES)}"
-            )
-        text = {**config, **config.get("text_config", {})}
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        vision: VisionConfig | None = None,
+    ) -> ModelConfig:
+        """Reads the entries of config.json that families share, in its flat (hub) and nested (transformers 5) form.
+
+        The other arguments are what a family says of itself. Raises CheckpointError for what no family computes, and
+        KeyError for an entry that is missing.
+        """
+        text = text_config(config)
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         _refuse_unsupported(text, rope)
-        vision = _vision_config(config["vision_config"], text["hidden_size"]) if architecture == QWEN2_VL else None
-        section = rope.get("mrope_section")
-        try:
-            return cls(
-                architecture=architecture,
-                hidden_size=text["hidden_size"],
-                n_layers=text["num_hidden_layers"],
-                n_heads=text["num_attention_heads"],
-                n_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-                head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-                intermediate_size=text["intermediate_size"],
-                vocab_size=text["vocab_size"],
-                rms_eps=text.get("rms_norm_eps", 1e-6),
-                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-                mrope_section=(section[0], section[1], section[2]) if section else None,
-                tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-                max_positions=text.get("max_position_embeddings", 32768),
-                dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
-                vision=vision,
-                image_token_id=config.get("image_token_id") if vision else None,
-                video_token_id=config.get("video_token_id") if vision else None,
-            )
-        except KeyError as missing:
-            raise CheckpointError(f"config.json lacks {missing}") from None
+        return cls(
+            architecture=config["architectures"][0],
+            hidden_size=text["hidden_size"],
+            n_layers=text["num_hidden_layers"],
+            n_heads=text["num_attention_heads"],
+            n_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+            intermediate_size=text["intermediate_size"],
+            vocab_size=text["vocab_size"],
+            rms_eps=text.get("rms_norm_eps", 1e-6),
+            rope=_rope_config(float(rope.get("rope_theta") or text.get("rope_theta") or 1e6), rope),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            max_positions=text.get("max_position_embeddings", 32768),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
+            vision=vision,
+            image_token_id=config.get("image_token_id") if vision else None,
+            video_token_id=config.get("video_token_id") if vision else None,
+        )
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """The part of a model that a stage has: decoder layers [first_layer, last_layer), half-open, and the ends.
+
+    head: the final norm and the LM head. vision: the vision tower, with the embedding or on a node of its own.
+    """
+
+    first_layer: int
+    last_layer: int
+    embedding: bool = False
+    vision: bool = False
+    head: bool = False
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.last_layer)
+
+    @classmethod
+    def everything(cls, config: ModelConfig) -> StageSpec:
+        """The whole model."""
+        return cls(0, config.n_layers, embedding=True, vision=config.vision is not None, head=True)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries about the decoder: nested ones, and those of the top level."""
+    return {**config, **config.get("text_config", {})}
+
+
+def _rope_config(theta: float, rope: Mapping[str, Any]) -> RopeConfig:
+    section = rope.get("mrope_section")
+    return RopeConfig("mrope", theta, (section[0], section[1], section[2])) if section else RopeConfig("default", theta)
 
 
 def _refuse_unsupported(text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -117,21 +156,3 @@ def _refuse_unsupported(text: Mapping[str, Any], rope: Mapping[str, Any]) -> Non
         raise CheckpointError("sliding-window attention is not supported")
     if text.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"activation {text['hidden_act']!r} is not supported in the decoder")
-
-
-def _vision_config(vision: Mapping[str, Any], hidden_size: int) -> VisionConfig:
-    activation = vision.get("hidden_act", "quick_gelu")
-    if activation != "quick_gelu":
-        raise CheckpointError(f"activation {activation!r} is not supported in the vision tower")
-    width = vision.get("embed_dim", 1280)
-    return VisionConfig(
-        depth=vision.get("depth", 32),
-        width=width,
-        n_heads=vision.get("num_heads", 16),
-        mlp_size=int(width * vision.get("mlp_ratio", 4)),
-        patch_size=vision.get("patch_size", 14),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        merge_size=vision.get("spatial_merge_size", 2),
-        in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
-        out_size=vision.get("hidden_size", hidden_size),
-    )

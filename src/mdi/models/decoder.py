@@ -1,85 +1,96 @@
-"""The decoder of Qwen2 and Qwen2-VL, or any run of its layers. Holds weights only; caches and positions are handed in.
+"""The decoder of all families, or any run of its layers. Holds weights only; caches and positions are arguments.
 
 Mathematics as in transformers' `modeling_qwen2_vl.py`: RMSNorm, attention with grouped heads and rotary positions,
-RMSNorm, SwiGLU, each with a residual.
+RMSNorm, SwiGLU, each with a residual. What differs between families are fields of `ModelConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.reduce import Reduce, alone
+from mdi.core.tensors import GetTensor, within
 from mdi.layers.attention import Layout, attend
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.linear import Linear
+from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
-from mdi.models.config import ModelConfig
-from mdi.models.weights import EMBEDDING, FINAL_NORM, StageSpec, head_name, layer_prefix
+from mdi.models.config import ModelConfig, StageSpec
 
-Get = Callable[[str], Tensor]
-"""A tensor by its hub name, in the stage's dtype on its device. Each name is asked for once."""
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 
 
 class Decoder:
-    """A stage's layers, with the token embedding in front and the LM head behind where the spec says so."""
+    """A stage's layers, with the token embedding before them and the LM head after them where the spec says so."""
 
-    def __init__(self, config: ModelConfig, spec: StageSpec, get: Get) -> None:
-        self.config = config
-        self.spec = spec
-        tied_here = spec.embedding and spec.head and config.tied_embeddings
-        self.embedding = get(EMBEDDING) if spec.embedding else None
-        self.layers = [DecoderLayer(config, layer_prefix(layer), get) for layer in spec.layers]
-        self.norm = get(FINAL_NORM) if spec.head else None
-        head = self.embedding if tied_here else get(head_name(config)) if spec.head else None
-        self.lm_head = Linear([head]) if head is not None else None
+    def __init__(self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor) -> None:
+        """embedding: [vocab_size, hidden_size], where the stage has it."""
+        self.embedding = embedding
+        self.layers = [DecoderLayer(config, within(f"model.layers.{layer}.", get)) for layer in spec.layers]
+        self.norm = self.lm_head = None
+        if spec.head:
+            self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
+            head = stem(EMBEDDING if config.tied_embeddings else LM_HEAD)
+            shared = embedding if config.tied_embeddings else None
+            get_head = get if shared is None else lambda _name, _shape, _dtype=None: shared
+            self.lm_head = Linear.load(get_head, {head: config.vocab_size}, config.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""
         assert self.embedding is not None
         return functional.embedding(token_ids.to(self.embedding.device), self.embedding)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, cache: KVCache, layout: Layout) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotation: Rotation, cache: KVCache, layout: Layout, reduce: Reduce = alone
+    ) -> Tensor:
         """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache."""
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden = layer.forward(hidden, rotation, layer_cache, layout)
+            hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: [rows, hidden_size] -> [rows, vocab_size], in the stage's dtype."""
         assert self.norm is not None
         assert self.lm_head is not None
-        return self.lm_head(_rms_norm(hidden, self.norm, self.config.rms_eps))
+        return self.lm_head(self.norm(hidden))
 
 
 class DecoderLayer:
     """One layer. q, k and v are one product, gate and up another: each weight is read in one pass."""
 
-    def __init__(self, config: ModelConfig, prefix: str, get: Get) -> None:
+    def __init__(self, config: ModelConfig, get: GetTensor) -> None:
+        hidden, inner, eps, norm_dtype = config.hidden_size, config.intermediate_size, config.rms_eps, config.norm_dtype
+        sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
+        qkv = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
         self.config = config
-        self.input_norm = get(prefix + "input_layernorm.weight")
-        projections = [prefix + f"self_attn.{name}_proj" for name in "qkv"]
-        self.qkv = Linear(
-            [get(name + ".weight") for name in projections], [get(name + ".bias") for name in projections]
-        )
-        self.out = Linear([get(prefix + "self_attn.o_proj.weight")])
-        self.mlp_norm = get(prefix + "post_attention_layernorm.weight")
-        self.gate_up = Linear([get(prefix + "mlp.gate_proj.weight"), get(prefix + "mlp.up_proj.weight")])
-        self.down = Linear([get(prefix + "mlp.down_proj.weight")])
+        self.input_norm = RMSNorm(get, "input_layernorm", hidden, eps, norm_dtype)
+        self.qkv = Linear.load(get, qkv, hidden, bias=config.qkv_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(get, "self_attn.q_norm", config.head_dim, eps, norm_dtype)
+            self.k_norm = RMSNorm(get, "self_attn.k_norm", config.head_dim, eps, norm_dtype)
+        self.out = Linear.load(get, {"self_attn.o_proj": hidden}, config.q_size)
+        self.mlp_norm = RMSNorm(get, "post_attention_layernorm", hidden, eps, norm_dtype)
+        self.gate_up = Linear.load(get, {"mlp.gate_proj": inner, "mlp.up_proj": inner}, hidden)
+        self.down = Linear.load(get, {"mlp.down_proj": hidden}, inner)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, cache: Tensor, layout: Layout) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, reduce: Reduce) -> Tensor:
         """hidden: [tokens, hidden_size]; cache: this layer's slots."""
-        attention = self._attention(_rms_norm(hidden, self.input_norm, self.config.rms_eps), rotation, cache, layout)
-        hidden = self.out.add_to(hidden, attention)
-        gate, up = self.gate_up(_rms_norm(hidden, self.mlp_norm, self.config.rms_eps)).chunk(2, dim=-1)
-        return self.down.add_to(hidden, functional.silu(gate).mul_(up))
+        attention = self._attention(self.input_norm(hidden), rotation, cache, layout)
+        hidden = _add_product(hidden, self.out, attention, reduce)
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return _add_product(hidden, self.down, functional.silu(gate).mul_(up), reduce)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout) -> Tensor:
         config = self.config
         qkv = self.qkv(x).view(len(x), -1, config.head_dim)  # [tokens, q + k + v heads, head_dim]
         n_rotated = config.n_heads + config.n_kv_heads
+        if self.q_norm and self.k_norm:
+            qkv[:, : config.n_heads] = self.q_norm(qkv[:, : config.n_heads])
+            qkv[:, config.n_heads : n_rotated] = self.k_norm(qkv[:, config.n_heads : n_rotated])
         rotated = qkv[:, :n_rotated]
         rotation(rotated, out=rotated)
         keys_values = qkv[:, config.n_heads :].view(len(x), 2, config.n_kv_heads, config.head_dim)
@@ -87,6 +98,11 @@ class DecoderLayer:
         return attend(qkv[:, : config.n_heads], cache, layout)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (arXiv:1910.07467)."""
-    return torch.rms_norm(x, (x.shape[-1],), weight, eps)
+def _add_product(residual: Tensor, linear: Linear, x: Tensor, reduce: Reduce) -> Tensor:
+    """residual + x W^T, where every rank has its part of the inputs. One rank adds in the product's own pass."""
+    return linear.add_to(residual, x) if reduce is alone else reduce(linear(x)).add_(residual)
+
+
+def stem(weight: str) -> str:
+    """A weight's name as layers are called with: without `.weight`."""
+    return weight.removesuffix(".weight")

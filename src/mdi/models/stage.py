@@ -1,46 +1,37 @@
-"""One stage at work: a batch in, activations or tokens out. Knows the model and its cache, no network, no requests."""
+"""A stage with its KV cache: batches in, activations or tokens out. Knows no network and no requests."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mdi.core.batch import Batch, Token, Visual
+from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, Work
 from mdi.layers.attention import CausalMasks, Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
-from mdi.models.config import ModelConfig
-from mdi.models.decoder import Decoder
-from mdi.models.vision import VisionTower
-from mdi.models.weights import StageSpec
-
-
-@dataclass(frozen=True)
-class LoadedStage:
-    """A stage's weights, ready to compute. vision: None where the stage has no vision tower."""
-
-    config: ModelConfig
-    spec: StageSpec
-    dtype: torch.dtype
-    device: torch.device
-    decoder: Decoder
-    vision: VisionTower | None
+from mdi.models.weights import LoadedStage
 
 
 class Stage:
     """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time.
 
-    busy: the time it spends at work. recorder: told of all work.
+    busy: the time that it computes. recorder: records each piece of work. reduce: adds up the ranks' partial sums.
     """
 
     def __init__(
-        self, loaded: LoadedStage, *, n_slots: int, sequence_length: int, recorder: Recorder | None = None
+        self,
+        loaded: LoadedStage,
+        *,
+        n_slots: int,
+        sequence_length: int,
+        recorder: Recorder | None = None,
+        reduce: Reduce = alone,
     ) -> None:
         config, dtype, device = loaded.config, loaded.dtype, loaded.device
         self.spec = loaded.spec
@@ -48,9 +39,10 @@ class Stage:
         self.device = device
         self.busy = BusyMeter()
         self.recorder = recorder or Recorder()
+        self._reduce = reduce
         self._decoder = loaded.decoder
         self._vision = loaded.vision
-        self._rope = DecoderRope(config.head_dim, config.rope_theta, config.mrope_section, dtype, device)
+        self._rope = DecoderRope(config.head_dim, config.rope, dtype, device)
         self._cache = KVCache(
             n_layers=len(loaded.spec.layers),
             n_slots=n_slots,
@@ -63,7 +55,7 @@ class Stage:
         self._masks = CausalMasks(sequence_length, dtype, device)
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
-        """Token embeddings with the media's own in place of their placeholders.
+        """Token embeddings, with those of media in place of the placeholders.
 
         token_ids: int64 [tokens] -> [tokens, hidden_size] in the stage's dtype.
         """
@@ -80,7 +72,7 @@ class Stage:
 
     @torch.inference_mode()
     def sample(self, batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
-        """Draws the batch's tokens from what `run` returned: one for each of its samplings. Only where the head is."""
+        """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
         if not batch.samplings:
             return ()
         with self.working("sample"):
@@ -88,13 +80,13 @@ class Stage:
 
     @contextmanager
     def working(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
-        """The body counts as work of this stage."""
+        """The time of the body counts as work of this stage."""
         with self.busy, self.recorder.span(work, batch_id, n_tokens):
             yield
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Logits of every token of the batch, for comparisons: [tokens, vocab_size]. Only where the head is."""
+        """Logits of every token of the batch, for comparisons: [tokens, vocab_size]. Needs the head."""
         return self._decoder.logits(self.forward(batch, hidden))
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -103,9 +95,9 @@ class Stage:
             self._cache.copy(copy)
         layout = Layout.of(batch.slices, self._masks, self.device)
         rotation = self._rope(batch.positions.to(self.device))
-        return self._decoder.forward(hidden.to(self.device), rotation, self._cache, layout)
+        return self._decoder.forward(hidden.to(self.device), rotation, self._cache, layout, self._reduce)
 
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
-        """Encodes one image or video, yielding between blocks. rows: float32 [patches, patch_elements]."""
+        """`VisionTower.encode_steps` of this stage's tower. Needs the tower."""
         assert self._vision is not None
         return self._vision.encode_steps(rows, grid)

@@ -1,119 +1,59 @@
-"""Which tensors of which shapes each part of the model needs, under the hub's names. Holds no weights."""
+"""The tensors of a stage. One pass over a model's constructors declares them, the same pass loads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 from mdi.core.dtypes import parse_dtype
-from mdi.core.tensors import Specs, TensorSpec
-from mdi.models.config import ModelConfig, VisionConfig
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
-
-Shapes = dict[str, tuple[int, ...]]
+from mdi.core.tensors import GetTensor, Specs, TensorSpec
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import EMBEDDING, Decoder
+from mdi.models.registry import VisionTower, family_of
 
 
 @dataclass(frozen=True)
-class StageSpec:
-    """The part of the model a stage holds: decoder layers [first_layer, last_layer), half-open, and the ends.
+class LoadedStage:
+    """A stage's weights, ready to compute. dtype: of activations and KV cache. vision: None where it has no tower."""
 
-    `head` is the final norm and the LM head. `vision` needs not sit with `embedding`, but does unless told otherwise.
-    """
+    config: ModelConfig
+    spec: StageSpec
+    dtype: torch.dtype
+    device: torch.device
+    decoder: Decoder
+    vision: VisionTower | None
 
-    first_layer: int
-    last_layer: int
-    embedding: bool = False
-    vision: bool = False
-    head: bool = False
 
-    @property
-    def layers(self) -> range:
-        return range(self.first_layer, self.last_layer)
+def load_stage(
+    config: ModelConfig, spec: StageSpec, dtype: torch.dtype, device: torch.device, get: GetTensor
+) -> LoadedStage:
+    """A stage made of the tensors that `get` gives, got in the order that data flows through them."""
+    embedding = get(EMBEDDING, (config.vocab_size, config.hidden_size)) if spec.embedding else None
+    tower = family_of(config.architecture).vision_tower
+    vision = tower(config.vision, get) if spec.vision and tower and config.vision else None
+    return LoadedStage(config, spec, dtype, device, Decoder(config, spec, embedding, get), vision)
 
 
 def stage_specs(config: ModelConfig, spec: StageSpec, dtype: str) -> Specs:
     """Every tensor of a stage that is computed in `dtype`: exactly these, nothing missing, nothing left over.
 
-    Raises CheckpointError for a dtype that the model is not computed in.
     With tied embeddings a head's matrix is stored under the embedding's name, in the first and in the last chunk.
+    Raises CheckpointError for a dtype that models are not computed in.
     """
-    parse_dtype(dtype)
-    shapes: Shapes = {}
-    vocabulary = (config.vocab_size, config.hidden_size)
-    if spec.embedding:
-        shapes[EMBEDDING] = vocabulary
-    if spec.vision and config.vision:
-        shapes |= vision_shapes(config.vision)
-    for layer in spec.layers:
-        shapes |= layer_shapes(config, layer)
-    if spec.head:
-        shapes[FINAL_NORM] = (config.hidden_size,)
-        shapes[head_name(config)] = vocabulary
-    return {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
+    return dict(_declared(config, spec, dtype))
 
 
-def head_name(config: ModelConfig) -> str:
-    """Where the LM head's matrix is stored."""
-    return EMBEDDING if config.tied_embeddings else LM_HEAD
+@lru_cache(maxsize=256)
+def _declared(config: ModelConfig, spec: StageSpec, dtype: str) -> Specs:
+    """Loads a stage of tensors without contents (torch's device "meta"), and keeps what it is loaded with."""
+    specs: Specs = {}
 
+    def declare(name: str, shape: tuple[int, ...], own_dtype: str | None = None) -> Tensor:
+        specs[name] = TensorSpec(shape, own_dtype or dtype)
+        return torch.empty(shape, device="meta")
 
-def layer_prefix(layer: int) -> str:
-    return f"model.layers.{layer}."
-
-
-def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
-    """One decoder layer."""
-    hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
-    shapes: Shapes = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.q_proj.bias": (q,),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.v_proj.bias": (kv,),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    return {layer_prefix(layer) + name: shape for name, shape in shapes.items()}
-
-
-def vision_shapes(vision: VisionConfig) -> Shapes:
-    """The whole vision tower: patch embedding, blocks, merger."""
-    kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    shapes: Shapes = {"visual.patch_embed.proj.weight": (vision.width, vision.in_channels, *kernel)}
-    for block in range(vision.depth):
-        shapes |= _block_shapes(vision, f"visual.blocks.{block}.")
-    merged = vision.merged_width
-    return shapes | {
-        "visual.merger.ln_q.weight": (vision.width,),
-        "visual.merger.ln_q.bias": (vision.width,),
-        "visual.merger.mlp.0.weight": (merged, merged),
-        "visual.merger.mlp.0.bias": (merged,),
-        "visual.merger.mlp.2.weight": (vision.out_size, merged),
-        "visual.merger.mlp.2.bias": (vision.out_size,),
-    }
-
-
-def _block_shapes(vision: VisionConfig, prefix: str) -> Shapes:
-    width, inner = vision.width, vision.mlp_size
-    shapes: Shapes = {
-        "norm1.weight": (width,),
-        "norm1.bias": (width,),
-        "attn.qkv.weight": (3 * width, width),
-        "attn.qkv.bias": (3 * width,),
-        "attn.proj.weight": (width, width),
-        "attn.proj.bias": (width,),
-        "norm2.weight": (width,),
-        "norm2.bias": (width,),
-        "mlp.fc1.weight": (inner, width),
-        "mlp.fc1.bias": (inner,),
-        "mlp.fc2.weight": (width, inner),
-        "mlp.fc2.bias": (width,),
-    }
-    return {prefix + name: shape for name, shape in shapes.items()}
+    load_stage(config, spec, parse_dtype(dtype), torch.device("meta"), declare)
+    return specs

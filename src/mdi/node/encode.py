@@ -12,7 +12,7 @@ from torch import Tensor
 from mdi.core.errors import LinkError
 from mdi.core.tracing import BusyMeter, Recorder
 from mdi.layers.rope import Grid
-from mdi.models.stage import LoadedStage
+from mdi.models.weights import LoadedStage
 from mdi.rpc import codec, node_pb2
 
 

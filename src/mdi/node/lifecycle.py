@@ -18,7 +18,7 @@ from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, LinkError, MDIError
-from mdi.models.stage import LoadedStage
+from mdi.models.weights import LoadedStage
 from mdi.node.settings import NodeSettings
 from mdi.node.store import ChunkStore, StoredChunk
 from mdi.node.weights import Intake

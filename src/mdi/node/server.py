@@ -184,8 +184,8 @@ class NodeService(NodeServicer):
                 "run `mdi prepare` again, and give every node its new chunk"
             )
         await self._worker.end_epoch()
-        sizes = {"n_slots": request.n_slots, "sequence_length": request.sequence_length}
-        stage = Stage(loaded, **sizes, recorder=self._recorder)
+        n_slots, sequence_length = request.n_slots, request.sequence_length
+        stage = Stage(loaded, n_slots=n_slots, sequence_length=sequence_length, recorder=self._recorder)
         epoch = Epoch(request.epoch, stage, self._lifecycle.role, request.previous_name)
         if request.next_address:
             epoch.open(request.next_address, request.next_name, self._settings.identity, self._traffic)

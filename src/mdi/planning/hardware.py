@@ -63,7 +63,11 @@ def measure_speed(device: str, dtype: str) -> tuple[float, float]:
     """Bytes a second of weights read for one token, and operations a second over a prompt."""
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
-    layers = [Linear([torch.full((WIDTH, WIDTH), 0.01, dtype=kind, device=place)]) for _ in range(count)]
+
+    def weight(_name: str, shape: tuple[int, ...], _dtype: str | None = None) -> torch.Tensor:
+        return torch.full(shape, 0.01, dtype=kind, device=place)
+
+    layers = [Linear.load(weight, {"weight": WIDTH}, WIDTH) for _ in range(count)]
     one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))
 
     def read() -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mdi.core.errors import ConfigError
-from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec
+from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.hardware import Machine
 from mdi.planning.predict import NodeNeeds, StageLoad, stage_summary
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mdi.core.tensors import TensorSpec, total_bytes, total_size
-from mdi.models.config import ModelConfig
-from mdi.models.weights import StageSpec, stage_specs
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.weights import stage_specs
 from mdi.planning.hardware import Machine
 
 VISION_SHARE = 0.02
@@ -73,14 +73,13 @@ def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens
     """Counts a stage that is computed in `dtype`. cache_tokens: the KV cache's slots times their length."""
     specs = stage_specs(config, spec, dtype).values()
     parameters, size_bytes = _step(config, spec, dtype)
-    whole = StageSpec(0, config.n_layers, embedding=True, vision=True, head=True)
     cache = TensorSpec((len(spec.layers), cache_tokens, 2, config.n_kv_heads, config.head_dim), dtype)
     return StageSummary(
         parameters=total_size(specs),
         size_bytes=total_bytes(specs),
         step_parameters=parameters,
         step_bytes=size_bytes,
-        step_share=size_bytes / _step(config, whole, dtype)[1],
+        step_share=size_bytes / _step(config, StageSpec.everything(config), dtype)[1],
         cache_bytes=cache.size_bytes,
     )
 

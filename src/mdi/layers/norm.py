@@ -1,0 +1,33 @@
+"""Normalisation layers. They compute in the dtype of their weights and return the dtype of their input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mdi.core.tensors import GetTensor
+
+
+class RMSNorm:
+    """Root mean square norm over the last dimension (arXiv:1910.07467)."""
+
+    def __init__(self, get: GetTensor, name: str, size: int, eps: float, dtype: str | None = None) -> None:
+        """dtype: of the weight; None is the stage's own."""
+        self.weight = get(f"{name}.weight", (size,), dtype)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed = torch.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return normed.to(x.dtype)
+
+
+class LayerNorm:
+    """LayerNorm over the last dimension, with weight and bias (arXiv:1607.06450)."""
+
+    def __init__(self, get: GetTensor, name: str, size: int, eps: float) -> None:
+        self.weight = get(f"{name}.weight", (size,))
+        self.bias = get(f"{name}.bias", (size,))
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

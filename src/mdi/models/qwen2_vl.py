@@ -1,0 +1,149 @@
+"""Qwen2-VL: the decoder of Qwen2 with three axes of positions, and a vision transformer.
+
+Mathematics of the tower as in transformers' `modeling_qwen2_vl.py`: a matmul over patch rows, pre-LayerNorm blocks with
+2-D rotary positions and attention within each frame, then a merger that makes one token of 2 x 2 neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mdi.core.errors import CheckpointError
+from mdi.core.tensors import GetTensor, within
+from mdi.layers.attention import attend_fully
+from mdi.layers.linear import Linear
+from mdi.layers.norm import LayerNorm
+from mdi.layers.rope import Grid, Rotation, vision_rotation
+from mdi.models.config import ModelConfig, VisionConfig, text_config
+
+LAYER_NORM_EPS = 1e-6
+ENCODE_ROWS = 512  # patches in one product: more are no faster (docs/performance.md)
+ROTATED_ROWS = 128  # patches rotated at once: their float32 copies stay in the processor's cache
+QUICK_GELU = 1.702
+
+
+ALIASES = (
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+)
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """config: the contents of config.json."""
+    vision = _vision_config(config["vision_config"], text_config(config)["hidden_size"])
+    return ModelConfig.from_hf(config, qkv_bias=True, vision=vision)
+
+
+def _vision_config(vision: Mapping[str, Any], hidden_size: int) -> VisionConfig:
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
+        raise CheckpointError(f"activation {activation!r} is not supported in the vision tower")
+    width = vision.get("embed_dim", 1280)
+    return VisionConfig(
+        depth=vision.get("depth", 32),
+        width=width,
+        n_heads=vision.get("num_heads", 16),
+        mlp_size=int(width * vision.get("mlp_ratio", 4)),
+        patch_size=vision.get("patch_size", 14),
+        temporal_patch_size=vision.get("temporal_patch_size", 2),
+        merge_size=vision.get("spatial_merge_size", 2),
+        in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
+        out_size=vision.get("hidden_size", hidden_size),
+    )
+
+
+class VisionTransformer:
+    """The vision tower: patch embedding, blocks, merger. Holds weights only."""
+
+    def __init__(self, config: VisionConfig, get: GetTensor) -> None:
+        get, merged = within("visual.", get), config.merged_width
+        kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.config = config
+        self.patch_embed = Linear.load(get, {"patch_embed.proj": config.width}, *kernel)
+        self.blocks = [VisionBlock(config, within(f"blocks.{index}.", get)) for index in range(config.depth)]
+        self.merger_norm = LayerNorm(get, "merger.ln_q", config.width, LAYER_NORM_EPS)
+        self.merger = (
+            Linear.load(get, {"merger.mlp.0": merged}, merged, bias=True),
+            Linear.load(get, {"merger.mlp.2": config.out_size}, merged, bias=True),
+        )
+
+    def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
+        """Encodes one image or video, and yields between small parts of the work, for the caller to do other work.
+
+        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size] in the weights' dtype.
+        """
+        dtype, device = self.patch_embed.weight.dtype, self.patch_embed.weight.device
+        rotation = vision_rotation(grid, self.config.merge_size, self.config.head_dim, device)
+        hidden = torch.empty(len(rows), self.config.width, dtype=dtype, device=device)
+        for part in row_slices(len(rows)):
+            hidden[part] = self.patch_embed(rows[part].to(device, dtype))
+            yield
+        for block in self.blocks:
+            yield from block.steps(hidden, rotation, frames=grid[0])
+        merged = self.merger_norm(hidden).view(-1, self.config.merged_width)
+        embeddings = []
+        for part in row_slices(len(merged)):
+            embeddings.append(self.merger[1](functional.gelu(self.merger[0](merged[part]))))
+            yield
+        return torch.cat(embeddings)
+
+
+class VisionBlock:
+    """LayerNorm, attention, LayerNorm, MLP with quick-GELU, each half with a residual."""
+
+    def __init__(self, config: VisionConfig, get: GetTensor) -> None:
+        width, inner = config.width, config.mlp_size
+        self.config = config
+        self.norm1 = LayerNorm(get, "norm1", width, LAYER_NORM_EPS)
+        self.qkv = Linear.load(get, {"attn.qkv": 3 * width}, width, bias=True)
+        self.proj = Linear.load(get, {"attn.proj": width}, width, bias=True)
+        self.norm2 = LayerNorm(get, "norm2", width, LAYER_NORM_EPS)
+        self.fc1 = Linear.load(get, {"mlp.fc1": inner}, width, bias=True)
+        self.fc2 = Linear.load(get, {"mlp.fc2": width}, inner, bias=True)
+
+    def steps(self, hidden: Tensor, rotation: Rotation, frames: int) -> Generator[None, None, None]:
+        """Runs the block in place, and yields between small parts of the work.
+
+        hidden: [patches, width], frame after frame.
+        """
+        patches, heads, head_dim = len(hidden), self.config.n_heads, self.config.head_dim
+        values = torch.empty(heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
+        turned = torch.empty(2 * heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
+        for part in row_slices(patches):
+            qkv = self.qkv(self.norm1(hidden[part])).view(-1, 3 * heads, head_dim)
+            _rotate(qkv[:, : 2 * heads], rotation[part], out=turned[:, part])
+            values[:, part] = qkv[:, 2 * heads :].transpose(0, 1)
+            yield
+        attention = torch.empty(patches, heads, head_dim, dtype=hidden.dtype, device=hidden.device)
+        for frame in row_slices(patches, patches // frames):
+            queries, keys = turned[:, frame].chunk(2)
+            yield from attend_fully(queries, keys, values[:, frame], out=attention[frame])
+        for part in row_slices(patches):
+            hidden[part] = self.proj.add_to(hidden[part], attention[part].flatten(1))
+            inner = self.fc1(self.norm2(hidden[part]))
+            hidden[part] = self.fc2.add_to(hidden[part], _quick_gelu(inner))
+            yield
+
+
+def row_slices(rows: int, size: int = ENCODE_ROWS) -> Iterator[slice]:
+    """Slices of at most `size` rows that together cover `rows`."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _rotate(x: Tensor, rotation: Rotation, out: Tensor) -> None:
+    """Rotates queries and keys in float32.
+
+    x: [patches, heads, head_dim]; out: [heads, patches, head_dim] in the same dtype.
+    """
+    for rows in row_slices(len(x), ROTATED_ROWS):
+        out[:, rows] = rotation[rows](x[rows].float()).transpose(0, 1)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) (arXiv:1606.08415), through SiLU. Overwrites x."""
+    return functional.silu(x.mul_(QUICK_GELU), inplace=True).mul_(1 / QUICK_GELU)

@@ -1,0 +1,69 @@
+"""The model families, by the architecture that a checkpoint's config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mdi.core.errors import CheckpointError
+from mdi.core.tensors import GetTensor
+from mdi.layers.rope import Grid
+from mdi.models import qwen2, qwen2_vl
+from mdi.models.config import ModelConfig, VisionConfig
+
+
+class VisionTower(Protocol):
+    """A loaded vision encoder: patch rows in, embeddings for the decoder out."""
+
+    def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
+        """Encodes one image or video, and yields between small parts of the work.
+
+        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size].
+        """
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family of models adds to the decoder that all share.
+
+    read_config: from the contents of config.json to a config. vision_tower: loads it, where the family has one.
+    aliases: (prefix in a file, prefix on the hub) of tensors that some versions of transformers rename.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    vision_tower: Callable[[VisionConfig, GetTensor], VisionTower] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def hub_name(self, name: str) -> str:
+        """The name on the hub of a tensor in a file."""
+        for alias, on_hub in self.aliases:
+            if name.startswith(alias):
+                return on_hub + name.removeprefix(alias)
+        return name
+
+
+FAMILIES = {
+    "Qwen2VLForConditionalGeneration": Family(qwen2_vl.read_config, qwen2_vl.VisionTransformer, qwen2_vl.ALIASES),
+    "Qwen2ForCausalLM": Family(qwen2.read_config),
+}
+
+
+def family_of(architecture: str) -> Family:
+    """Raises CheckpointError, with the supported architectures, for one that no family has."""
+    if architecture not in FAMILIES:
+        raise CheckpointError(
+            f"checkpoints of architecture {architecture} are not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[architecture]
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Reads the contents of config.json. Raises CheckpointError for a model that is not supported."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    try:
+        return family_of(architecture).read_config(config)
+    except KeyError as missing:
+        raise CheckpointError(f"config.json lacks {missing}") from None
