@@ -1,1 +1,1 @@
-"""What travels between nodes: messages, service, encrypted channels, certificates. Knows no node and no starter."""
+"""Messages, service, callers, encrypted channels and certificates: what the starter and the nodes share."""

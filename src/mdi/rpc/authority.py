@@ -1,4 +1,4 @@
-"""An authority of one's own, and the certificates it gives to nodes. Elliptic keys (P-256), X.509 as in RFC 5280."""
+"""The authority of a cluster, and the certificates that it issues to nodes. P-256 keys, X.509 as in RFC 5280."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ CLOCK_SLACK = timedelta(hours=1)  # a clock may be behind by this much
 
 @dataclass(frozen=True)
 class Authority:
-    """The key that makes certificates good, and its own certificate."""
+    """A private key that signs the certificates of nodes, and the authority's own certificate."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
     @classmethod
     def create(cls, days: int = AUTHORITY_DAYS) -> Authority:
-        """A new one. Raises ConfigError for days out of range."""
+        """Makes a new authority. Raises ConfigError for days out of range."""
         key = ec.generate_private_key(ec.SECP256R1())
         serial = x509.random_serial_number()
-        name = _name(f"MDI-LLM authority {serial % 16**8:08x}")  # several of one name would be mistaken for each other
+        name = _name(f"MDI-LLM authority {serial % 16**8:08x}")  # programs confuse authorities of one name
         usage = _usage(key_cert_sign=True, crl_sign=True)
         builder = (
             _builder(name, name, key.public_key(), _ends(days))
@@ -56,7 +56,7 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
-        """Raises ConfigError when the folder has none that can be used."""
+        """Reads an authority from a folder. Raises ConfigError when there is none that can be used."""
         try:
             certificate = x509.load_pem_x509_certificate((folder / AUTHORITY_FILE).read_bytes())
             key = load_pem_private_key((folder / AUTHORITY_KEY_FILE).read_bytes(), None)
@@ -72,15 +72,16 @@ class Authority:
         return cls(certificate, key)
 
     def save(self, folder: Path) -> None:
-        """Writes `ca.pem` and `ca.key`, the latter readable by its owner alone."""
+        """Writes `ca.pem` and `ca.key`. Only its owner can read the key."""
         write_private(folder / AUTHORITY_KEY_FILE, _pem(self.key))
         (folder / AUTHORITY_FILE).write_bytes(self.certificate.public_bytes(Encoding.PEM))
 
     def issue(self, node: str, addresses: Sequence[str] = (), days: int = NODE_DAYS) -> Identity:
-        """A certificate with a new key for a node, for use as server and as client.
+        """Makes a new key and a certificate for a node, which is server and client.
 
-        addresses: host names and IP addresses, noted in it for tools that look for them; nodes check the name. It ends
-        with the authority at the latest. Raises ConfigError for a name that no node has, or no address.
+        addresses: host names and IP addresses that the certificate also lists, for other tools; nodes check the name.
+        The certificate does not outlive the authority. Raises ConfigError for a name that no node can have, or for an
+        address that is none.
         """
         if not NODE_NAME.fullmatch(node):
             raise ConfigError(
@@ -107,7 +108,7 @@ class Authority:
 
 
 def create_authority(folder: Path, *, days: int = AUTHORITY_DAYS, force: bool = False) -> Authority:
-    """Makes an authority and writes it. Raises ConfigError when there is one, unless `force`d."""
+    """Makes an authority and writes it into a folder. Raises ConfigError when there is one already, without `force`."""
     authority = Authority.create(days)
     _make_folder(folder)
     _keep(folder, [AUTHORITY_FILE, AUTHORITY_KEY_FILE], force, "all certificates it made would be refused")
@@ -118,9 +119,9 @@ def create_authority(folder: Path, *, days: int = AUTHORITY_DAYS, force: bool = 
 def create_node(
     folder: Path, name: str, addresses: Sequence[str] = (), *, days: int = NODE_DAYS, force: bool = False
 ) -> Identity:
-    """Makes a node's certificate with the folder's authority and writes it there.
+    """Makes a node's certificate with the authority of a folder, and writes it there.
 
-    Raises ConfigError when it has one, unless `force`d.
+    Raises ConfigError when the node has one already, without `force`.
     """
     identity = Authority.load(folder).issue(name, addresses, days)
     _keep(folder, [f"{name}.pem", f"{name}.key"], force, "the node goes on with its old one until it gets the new one")
@@ -129,7 +130,7 @@ def create_node(
 
 
 def expiry(identity: Identity) -> datetime:
-    """When a certificate ends, in UTC."""
+    """When a certificate expires, in UTC."""
     return x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc
 
 

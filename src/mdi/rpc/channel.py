@@ -19,17 +19,17 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.use_local_subchannel_pool", 1),
 )
-KEEPALIVE_OPTIONS = (  # a silent peer breaks the stream: gRPC asks every second and waits for two more
+KEEPALIVE_OPTIONS = (  # gRPC pings every second; two seconds of silence break the stream
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
-SERVER_OPTIONS = (  # who asks so often is no attacker
+SERVER_OPTIONS = (  # allows the pings of KEEPALIVE_OPTIONS
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
 )
-PATIENT_OPTIONS = (  # for a link whose buffers hold seconds of data: a ping waits behind them
+PATIENT_OPTIONS = (  # for uploads: pings wait behind seconds of data
     ("grpc.keepalive_time_ms", 2_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
@@ -39,7 +39,7 @@ ChannelOptions = Sequence[tuple[str, int | str]]
 
 
 def open_channel(address: str, peer: str, identity: Identity | None, options: ChannelOptions) -> grpc.aio.Channel:
-    """A channel to the node `peer`, and to no other; not encrypted without an identity."""
+    """Opens a channel to the node `peer`, and to no other node. Not encrypted without an identity."""
     if identity is None:
         return grpc.aio.insecure_channel(address, options=options)
     pinned = (*options, ("grpc.ssl_target_name_override", host_name(peer)))
@@ -47,26 +47,26 @@ def open_channel(address: str, peer: str, identity: Identity | None, options: Ch
 
 
 def add_port(server: grpc.aio.Server, address: str, identity: Identity | None) -> int:
-    """Binds a server and gives the port; not encrypted without an identity. Raises RuntimeError when it is taken."""
+    """Binds a server and returns the port. Not encrypted without an identity. Raises RuntimeError for a taken port."""
     if identity is None:
         return int(server.add_insecure_port(address))
     return int(server.add_secure_port(address, server_credentials(identity)))
 
 
 def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
-    """For a client that shows its certificate, and takes servers of its authority."""
+    """Credentials of a client that shows its certificate, and accepts servers of its authority."""
     return grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """For a server that takes only clients with a certificate of its authority."""
+    """Credentials of a server that accepts only clients with a certificate of its authority."""
     return grpc.ssl_server_credentials(
         [(identity.key, identity.certificate)], identity.authority, require_client_auth=True
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is of this machine alone. Raises ConfigError when it is not known."""
+    """Whether a host name or address belongs to loopback. Raises ConfigError for an unknown host."""
     try:
         return all(ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host.strip("[]"), None))
     except (OSError, ValueError):

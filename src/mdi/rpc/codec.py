@@ -1,6 +1,6 @@
-"""Batches and results to protobuf messages and back. What does not add up is a LinkError, never a crash.
+"""Batches, token masks, results and spans as protobuf messages, and back. Inconsistent messages are a LinkError.
 
-The messages are in codec.proto; `make proto` regenerates node_pb2.
+The messages are in node.proto; `make proto` regenerates node_pb2.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def pieces(tensor: Tensor) -> Iterator[bytes]:
 
 
 class BatchDecoder:
-    """Puts the pieces of one link's batches together again. Raises LinkError for what does not add up.
+    """Joins the pieces of batches. Raises LinkError for pieces that do not fit together.
 
-    Takes no memory for what a header promises: only for what arrived.
+    Uses memory for the bytes that arrived, not for those that a header announces.
     """
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
@@ -107,7 +107,7 @@ class BatchDecoder:
         self._data = bytearray()
 
     def add(self, piece: node_pb2.BatchPiece) -> tuple[Batch, Tensor] | None:
-        """A whole batch with its hidden states when this piece was its last."""
+        """Adds a piece. Returns a batch and its hidden states when this was its last piece."""
         if piece.HasField("header"):
             if self._header is not None:
                 raise LinkError("a batch began before the one before it had ended")
@@ -129,7 +129,7 @@ class BatchDecoder:
         return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions, copies), hidden
 
     def _checked(self, header: node_pb2.BatchHeader) -> int:
-        """The batch's tokens. Makes nothing of the slices: there may be many, and nothing behind them."""
+        """The number of tokens. Does not decode the slices yet: a header can announce many without any data."""
         n_tokens, odd = divmod(len(header.positions), 3)
         if odd or not 0 < len(header.slices) <= n_tokens:
             raise LinkError("a batch's slices and positions do not add up")
@@ -163,7 +163,7 @@ def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
 
 
 def decode_result(message: node_pb2.BatchResult) -> Result | LinkError:
-    """The result, or the error that a node reported instead."""
+    """The result, or the error that a node reported in its place."""
     if message.HasField("failure"):
         name = message.failure.node
         return LinkError(f"node {name} failed: {message.failure.message}", name)
@@ -181,10 +181,9 @@ def encode_spans(spans: Iterable[Span], now_s: float) -> node_pb2.SpansReply:
 
 
 def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float) -> list[Span]:
-    """Spans by this machine's clock. asked_s, answered_s: when, by that one.
+    """Spans by this machine's clock. asked_s, answered_s: when the call began and ended, by that clock.
 
-    The node is taken to have answered in the middle of that time; if its clock tells a time in between, it is the same
-    clock.
+    A node whose clock shows a time in between has the same clock. Any other is taken to have answered in the middle.
     """
     shift_s = 0.0 if asked_s <= message.now_s <= answered_s else (asked_s + answered_s) / 2 - message.now_s
     return [

@@ -1,7 +1,7 @@
-"""Who a node is on the network, and the encrypted ports and channels it makes from that. Makes no certificates.
+"""The identity of a node: its certificate and private key, as read from a folder and checked. Makes no certificates.
 
-Every certificate carries the DNS name NAME.mdi.internal of its node. Peers check that name and not the address: a node
-may move, and none can pass for another. Both sides of a link show a certificate (mutual TLS).
+Every certificate has the DNS name NAME.mdi.internal of its node. Peers check that name and not the address: a node may
+move to another machine, and no other node can take its place. Both sides of a link show a certificate (mutual TLS).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WARN_BEFORE = timedelta(days=14)
 
 
 def encryption_enabled() -> bool:
-    """Whether ENABLE_ENCRYPTION asks for encrypted links. Raises ConfigError for a value that is neither yes nor no."""
+    """Whether ENABLE_ENCRYPTION switches encryption on. Raises ConfigError for a value that is neither yes nor no."""
     value = os.environ.get(VARIABLE, "").strip().lower()
     if value in ("", "0"):
         return False
@@ -42,7 +42,7 @@ def encryption_enabled() -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """A node's name, and in PEM: its certificate, its private key, and the certificate of its authority."""
+    """A node's name and, as PEM, its certificate, its private key and the certificate of its authority."""
 
     name: str
     certificate: bytes
@@ -51,10 +51,10 @@ class Identity:
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Identity:
-        """From `ca.pem`, `NAME.pem` and `NAME.key` in a folder.
+        """Reads `ca.pem`, `NAME.pem` and `NAME.key` in a folder.
 
-        Raises ConfigError, with the remedy, for files that are missing or damaged, not of one authority, of another
-        node, or expired.
+        Raises ConfigError, with the remedy, when a file is missing, damaged, expired, of another node or of another
+        authority.
         """
         files = (f"{name}.pem", f"{name}.key", AUTHORITY_FILE)
         certificate, key, authority = (_read(folder / file, name) for file in files)
@@ -64,24 +64,24 @@ class Identity:
         return identity
 
     def save(self, folder: Path) -> None:
-        """Writes the three files that `load` reads; the key readable by its owner alone."""
+        """Writes the three files that `load` reads. Only their owner can read the key."""
         write_private(folder / f"{self.name}.key", self.key)
         (folder / f"{self.name}.pem").write_bytes(self.certificate)
         (folder / AUTHORITY_FILE).write_bytes(self.authority)
 
 
 def host_name(node: str) -> str:
-    """The DNS name that stands for a node in its certificate."""
+    """The DNS name of a node in its certificate."""
     return node + DOMAIN
 
 
 def node_names(dns_names: Sequence[str]) -> list[str]:
-    """The nodes that a certificate's DNS names stand for."""
+    """The nodes that a certificate's DNS names belong to."""
     return [name.removesuffix(DOMAIN) for name in dns_names if name.endswith(DOMAIN)]
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Writes a file that only its owner can read, all of it or nothing; replaces what is there."""
+    """Writes a file that only its owner can read, all of it or nothing. Replaces a file of that name."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(data)
@@ -106,7 +106,7 @@ def _warn_if_exposed(key: Path) -> None:
 
 
 def _check(identity: Identity, folder: Path) -> None:
-    """Raises ConfigError unless peers can be expected to take this identity."""
+    """Raises ConfigError for an identity that peers would refuse."""
     name, certificate, key, authority = identity.name, *_parse(identity, folder)
     renew = f"make a new one with `mdi certs node {name} --force`, and copy {name}.pem and {name}.key here"
     shown = f"the certificate {folder / name}.pem"
