@@ -110,6 +110,15 @@ def call_node(
     raise AssertionError(f"{method} failed 20 times inside gRPC")
 
 
+def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCode:
+    """Why a node does not answer."""
+    try:
+        call_node(address, peer, identity)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    raise AssertionError(f"{peer} answered")
+
+
 class RecordingProxy:
     """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens.
 
