@@ -180,7 +180,7 @@ def encode_s(engine: Engine, messages: list[dict[str, Any]]) -> float:
     """Seconds from the first part of the image's encoding to its last."""
     engine.spans(record=True)
     engine.chat(messages, SamplingParams(max_tokens=1))
-    spans = [span for span in engine.spans(record=False)["starter"] if span.work == "encode"]
+    spans = [span for span in engine.spans(record=False)["starter"] if span.name == "encode"]
     return spans[-1].end_s - spans[0].start_s
 
 

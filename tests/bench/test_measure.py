@@ -39,9 +39,9 @@ def test_every_token_is_timed_and_every_batch_is_somewhere(tiny_checkpoint: Path
     assert all(list(times_s) == sorted(times_s) for times_s in run.times_s)
     assert run.prompt_tokens > 20 + 4
     starter, finisher = run.nodes["starter"], run.nodes["finisher"]
-    assert {span.work for span in finisher} == {"prefill", "decode", "sample"}
-    assert {span.work for span in starter} == {"fetch", "preprocess", "encode", "prefill", "decode"}
-    batches = [span for span in finisher if span.work != "sample"]
+    assert {span.name for span in finisher} == {"prefill", "decode", "sample"}
+    assert {span.name for span in starter} == {"fetch", "preprocess", "encode", "prefill", "decode"}
+    batches = [span for span in finisher if span.name != "sample"]
     assert {span.batch_id: span.n_tokens for span in batches} == {
         span.batch_id: span.n_tokens for span in starter if span.batch_id >= 0
     }

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mdi.core.tracing import KEPT, Recorder, Span
+from mdi.core.tracing import MAX_SPANS, Recorder, Span
 from mdi.rpc import channel, codec
 
 
@@ -17,7 +17,7 @@ def test_spans_are_noted_only_while_somebody_records() -> None:
     with recorder.span("prefill", batch_id=3, n_tokens=7):
         time.sleep(0.01)
     [span] = recorder.take(recording=False)
-    assert (span.work, span.batch_id, span.n_tokens) == ("prefill", 3, 7)
+    assert (span.name, span.batch_id, span.n_tokens) == ("prefill", 3, 7)
     assert before_s <= span.start_s < span.start_s + 0.01 <= span.end_s <= time.perf_counter()
     with recorder.span("decode"):
         pass
@@ -29,17 +29,17 @@ def test_work_that_fails_was_work_all_the_same() -> None:
     recorder.take(recording=True)
     with pytest.raises(ValueError), recorder.span("fetch"):
         raise ValueError
-    assert [span.work for span in recorder.take(recording=True)] == ["fetch"]
+    assert [span.name for span in recorder.take(recording=True)] == ["fetch"]
 
 
 def test_what_nobody_takes_is_bounded() -> None:
     recorder = Recorder()
     recorder.take(recording=True)
-    for _ in range(KEPT + 10):
+    for _ in range(MAX_SPANS + 10):
         with recorder.span("decode"):
             pass
     spans = recorder.take(recording=True)
-    assert len(spans) == KEPT
+    assert len(spans) == MAX_SPANS
     assert len(codec.serialize(codec.encode_spans(spans, 0.0))) < channel.MAX_MESSAGE_BYTES
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mdi.bench.scenario import Scenario
-from mdi.core.tracing import Span, Work
+from mdi.core.tracing import Span, SpanName
 from mdi.engine import Engine
 from mdi.engine.stream import Stream
 
@@ -66,7 +66,7 @@ class NodeTime:
     this node together; None for the first.
     """
 
-    work_s: dict[Work, float]
+    work_s: dict[SpanName, float]
     idle_s: float
     hop_s: float | None
 
@@ -109,16 +109,16 @@ def measure(engine: Engine, scenario: Scenario, seed: int) -> Run:
 
 
 def shifted(span: Span, by_s: float) -> Span:
-    return Span(span.work, span.start_s + by_s, span.end_s + by_s, span.batch_id, span.n_tokens)
+    return Span(span.name, span.start_s + by_s, span.end_s + by_s, span.batch_id, span.n_tokens)
 
 
 def node_times(run: Run) -> dict[str, NodeTime]:
     """Time by kind of work of every node, in pipeline order."""
     result, before = dict[str, NodeTime](), dict[int, float]()
     for name, spans in run.nodes.items():
-        work_s: dict[Work, float] = {}
+        work_s: dict[SpanName, float] = {}
         for span in spans:
-            work_s[span.work] = work_s.get(span.work, 0.0) + span.seconds
+            work_s[span.name] = work_s.get(span.name, 0.0) + span.seconds
         busy_s = sum(seconds for work, seconds in work_s.items() if work not in ("fetch", "preprocess"))
         hops = [span.start_s - before[span.batch_id] for span in spans if span.batch_id in before]
         result[name] = NodeTime(work_s, max(0.0, run.seconds - busy_s), statistics.median(hops) if hops else None)

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from mdi.bench.measure import MemoryLog, Run
 from mdi.bench.report import Bench
-from mdi.core.tracing import Work
+from mdi.core.tracing import SpanName
 
-COLORS: dict[Work, str] = {
+COLORS: dict[SpanName, str] = {
     "fetch": "#9e9e9e",
     "preprocess": "#795548",
     "encode": "#e6a817",
@@ -72,7 +72,7 @@ def timeline(run: Run) -> Figure:
     names = list(run.nodes)
     for row, name in enumerate(names):
         for work, color in COLORS.items():
-            bars = [(span.start_s, span.seconds) for span in run.nodes[name] if span.work == work]
+            bars = [(span.start_s, span.seconds) for span in run.nodes[name] if span.name == work]
             height = 0.2 if work in ("fetch", "preprocess") else 0.7
             axes.broken_barh(bars, (row - height / 2, height), facecolors=color, label=work if row == 0 else None)
     axes.set_yticks(range(len(names)), names)

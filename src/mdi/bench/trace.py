@@ -37,7 +37,7 @@ def _events(run: Run, start_s: float) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
         for span in spans:
             batch = {"batch": span.batch_id, "tokens": span.n_tokens} if span.batch_id >= 0 else {}
-            yield _event(span.work, process, ROWS[span.work], start_s + span.start_s, span.seconds, batch)
+            yield _event(span.name, process, ROWS[span.name], start_s + span.start_s, span.seconds, batch)
     streams = len(run.nodes)
     yield {"ph": "M", "name": "process_name", "pid": streams, "args": {"name": "streams"}}
     for stream, times_s in enumerate(run.times_s):

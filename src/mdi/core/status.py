@@ -1,4 +1,4 @@
-"""What is known of the nodes while they run. Plain data."""
+"""The status of nodes and of recovery. Plain data."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "failed", "lost", "leaving"]
-"""waiting, receiving: its weights; a spare waits for a role, too. loaded: the weights are there, the links are not.
-failed: the chunk is no good. lost: dead or silent. leaving: told to end, it waits to be replaced."""
+"""waiting: for its weights or, as a spare, for a role. receiving: its weights. loaded: weights, but no links yet.
+failed: its chunk cannot be used. lost: dead or silent. leaving: asked to end, until a spare has replaced it."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """What a node holds and does, as last heard of it.
+    """The last known status of one node.
 
     first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
-    busy_share: of the last second or more, spent computing. sent_bytes, received_bytes: over its links since it
-    started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started anew.
+    busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
+    started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
     spare: a spare's own name; `name` is the role it took, or the same.
     """
 
@@ -38,7 +38,7 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryStatus:
-    """How it went with lost nodes. recovering: some are being brought back now; what runs waits.
+    """Recovery from lost nodes. recovering: nodes are being brought back now, and running requests wait.
 
     recoveries: how often that began. failed_requests: those that ended because nodes did not come back.
     """

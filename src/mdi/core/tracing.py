@@ -1,4 +1,4 @@
-"""What a node did when. Nothing is kept unless somebody asked for it."""
+"""Spans: what a node did, and when. They are recorded only while somebody measures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-SHORTEST_SAMPLE_S = 0.5
-KEPT = 50_000  # spans that nobody has taken; 2 MB as a message
+MIN_SAMPLE_S = 0.5
+MAX_SPANS = 50_000  # kept until they are taken; 2 MB as a message
 
-Work = Literal["fetch", "preprocess", "encode", "prefill", "decode", "sample"]
+SpanName = Literal["fetch", "preprocess", "encode", "prefill", "decode", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Work without a pause. start_s, end_s: of a clock that starts anywhere. batch_id, n_tokens: of batches only."""
+    """Work without a pause. start_s, end_s: of a clock with any origin. batch_id, n_tokens: of batches only."""
 
-    work: Work
+    name: SpanName
     start_s: float
     end_s: float
     batch_id: int = -1
@@ -30,24 +30,24 @@ class Span:
 
 
 class Recorder:
-    """Notes spans while it is told to, from any thread."""
+    """Records spans from any thread, while `recording`."""
 
     def __init__(self) -> None:
         self.recording = False
         self._spans: list[Span] = []
 
     @contextmanager
-    def span(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
-        """Notes how long the body takes."""
+    def span(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
+        """Records how long the body takes."""
         start_s = time.perf_counter()
         try:
             yield
         finally:
-            if self.recording and len(self._spans) < KEPT:
-                self._spans.append(Span(work, start_s, time.perf_counter(), batch_id, n_tokens))
+            if self.recording and len(self._spans) < MAX_SPANS:
+                self._spans.append(Span(name, start_s, time.perf_counter(), batch_id, n_tokens))
 
     def take(self, recording: bool) -> list[Span]:
-        """Everything noted since the last time. recording: whether to go on."""
+        """All spans since the last call. recording: whether to record more."""
         self.recording = recording
         taken, self._spans = self._spans, []
         return taken
@@ -59,7 +59,7 @@ class BusyMeter:
     def __init__(self) -> None:
         self._entered_s: float | None = None
         self._busy_s = 0.0
-        self._sample = (time.perf_counter(), 0.0)  # when it was taken, and the busy seconds until then
+        self._sample = (time.perf_counter(), 0.0)  # time of the sample, and the busy seconds until then
         self._share = 0.0
 
     def __enter__(self) -> None:
@@ -71,10 +71,10 @@ class BusyMeter:
         self._entered_s = None
 
     def share(self) -> float:
-        """Between 0 and 1, over the time since it was last asked for."""
+        """Between 0 and 1, over the time since the last call, or half a second if that is longer."""
         entered_s, now = self._entered_s, time.perf_counter()
         since, before = self._sample
-        if now - since >= SHORTEST_SAMPLE_S:
+        if now - since >= MIN_SAMPLE_S:
             busy_s = self._busy_s + (now - entered_s if entered_s is not None else 0.0)
             self._share = min(1.0, max(0.0, (busy_s - before) / (now - since)))
             self._sample = (now, busy_s)

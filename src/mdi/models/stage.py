@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdi.core.batch import Batch, Token, Visual
 from mdi.core.reduce import Reduce, alone
-from mdi.core.tracing import BusyMeter, Recorder, Work
+from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import CausalMasks, Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
@@ -79,9 +79,9 @@ class Stage:
             return sample(self._decoder.logits(hidden[batch.sampled_rows]), batch.samplings)
 
     @contextmanager
-    def working(self, work: Work, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
+    def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
         """The time of the body counts as work of this stage."""
-        with self.busy, self.recorder.span(work, batch_id, n_tokens):
+        with self.busy, self.recorder.span(name, batch_id, n_tokens):
             yield
 
     @torch.inference_mode()

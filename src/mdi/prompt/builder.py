@@ -1,7 +1,4 @@
-"""Messages to what the model reads: token ids, rotary positions, patch rows. Runs in the engine's media threads.
-
-Knows the tokenizer and the media room; nothing of slots, batches or sampling.
-"""
+"""Messages to prompts: token ids, rotary positions and rows of patches. Runs in the engine's media threads."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from mdi.prompt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Media:
-    """One image or video of a prompt: its patch rows, and where its tokens stand."""
+    """One image or video of a prompt: the span of its tokens, and its rows of patches."""
 
     span: MediaSpan
     patches: Patches
@@ -72,7 +69,10 @@ class PixelRange:
 
 
 class PromptBuilder:
-    """Turns messages into prompts that fit `sequence_length`. recorder: told how long media take."""
+    """Turns messages into prompts that fit `sequence_length`. spec: None for a model that reads text only.
+
+    recorder: notes how long media take.
+    """
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class PromptBuilder:
         self._sequence_length = sequence_length
 
     def check(self, prompt: str | Chat) -> str | tuple[Message, ...]:
-        """The prompt, its messages typed. Raises InputError for what this model or any other cannot read.
+        """The prompt, its messages typed. Raises InputError for messages that this model cannot read.
 
         Nothing is fetched, decoded or tokenised here.
         """
@@ -111,10 +111,10 @@ class PromptBuilder:
         return messages
 
     def build(self, prompt: str | Chat, pixels: PixelRange = PixelRange()) -> Prompt:
-        """Fetches, decodes, tokenises. A plain string is one user message where the model has a chat template.
+        """Fetches, decodes and tokenises. A plain string is one user message where the model has a chat template.
 
-        Raises InputError as `check` does, MediaError for unusable media and PromptTooLongError for what does not fit;
-        nothing is ever cut.
+        Raises InputError as `check` does, MediaError for unusable media and PromptTooLongError for a prompt that
+        does not fit; prompts are never cut.
         """
         checked = self.check(prompt)
         if not isinstance(checked, str):
@@ -173,7 +173,7 @@ class PromptBuilder:
             return video.patches()
 
     def _check_room(self, kind: str, n_tokens: int, room: int, remedy: str) -> None:
-        """Told before any patch is made."""
+        """Raises PromptTooLongError, before any patch is made."""
         if n_tokens > room:
             raise PromptTooLongError(
                 f"the {kind} takes {n_tokens} tokens, and {max(room, 0)} of the sequence length's "
@@ -182,7 +182,7 @@ class PromptBuilder:
             )
 
     def _assemble(self, token_ids: Sequence[int], loaded: Sequence[Patches]) -> Prompt:
-        """Widens every placeholder to the tokens of its image or video and lays out the positions."""
+        """The prompt, each placeholder repeated for the tokens of its image or video."""
         merge_size = self._config.vision.merge_size if self._config.vision else 1
         remaining = iter(loaded)
         expanded: list[int] = []

@@ -1,4 +1,4 @@
-"""Token ids to text, one by one: characters appear when all their bytes are there. Knows stop strings, no requests."""
+"""Token ids to text, one by one, with stop strings. A character appears when all its bytes are there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
-    """One sample's text as it grows.
+    """The text of one sample while it grows.
 
-    Text that could be the beginning of a stop string is held back until it is certain; a stop string and what
-    follows it is never shown.
+    Text that could start a stop string is held back until it is certain. A stop string and the text after it are
+    never returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -21,8 +21,8 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._decoded = ""  # everything the decoder gave
-        self._shown = 0  # characters of it that are out
+        self._decoded = ""  # all text of the decoder
+        self._shown = 0  # characters of it that were returned
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token. Sets `stopped` when a stop string is complete."""
@@ -31,10 +31,10 @@ class Detokenizer:
         return self._show(len(self._decoded) - self._held_back())
 
     def finish(self) -> str:
-        """What is left at the end: held-back text, and bytes that never became a character (as U+FFFD)."""
+        """The rest of the text: what was held back, and bytes that never became a character (as U+FFFD)."""
         if not self.stopped:
-            whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            self._decoded += whole[len(self._decoded) :]
+            complete = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            self._decoded += complete[len(self._decoded) :]
         return self._show(len(self._decoded))
 
     def _show(self, end: int) -> str:
@@ -49,7 +49,7 @@ class Detokenizer:
         return piece
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that starts a stop string."""
         longest = 0
         for text in self._stop:
             for length in range(min(len(text) - 1, len(self._decoded)), longest, -1):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the chat template. Text that users wrote never becomes a special token."""
+"""Text to token ids, and the chat template. Text of users never becomes a special token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mdi.core.messages import Message, Part, TextPart
 
 
 def _bytes_by_character() -> dict[str, bytes]:
-    """The characters that byte-level BPE writes for bytes: printable ones stand for themselves (GPT-2's encoder.py)."""
+    """The bytes behind the characters of byte-level BPE; printable ones are themselves (GPT-2's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -28,9 +28,9 @@ BYTES = _bytes_by_character()
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, loaded by transformers.
 
-    Special tokens are found in what the template writes, and only there: every character in a user's text that could
-    begin one is followed by a random mark while the template is rendered, and plain stretches are encoded by a copy of
-    the tokenizer that has no special tokens at all.
+    Special tokens are recognised only where the template writes them. While the template is rendered, a random mark
+    follows each character of a user's text that could start one; the text between special tokens is encoded by a copy
+    of the tokenizer without special tokens. backend: the tokenizer itself, for detokenizers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,14 +55,14 @@ class Tokenizer:
         return self._loaded.chat_template is not None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
+        """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
         text = self.backend.id_to_token(token_id)
         if text is None or text in self._special_ids:
             return (text or "").encode()
         return b"".join(BYTES.get(character) or character.encode() for character in text)
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; strings that look like special tokens are plain text."""
+        """Plain text to ids, normalised first as the checkpoint asks; special tokens in it are plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -74,12 +74,12 @@ class Tokenizer:
         guarded = [{"role": message.role, "content": self._content(message.content, mark)} for message in messages]
         try:
             text = self._loaded.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # jinja's own errors, and whatever a template raises
+        except Exception as error:  # errors of jinja, and those that a template raises
             raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
         return self._encode_template(text, mark)
 
     def _content(self, content: str | tuple[Part, ...], mark: str) -> str | list[dict[str, str]]:
-        """A message's content as templates take it, its texts guarded."""
+        """A message's content in the form of chat templates, its texts guarded."""
         if isinstance(content, str):
             return self._guard(content, mark)
         return [

@@ -16,7 +16,7 @@ from torch import Tensor
 from mdi.core.batch import MASK_ELSEWHERE, Batch, Copy, LogitAdjustment, Result, Slice, Token, TokenSampling
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
-from mdi.core.tracing import Span, Work
+from mdi.core.tracing import Span, SpanName
 from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
@@ -177,7 +177,13 @@ def decode_result(message: node_pb2.BatchResult) -> Result | LinkError:
 
 
 def encode_spans(spans: Iterable[Span], now_s: float) -> node_pb2.SpansReply:
-    return node_pb2.SpansReply(now_s=now_s, spans=[node_pb2.Span(**asdict(span)) for span in spans])
+    messages = [
+        node_pb2.Span(
+            work=span.name, start_s=span.start_s, end_s=span.end_s, batch_id=span.batch_id, n_tokens=span.n_tokens
+        )
+        for span in spans
+    ]
+    return node_pb2.SpansReply(now_s=now_s, spans=messages)
 
 
 def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float) -> list[Span]:
@@ -187,7 +193,7 @@ def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float
     """
     shift_s = 0.0 if asked_s <= message.now_s <= answered_s else (asked_s + answered_s) / 2 - message.now_s
     return [
-        Span(cast(Work, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
+        Span(cast(SpanName, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
         for span in message.spans
     ]
 
