@@ -31,6 +31,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from testing.checkpoints import tiny_config
+from testing.links import free_port
+from testing.manual_cluster import LOOPBACK, ManualCluster, Place
 
 from mdi import Engine, SamplingParams
 from mdi.bench.measure import Run, measure
@@ -255,35 +257,31 @@ def bound_engine(path: Path, cores: int) -> Iterator[Engine]:
     chunks = chunk_folder(path, 2)
     if not chunks.exists():
         prepare(open_source(path), 2, dtype="bfloat16")
-    with ExitStack() as undo:
-        folder = Path(undo.enter_context(TemporaryDirectory(prefix="mdi-streams-")))
-        config = folder / "nodes.json"
-        ports = 21000 + os.getpid() % 20000
-        nodes = [{"addr": "127.0.0.1", "communication": {"port": ports + i}, "threads": 1} for i in (0, 1)]
-        config.write_text(json.dumps({"nodes": {"starter": nodes[0], "secondary": [], "finisher": nodes[1]}}))
-        command = [
-            "mdi",
-            "secondary",
-            "--nodes-config",
-            str(config),
-            "0",
-            "--chunk",
-            str(chunks / "model_finisher.safetensors"),
-        ]
-        node = subprocess.Popen([sys.executable, "-m", *command], preexec_fn=lambda: os.sched_setaffinity(0, {1}))
-        undo.callback(node.wait)
-        undo.callback(node.kill)
-        yield undo.enter_context(
+    places = {"starter": Place(LOOPBACK, free_port()), "finisher": Place(LOOPBACK, free_port(), on_second_core)}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="mdi-streams-")))
+        nodes = stack.enter_context(ManualCluster(folder, places, chunks=chunks))
+        nodes.start_all()
+        yield stack.enter_context(
             Engine(
                 path,
-                nodes_config=config,
+                nodes_config=nodes.config,
                 wait_s=120,
-                certs=folder,
                 dtype="bfloat16",
                 sequence_length=length,
                 max_sequences=4,
             )
         )
+
+
+@contextmanager
+def on_second_core() -> Iterator[None]:
+    """Processes that are started in this context are bound to the second core."""
+    os.sched_setaffinity(0, {1})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, {0})
 
 
 def median_run(engine: Engine, scenario: Scenario, sizes: Sizes) -> Run:

@@ -37,7 +37,7 @@ _TINY_VISION: dict[str, Any] = {
 
 
 def tiny_config(**overrides: Any) -> dict[str, Any]:
-    """A Qwen2-VL config of some 0.3 million parameters, in the hub's flat form.
+    """A Qwen2-VL config of about 0.3 million parameters, in the hub's flat form.
 
     Tokens 0..255 are the bytes, 256..263 the special tokens. overrides: replace entries; those of
     `vision_config` are merged into the tiny tower's.

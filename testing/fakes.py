@@ -1,4 +1,4 @@
-"""Doubles for the seams between rooms. They hold no weights: tests say what they answer, or a checksum does."""
+"""Doubles for the seams between rooms, without weights: a script or a checksum decides their answers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def piece(text: str, finish: FinishReason | None = None, *, index: int = 0) -> P
 
 
 def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
-    """Every sample says the prompt, in two pieces; the samples take turns."""
+    """Every sample is the prompt, in two pieces; the samples alternate."""
     text = prompt if isinstance(prompt, str) else "ok"
     yield from (piece(text, index=index) for index in range(params.n))
     yield from (piece(f" #{index}", "stop", index=index) for index in range(params.n))
 
 
 class FakeRequest:
-    """A scripted request: plays its steps into a real `Stream` and records whether it was cancelled before its end."""
+    """A scripted request: puts its steps into a real `Stream` and records whether it was cancelled before its end."""
 
     def __init__(self, steps: Iterable[Step]) -> None:
         self.stream = Stream(self._cancel)
@@ -58,7 +58,7 @@ class FakeRequest:
         self.resume()
 
     def resume(self) -> None:
-        """Plays on to the next HOLD, error, or end. From any thread."""
+        """Continues to the next HOLD, error, or end. From any thread."""
         with self._lock:
             while self._steps and not self._ended:
                 step = self._steps.popleft()
@@ -82,7 +82,7 @@ class FakeRequest:
 
 @dataclass(frozen=True)
 class Call:
-    """What `submit` was given."""
+    """The arguments of one `submit`."""
 
     prompt: Prompt
     params: SamplingParams
@@ -91,14 +91,14 @@ class Call:
 
 
 class FakeEngine:
-    """An engine for the gateway: `script` says what requests answer, `refuse` what `submit` raises instead."""
+    """An engine for the gateway: `script` gives the steps of a request, `refuse` an error for `submit` to raise."""
 
     def __init__(self) -> None:
         self.model_name = "fake"
         self.reset()
 
     def reset(self) -> None:
-        """As new: echoes, refuses nothing, remembers nothing."""
+        """Restores the first state: echoes, refuses nothing, has no calls."""
         self.error: MDIError | None = None
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
         self.answer_ready: Callable[[], bool] = lambda: True
@@ -109,7 +109,7 @@ class FakeEngine:
         self.submitted = threading.Event()
 
     def says(self, *steps: Step) -> None:
-        """Every request plays these steps."""
+        """Gives every request these steps."""
         self.script = lambda _prompt, _params: steps
 
     def submit(
@@ -169,7 +169,7 @@ class FakeStage:
 
 
 class FakeLink:
-    """Nodes that draw tokens which depend on all that is in a slot's cache, and that are lost when told to.
+    """A link to nodes whose tokens depend on everything in a slot's cache, and which a test can lose.
 
     breaks: after how many more batches they are lost; used up one at a time. late: results of batches computed before
     a loss arrive after it. stays_away: `recover` is answered when the test says `come_back` or `give_up`.

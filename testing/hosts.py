@@ -1,7 +1,8 @@
-"""Hosts on a network of their own: namespaces, cables to one switch, and faults of those cables. Linux, as root.
+"""Hosts in network namespaces: cables to one switch, faults of the cables, and a capture of all frames.
 
-Every host is a network namespace with one interface, eth0, and an address in 10.77.0.0/24. The switch is a bridge in a
-namespace of its own; the host's port there has the host's name. Nothing shows outside of these namespaces.
+Linux only, as root, with iproute2. Every host is a network namespace with one interface, eth0, and an address in
+10.77.0.0/24. The switch is a bridge in another namespace; its port to a host has the host's name. The machine's own
+network does not change.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Flow = tuple[bytes, bytes]
 
 
 def why_not() -> str | None:
-    """What keeps this machine from having such hosts; None when it can."""
+    """The reason why this machine cannot have such hosts, or None."""
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
         return f"{' and '.join(missing)} not found: install iproute2"
@@ -56,7 +57,7 @@ def why_not() -> str | None:
 
 
 class Network:
-    """A switch with one cable to each named host. Leave it, and all processes and cables in it are gone."""
+    """A switch with one cable to each named host. At the end of the context, all processes in it are killed."""
 
     def __init__(self, *names: str) -> None:
         _sweep()
@@ -82,7 +83,7 @@ class Network:
 
     @contextmanager
     def capture(self) -> Iterator[Capture]:
-        """What passes the switch meanwhile."""
+        """A capture of what passes the switch during the context."""
         capture = Capture(self._switch)
         try:
             yield capture
@@ -108,7 +109,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Host:
-    """One machine, and its cable. address: IPv4. namespace: of the host; switch: of what its cable leads to."""
+    """A host and its cable. address: IPv4. namespace: the host's. switch: the namespace at the cable's other end."""
 
     name: str
     address: str
@@ -117,21 +118,21 @@ class Host:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets and processes that this thread makes meanwhile are the host's."""
+        """Sockets and processes that this thread makes in the context belong to the host."""
         with _inside(self.namespace):
             yield
 
     def cut(self) -> None:
-        """Pulls the cable."""
+        """Takes the cable out."""
         _ip("-n", self.switch, "link", "set", "dev", self.name, "down")
 
     def heal(self) -> None:
-        """Plugs it in again."""
+        """Puts the cable back."""
         _ip("-n", self.switch, "link", "set", "dev", self.name, "up")
 
     @contextmanager
     def throttled(self, rate: str) -> Iterator[None]:
-        """Limits both directions, to "4mbit", say."""
+        """Limits the cable's rate in both directions. rate: as tc has it, such as "4mbit"."""
         ends = ((self.namespace, "eth0"), (self.switch, self.name))
         limit = ("tbf", "rate", rate, "burst", "32kb", "latency", "300ms")
         for namespace, device in ends:
@@ -144,7 +145,7 @@ class Host:
 
     @contextmanager
     def worn(self, *, delay_s: float, loss: float) -> Iterator[None]:
-        """Puts a forwarder between port and switch: every frame comes late, and this share of them never."""
+        """Delays every frame on the cable, and drops this share of them: a forwarder stands between port and switch."""
         _ip("-n", self.switch, "link", "add", "name", "worn0", "type", "veth", "peer", "name", "worn1")
         try:
             _ip("-n", self.switch, "link", "set", "dev", "worn0", "up")
@@ -161,7 +162,7 @@ class Host:
 
 
 class Forwarder:
-    """Carries frames between two interfaces, late, and loses some: what netem does where the kernel has it."""
+    """Passes frames between two interfaces, delays them and drops some. Kernels without netem need it."""
 
     def __init__(self, namespace: str, devices: tuple[str, str], delay_s: float, loss: float) -> None:
         self._delay_s = delay_s
@@ -194,12 +195,12 @@ class Forwarder:
                     heapq.heappush(late, (time.monotonic() + self._delay_s, next(numbers), across[end], frame))
             while late and late[0][0] <= time.monotonic():
                 _, _, end, frame = heapq.heappop(late)
-                with contextlib.suppress(OSError):  # the cable is cut, or the frame too long: it is lost, then
+                with contextlib.suppress(OSError):  # the cable is cut, or the frame is too long: it is lost
                     end.send(frame)
 
 
 class Capture:
-    """Every frame that enters the switch, from now until `close`."""
+    """All frames that enter the switch until `close`."""
 
     def __init__(self, namespace: str) -> None:
         with _inside(namespace):
@@ -209,8 +210,8 @@ class Capture:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends it. Raises AssertionError when frames were missed."""
-        time.sleep(0.1)  # what was just sent is on its way to this thread
+        """Ends the capture. Raises AssertionError when it missed frames."""
+        time.sleep(0.1)  # for frames that were just sent
         self._closing = True
         self._thread.join()
         _, missed = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
@@ -218,11 +219,11 @@ class Capture:
         assert missed == 0, f"{missed} frames were not captured"
 
     def shows(self, secret: bytes) -> bool:
-        """Whether these bytes passed in one connection, in however many packets, or in any single packet."""
+        """Whether these bytes passed: in one connection, over any number of packets, or in one packet."""
         return any(secret in passed for passed in (*self.streams(), *self._frames))
 
     def streams(self) -> list[bytes]:
-        """What each direction of each TCP connection carried, in order; what came twice is taken once."""
+        """The bytes of each direction of each TCP connection, in order and without repetitions."""
         flows: dict[Flow, list[tuple[int, bytes]]] = defaultdict(list)
         for frame in self._frames:
             if segment := _segment(frame):
@@ -261,9 +262,9 @@ def _joined(segments: list[tuple[int, bytes]]) -> bytes:
 
 
 def _packet_socket(device: str | None) -> socket.socket:
-    """Sees the frames that a device receives, or all devices of this namespace; sends them as they were received."""
+    """A socket for the frames that a device receives, or all devices of this namespace; it sends them unchanged."""
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0 if device else socket.htons(ETH_P_ALL))
-    made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**26)  # none may be missed
+    made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 2**26)  # so that no frame is missed
     made.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
     if device:
         made.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)  # checksums and joined segments are left as they are
@@ -273,7 +274,7 @@ def _packet_socket(device: str | None) -> socket.socket:
 
 @contextmanager
 def _inside(namespace: str) -> Iterator[None]:
-    """This thread in another network namespace."""
+    """Moves this thread to another network namespace for the context."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
         _enter(str(NAMESPACES / namespace))
@@ -295,7 +296,7 @@ def _enter(path: str) -> None:
 
 
 def _sweep() -> None:
-    """Removes what a run that was killed has left behind."""
+    """Removes namespaces of test runs that were killed."""
     for path in NAMESPACES.glob(f"{PREFIX}-*-*"):
         owner = path.name.split("-")[1]
         if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
@@ -303,7 +304,7 @@ def _sweep() -> None:
 
 
 def _remove(namespace: str) -> None:
-    """With all processes in it."""
+    """Removes a namespace and kills all processes in it."""
     for pid in map(int, _ip("netns", "pids", namespace).split()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -120,9 +120,9 @@ def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCo
 
 
 class RecordingProxy:
-    """A TCP proxy on a free port of loopback that remembers every byte. address: where it listens.
+    """A TCP proxy on a free port of loopback that records every byte. address, port: where it listens.
 
-    bytes_per_s: how fast it passes on what clients send; None is at once.
+    bytes_per_s: the rate at which it passes on what clients send; None for no limit.
     """
 
     def __init__(self, target: str, bytes_per_s: float | None = None) -> None:
@@ -140,16 +140,16 @@ class RecordingProxy:
 
     @property
     def recorded(self) -> list[bytes]:
-        """What passed, per connection and direction."""
+        """The bytes that passed, by connection and direction."""
         return [bytes(stream) for stream in self._streams]
 
     @property
     def passed_bytes(self) -> int:
-        """How much passed, in both directions."""
+        """The number of bytes that passed, in both directions together."""
         return sum(len(stream) for stream in self._streams)
 
     def cut(self) -> None:
-        """Breaks every connection; new ones are taken."""
+        """Breaks every connection, and goes on accepting new ones."""
         with self._lock:
             for connection in self._open:
                 with contextlib.suppress(OSError):
@@ -202,7 +202,7 @@ class RecordingProxy:
 
 @contextmanager
 def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that is no node: does with each connection what it is told. Gives its address."""
+    """A TCP server that is no node: calls `answer` with each connection. Yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""A link without a network: later stages run in this process."""
+"""A link whose later stages run in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mdi.models.stage import Stage
 
 
 class LocalLink:
-    """Runs the later stages in this process, inside `send`: one thread, no network, nothing to lose."""
+    """Runs the later stages in `send`: one thread, no network, no loss."""
 
     def __init__(self, stages: Sequence[Stage], deliver: Deliver) -> None:
         self._stages = stages

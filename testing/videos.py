@@ -1,4 +1,4 @@
-"""Videos made on the spot: frames in, an encoded file out."""
+"""Video files made of given frames, and a file with sound only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOSSLESS = ("mov", "qtrle", "rgb24")
 
 
 def colour(index: int) -> tuple[int, int, int]:
-    """A frame's own colour: no two of the first 8,000 frames are alike."""
+    """The colour of a frame. The first 8,000 differ."""
     return index % 20 * 12, index // 20 % 20 * 12, index // 400 * 12
 
 
 def numbered(n_frames: int, size: tuple[int, int] = (64, 48)) -> list[Image.Image]:
-    """Frames of one colour each, by which they can be told apart."""
+    """Frames of one colour each, which tells their number."""
     return [Image.new("RGB", size, colour(index)) for index in range(n_frames)]
 
 
@@ -35,7 +35,7 @@ def encoded(
     times: Sequence[float] | None = None,
     options: dict[str, str] | None = None,
 ) -> bytes:
-    """A video file. times: of the frames, in seconds, where they are not even. options: the encoder's."""
+    """A video file. times: seconds of the frames, if they are not equally spaced. options: for the encoder."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         stream = file.add_stream(codec, rate=fps, options=options)
