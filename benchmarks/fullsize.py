@@ -76,7 +76,7 @@ def photograph() -> bytes:
 
 
 def measure_memory(path: Path) -> None:
-    """Three nodes answer a question about a picture; what does each hold?"""
+    """Prints the memory of each of three nodes after a question about a picture."""
     folder = chunk_folder(path, N_NODES)
     if not folder.exists():
         prepare(open_source(path), N_NODES, dtype="bfloat16")
@@ -116,7 +116,7 @@ def measure_memory(path: Path) -> None:
 
 
 def measure_speed(path: Path, work: Work) -> None:
-    """One node against transformers, in turns."""
+    """Prints the speeds of one node and of transformers, run in turns."""
     with torch.inference_mode():
         ours, theirs = Ours(path, work), Theirs(path)
         table = Table(
@@ -186,7 +186,7 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], runs: int) -> 
 
 
 class Theirs:
-    """transformers, as its users run it: sdpa attention, KV cache, logits of the last position only."""
+    """transformers with its defaults: sdpa attention, KV cache, logits of the last position only."""
 
     def __init__(self, path: Path) -> None:
         from transformers import Qwen2VLForConditionalGeneration

@@ -1,6 +1,8 @@
 """Times a 12-megapixel JPEG to patch rows, ours and transformers' Qwen2VLImageProcessorPil, alternating.
 
-Knows nothing about models. `python benchmarks/media.py --runs 15`; a ratio above 1 means that ours is faster.
+    python -m benchmarks.media --runs 15
+
+A ratio above 1 means that ours is faster.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""A thousand mixed requests at once over HTTP: texts, images, streams, samples, cancelled ones and bad ones.
+"""A thousand mixed requests over HTTP: texts, images, streams, samples, cancelled and bad requests.
 
     pip install -e '.[training]'
     python -m benchmarks.mixed                    # 1,000 requests, 32 at a time, the bundled model over two nodes
     python -m benchmarks.mixed --requests 60      # the same in short
 
-Every good answer is compared with the one that the same request got alone before. float32: there a token does not
-depend on what else runs.
+Every answer is compared with that of the same request alone. In float32, a token does not depend on what else runs.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from benchmarks.quality import openai_messages
 ROUTE = "/v1/chat/completions"
 PER_SKILL = 3
 SETTLE_S = 2.0
-PARTS = 5  # after each, the server is weighed
+PARTS = 5  # memory is measured after each
 console = Console()
 
 
 @dataclass(frozen=True)
 class Good:
-    """A request that has an answer, streamed or whole; `leaves`: whoever asked is gone after the first piece."""
+    """A request with an answer, streamed or not. leaves: the client disconnects after the first piece."""
 
     kind: str
     body: dict[str, Any]
@@ -48,7 +47,7 @@ class Good:
 
 @dataclass(frozen=True)
 class Bad:
-    """A request that is refused with 400."""
+    """A request that is refused with status 400."""
 
     body: dict[str, Any]
     kind: str = "bad"
@@ -62,7 +61,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Weight:
-    """Of all the server's processes together. Descriptors: open files and sockets."""
+    """Memory and open files of all the server's processes together."""
 
     resident_bytes: int
     descriptors: int
@@ -86,7 +85,7 @@ def main() -> None:
 
 
 def good_requests(chance: random.Random) -> list[Good]:
-    """Every skill's questions in several ways, and some about nothing."""
+    """Questions of every skill, and some without an image, each in several ways."""
     bodies = [
         ("image", {"messages": openai_messages(exam), "max_tokens": 48, "temperature": 0})
         for skill in all_skills()
@@ -110,7 +109,7 @@ def good_requests(chance: random.Random) -> list[Good]:
 
 
 def bad_requests() -> list[Bad]:
-    """Each for another reason, found at another place."""
+    """Requests that are refused for different reasons in different places."""
 
     def message(content: Any, **more: Any) -> Bad:
         return Bad({"messages": [{"role": "user", "content": content}], **more})
@@ -157,7 +156,7 @@ async def soak(url: str, pid: int, good: Sequence[Good], chosen: Sequence[Good |
 
 
 async def settled(pid: int) -> Weight:
-    """What the server weighs when nothing runs."""
+    """Memory and open files when nothing runs."""
     await asyncio.sleep(SETTLE_S)
     server = psutil.Process(pid)
     processes = [server, *server.children(recursive=True)]
@@ -167,7 +166,7 @@ async def settled(pid: int) -> Weight:
 
 
 async def check(client: httpx.AsyncClient, request: Good | Bad, expected: dict[str, list[str]]) -> Outcome:
-    """What became of one request; `error` says what is wrong with that."""
+    """The outcome of one request. Its `error` is empty when it is the right one."""
     try:
         if isinstance(request, Bad):
             status = (await client.post(ROUTE, json={"model": "bundled", **request.body})).status_code
@@ -181,7 +180,7 @@ async def check(client: httpx.AsyncClient, request: Good | Bad, expected: dict[s
 
 
 async def ask(client: httpx.AsyncClient, request: Good) -> list[str]:
-    """The answer's texts; of one who leaves, the first piece."""
+    """The answer's texts; for a client that disconnects, the first piece."""
     body = {"model": "bundled", **request.body}
     if not body.get("stream"):
         response = await client.post(ROUTE, json=body)
@@ -204,7 +203,7 @@ async def ask(client: httpx.AsyncClient, request: Good) -> list[str]:
 
 
 def key(body: dict[str, Any]) -> str:
-    """Of what decides the answer."""
+    """The settings that decide the answer, as text."""
     return json.dumps({name: value for name, value in body.items() if name != "stream"})
 
 

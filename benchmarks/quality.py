@@ -1,4 +1,4 @@
-"""What the bundled model gets right, asked over HTTP through three nodes: every skill, on scenes it has never seen.
+"""The bundled model's right answers, over HTTP and three nodes: every skill, on held-out scenes.
 
     pip install -e '.[training]'
     python -m benchmarks.quality                     # 300 questions a skill, all 9,673 of easy-vqa's test split
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def examine(options: argparse.Namespace) -> None:
-    """Prints the table: what is right, skill by skill."""
+    """Prints the share of right answers by skill."""
     chosen = {
         skill: list(easy_vqa_exams(options.easy_vqa) if skill == EASY_VQA else exams(skill, options.per_skill))
         for skill in all_skills()
@@ -98,7 +98,7 @@ def examine(options: argparse.Namespace) -> None:
 
 
 def compare(model: str, n_nodes: int, n_questions: int) -> None:
-    """Prints how many answers are those of transformers, letter for letter."""
+    """Prints how many answers are equal to those of transformers."""
     per_skill = -(-n_questions // len(all_skills()))
     chosen = {skill: list(exams(skill, per_skill)) for skill in all_skills()}
     with (

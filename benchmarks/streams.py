@@ -48,7 +48,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the work. image_side: of a usual image; large: width and height of a photograph of 12 megapixels."""
+    """Sizes of the work. image_side: of a usual image. large: width and height of a photograph of 12 megapixels."""
 
     prompt_tokens: int = 64
     answer_tokens: int = 24
@@ -62,7 +62,7 @@ TINY = Sizes(16, 8, 112, (1280, 960), 1)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio, what it should be at least, and the numbers behind it."""
+    """A ratio, the least that it should be, and the numbers behind it."""
 
     work: str
     ratio: float
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def figures(path: Path, sizes: Sizes, only: str) -> Iterator[Figure]:
-    """All that were asked for, one after the other."""
+    """The figures with `only` in their names."""
     in_engine: dict[str, Callable[[Engine, Sizes], Figure]] = {
         "16 streams against one": sixteen_streams,
         "decode with an image in the context against without": image_in_context,
@@ -124,12 +124,12 @@ def sixteen_streams(engine: Engine, sizes: Sizes) -> Figure:
 
 
 def image_in_context(engine: Engine, sizes: Sizes) -> Figure:
-    text, seeing = (
+    without, with_image = (
         median_run(engine, Scenario(1, sizes.prompt_tokens, side, sizes.answer_tokens), sizes)
         for side in (None, sizes.image_side)
     )
-    behind = f"{seeing.decode_rate:.2f} and {text.decode_rate:.2f} tokens/s"
-    return Figure("decode with an image in the context", seeing.decode_rate / text.decode_rate, 0.95, behind)
+    behind = f"{with_image.decode_rate:.2f} and {without.decode_rate:.2f} tokens/s"
+    return Figure("decode with an image in the context", with_image.decode_rate / without.decode_rate, 0.95, behind)
 
 
 def second_question(engine: Engine, sizes: Sizes) -> Figure:

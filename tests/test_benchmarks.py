@@ -1,4 +1,4 @@
-"""The benchmarks' short modes: they run, and print what they promise. What they measure is not judged here."""
+"""The benchmarks' short modes end well and print their figures. The figures are not judged here."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def _places(n_cells: int) -> Tensor:
 
 
 def branch_mask(branches: Tensor) -> Tensor:
-    """Who sees whom, [n, T, T]: tokens before, of the same branch or of the trunk (0). Padding (-1) sees padding."""
+    """Attention mask, [n, T, T]: to earlier tokens of the same branch or of the trunk (0). Padding (-1) to padding."""
     causal = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
     same = branches[:, :, None] == branches[:, None, :]
     return causal & (same | (branches == 0)[:, None, :])

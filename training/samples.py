@@ -1,7 +1,7 @@
 """From a seed to one training batch: pictures drawn and cut into patches, conversations laid out as tokens.
 
 All samples of a batch have grids of the same sizes, so the vision tower sees a dense batch. A picture is encoded once
-and asked many questions: each conversation is a branch that sees the media before it and none of the other branches,
+and has many questions: each conversation is a branch that attends to the media before it, to no other branch,
 and starts at the same rotary position.
 """
 
@@ -109,7 +109,7 @@ class BatchMaker:
     def __call__(self, index: int, plan: Plan | None = None, asks: bool = True) -> TrainingBatch:
         """plan: what to draw, by default a random mix. asks: False for pictures alone, nothing asked."""
         random = Random(f"{self._split} batch {index}")
-        plan = plan or (self._plan(random) if asks else self._sight_plan(random))
+        plan = plan or (self._plan(random) if asks else self._vision_plan(random))
         samples = [self._sample(f"{self._split} {index} {row}", plan) for row in range(plan.n_samples)]
         return _collate(plan, samples, self._tokens.special["<|endoftext|>"])
 
@@ -121,7 +121,7 @@ class BatchMaker:
         patches = grid[0] * grid[1] * MERGE**2 * n_media
         return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
 
-    def _sight_plan(self, random: Random) -> Plan:
+    def _vision_plan(self, random: Random) -> Plan:
         grid = _grid(random)
         patches = grid[0] * grid[1] * MERGE**2
         kind = random.choices(("still", "text", "page"), (0.12, 0.28, 0.6))[0]

@@ -1,6 +1,6 @@
 """Trains the bundled checkpoint: `python -m training.train --run runs/first`. Ctrl-C, and call again to go on.
 
-`--from src/mdi/assets/bundled` trains a finished checkpoint further; add `--sight-steps 0`, for it sees already.
+`--from src/mdi/assets/bundled` trains a finished checkpoint further; `--vision-steps 0` skips the first phase.
 Writes into the run folder: tokenizer.json, state.pt (to resume), log.jsonl, curves.png, and at the end (or with
 --export) checkpoint/, a folder in Hugging Face layout.
 """
@@ -38,7 +38,7 @@ DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
 CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
 EVALUATE_EVERY = 250
-SIGHT_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
+VISION_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
 SAVE_EVERY = 100
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -52,15 +52,15 @@ EVALUATION = (
 class Batches(Dataset[TrainingBatch]):
     """The batches of steps first..last, made by worker processes."""
 
-    def __init__(self, maker: BatchMaker, first: int, last: int, sight_steps: int) -> None:
-        self._maker, self._first, self._last, self._sight_steps = maker, first, last, sight_steps
+    def __init__(self, maker: BatchMaker, first: int, last: int, vision_steps: int) -> None:
+        self._maker, self._first, self._last, self._vision_steps = maker, first, last, vision_steps
 
     def __len__(self) -> int:
         return self._last - self._first
 
     def __getitem__(self, index: int) -> TrainingBatch:
         step = self._first + index
-        return self._maker(step, asks=step >= self._sight_steps and step % SIGHT_EVERY != 0)
+        return self._maker(step, asks=step >= self._vision_steps and step % VISION_EVERY != 0)
 
 
 def rate(step: int, steps: int) -> float:
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--from", type=Path, dest="origin", help="folder of a checkpoint to start with")
     parser.add_argument("--steps", type=int, default=22000)
-    parser.add_argument("--sight-steps", type=int, default=5500, help="the first steps train the vision tower alone")
+    parser.add_argument("--vision-steps", type=int, default=5500, help="the first steps train the vision tower alone")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
@@ -129,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    run = Run(arguments.run, arguments.steps, arguments.sight_steps, arguments.rate, arguments.origin)
+    run = Run(arguments.run, arguments.steps, arguments.vision_steps, arguments.rate, arguments.origin)
     if not arguments.export:
         run.train()
     export(run.student, arguments.run / "tokenizer.json", arguments.run / "checkpoint")
@@ -146,8 +146,8 @@ def keep_freed_memory() -> None:
 class Run:
     """One training run and its folder."""
 
-    def __init__(self, folder: Path, steps: int, sight_steps: int, peak: float, origin: Path | None = None) -> None:
-        self.folder, self.steps, self.sight_steps, self.peak = folder, steps, sight_steps, peak
+    def __init__(self, folder: Path, steps: int, vision_steps: int, peak: float, origin: Path | None = None) -> None:
+        self.folder, self.steps, self.vision_steps, self.peak = folder, steps, vision_steps, peak
         tokenizer = folder / "tokenizer.json"
         if origin and not tokenizer.exists():
             shutil.copyfile(origin / "tokenizer.json", tokenizer)
@@ -167,7 +167,7 @@ class Run:
         """Goes on to step `until`, by default to the end."""
         last = self.steps if until is None else until
         batches = DataLoader(
-            Batches(self.maker, self.step, last, self.sight_steps),
+            Batches(self.maker, self.step, last, self.vision_steps),
             batch_size=None,
             num_workers=N_WORKERS,
             prefetch_factor=6 if N_WORKERS else None,
@@ -184,7 +184,7 @@ class Run:
                     loss, grounding, cells = (_mean(losses) for losses in zip(*recent, strict=True))
                     self._log(step=self.step, loss=round(loss, 4), grounding=round(grounding, 4), cells=round(cells, 4))
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
-                if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.sight_steps):
+                if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.vision_steps):
                     self._evaluate()
                 if self.step == last or self.step % SAVE_EVERY == 0:
                     self._save()

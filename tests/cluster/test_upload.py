@@ -26,8 +26,8 @@ from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 
-PROMPT, PARAMS = "Who are you?", SamplingParams(max_tokens=8, temperature=1, seed=4)
-QUESTION = (PROMPT, "--max-tokens", "8", "--temperature", "1", "--seed", "4")
+PROMPT, PARAMS = "Who are you?", SamplingParams(max_tokens=8, temperature=1, seed=38)  # an answer that prints as it is
+QUESTION = (PROMPT, "--max-tokens", "8", "--temperature", "1", "--seed", "38")
 SLOW = 4e6  # bytes a second: a chunk takes some seconds
 
 

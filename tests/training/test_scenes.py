@@ -1,4 +1,4 @@
-"""What a scene says it shows is what its pixels show, and what is held out stays held out."""
+"""Scenes: their descriptions agree with their pixels, and held-out scenes share nothing with training."""
 
 from __future__ import annotations
 

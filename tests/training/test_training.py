@@ -1,4 +1,4 @@
-"""The student computes what transformers computes, sees prompts as the engine makes them, and resumes where it was."""
+"""Training: logits equal to transformers', prompts equal to the engine's, and runs that continue."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_two_halves_of_a_run_make_the_whole(
     for folder, stops in zip(folders, ((4,), (2, 4)), strict=True):
         for stop in stops:
             torch.manual_seed(0)
-            run = train.Run(folder, steps=4, sight_steps=1, peak=1e-3)
+            run = train.Run(folder, steps=4, vision_steps=1, peak=1e-3)
             run.maker = run.held_out = small
             run.train(until=stop)
     whole, halves = (torch.load(folder / "state.pt", weights_only=True)["student"] for folder in folders)
@@ -128,7 +128,7 @@ def test_two_halves_of_a_run_make_the_whole(
 
 
 def test_a_run_can_start_from_a_checkpoint(untrained: Path, tmp_path: Path) -> None:
-    run = train.Run(tmp_path, steps=4, sight_steps=0, peak=1e-3, origin=untrained)
+    run = train.Run(tmp_path, steps=4, vision_steps=0, peak=1e-3, origin=untrained)
     assert (tmp_path / "tokenizer.json").read_bytes() == (untrained / "tokenizer.json").read_bytes()
     export(run.student, tmp_path / "tokenizer.json", tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (untrained / "model.safetensors").read_bytes()
