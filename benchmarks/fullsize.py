@@ -29,7 +29,8 @@ from torch import Tensor
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.prepare import chunk_folder, prepare
-from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
+from mdi.checkpoint.published import QWEN2_VL_2B
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
 from mdi.engine.engine import TOKEN_BUDGET

@@ -38,7 +38,8 @@ from mdi import Engine, SamplingParams
 from mdi.bench.measure import Run, measure
 from mdi.bench.scenario import Scenario, noise
 from mdi.checkpoint.prepare import chunk_folder, prepare
-from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
+from mdi.checkpoint.published import QWEN2_VL_2B
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.engine.stream import Stream
 

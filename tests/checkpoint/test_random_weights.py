@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,16 @@ import torch
 from safetensors.torch import load_file
 from testing.checkpoints import tiny_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
+from typer.testing import CliRunner
 
-from mdi.checkpoint.random_weights import QWEN2_VL_2B, write_random_checkpoint
+from mdi.checkpoint.cache import Cache
+from mdi.checkpoint.hub import locate
+from mdi.checkpoint.prepare import prepared
+from mdi.checkpoint.published import PUBLISHED, QWEN2_VL_2B
+from mdi.checkpoint.random_weights import random_checkpoint, write_random_checkpoint
 from mdi.checkpoint.source import open_source
+from mdi.cli.app import app
+from mdi.core.errors import CheckpointError
 from mdi.core.tensors import total_size
 from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
@@ -143,3 +152,85 @@ def test_the_dtype_is_in_the_files_and_in_the_config(tmp_path: Path) -> None:
     path = write_random_checkpoint(tmp_path, tiny_config(), dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+# random checkpoints by name
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """The user's cache, and a published model that is tiny."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(PUBLISHED, "tiny", tiny_config())
+    return Cache.open()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2-vl-2b", 2_208_985_600), ("qwen2-vl-7b", 8_291_375_616), ("qwen2-0.5b", 494_032_768)],
+)
+def test_the_shapes_are_those_of_the_published_models(name: str, parameters: int) -> None:
+    config = read_config(PUBLISHED[name])
+    specs = stage_specs(config, make_plan(config, 1).stages[0], config.dtype)
+    assert sum(spec.size for spec in specs.values()) == parameters
+
+
+def test_it_is_written_into_the_cache_once_with_progress(cache: Cache, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    path = locate("random:tiny", ckpt_folder=tmp_path, progress=lambda *report: seen.append(report))
+    assert path == cache.folder / "random:tiny"
+    source = open_source(path)
+    size = sum(source.spec(name).size_bytes for name in source.names())
+    assert {source.spec(name).dtype for name in source.names()} == {"bfloat16"}
+    assert seen[-1] == ("writing random:tiny", size, size)
+    assert [entry.contents for entry in cache.entries()] == ["checkpoint"]
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    assert locate("random:tiny", ckpt_folder=tmp_path, download=False) == path
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_one_is_not_taken_for_a_checkpoint(cache: Cache) -> None:
+    def interrupt(_what: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        random_checkpoint("tiny", interrupt)
+    assert cache.entries() == []
+    assert open_source(random_checkpoint("tiny")).names()
+
+
+def test_room_is_checked_before_anything_is_written(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDI_CACHE_GB", "16")
+    with pytest.raises(CheckpointError, match=r"16\.6 GB do not fit .*MDI_CACHE_GB"):
+        random_checkpoint("qwen2-vl-7b")
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 10**10, 10**9))
+    with pytest.raises(CheckpointError, match=r"disk .* is full \(4\.4 GB are missing, 1\.0 GB are free\): make room"):
+        random_checkpoint("qwen2-vl-2b")
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no random checkpoint 'gpt': the names are qwen2-vl-2b, .*tiny"):
+        locate("random:gpt", ckpt_folder=tmp_path)
+
+
+def test_it_is_in_use_while_chunks_of_it_are(cache: Cache) -> None:
+    chunks = prepared(open_source(random_checkpoint("tiny")), 2)
+    assert chunks.folder == cache.folder / "random:tiny" / "chunks" / "2nodes"
+    [entry] = cache.entries()
+    assert entry.in_use
+    assert not entry.remove()
+    chunks.close()
+    assert entry.remove()
+    assert cache.entries() == []
+
+
+def test_a_machine_is_measured_with_a_random_checkpoint(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    sizes = ["--streams", "1", "--prompt-lengths", "16", "--image-sizes", "", "--answer-tokens", "4"]
+    done = CliRunner().invoke(app, ["bench", "random:tiny", *sizes])
+    assert done.exit_code == 0, done.output
+    assert "writing random:tiny: done" in done.stderr
+    assert "tokens" in done.stdout

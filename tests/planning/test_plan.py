@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from testing.checkpoints import tiny_text_config
 
-from mdi.checkpoint.random_weights import QWEN2_VL_2B
+from mdi.checkpoint.published import QWEN2_VL_2B
 from mdi.core.errors import ConfigError
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +65,19 @@ class CacheEntry:
 
     @property
     def in_use(self) -> bool:
-        return in_use(self.folder)
+        return any(map(in_use, self._locked))
+
+    @property
+    def _locked(self) -> list[Path]:
+        """The folders whose locks count: its own, and those of chunks beside a random checkpoint."""
+        return [self.folder, *self.folder.glob("chunks/*/")]
 
     def remove(self) -> bool:
         """Removes it, unless it is in use; whether it is gone."""
         try:
-            with exclusive(self.folder):
+            with ExitStack() as locks:
+                for folder in self._locked:
+                    locks.enter_context(exclusive(folder))
                 shutil.rmtree(self.folder)
         except FileNotFoundError:  # another process removed it
             return True

@@ -1,24 +1,36 @@
-"""From a checkpoint's name to its folder: local, bundled with the package, or downloaded from the Hugging Face hub."""
+"""From a checkpoint's name to its folder: local, bundled with the package, random, or downloaded from the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mdi.checkpoint.bundled import BUNDLED, unpack
+from mdi.checkpoint.random_weights import RANDOM, random_checkpoint
 from mdi.core.errors import CheckpointError
+from mdi.core.progress import Progress
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 HUB_EXTRAS = ("*/*", "consolidated*")  # the same weights again, in other layouts
 
 
-def locate(model: str, *, ckpt_folder: Path, hf_token: str | None = None, download: bool = True) -> Path:
+def locate(
+    model: str,
+    *,
+    ckpt_folder: Path,
+    hf_token: str | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else its copy or download under `ckpt_folder`.
 
+    random:NAME is a random checkpoint in the cache; progress: called with its bytes while it is written.
     Downloads show progress bars and resume where they stopped. Raises CheckpointError, with the remedy, when there is
     no such checkpoint or it cannot be downloaded.
     """
     if Path(model).is_dir():
         return Path(model)
+    if model.startswith(RANDOM):
+        return random_checkpoint(model.removeprefix(RANDOM), progress)
     kept = ckpt_folder / model
     if model == BUNDLED:
         return unpack(kept)

@@ -1,13 +1,10 @@
-"""Random checkpoints in Hugging Face layout, tokenizer included: for tests, benchmarks and first runs.
-
-Knows file formats and which tensors a model has; computes nothing with them.
-"""
+"""Random checkpoints in Hugging Face layout, tokenizer included, for tests and for measurements before a download."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,58 +13,18 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from mdi.checkpoint.cache import Cache, mark_used
+from mdi.checkpoint.new_folder import new_folder
+from mdi.checkpoint.published import PUBLISHED
 from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError
+from mdi.core.progress import Progress, counter
 from mdi.core.tensors import Specs, TensorSpec, total_bytes
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
-
-QWEN2_VL_2B: dict[str, Any] = {
-    "architectures": ["Qwen2VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "hidden_act": "silu",
-    "hidden_size": 1536,
-    "initializer_range": 0.02,
-    "intermediate_size": 8960,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "model_type": "qwen2_vl",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "mlp_ratio": 4,
-        "num_heads": 16,
-        "in_chans": 3,
-        "hidden_size": 1536,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "temporal_patch_size": 2,
-    },
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vocab_size": 151936,
-}
-"""config.json of Qwen/Qwen2-VL-2B-Instruct: 2,208,985,600 parameters."""
 
 CHAT_TEMPLATE = """\
 {%- if messages and messages[0].role != 'system' -%}
@@ -96,7 +53,28 @@ CHAT_TEMPLATE = """\
 """
 """ChatML with vision parts: writes what the template of Qwen2-VL writes."""
 
+RANDOM = "random:"  # before the name of a published model
 _BLOCK = 1_048_573  # a prime: rows of no width line up when the random block is repeated
+
+
+def random_checkpoint(name: str, progress: Progress | None = None) -> Path:
+    """The cache's random checkpoint with the shape of a published model, in bfloat16; written if it is not there.
+
+    Raises CheckpointError for an unknown name, or when it does not fit into the cache or on the disk.
+    """
+    if name not in PUBLISHED:
+        raise CheckpointError(f"there is no random checkpoint {name!r}: the names are {', '.join(PUBLISHED)}")
+    cache, config = Cache.open(), PUBLISHED[name]
+    cache.check()
+    folder = cache.folder / f"{RANDOM}{name}"
+    if not folder.exists():
+        size_bytes = total_bytes(_all_specs(read_config(config), "bfloat16").values())
+        cache.make_room(size_bytes)
+        count = counter(progress, f"writing {RANDOM}{name}", size_bytes)
+        with new_folder(folder, size_bytes, f"the weights of {RANDOM}{name}") as unfinished:
+            write_random_checkpoint(unfinished, config, dtype="bfloat16", count=count)
+    mark_used(folder)
+    return folder
 
 
 def write_random_checkpoint(
@@ -107,17 +85,19 @@ def write_random_checkpoint(
     dtype: str = "float32",
     std: float | None = None,
     shards: int = 1,
+    count: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """Writes a folder that transformers loads like the hub's: weights, configs, tokenizer. Returns `path`.
 
-    config: a hub config.json (`tiny_config()`, `tiny_text_config()`, `QWEN2_VL_2B`).
+    config: a config.json as on the hub.
     std: of the matrices; by default 1/sqrt(inputs), which keeps activations near 1 at any width. Norms are
     near 1 and biases near 0, none exactly, so that a forgotten one shows.
-    shards: files the weights are spread over. Needs memory for one tensor, whatever the model's size.
+    shards: files the weights are spread over. count: called with the bytes of each tensor written. Needs memory for
+    one tensor, whatever the model's size.
     """
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
-    _write_weights(path, read_config(config), _RandomTensors(seed, std), dtype, shards)
+    _write_weights(path, read_config(config), _RandomTensors(seed, std), dtype, shards, count)
     _write_generation_config(path, config)
     _write_tokenizer(path, config)
     if "vision_config" in config:
@@ -151,21 +131,22 @@ def _repeat(block: Tensor, length: int) -> Tensor:
     return out
 
 
-def _write_weights(path: Path, config: ModelConfig, random: _RandomTensors, dtype: str, shards: int) -> None:
-    specs = stage_specs(config, StageSpec.everything(config), dtype)
-    if shards == 1:
-        return _write_file(path / SINGLE, specs, random)
+def _all_specs(config: ModelConfig, dtype: str) -> Specs:
+    return stage_specs(config, StageSpec.everything(config), dtype)
+
+
+def _write_weights(
+    path: Path, config: ModelConfig, random: _RandomTensors, dtype: str, shards: int, count: Callable[[int], None]
+) -> None:
+    specs = _all_specs(config, dtype)
+    files = [f"model-{index:05}-of-{shards:05}.safetensors" for index in range(1, shards + 1)]
     weight_map: dict[str, str] = {}
-    for index, part in enumerate(_split(specs, shards), start=1):
-        file = f"model-{index:05}-of-{shards:05}.safetensors"
-        _write_file(path / file, part, random)
+    for file, part in zip([SINGLE] if shards == 1 else files, _split(specs, shards), strict=True):
+        write_safetensors(path / file, part, lambda name: random.draw(name, specs[name]), {"format": "pt"}, count)
         weight_map |= dict.fromkeys(part, file)
-    size = total_bytes(specs.values())
-    return _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-
-
-def _write_file(path: Path, specs: Specs, random: _RandomTensors) -> None:
-    write_safetensors(path, specs, lambda name: random.draw(name, specs[name]), {"format": "pt"})
+    if shards > 1:
+        size = total_bytes(specs.values())
+        _write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _split(specs: Specs, parts: int) -> list[Specs]:

@@ -58,8 +58,16 @@ class CheckpointOptions:
         """The checkpoint, downloaded first where that is needed and allowed."""
         from mdi.checkpoint.hub import locate
         from mdi.checkpoint.source import open_source
+        from mdi.cli.screen import NodeProgress
 
-        return open_source(locate(model, ckpt_folder=self.ckpt_folder, hf_token=self.hf_token, download=download))
+        path = locate(
+            model,
+            ckpt_folder=self.ckpt_folder,
+            hf_token=self.hf_token,
+            download=download,
+            progress=NodeProgress(),
+        )
+        return open_source(path)
 
 
 @dataclass(frozen=True)

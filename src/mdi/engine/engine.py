@@ -66,7 +66,12 @@ class Engine:
     ) -> None:
         config = model if isinstance(model, EngineConfig) else EngineConfig.of(model)
         config = config.with_settings(**settings)
-        path = locate(config.model.checkpoint, ckpt_folder=config.model.ckpt_folder, hf_token=config.model.hf_token)
+        path = locate(
+            config.model.checkpoint,
+            ckpt_folder=config.model.ckpt_folder,
+            hf_token=config.model.hf_token,
+            progress=progress,
+        )
         source = open_source(path)
         self.model_name = path.resolve().name
         self.sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
