@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mdi import Engine, SamplingParams
 from mdi.checkpoint import bundled
 from mdi.checkpoint.hub import locate
 from mdi.checkpoint.safetensors import SINGLE
@@ -35,3 +36,12 @@ def test_a_bundled_model_that_cannot_be_copied_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CheckpointError, match="--ckpt-folder"):
         locate("bundled", ckpt_folder=tmp_path / "file")
+
+
+def test_it_is_served_over_nodes_in_one_dtype_after_the_other(tmp_path: Path) -> None:
+    answers = []
+    for n_nodes, dtype in ((2, "bfloat16"), (2, "float32"), (1, "float32")):
+        with Engine("bundled", n_nodes=n_nodes, dtype=dtype, ckpt_folder=tmp_path, sequence_length=64) as engine:
+            assert {node.dtype for node in engine.nodes()} == {dtype}
+            answers.append(engine.chat("Hello", SamplingParams(temperature=0, max_tokens=8)).token_ids)
+    assert answers[1] == answers[2]

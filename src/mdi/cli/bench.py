@@ -16,7 +16,7 @@ from mdi.core.errors import ConfigError
 def bench(
     model: Annotated[
         str,
-        typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, or: bundled."),
+        typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, bundled, or random:qwen2-vl-2b."),
     ],
     options: EngineOptions,
     streams: Annotated[str, typer.Option(help="Streams at once, each alike.")] = "1,4,16",

@@ -52,7 +52,9 @@ class Section:
 class ModelSettings(Section):
     """Which model, and what it is computed in."""
 
-    checkpoint: str = setting("", "A checkpoint's folder, its name on the Hugging Face hub, or: bundled.")
+    checkpoint: str = setting(
+        "", "A checkpoint's folder, its name on the Hugging Face hub, bundled, or random:qwen2-vl-2b."
+    )
     dtype: str | None = setting(
         None, "float32, bfloat16 or float16; the checkpoint's own if not given.", choices=DTYPE_NAMES
     )
