@@ -8,11 +8,13 @@ import re
 import shutil
 import sys
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from testing.checkpoints import tiny_config, tiny_text_config
 
 from mdi.checkpoint.loader import load_chunk, load_source
@@ -25,10 +27,12 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import StageSpec
-from mdi.models.decoder import EMBEDDING
+from mdi.models.decoder import EMBEDDING, FINAL_NORM
 from mdi.models.qwen2_vl import VisionTransformer
+from mdi.models.registry import FAMILIES
 from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
+from mdi.planning.predict import stage_summary
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
@@ -214,6 +218,30 @@ def test_a_chunk_with_a_right_checksum_but_wrong_tensors_is_refused(change: str,
     (folder / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="does not hold the tensors of its layers"):
         load_chunk(path)
+
+
+def test_a_chunk_holds_float32_norms_beside_bfloat16_weights(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = source.model_config.architecture
+    family = FAMILIES[architecture]
+    mixed = replace(family, read_config=lambda config: replace(family.read_config(config), norm_dtype="float32"))
+    monkeypatch.setitem(FAMILIES, architecture, mixed)
+    source = open_source(source.path)
+    path = prepare(source, 2, dtype="bfloat16") / "model_finisher.safetensors"
+    with safe_open(path, "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        name for name in dtypes if "norm" in name
+    }
+    loaded = load_chunk(path)
+    [layer, *_], norm, head = loaded.decoder.layers, loaded.decoder.norm, loaded.decoder.lm_head
+    assert norm is not None
+    assert head is not None
+    assert norm.weight.dtype == layer.mlp_norm.weight.dtype == torch.float32
+    assert head.weight.dtype == layer.down.weight.dtype == loaded.dtype == torch.bfloat16
+    assert torch.equal(norm.weight, source.tensor(FINAL_NORM).float())
+    assert loaded.decoder.logits(torch.randn(3, 64).bfloat16()).dtype == torch.bfloat16
+    data_bytes = path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
+    assert stage_summary(source.model_config, loaded.spec, "bfloat16").size_bytes == data_bytes
 
 
 def test_a_device_that_is_not_there_is_an_error_of_ours(tiny: Path) -> None:

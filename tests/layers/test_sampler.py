@@ -70,12 +70,12 @@ def test_filters_keep_what_they_should(changes: dict[str, float], kept: set[int]
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.97}, {"top_p": 0.9999}, {"min_p": 0.001}, {"temperature": 3.0}])
-def test_looking_at_the_likeliest_first_changes_no_draw(
+def test_sorting_the_likeliest_first_changes_no_draw(
     changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(200, 3000) * 2
     shortcut = sample(logits, draws(200, **changes))
-    monkeypatch.setattr(sampler, "HEAD_SIZE", 10**9)
+    monkeypatch.setattr(sampler, "FIRST_CANDIDATES", 10**9)
     assert sample(logits, draws(200, **changes)) == shortcut
 
 
@@ -133,7 +133,7 @@ def test_logprobs_are_the_models_own_whatever_is_adjusted() -> None:
     assert [logprob for _, logprob in token.top_logprobs] == pytest.approx(values.tolist())
 
 
-def test_no_more_likeliest_tokens_are_told_than_there_are() -> None:
+def test_no_more_top_logprobs_are_reported_than_there_are_tokens() -> None:
     [token] = sample(torch.randn(1, 4), [replace(PLAIN, top_logprobs=20)])
     assert len(token.top_logprobs) == 4
 
@@ -166,3 +166,19 @@ def test_a_masked_row_leaves_the_others_alone() -> None:
     logits = torch.randn(2, 300)
     tokens = sample(logits, [replace(PLAIN, temperature=0.0, token_mask=mask_of(9)), replace(PLAIN, temperature=0.0)])
     assert [token.id for token in tokens] == [9, int(logits[1].argmax())]
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.01}])
+def test_only_tokens_that_the_mask_allows_pass_the_filters(changes: dict[str, float]) -> None:
+    logits, allowed = torch.randn(40, generator=torch.Generator().manual_seed(0)), {0, 7, 8, 13, 31, 33, 39}
+    masked = [replace(wanted, token_mask=mask_of(*allowed, size=40)) for wanted in draws(400, **changes)]
+    drawn = {token.id for token in sample(logits.repeat(400, 1), masked)}
+    assert drawn <= allowed
+    assert len(drawn) > 2
+
+
+@pytest.mark.parametrize("vocab_size", [50, 3000])
+def test_a_forbidden_token_is_not_drawn_by_rounding(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda _: 1.0)  # what a draw just below 1 can be rounded to
+    [token] = sample(torch.randn(1, vocab_size), [replace(PLAIN, token_mask=mask_of(5, size=8))])
+    assert token.id == 5

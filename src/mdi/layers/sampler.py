@@ -1,4 +1,4 @@
-"""From logits to tokens. A pure function of the logits and of (seed, sample, position); keeps no generator."""
+"""From logits to tokens: a pure function of the logits and of (seed, sample, position), without a generator."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 
-HEAD_SIZE = 1024
-"""Likeliest tokens looked at first; the whole vocabulary is sorted only when a draw falls behind them."""
+FIRST_CANDIDATES = 1024
+"""Likeliest tokens that are sorted first. The whole vocabulary is sorted only when the draw is not among them."""
 
 
 def sample(logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
-    """Draws one token per row. logits: [rows, vocab_size] in any float dtype; samplings: one per row."""
+    """Draws one token for each row. logits: [rows, vocab_size] in any float dtype; samplings: one for each row.
+
+    Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own.
+    """
     logits = logits.float()
     adjusted = _adjusted(logits, samplings)
     greedy = adjusted.argmax(-1).tolist()
@@ -54,7 +57,10 @@ def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
 
 
 def forbid(logits: Tensor, token_mask: bytes) -> None:
-    """Sets the logits of tokens that the mask does not allow to minus infinity. logits: [vocab_size]."""
+    """Sets the logits of tokens that the mask does not allow to minus infinity. logits: [vocab_size].
+
+    A mask that is shorter than the vocabulary forbids the rest: the bits are filled up with zeros.
+    """
     allowed = np.unpackbits(np.frombuffer(token_mask, np.uint8), count=len(logits), bitorder="little")
     logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
 
@@ -88,8 +94,8 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
         normaliser = top.logsumexp(0)
         return _pick(top, ids, normaliser, sampling, complete=True)
     normaliser = scaled.logsumexp(0)
-    if vocab_size > HEAD_SIZE:
-        top, ids = scaled.topk(HEAD_SIZE)
+    if vocab_size > FIRST_CANDIDATES:
+        top, ids = scaled.topk(FIRST_CANDIDATES)
         picked = _pick(top, ids, normaliser, sampling, complete=False)
         if picked >= 0:
             return picked
@@ -100,12 +106,13 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
 def _pick(top: Tensor, ids: Tensor, normaliser: Tensor, sampling: TokenSampling, *, complete: bool) -> int:
     """The drawn id, or -1 where an incomplete list of candidates does not decide.
 
-    top: descending scaled logits; normaliser: logsumexp of all candidates, listed or not.
+    top: scaled logits of the candidates `ids`, descending. normaliser: logsumexp over all candidates, listed or not.
     """
     probabilities = (top - normaliser).double().exp()
     cumulative = probabilities.cumsum(0)
     kept = int((cumulative - probabilities < sampling.top_p).sum())
-    kept = max(1, min(kept, int((probabilities >= sampling.min_p * probabilities[0]).sum())))
+    likely = (probabilities > 0) & (probabilities >= sampling.min_p * probabilities[0])
+    kept = max(1, min(kept, int(likely.sum())))
     if complete or kept < len(top):
         target = uniform(sampling) * float(cumulative[kept - 1])
     elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) < float(cumulative[-1]):

@@ -1,0 +1,73 @@
+"""A product gives the same numbers whatever its layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mdi.layers import linear
+from mdi.layers.linear import Linear, PackedLinear
+
+WEIGHTS = {
+    "q.weight": (24, 40),
+    "q.bias": (24,),
+    "k.weight": (8, 40),
+    "k.bias": (8,),
+    "kernel.weight": (16, 5, 2, 4),
+}
+
+
+def tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in WEIGHTS.items()}
+
+
+def load(loaded: dict[str, Tensor], outputs: dict[str, int], *inputs: int, bias: bool = False) -> Linear:
+    def get(name: str, shape: tuple[int, ...], _dtype: str | None = None) -> Tensor:
+        assert loaded[name].shape == shape
+        return loaded[name]
+
+    return Linear.load(get, outputs, *inputs, bias=bias)
+
+
+DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+
+
+@pytest.mark.parametrize(("dtype", "error"), DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_that_are_loaded_together_are_one_product(
+    dtype: torch.dtype, error: float, rows: int, bias: bool
+) -> None:
+    loaded = tensors(dtype)
+    product = load(loaded, {"q": 24, "k": 8}, 40, bias=bias)
+    x, residual = torch.randn(rows, 40).to(dtype), torch.randn(rows, 32).to(dtype)
+    before = residual.clone()
+    parts = [
+        functional.linear(
+            x.double(), loaded[f"{name}.weight"].double(), loaded[f"{name}.bias"].double() if bias else None
+        )
+        for name in "qk"
+    ]
+    exact = torch.cat(parts, dim=-1)
+    assert (product(x).double() - exact).norm() < error * exact.norm()
+    added = product.add_to(residual, x).double()
+    assert (added - before - exact).norm() < error * (exact + before).norm()
+    assert torch.equal(residual, before)
+
+
+def test_a_kernel_is_taken_flat() -> None:
+    loaded = tensors(torch.float32)
+    x = torch.randn(3, 40)
+    product = load(loaded, {"kernel": 16}, 5, 2, 4)
+    assert torch.allclose(product(x), x @ loaded["kernel.weight"].view(16, 40).T, atol=1e-5)
+
+
+def test_bfloat16_is_packed_where_the_operators_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = load(tensors(torch.bfloat16), {"k": 8}, 40)
+    assert isinstance(packed, PackedLinear) == linear._packing_works()
+    assert not isinstance(load(tensors(torch.float32), {"k": 8}, 40), PackedLinear)
+    monkeypatch.setattr(linear, "_packing_works", lambda: False)
+    assert not isinstance(load(tensors(torch.bfloat16), {"k": 8}, 40), PackedLinear)

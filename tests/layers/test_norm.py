@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdi.core.dtypes import parse_dtype
+from mdi.layers.norm import LayerNorm, RMSNorm
+
+
+def get(name: str, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(len(name))
+    return (1 + 0.1 * torch.randn(shape, generator=generator)).to(parse_dtype(dtype or "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_a_root_mean_square_norm_keeps_the_dtype_of_its_input(dtype: str | None) -> None:
+    norm = RMSNorm(get, "norm", 64, 1e-6, dtype)
+    assert norm.weight.dtype == parse_dtype(dtype or "bfloat16")
+    x = torch.randn(5, 64).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    assert norm(x).dtype == torch.bfloat16
+    assert (norm(x).double() - exact).norm() < 0.005 * exact.norm()
+
+
+def test_a_layer_norm_has_mean_and_spread_of_its_weight_and_bias() -> None:
+    norm = LayerNorm(get, "norm", 64, 1e-6)
+    x = torch.randn(5, 64).bfloat16()
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    exact = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * norm.weight.double() + norm.bias.double()
+    assert (norm(x).double() - exact).norm() < 0.005 * exact.norm()

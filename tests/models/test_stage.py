@@ -1,0 +1,62 @@
+"""A stage draws the same tokens whether they are computed one at a time or several in one slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from testing.checkpoints import tiny_text_config
+from torch import Tensor
+
+from mdi.core.batch import Batch, Slice, Token, TokenSampling
+from mdi.layers.rope import text_positions
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
+from mdi.models.stage import Stage
+from mdi.models.weights import load_stage
+
+CONFIG = read_config(tiny_text_config(num_hidden_layers=3))
+PROMPT = list(range(40, 60))
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=3, sample=0, position=0)
+WARM = replace(GREEDY, temperature=1.0, top_p=0.95)
+
+
+def weight(name: str, shape: tuple[int, ...], _dtype: str | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator) / 4 + ("norm" in name)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Stage:
+    loaded = load_stage(CONFIG, StageSpec.everything(CONFIG), torch.float32, torch.device("cpu"), weight)
+    return Stage(loaded, n_slots=2, sequence_length=64)
+
+
+def step(stage: Stage, slot: int, start: int, ids: list[int], samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
+    batch = Batch(start, (Slice(slot, start, len(ids), tuple(samplings)),), text_positions(start, len(ids)))
+    return stage.sample(batch, stage.run(batch, stage.embed(torch.tensor(ids))))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_several_samplings_in_a_slice_draw_what_single_ones_draw(stage: Stage, sampling: TokenSampling) -> None:
+    def at(position: int) -> TokenSampling:
+        return replace(sampling, position=position)
+
+    ids, start = PROMPT, 0
+    answer: list[Token] = []
+    for _ in range(8):
+        answer += step(stage, 0, start, ids, (at(start + len(ids)),))
+        start, ids = start + len(ids), [answer[-1].id]
+    step(stage, 1, 0, PROMPT[:-1], ())
+    drafts = [PROMPT[-1], *(token.id for token in answer[:-1])]
+    together = step(stage, 1, 19, drafts, [at(20 + index) for index in range(8)])
+    assert [token.id for token in together] == [token.id for token in answer]
+    assert [token.logprob for token in together] == pytest.approx([token.logprob for token in answer], abs=1e-4)
+    last_three = step(stage, 1, 19, drafts, [at(20 + index) for index in range(5, 8)])
+    assert [token.id for token in last_three] == [token.id for token in answer[5:]]
+
+
+def test_a_batch_without_samplings_draws_nothing(stage: Stage) -> None:
+    assert step(stage, 0, 0, PROMPT, ()) == ()
