@@ -87,4 +87,4 @@ def invalid(findings: Sequence[Mapping[str, Any]]) -> InputError:
         message += f", got {value!r}"
     if message.startswith("Input "):
         return InputError(message.replace("Input", field, 1), field)
-    return InputError(f"{field}: {message}", field)
+    return InputError(f"{field}: {message}" if field else message, field or None)
