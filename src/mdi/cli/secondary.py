@@ -6,13 +6,16 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson
 from mdi.cli.screen import NodeProgress
 from mdi.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 
 
 def secondary(
@@ -54,38 +57,49 @@ def secondary(
     from mdi.node.settings import NodeSettings
     from mdi.rpc.tls import Identity, encryption_enabled
 
-    if (index is not None) + (spare is not None) + vision != (nodes_config is not None):
+    config = NodesConfig.read(nodes_config) if nodes_config else None
+    node = _place(config, index, spare, vision, chunk)
+    if chunk and node.name != _name_of(chunk):
+        raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {_name_of(chunk)}")
+    settings = NodeSettings(
+        node.name,
+        chunk,
+        listen=listen or node.address,
+        device=device or node.device or "cpu",
+        dtype=dtype or node.dtype,
+        threads=threads or node.threads,
+        with_parent=with_parent,
+        insecure=insecure,
+        identity=Identity.load(certs, node.name) if encryption_enabled() else None,
+        cache=Cache.open(cache_folder) if config else None,
+        hands_over=bool(config and config.spares),
+        progress=None if with_parent else NodeProgress(),
+    )
+    serve_node(settings)
+
+
+def _place(
+    config: NodesConfig | None, index: int | None, spare: int | None, vision: bool, chunk: Path | None
+) -> NodeConfig:
+    """The nodes-config's entry of this node; without a nodes-config, an entry for its chunk on this machine."""
+    from mdi.cluster.nodes_config import NodeConfig
+
+    if (index is not None) + (spare is not None) + vision != (config is not None):
         raise ConfigError(
             "name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0 "
             "(or --spare 0, or --vision)"
         )
-    name, cache, hands_over = chunk.stem.removeprefix("model_") if chunk else "", None, False
-    if nodes_config is not None:
-        config = NodesConfig.read(nodes_config)
-        place = config.spare(spare) if spare is not None else None
-        node = place or (config.vision_node if vision else config.node(index or 0))
-        if chunk and node.name != name:
-            raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {name}")
-        name, listen = node.name, listen or node.address
-        device, dtype, threads = device or node.device, dtype or node.dtype, threads or node.threads
-        cache, hands_over = Cache.open(cache_folder), bool(config.spares)
-    elif chunk is None:
-        raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
-    settings = NodeSettings(
-        name,
-        chunk,
-        listen=listen or "127.0.0.1:0",
-        device=device or "cpu",
-        dtype=dtype,
-        threads=threads,
-        with_parent=with_parent,
-        insecure=insecure,
-        identity=Identity.load(certs, name) if encryption_enabled() else None,
-        cache=cache,
-        hands_over=hands_over,
-        progress=None if with_parent else NodeProgress(),
-    )
-    serve_node(settings)
+    if config is None:
+        if chunk is None:
+            raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
+        return NodeConfig(_name_of(chunk), key="", addr="127.0.0.1", port=0)
+    if spare is not None:
+        return config.spare(spare)
+    return config.vision_node if vision else config.node(index or 0)
+
+
+def _name_of(chunk: Path) -> str:
+    return chunk.stem.removeprefix("model_")
 
 
 def _end_with_standard_input() -> None:
