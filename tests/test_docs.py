@@ -21,3 +21,11 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    names = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|proto|md|json|safetensors))`", page.read_text(encoding="utf-8"))
+    places = (ROOT, ROOT / "src", ROOT / "src" / "mdi")
+    missing = [name for name in names if not any((place / name).exists() for place in places)]
+    assert not missing

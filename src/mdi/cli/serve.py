@@ -39,7 +39,7 @@ def serve(
     media_dir: Annotated[Path | None, setting("media_dir")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
-    spare_after: Annotated[float, setting("spare_after_s")] = DEFAULTS.cluster.manual.spare_after_s,
+    spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
