@@ -35,13 +35,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from testing.checkpoints import tiny_config
+from testing.own_link import OwnLink
 
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
-from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
+from mdi.cluster.link import PipelineSettings
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.batch import Batch, Result, Slice, Token, TokenSampling
 from mdi.core.tracing import BusyMeter
 from mdi.models.weights import LoadedStage
@@ -153,7 +155,7 @@ class OurLink:
         self._inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         nodes = [NodeAddress("finisher", f"127.0.0.1:{port}")]
         identity = Identity.load(folder / "starter", "starter")
-        self._link = GrpcLink.connect(nodes, settings, self._inbox.put, identity=identity)
+        self._link = OwnLink(nodes, settings, self._inbox.put, identity=identity)
 
     def __enter__(self) -> OurLink:
         return self

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from testing.links import RecordingProxy
+from testing.own_link import OwnLink
 
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
@@ -18,7 +19,8 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
-from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
+from mdi.cluster.link import PipelineSettings
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.models.stage import Stage
 from mdi.rpc import codec
@@ -45,6 +47,7 @@ class Run:
         with ExitStack() as stack:
             launcher = LocalLauncher(chunks[1:], dtype="float32", device="cpu", threads=1, authority=authority)
             stack.callback(launcher.close)
+            launcher.start()
             recorders = {
                 node.name: stack.enter_context(closing(RecordingProxy(node.address))) for node in launcher.nodes
             }
@@ -69,7 +72,7 @@ def _send(chunk: Path, nodes: list[NodeAddress], digest: str, identity: Identity
     batch = Batch(7, (Slice(0, 0, N_TOKENS, (GREEDY,)),), torch.arange(N_TOKENS).repeat(3, 1))
     hidden = first.run(batch, first.embed(torch.arange(N_TOKENS)))
     assert isinstance(hidden, torch.Tensor)
-    link = GrpcLink.connect(nodes, PipelineSettings(digest, 1, 64), inbox.put, identity=identity)
+    link = OwnLink(nodes, PipelineSettings(digest, 1, 64), inbox.put, identity=identity)
     link.send(batch, hidden)
     result = inbox.get(timeout=60)
     link.close()

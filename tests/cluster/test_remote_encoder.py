@@ -140,8 +140,8 @@ def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alon
 def test_images_fail_alone_when_their_node_does_not_come_back(
     served: Served, alone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert served.engine._cluster.vision
-    monkeypatch.setattr(served.engine._cluster.vision, "_timeout_s", SHORT_S)
+    assert served.engine._cluster.encoder
+    monkeypatch.setattr(served.engine._cluster.encoder, "_timeout_s", SHORT_S)
     served.end_vision()
     wait_for(lambda: served.status.state == "lost")
     failed = served.engine.recovery.failed_requests

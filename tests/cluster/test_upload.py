@@ -22,6 +22,7 @@ from mdi.checkpoint.prepare import Chunks, prepare
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.cluster.launchers.manual import ManualLauncher
+from mdi.cluster.monitor import Monitor
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
@@ -268,9 +269,12 @@ def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_lat
     nodes.start("secondary0", "--chunk", chunks(checkpoint) / chunk_file("secondary0"))
     finisher = nodes.start("finisher", "--chunk", chunks(checkpoint) / chunk_file("finisher"))
     config = NodesConfig.read(nodes.config)
+    monitor = Monitor(None)
+    undo.callback(monitor.close)
     launcher = ManualLauncher(
-        config, ManualNodes(wait_s=100), None, Chunks(chunks(checkpoint), manifest, Hold(chunks(checkpoint)))
+        config, ManualNodes(wait_s=100), monitor, Chunks(chunks(checkpoint), manifest, Hold(chunks(checkpoint)))
     )
+    launcher.start()
     finisher.kill()
     nodes.start("finisher").wait_for_line("listens")
     with pytest.raises(LinkError, match="finisher: receives its weights, and needs more time: see --recovery-timeout"):

@@ -18,6 +18,7 @@ import torch
 from testing.links import call_node
 from testing.local_link import LocalLink
 from testing.nodes import node_here
+from testing.own_link import OwnLink
 
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
@@ -25,7 +26,8 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
 from mdi.cluster.delivery import Delivery
 from mdi.cluster.launchers.local import LocalLauncher
-from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
+from mdi.cluster.link import PipelineSettings
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
@@ -45,8 +47,11 @@ GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, s
 @pytest.fixture
 def launcher(chunks: list[Path]) -> Iterator[LocalLauncher]:
     launcher = LocalLauncher(chunks[1:], dtype="float32", device="cpu", threads=1)
-    yield launcher
-    launcher.close()
+    try:
+        launcher.start()
+        yield launcher
+    finally:
+        launcher.close()
 
 
 def settings_of(chunks: list[Path], **changes: int | str) -> PipelineSettings:
@@ -72,7 +77,7 @@ def test_batches_in_flight_come_back_in_order_with_the_tokens_of_one_process(
 ) -> None:
     first = stage_of(chunks[0])
     remote, local = Inbox(), Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), remote.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), remote.put)
     reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
     generator = torch.Generator().manual_seed(0)
     sent = list(batches(101))
@@ -94,7 +99,7 @@ def test_batches_in_flight_come_back_in_order_with_the_tokens_of_one_process(
 
 def test_progress_and_status_tell_what_every_node_holds(chunks: list[Path], launcher: LocalLauncher) -> None:
     seen: dict[str, tuple[int, int]] = {}
-    link = GrpcLink.connect(
+    link = OwnLink(
         launcher.nodes, settings_of(chunks), Inbox().put, progress=lambda node, *done: seen.update({node: done})
     )
     nodes = link.status()
@@ -109,14 +114,14 @@ def test_progress_and_status_tell_what_every_node_holds(chunks: list[Path], laun
 
 def test_nodes_of_another_plan_are_refused_by_name(chunks: list[Path], launcher: LocalLauncher) -> None:
     with pytest.raises(LinkError, match=r"finisher.*another plan.*mdi prepare"):
-        GrpcLink.connect(launcher.nodes, settings_of(chunks, manifest_digest="other"), Inbox().put)
+        OwnLink(launcher.nodes, settings_of(chunks, manifest_digest="other"), Inbox().put)
 
 
 def test_a_batch_that_a_node_cannot_compute_is_reported_and_the_node_lives(
     chunks: list[Path], launcher: LocalLauncher
 ) -> None:
     first, inbox = stage_of(chunks[0]), Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), inbox.put)
     good = next(batches(1))
     hidden = first.run(good, first.embed(torch.zeros(40, dtype=torch.int64)))
     assert isinstance(hidden, torch.Tensor)
@@ -134,8 +139,8 @@ def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: Local
     batch = next(batches(1))
     hidden = first.run(batch, first.embed(torch.zeros(40, dtype=torch.int64)))
     assert isinstance(hidden, torch.Tensor)
-    old = GrpcLink.connect(launcher.nodes, settings_of(chunks), old_inbox.put)
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, first_epoch=2), inbox.put)
+    old = OwnLink(launcher.nodes, settings_of(chunks), old_inbox.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks, first_epoch=2), inbox.put)
     old.send(batch, hidden)
     link.send(Batch(77, batch.slices, batch.positions), hidden)
     result = inbox.get(timeout=30)
@@ -155,9 +160,10 @@ def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: lis
     launcher = LocalLauncher(
         [four_nodes / f"model_{name}.safetensors" for name in names], dtype="float32", device="cpu", threads=1
     )
+    launcher.start()
     try:
         launcher.watch(deaths.put)
-        link = GrpcLink.connect(launcher.nodes, settings_of([four_nodes / "x"]), inbox.put)
+        link = OwnLink(launcher.nodes, settings_of([four_nodes / "x"]), inbox.put)
         os.kill(link.status()[victim].pid, signal.SIGKILL)
         death, loss = deaths.get(timeout=10), inbox.get(timeout=10)
         link.close()
@@ -173,7 +179,7 @@ def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: lis
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_frozen_node_is_noticed(chunks: list[Path], launcher: LocalLauncher, victim: int) -> None:
     inbox = Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), inbox.put)
     os.kill(link.status()[victim].pid, signal.SIGSTOP)
     started = time.monotonic()
     loss = inbox.get(timeout=20)
@@ -190,7 +196,7 @@ def test_a_node_busy_for_longer_than_the_silence_allowed_is_not_lost(
 ) -> None:
     n_tokens = 24_000
     inbox = Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks, sequence_length=n_tokens), inbox.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks, sequence_length=n_tokens), inbox.put)
     batch = Batch(0, (Slice(0, 0, n_tokens, (GREEDY,)),), torch.arange(n_tokens).repeat(3, 1))
     started = time.monotonic()
     link.send(batch, torch.randn(n_tokens, 64))
@@ -205,7 +211,7 @@ def test_what_is_in_flight_in_an_old_epoch_touches_nothing_of_the_next(
     chunks: list[Path], launcher: LocalLauncher
 ) -> None:
     first, remote, local = stage_of(chunks[0]), Inbox(), Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), remote.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), remote.put)
     reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
     generator = torch.Generator().manual_seed(0)
     for index in range(40):  # long enough to be computed when the wires are pulled
@@ -232,7 +238,7 @@ def test_what_is_in_flight_in_an_old_epoch_touches_nothing_of_the_next(
 
 def test_nodes_tell_how_busy_they_are_and_what_their_links_carry(chunks: list[Path], launcher: LocalLauncher) -> None:
     first, inbox = stage_of(chunks[0]), Inbox()
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), inbox.put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), inbox.put)
     batch = next(batches(1))
     hidden = first.run(batch, first.embed(torch.zeros(40, dtype=torch.int64)))
     assert isinstance(hidden, torch.Tensor)
@@ -254,7 +260,7 @@ def test_nodes_tell_how_busy_they_are_and_what_their_links_carry(chunks: list[Pa
 
 
 def test_closing_a_link_ends_a_wait_for_a_node_that_never_loads(chunks: list[Path], launcher: LocalLauncher) -> None:
-    link = GrpcLink.connect(launcher.nodes, settings_of(chunks), Inbox().put)
+    link = OwnLink(launcher.nodes, settings_of(chunks), Inbox().put)
     os.kill(link.status()[0].pid, signal.SIGSTOP)
     link.unwire()
     with ThreadPoolExecutor(1) as pool:
@@ -272,7 +278,7 @@ def test_closing_a_link_ends_a_wait_for_a_node_that_never_loads(chunks: list[Pat
 def test_a_node_that_is_not_there_is_named() -> None:
     settings = PipelineSettings("", n_slots=1, sequence_length=8)
     with pytest.raises(LinkError, match="node finisher does not answer"):
-        GrpcLink.connect([NodeAddress("finisher", "127.0.0.1:9")], settings, Inbox().put)
+        OwnLink([NodeAddress("finisher", "127.0.0.1:9")], settings, Inbox().put)
 
 
 def test_a_corrupted_chunk_reaches_who_connects(chunks: list[Path], tmp_path: Path) -> None:
@@ -282,9 +288,10 @@ def test_a_corrupted_chunk_reaches_who_connects(chunks: list[Path], tmp_path: Pa
     content[-1] ^= 1
     damaged.write_bytes(content)
     launcher = LocalLauncher([folder / chunks[1].name, damaged], dtype="float32", device="cpu", threads=1)
+    launcher.start()
     try:
         with pytest.raises(LinkError, match=r"finisher.*model_finisher.*mdi prepare"):
-            GrpcLink.connect(launcher.nodes, settings_of(chunks), Inbox().put)
+            OwnLink(launcher.nodes, settings_of(chunks), Inbox().put)
     finally:
         launcher.close()
 

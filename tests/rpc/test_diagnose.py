@@ -11,8 +11,10 @@ from datetime import timedelta
 import grpc
 import pytest
 from testing.links import fake_node, free_port, raw_server, refused
+from testing.own_link import OwnLink
 
-from mdi.cluster.link import GrpcLink, NodeAddress, PipelineSettings
+from mdi.cluster.link import PipelineSettings
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
 from mdi.rpc import authority as certs
 from mdi.rpc.authority import Authority
@@ -130,6 +132,4 @@ def test_a_link_tells_why_a_node_does_not_answer(server: str, starter: Identity,
     settings = PipelineSettings("", n_slots=1, sequence_length=8)
     words = r"secondary0 does not answer.*has the certificate of finisher" if encrypted else "set ENABLE_ENCRYPTION=1"
     with pytest.raises(LinkError, match=words):
-        GrpcLink.connect(
-            [NodeAddress("secondary0", server)], settings, lambda _: None, identity=starter if encrypted else None
-        )
+        OwnLink([NodeAddress("secondary0", server)], settings, lambda _: None, identity=starter if encrypted else None)

@@ -1,6 +1,6 @@
-"""One model over this process and its nodes: the first stage here, the others started or awaited, linked and watched.
+"""One model over this process and other nodes, which are started or waited for, linked and watched.
 
-Knows checkpoints, launchers and links; nothing of requests.
+Knows checkpoints, launchers and links, and no requests.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.prepare import Chunks, prepared
 from mdi.checkpoint.source import Source
-from mdi.cluster.delivery import Deliver, Link
+from mdi.cluster.delivery import Deliver
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting, starter_identity
-from mdi.cluster.link import NodeAddress, PipelineSettings
+from mdi.cluster.link import PipelineSettings
 from mdi.cluster.measure import measure_all
+from mdi.cluster.monitor import Monitor
+from mdi.cluster.node_client import NodeAddress
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import Supervisor
@@ -37,16 +39,18 @@ from mdi.rpc.traffic import Traffic
 
 
 class Cluster:
-    """The first stage, loaded here, and the nodes that hold the others. vision: the one that encodes images, if any.
+    """The first stage, loaded here, and the nodes that hold the others. The one owner of all that it starts.
 
-    Chunks are prepared when there are none yet. progress: called with (node, bytes done, bytes in all). waiting: called
-    with the nodes that are awaited.
+    link: to the other nodes; None where there are none. encoder: of images, where the vision tower has its own node.
+    Chunks are prepared when there are none yet. deliver: takes results, and what happens to the link.
+    progress: called with (node, bytes done, bytes in all). waiting: called with the nodes that are waited for.
     """
 
     def __init__(
         self,
         source: Source,
         config: EngineConfig,
+        deliver: Deliver,
         progress: Progress | None = None,
         waiting: Waiting | None = None,
     ) -> None:
@@ -62,34 +66,24 @@ class Cluster:
         self._progress = progress
         self._waiting = waiting
         self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
-        self._supervisor: Supervisor | None = None
+        self.link: Supervisor | None = None
+        self.encoder: RemoteEncoder | None = None
+        self._deliver = deliver
+        self._monitor: Monitor | None = None
         self._launcher: Launcher | None = None
         self._chunks: Chunks | None = None
-        self._identity: Identity | None = None
-        self.vision: RemoteEncoder | None = None
+        self._manual: ManualLauncher | None = None
         with ExitStack() as undo:
+            undo.callback(self.close)
             alone = self.n_nodes == 1 and not self._vision_address
-            loaded = self._load_alone(source) if alone else self._load_together(source, undo)
-            self.stage = Stage(loaded, n_slots=config.cache.max_sequences, sequence_length=self._sequence_length)
-            self._loaded = loaded
+            self._loaded = self._load_alone(source) if alone else self._load_together(source)
+            self.stage = Stage(self._loaded, n_slots=config.cache.max_sequences, sequence_length=self._sequence_length)
             undo.pop_all()
 
-    def connect(self, deliver: Deliver) -> Link:
-        """Wires the nodes together once all have loaded, and whenever some were lost. Only where there are several."""
-        assert self._launcher is not None
-        assert self._chunks is not None
-        settings = PipelineSettings(
-            self._chunks.manifest.digest, self._config.cache.max_sequences, self._sequence_length
-        )
-        self._supervisor = Supervisor(
-            self._launcher, settings, self._config.cluster.recovery, deliver, self._progress, self._identity
-        )
-        return self._supervisor
-
     def nodes(self) -> list[NodeStatus]:
-        """What every node holds and does, in pipeline order, and then spares."""
+        """What every node holds and does, in pipeline order, then spares, then the vision node."""
         spec = self._loaded.spec
-        traffic = self._supervisor.traffic if self._supervisor else Traffic()
+        traffic = self._monitor.traffic if self._monitor else Traffic()
         here = NodeStatus(
             name="starter",
             state="ready",
@@ -103,24 +97,27 @@ class Cluster:
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
         )
-        vision = [self.vision.status()] if self.vision else []
-        return [here, *(self._supervisor.status() if self._supervisor else []), *vision]
+        others = self.link.status() if self.link else []
+        spares = self._manual.spares() if self._manual else []
+        return [here, *others, *spares, *([self.encoder.status()] if self.encoder else [])]
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
-        """What every node did since it was last asked, by this machine's clock. record: whether to note more.
+        """What every node did since the last call, by this machine's clock. record: whether to note more.
 
         Raises LinkError when one does not answer.
         """
-        vision = {"vision": self.vision.spans(record)} if self.vision else {}
-        others = self._supervisor.spans(record) if self._supervisor else {}
+        vision = {"vision": self.encoder.spans(record)} if self.encoder else {}
+        others = self.link.spans(record) if self.link else {}
         return {"starter": self.stage.recorder.take(record), **others, **vision}
 
     def close(self) -> None:
-        """Ends every process started here. Safe to call twice; the link is closed by who asked for it."""
-        if self.vision:
-            self.vision.close()
+        """Ends the link and every process started here. Safe to call twice."""
+        if self.link:
+            self.link.close()
         if self._launcher:
             self._launcher.close()
+        if self._monitor:
+            self._monitor.close()
         if self._chunks:
             self._chunks.close()
 
@@ -133,10 +130,11 @@ class Cluster:
     def _load_alone(self, source: Source) -> LoadedStage:
         return load_source(source, dtype=self._dtype, device=self._device, progress=self._starter_progress())
 
-    def _load_together(self, source: Source, undo: ExitStack) -> LoadedStage:
-        cluster = self._config.cluster
-        if self._nodes:
-            self._identity = starter_identity(self._nodes, cluster.manual, cluster.encryption)
+    def _load_together(self, source: Source) -> LoadedStage:
+        """Starts the other nodes, which load at the same time as this one."""
+        cluster, cache = self._config.cluster, self._config.cache
+        authority = Authority.create() if cluster.encryption and not self._nodes else None
+        monitor = self._monitor = Monitor(self._identity(authority))
         chunks = self._chunks = prepared(
             source,
             self.n_nodes,
@@ -146,39 +144,43 @@ class Cluster:
             measure=lambda: self._measured_layers(source),
             progress=self._progress,
         )
-        undo.callback(chunks.close)
-        if self._nodes:
-            self._launcher = self._await_nodes(self._nodes, chunks)
-        else:
-            self._launcher = self._start_nodes(chunks)
-        undo.callback(self._launcher.close)
+        launcher = self._launcher = self._make_launcher(chunks, monitor, authority)
+        if self.n_nodes > 1:
+            settings = PipelineSettings(chunks.manifest.digest, cache.max_sequences, self._sequence_length)
+            self.link = Supervisor(launcher, monitor, settings, cluster.recovery, self._deliver, self._progress)
+        launcher.start()
         if address := self._vision_address:
-            timeout_s, width = cluster.recovery.recovery_timeout_s, source.model_config.hidden_size
-            self.vision = RemoteEncoder(address, self._identity, chunks, width, timeout_s)
-            undo.callback(self.vision.close)
-        return load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
+            width, timeout_s = source.model_config.hidden_size, cluster.recovery.recovery_timeout_s
+            self.encoder = RemoteEncoder(address, monitor, chunks, width, timeout_s)
+        loaded = load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
+        if self.link:
+            self.link.connect()
+        return loaded
 
-    def _await_nodes(self, nodes: NodesConfig, chunks: Chunks) -> ManualLauncher:
-        if nodes.starter.threads:
-            torch.set_num_threads(nodes.starter.threads)
-        manual = self._config.cluster.manual
-        return ManualLauncher(nodes, manual, self._identity, chunks, self._progress, self._waiting)
+    def _identity(self, authority: Authority | None) -> Identity | None:
+        """The starter's. authority: lives as long as this object, for nodes that are started here."""
+        cluster = self._config.cluster
+        if self._nodes:
+            return starter_identity(self._nodes, cluster.manual, cluster.encryption)
+        return authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
 
-    def _start_nodes(self, chunks: Chunks) -> LocalLauncher:
-        """Processes here; encrypted, with certificates of an authority that lives as long as this object."""
-        authority = Authority.create() if self._config.cluster.encryption else None
-        self._identity = authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
+    def _make_launcher(self, chunks: Chunks, monitor: Monitor, authority: Authority | None) -> Launcher:
+        if self._nodes:
+            torch.set_num_threads(self._nodes.starter.threads or torch.get_num_threads())
+            manual = self._config.cluster.manual
+            self._manual = ManualLauncher(self._nodes, manual, monitor, chunks, self._progress, self._waiting)
+            return self._manual
+        files = [chunks.folder / chunk.file for chunk in chunks.manifest.chunks[1:]]
         threads = max(1, torch.get_num_threads() // self.n_nodes)
-        files = [chunks.folder / entry.file for entry in chunks.manifest.chunks[1:]]
-        dtype = chunks.manifest.dtype
-        return LocalLauncher(files, dtype=dtype, device=self._device, threads=threads, authority=authority)
+        dtype, device = chunks.manifest.dtype, self._device
+        return LocalLauncher(files, dtype=dtype, device=device, threads=threads, authority=authority)
 
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
-        if self._nodes is None:
+        if self._nodes is None or self._monitor is None:
             return None
         dtype, cache = self._dtype or source.model_config.dtype, self._config.cache
         machines = measure_all(
-            self._nodes, self._config.cluster.manual, self._identity, dtype, self._device, self._waiting
+            self._nodes, self._config.cluster.manual, self._monitor, dtype, self._device, self._waiting
         )
         cache_tokens = cache.max_sequences * self._sequence_length
         made = make_plan(

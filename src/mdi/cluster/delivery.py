@@ -1,4 +1,4 @@
-"""What a link delivers to the engine, and what the engine asks of a link."""
+"""The contract between a link and the engine: what a link delivers, and what it is called for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdi.core.errors import LinkError
 
 @dataclass(frozen=True, slots=True)
 class Rewired:
-    """The nodes are back, with empty caches: what is sent from now on arrives."""
+    """The nodes are back, with empty caches: batches that are sent from now on arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ Delivery = Result | LinkError | Rewired | GaveUp
 Deliver = Callable[[Delivery], None]
 """Takes results in the order batches were sent, and what happens to the link; called from the link's threads.
 
-After a LinkError nothing in flight comes back: `recover` is asked for, and answered with Rewired or GaveUp.
+After a LinkError nothing in flight comes back: the engine calls `recover`, and Rewired or GaveUp follows.
 """
 
 
@@ -40,6 +40,3 @@ class Link(Protocol):
 
     def recover(self) -> None:
         """Begins to bring lost nodes back, after a LinkError; does not wait for them."""
-
-    def close(self) -> None:
-        """Ends the link; nothing is delivered afterwards. Safe to call twice."""

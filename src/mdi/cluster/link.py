@@ -1,64 +1,34 @@
-"""The starter's end of the pipeline: control over every node, batches to the second, results from the last.
+"""The starter's end of the pipeline: batches to the second node, results from the last, one epoch after the other.
 
-One thread with an asyncio loop of its own; the engine hands batches over without waiting. Knows addresses, no
-processes: it tells that a node is lost, and is told where to find all of them again.
+Knows addresses, no processes: it reports that a node is lost, and is given all addresses again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import grpc
-from google.protobuf.message import Message
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver
-from mdi.cluster.loop_thread import LoopThread
+from mdi.cluster.monitor import Heartbeat, Monitor
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
 from mdi.core.progress import Progress
-from mdi.core.status import NodeState, NodeStatus
+from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.rpc import codec, node_pb2
-from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, MISSED_BEATS, open_channel
-from mdi.rpc.diagnose import why_unreachable
-from mdi.rpc.tls import Identity
-from mdi.rpc.traffic import Traffic, node_stub
-
-log = logging.getLogger(__name__)
+from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 
 T = TypeVar("T")
-POLL_S = 0.05
-RPC_TIMEOUT_S = 5.0
-STATES: dict[int, NodeState] = {
-    node_pb2.NodeStatus.LOADING: "loading",
-    node_pb2.NodeStatus.LOADED: "loaded",
-    node_pb2.NodeStatus.FAILED: "failed",
-    node_pb2.NodeStatus.WAITING: "waiting",
-    node_pb2.NodeStatus.RECEIVING: "receiving",
-}
-
-
-@dataclass(frozen=True)
-class NodeAddress:
-    """A node's name and where it listens, host:port. spare: the own name of a spare in its place, or empty."""
-
-    name: str
-    address: str
-    spare: str = ""
-
-    @property
-    def certificate(self) -> str:
-        """The name in its certificate."""
-        return self.spare or self.name
+LOADING_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,177 +42,137 @@ class PipelineSettings:
 
 
 class GrpcLink:
-    """Connected to nodes that are loaded, configured and wired to each other. Make one with `connect`.
+    """The link from the first stage to all the others, for callers in any thread.
 
-    A loss is delivered as a LinkError, once an epoch at most; `unwire` and `wire` make the next epoch.
+    `wire` begins an epoch and `unwire` ends it. A loss is delivered as a LinkError, once an epoch at most.
     """
 
     def __init__(
-        self,
-        settings: PipelineSettings,
-        deliver: Deliver,
-        progress: Progress | None = None,
-        identity: Identity | None = None,
+        self, monitor: Monitor, settings: PipelineSettings, deliver: Deliver, progress: Progress | None = None
     ) -> None:
+        self._monitor = monitor
         self._settings = settings
-        self._identity = identity
-        self._epoch = settings.first_epoch - 1
+        self._number = settings.first_epoch - 1
         self._deliver = deliver
         self._progress = progress
         self._closing = False
         self._changing = threading.Lock()  # held while wires are pulled or laid
-        self._names: list[str] = []
-        self._seen: dict[str, NodeStatus] = {}
-        self._traffic = Traffic()
-        self._wiring: Wiring | None = None
+        self._nodes: Sequence[NodeAddress] = ()
+        self._heartbeats: Sequence[Heartbeat] = ()
+        self._epoch: LinkEpoch | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._thread = LoopThread("mdi-link")
 
-    @classmethod
-    def connect(
-        cls,
-        nodes: Sequence[NodeAddress],
-        settings: PipelineSettings,
-        deliver: Deliver,
-        *,
-        progress: Progress | None = None,
-        timeout_s: float = 600.0,
-        identity: Identity | None = None,
-    ) -> GrpcLink:
-        """Waits until every node has loaded, configures them and opens the streams.
+    def wire(self, nodes: Sequence[NodeAddress], timeout_s: float) -> None:
+        """Waits until every node has loaded, configures them in a new epoch, and opens the streams.
 
-        nodes: all but the starter, in pipeline order. identity: encrypts all links; None: in the clear.
-        Raises LinkError, naming the node, when one cannot be reached, failed to load, is of another version or plan, or
-        is not ready within `timeout_s`.
+        nodes: all but the starter, in pipeline order. Raises LinkError, naming the node, when one cannot be reached,
+        failed to load, is of another version or plan, or is not ready in time; and when the link is closed.
         """
-        link = cls(settings, deliver, progress, identity)
-        try:
-            link.wire(nodes, timeout_s)
-        except BaseException:
-            link.close()
-            raise
-        return link
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes of batches sent and of results received, over all epochs."""
-        return self._traffic
+        with self._changing:
+            if self._closing:
+                raise LinkError("the link was closed")
+            self._number += 1
+            self._nodes = tuple(nodes)
+            self._call(self._open(time.monotonic() + timeout_s))
 
     def unwire(self) -> None:
         """Drops everything in flight. Nothing is delivered until `wire`."""
         with self._changing:
             if not self._closing:
-                self._call(self._unwire())
-
-    def wire(self, nodes: Sequence[NodeAddress], timeout_s: float) -> None:
-        """Connects in a new epoch. Raises as `connect` does, and when the link is closed."""
-        with self._changing:
-            if self._closing:
-                raise LinkError("the link was closed")
-            self._epoch += 1
-            self._names = [node.name for node in nodes]
-            self._call(self._open(nodes, timeout_s))
+                self._call(self._close_epoch())
 
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """Hands a batch over; hidden: [tokens, hidden_size]."""
-        wiring = self._wiring
-        if wiring:
-            for piece in codec.encode_batch(batch, hidden, wiring.epoch):
-                self._thread.post(wiring.outbox.put_nowait, piece)
+        epoch = self._epoch
+        if epoch:
+            for piece in codec.encode_batch(batch, hidden, epoch.number):
+                self._monitor.loop.post(epoch.outbox.put_nowait, piece)
 
     def status(self) -> list[NodeStatus]:
-        """What was last heard of every node, a second ago or less where it is well."""
-        return [self._seen[name] for name in self._names if name in self._seen]
+        """What was last heard of every node."""
+        nodes = zip(self._nodes, self._heartbeats, strict=False)
+        return [heartbeat.shown(node.name, self._number) for node, heartbeat in nodes]
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
-        """What every node did since it was last asked, by this machine's clock. record: whether to note more.
+        """What every node did since the last call, by this machine's clock. record: whether to note more.
 
         Raises LinkError when one does not answer.
         """
-        wiring = self._wiring
-        return self._call(wiring.spans(record)) if wiring else {}
+        epoch = self._epoch
+        return self._call(epoch.spans(record)) if epoch else {}
 
     def close(self) -> None:
-        """Ends the streams and the thread, and fails a `wire` that waits. Safe to call twice."""
+        """Ends the streams, and fails a `wire` that waits. Safe to call twice."""
         if self._closing:
             return
         self._closing = True
-        self._thread.post(self._stop_opening)
+        self._monitor.loop.post(self._stop_opening)
         with self._changing:
-            self._call(self._unwire())
-        self._thread.close()
+            self._call(self._close_epoch())
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
-            return self._thread.call(coroutine)
+            return self._monitor.loop.call(coroutine)
         except CancelledError:
             raise LinkError("the link was closed") from None
 
-    async def _open(self, nodes: Sequence[NodeAddress], timeout_s: float) -> None:
+    async def _open(self, deadline: float) -> None:
         self._opening = asyncio.current_task()
         if self._closing:
             raise LinkError("the link was closed")
-        self._wiring = Wiring(
-            nodes, self._settings, self._epoch, self._deliver, self._seen, self._traffic, self._identity
-        )
+        self._heartbeats = [await self._monitor.watch(node) for node in self._nodes]
+        epoch = self._epoch = LinkEpoch(self._number, self._nodes, self._heartbeats, self._settings, self._deliver)
         try:
-            await self._wiring.open(self._progress, time.monotonic() + timeout_s)
+            await epoch.open(self._progress, deadline)
         except BaseException:
-            await self._unwire()
+            await self._close_epoch()
             raise
         finally:
             self._opening = None
 
-    async def _unwire(self) -> None:
-        wiring, self._wiring = self._wiring, None
-        if wiring:
-            await wiring.close()
+    async def _close_epoch(self) -> None:
+        epoch, self._epoch = self._epoch, None
+        if epoch:
+            await epoch.close()
 
     def _stop_opening(self) -> None:
         if self._opening:
             self._opening.cancel()
 
 
-class Wiring:
-    """One epoch: channels to all nodes, the stream of batches, the stream of results, and heartbeats. Asyncio only.
-
-    seen: where what is heard of the nodes is kept, by name.
-    """
+class LinkEpoch:
+    """One wiring of all links: the stream of batches, the stream of results, and the first loss. Asyncio only."""
 
     def __init__(
         self,
+        number: int,
         nodes: Sequence[NodeAddress],
+        heartbeats: Sequence[Heartbeat],
         settings: PipelineSettings,
-        epoch: int,
         deliver: Deliver,
-        seen: dict[str, NodeStatus],
-        traffic: Traffic,
-        identity: Identity | None,
     ) -> None:
-        self.epoch = epoch
+        self.number = number
         self.outbox: asyncio.Queue[node_pb2.BatchPiece] = asyncio.Queue()
         self._nodes = nodes
+        self._heartbeats = heartbeats
         self._settings = settings
         self._deliver = deliver
-        self._seen = seen
-        self._traffic = traffic
         self._over = False  # lost or closed: nothing more is delivered
-        self._identity = identity
-        self._channels = [open_channel(node.address, node.certificate, identity, CHANNEL_OPTIONS) for node in nodes]
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, progress: Progress | None, deadline: float) -> None:
-        """See `GrpcLink.connect`. Whatever happens, `close` it in the end."""
-        loading = [self._await_loaded(index, progress, deadline) for index in range(len(self._nodes))]
-        await self._all(loading)
-        for index in reversed(range(len(self._nodes))):
+        """See `GrpcLink.wire`. Whatever happens, `close` it in the end."""
+        places = range(len(self._nodes))
+        await _together([self._await_loaded(index, progress, deadline) for index in places])
+        for index in reversed(places):
             await self._configure(index)
-        results = node_stub(self._channels[-1], self._traffic).Results(node_pb2.ResultsRequest(epoch=self.epoch))
-        batches = node_stub(self._channels[0], self._traffic).Batches()
-        # an idle stream of writes alone would not notice that its node is gone
-        batches.add_done_callback(lambda _: self._lose_link(self._nodes[0].name))
-        self._tasks = [asyncio.create_task(self._send(batches)), asyncio.create_task(self._receive(results))]
-        self._tasks += [asyncio.create_task(self._watch(index)) for index in range(len(self._nodes))]
+        work = [self._send(), self._receive(), *(self._watch(index) for index in places)]
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
+
+    async def spans(self, record: bool) -> dict[str, list[Span]]:
+        """See `GrpcLink.spans`."""
+        answers = await asyncio.gather(*(heartbeat.client.spans(record) for heartbeat in self._heartbeats))
+        return {node.name: spans for node, spans in zip(self._nodes, answers, strict=True)}
 
     async def close(self) -> None:
         """Ends the streams; nothing is delivered afterwards."""
@@ -250,47 +180,32 @@ class Wiring:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for channel in self._channels:
-            await channel.close()
-
-    async def _all(self, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-        """Runs them together; the first error ends all."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for coroutine in coroutines:
-                    group.create_task(coroutine)
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
 
     async def _await_loaded(self, index: int, progress: Progress | None, deadline: float) -> None:
-        node = self._nodes[index]
+        name, heartbeat = self._nodes[index].name, self._heartbeats[index]
         while True:
             try:
-                status = await self._status(index, RPC_TIMEOUT_S)
+                status = await heartbeat.answer()
             except LinkError as error:
-                raise await self._explained(node, error) from None
+                raise LinkError(f"node {name} does not answer: {error}", name) from None
             if progress and status.total_bytes:
-                progress(node.name, status.done_bytes, status.total_bytes)
+                progress(name, status.done_bytes, status.total_bytes)
             if status.state == node_pb2.NodeStatus.FAILED:
-                raise LinkError(f"node {node.name}: {status.error}", node.name)
+                raise LinkError(f"node {name}: {status.error}", name)
             if status.state in (node_pb2.NodeStatus.WAITING, node_pb2.NodeStatus.RECEIVING):
-                raise LinkError(f"node {node.name} was started anew, and has no weights yet", node.name)
+                raise LinkError(f"node {name} was started anew, and has no weights yet", name)
             if status.state == node_pb2.NodeStatus.LOADED:
                 return
             if time.monotonic() > deadline:
-                raise LinkError(f"node {node.name} did not finish loading in time", node.name)
-            await asyncio.sleep(POLL_S)
-
-    async def _explained(self, node: NodeAddress, error: LinkError) -> LinkError:
-        reason = await asyncio.to_thread(why_unreachable, node.address, node.certificate, self._identity)
-        return LinkError(f"{error}: {reason}", node.name) if reason else error
+                raise LinkError(f"node {name} did not finish loading in time", name)
+            await asyncio.sleep(LOADING_POLL_S)
 
     async def _configure(self, index: int) -> None:
-        name, settings = self._nodes[index].name, self._settings
+        settings, name = self._settings, self._nodes[index].name
         following = self._nodes[index + 1] if index + 1 < len(self._nodes) else NodeAddress("", "")
         request = node_pb2.ConfigureRequest(
             version=codec.VERSION,
-            epoch=self.epoch,
+            epoch=self.number,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
@@ -298,82 +213,37 @@ class Wiring:
             next_name=following.certificate,
             previous_name=self._nodes[index - 1].certificate if index else "starter",
         )
-        answer = await self._ask(index, "Configure", request, node_pb2.ConfigureReply, RPC_TIMEOUT_S)
-        if answer.error:
-            raise LinkError(f"node {name} {answer.error}", name)
-        self._seen[name] = replace(self._seen[name], state="ready")
-
-    async def _watch(self, index: int) -> None:
-        """Asks a node every second how it is; silent three times in a row, it is lost."""
-        node, missed = self._nodes[index], 0
-        while missed < MISSED_BEATS:
-            asked_s = time.monotonic()
-            try:
-                status = await self._status(index, HEARTBEAT_S)
-            except LinkError:
-                missed += 1
-            else:
-                missed = 0
-                if fault := self._fault(index, status):
-                    self._lose(fault)
-                    return
-            await asyncio.sleep(asked_s + HEARTBEAT_S - time.monotonic())
-        self._lose(LinkError(f"node {node.name} was silent for {MISSED_BEATS * HEARTBEAT_S:g} s", node.name))
-
-    def _fault(self, index: int, status: node_pb2.NodeStatus) -> LinkError | None:
-        name = self._nodes[index].name
-        if status.epoch != self.epoch:
-            return LinkError(f"node {name} was started anew", name)
-        if status.next_lost:
-            after = self._nodes[index + 1].name
-            why = status.next_error or "did it end?"
-            return LinkError(f"the link from node {name} to node {after} broke: {why}", after)
-        return None
-
-    async def _status(self, index: int, timeout_s: float) -> node_pb2.NodeStatus:
-        asked_s = time.monotonic()
-        status = await self._ask(index, "Status", node_pb2.StatusRequest(), node_pb2.NodeStatus, timeout_s)
-        seen = node_status(status, self._nodes[index].name, time.monotonic() - asked_s)
-        ready = seen.state == "loaded" and status.epoch == self.epoch
-        self._seen[seen.name] = replace(seen, state="ready") if ready else seen
-        return status
-
-    async def spans(self, record: bool) -> dict[str, list[Span]]:
-        """See `GrpcLink.spans`."""
-        taken = await asyncio.gather(*(self._spans(index, record) for index in range(len(self._nodes))))
-        return dict(zip((node.name for node in self._nodes), taken, strict=True))
-
-    async def _spans(self, index: int, record: bool) -> list[Span]:
-        asked_s = time.perf_counter()
-        request = node_pb2.SpansRequest(record=record)
-        answer = await self._ask(index, "Spans", request, node_pb2.SpansReply, RPC_TIMEOUT_S)
-        return codec.decode_spans(answer, asked_s, time.perf_counter())
-
-    async def _ask(self, index: int, name: str, request: Message, answer: type[codec.M], timeout_s: float) -> codec.M:
-        node = self._nodes[index].name
-        call = self._channels[index].unary_unary(
-            codec.method(name),
-            request_serializer=codec.serialize,
-            response_deserializer=lambda data: codec.parse(answer, data),
-        )
         try:
-            return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
-                raise LinkError(f"node {node} refuses this one: {error.details()}", node) from None
-            raise LinkError(f"node {node} does not answer ({error.code().name.lower()})", node) from None
+            await self._heartbeats[index].client.configure(request)
+        except LinkError as error:
+            raise LinkError(f"node {name} {error}", name) from None
+        await self._heartbeats[index].poll()
 
-    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
-                await call.write(await self.outbox.get())
+    async def _send(self) -> None:
+        try:
+            await self._heartbeats[0].client.send_batches(self.outbox)
+        except LinkError:
+            self._lose_link(self._nodes[0].name)
 
-    async def _receive(self, call: grpc.aio.UnaryStreamCall) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, LinkError):
-            async for message in call:
-                if codec.received(message).epoch == self.epoch and not self._over:
+    async def _receive(self) -> None:
+        with contextlib.suppress(LinkError):
+            async for message in self._heartbeats[-1].client.results(self.number):
+                if message.epoch == self.number and not self._over:
                     self._deliver(codec.decode_result(message))
         self._lose_link(self._nodes[-1].name)
+
+    async def _watch(self, index: int) -> None:
+        """Notices that a node is silent, was started anew, or has lost the node after it."""
+        name = self._nodes[index].name
+        while True:
+            beat = await self._heartbeats[index].next()
+            if beat.lost:
+                self._lose(LinkError(f"node {name} was silent for {MISSED_BEATS * HEARTBEAT_S:g} s", name))
+            elif beat.answer and beat.answer.epoch != self.number:
+                self._lose(LinkError(f"node {name} was started anew", name))
+            elif beat.answer and beat.answer.next_lost:
+                after, why = self._nodes[index + 1].name, beat.answer.next_error or "did it end?"
+                self._lose(LinkError(f"the link from node {name} to node {after} broke: {why}", after))
 
     def _lose_link(self, name: str) -> None:
         self._lose(LinkError(f"the link to node {name} broke: did it end?", name))
@@ -384,20 +254,11 @@ class Wiring:
             self._deliver(error)
 
 
-def node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) -> NodeStatus:
-    """What a node said of itself when it was asked under this name."""
-    return NodeStatus(
-        name=name,
-        state="leaving" if status.leaving else STATES[status.state],
-        first_layer=status.first_layer,
-        last_layer=status.last_layer,
-        dtype=status.dtype,
-        device=status.device,
-        resident_bytes=status.resident_bytes,
-        pid=status.pid,
-        busy_share=status.busy_share,
-        sent_bytes=status.sent_bytes,
-        received_bytes=status.received_bytes,
-        round_trip_s=round_trip_s,
-        spare=status.spare,
-    )
+async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Runs them at the same time; the first error ends all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in coroutines:
+                group.create_task(coroutine)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None

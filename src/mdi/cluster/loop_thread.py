@@ -16,19 +16,23 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._begun: set[Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def begin(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Starts it there, from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Starts a coroutine there, from any thread."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._begun.add(future)  # asyncio itself may forget what it runs
+        future.add_done_callback(self._begun.discard)
+        return future
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs it there to its end. From any thread but this one."""
+        """Runs a coroutine there to its end, from any thread but this one."""
         return self.begin(coroutine).result()
 
     def post(self, callback: Callable[..., object], *arguments: Any) -> None:
-        """Has it called there soon, from any thread."""
+        """Calls a function there soon, from any thread."""
         self._loop.call_soon_threadsafe(callback, *arguments)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the machines of a nodes-config can do, so that the plan gives each what it can carry. Asks; starts nothing."""
+"""Measures the machines of a nodes-config, so that the plan gives each what it can carry. Starts nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting
-from mdi.cluster.link import NodeAddress
-from mdi.cluster.node_client import Visitor
+from mdi.cluster.monitor import Monitor
+from mdi.cluster.node_client import NodeAddress, NodeClient
 from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
@@ -22,7 +22,7 @@ PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weigh
 
 @dataclass(frozen=True)
 class MeasuredNode:
-    """A node's machine as far as it is known. unknown: why it could not be asked; empty when it could."""
+    """A node's machine as far as it is known. unknown: why it could not be measured; empty when it was."""
 
     machine: Machine
     unknown: str = ""
@@ -31,7 +31,7 @@ class MeasuredNode:
 def measure_all(
     config: NodesConfig,
     manual: ManualNodes,
-    identity: Identity | None,
+    monitor: Monitor,
     dtype: str,
     device: str,
     waiting: Waiting | None = None,
@@ -40,37 +40,42 @@ def measure_all(
 
     dtype, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be measured.
     """
-    awaited = ManualLauncher(config, manual, identity, waiting=waiting)
+    launcher = ManualLauncher(config, manual, monitor, waiting=waiting)
     try:
-        findings = _ask_all(config, identity, awaited.nodes, dtype, device)
+        launcher.start()
     finally:
-        awaited.close()
-    for finding, node in zip(findings[1:], awaited.nodes, strict=True):
-        if finding.unknown:
-            raise LinkError(f"node {node.name} could not be measured: {finding.unknown}", node.name)
-    return [finding.machine for finding in findings]
+        launcher.close()
+    measured = _measure(config, monitor.identity, launcher.nodes, dtype, device)
+    for one, node in zip(measured[1:], launcher.nodes, strict=True):
+        if one.unknown:
+            raise LinkError(f"node {node.name} could not be measured: {one.unknown}", node.name)
+    return [one.machine for one in measured]
 
 
 def measure_reachable(config: NodesConfig, identity: Identity | None, dtype: str, device: str) -> list[MeasuredNode]:
-    """The same for who is there just now; who is not is taken to be as fast as this machine."""
+    """The same for nodes that run now; one that does not is taken to be as fast as this machine."""
     nodes = [NodeAddress(node.name, node.address) for node in config.pipeline]
-    return _ask_all(config, identity, nodes, dtype, device)
+    return _measure(config, identity, nodes, dtype, device)
 
 
-def _ask_all(
+def _measure(
     config: NodesConfig, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
 ) -> list[MeasuredNode]:
     """One after the other: two on one machine would slow each other down."""
-    visitor = Visitor(identity, None, None)
     here = measure_hardware(device, dtype, default_cache_folder())
-    findings = [MeasuredNode(_limited(here, config.starter))]
+    measured = [MeasuredNode(_limited(here, config.starter))]
     for node, described in zip(nodes, config.pipeline, strict=True):
-        found = asyncio.run(visitor.probe(node, dtype))
-        if isinstance(found, str):
-            findings.append(MeasuredNode(_limited(replace(here, memory_bytes=math.inf), described), found))
-        else:
-            findings.append(MeasuredNode(_limited(found, described)))
-    return findings
+        try:
+            machine, unknown = asyncio.run(_measure_node(node, identity, dtype)), ""
+        except LinkError as error:
+            machine, unknown = replace(here, memory_bytes=math.inf), str(error)
+        measured.append(MeasuredNode(_limited(machine, described), unknown))
+    return measured
+
+
+async def _measure_node(node: NodeAddress, identity: Identity | None, dtype: str) -> Machine:
+    async with NodeClient(node, identity) as client:
+        return await client.measure_hardware(dtype)
 
 
 def _limited(machine: Machine, node: NodeConfig) -> Machine:

@@ -1,196 +1,217 @@
-"""A visit to one node started by hand: is it there, is it the one that is meant, and has it the weights it needs?
+"""Client for one node: every call of the starter to it, over one channel.
 
-Knows one address at a time; who is to be visited, and when again, is decided elsewhere.
+What goes wrong is a LinkError here, and nowhere else: the reason is looked for (`rpc.diagnose`) after a call failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from enum import Enum
+from typing import TypeVar
 
 import grpc
+import torch
 from google.protobuf.message import Message
+from torch import Tensor
 
-from mdi.checkpoint.manifest import chunk_file
-from mdi.checkpoint.prepare import Chunks
-from mdi.cluster.link import STATES, NodeAddress
-from mdi.cluster.upload import send_chunk
+from mdi.checkpoint.manifest import Manifest
 from mdi.core.errors import LinkError
-from mdi.core.progress import Progress
 from mdi.core.tracing import Span
+from mdi.layers.rope import Grid
 from mdi.planning.hardware import Machine
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, PATIENT_OPTIONS, open_channel
 from mdi.rpc.diagnose import why_unreachable
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic, node_stub
 
-POLL_S = 1.0
-CHECK_POLL_S = 0.1
 RPC_TIMEOUT_S = 5.0
-PROBE_TIMEOUT_S = 60.0  # the slowest of machines
+MEASURE_TIMEOUT_S = 60.0  # the slowest of machines
+OPTIONS = (
+    *CHANNEL_OPTIONS,
+    *PATIENT_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 500),  # a node that is back answers the next heartbeat
+)
 
-Note = Callable[[bool, str], None]
-"""Told whether a node is there, and what it does or why it cannot be reached."""
-
-
-class Visit(Enum):
-    """READY: it holds the right weights, or is loading them. LEAVING: it was told to end."""
-
-    READY = "ready"
-    AWAY = "away"
-    LEAVING = "leaving"
+T = TypeVar("T", bound=Message)
 
 
 @dataclass(frozen=True)
-class Visitor:
-    """Visits in the name of the starter. chunks: None leaves the nodes with what they have.
+class NodeAddress:
+    """A node's name and where it listens, host:port. spare: the own name of a spare in its place, or empty."""
 
-    progress: told (what is sent, bytes sent, bytes in all).
+    name: str
+    address: str
+    spare: str = ""
+
+    @property
+    def certificate(self) -> str:
+        """The name in its certificate."""
+        return self.spare or self.name
+
+
+class NodeClient:
+    """All calls to one node. Belongs to the event loop in which it is made.
+
+    traffic: counts the bytes of batches and results. Methods raise LinkError when the node does not answer, or another
+    node does.
     """
 
-    identity: Identity | None
-    chunks: Chunks | None
-    progress: Progress | None
+    def __init__(self, node: NodeAddress, identity: Identity | None, traffic: Traffic | None = None) -> None:
+        self.node = node
+        self._identity = identity
+        self._channel = open_channel(node.address, node.certificate, identity, OPTIONS)
+        self._stub = node_stub(self._channel, traffic)
 
-    async def visit(self, node: NodeAddress, note: Note) -> Visit:
-        """Finds a node, and gives it its weights. Ends early when something is amiss: it may be tried again.
+    async def __aenter__(self) -> NodeClient:
+        return self
 
-        Raises LinkError when the weights arrive damaged, CheckpointError when they cannot be read here.
-        """
-        if reason := await self._why_unreachable(node):
-            note(False, reason)
-            return Visit.AWAY
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls. Safe to call twice."""
+        await self._channel.close()
+
+    async def status(
+        self, timeout_s: float = RPC_TIMEOUT_S, *, wait_for_ready: bool = False, diagnose: bool = True
+    ) -> node_pb2.NodeStatus:
+        """What the node reports of itself. diagnose: False raises LinkError at once, without the reason."""
+        call = self._stub.Status(node_pb2.StatusRequest(), timeout=timeout_s, wait_for_ready=wait_for_ready)
+        status: node_pb2.NodeStatus = await self._answer(call, diagnose=diagnose)
+        found = status.spare or status.name
+        if found != self.node.certificate:
+            raise self._error(f"at {self.node.address} is {found}: start each node with its own number and --chunk")
+        return status
+
+    async def configure(self, request: node_pb2.ConfigureRequest) -> None:
+        """Begins an epoch. Raises LinkError when the node refuses."""
+        if error := (await self._answer(self._stub.Configure(request, timeout=RPC_TIMEOUT_S))).error:
+            raise self._error(error)
+
+    async def offer(self, manifest: Manifest, role: str) -> node_pb2.OfferReply:
+        """Names the chunk that the node is to hold."""
+        request = node_pb2.OfferRequest(version=codec.VERSION, manifest=manifest.model_dump_json(), role=role)
+        return await self._answer(self._stub.Offer(request, timeout=RPC_TIMEOUT_S))
+
+    async def send_weights(
+        self, pieces: AsyncIterator[node_pb2.WeightsPiece], sent: Callable[[node_pb2.WeightsPiece], None]
+    ) -> None:
+        """Sends pieces of the chunk that was offered. sent: called after each. Passes on what `pieces` raises."""
+        call = self._stub.Weights()
         try:
-            async with self._channel(node) as channel:
-                status = await _status(channel)
-                if amiss := _amiss(node, status):
-                    note(False, amiss)
-                    return Visit.LEAVING if status.leaving else Visit.AWAY
-                if self.chunks is None:
-                    note(True, STATES[status.state])
-                    return Visit.READY
-                return await self._equip(channel, node, self.chunks, note)
-        except grpc.aio.AioRpcError as error:
-            note(False, _no_answer(node, error))
-            return Visit.AWAY
-
-    async def look(self, node: NodeAddress) -> node_pb2.NodeStatus | str:
-        """What a node says of itself, or why it cannot be reached."""
-        if reason := await self._why_unreachable(node):
-            return reason
-        try:
-            async with self._channel(node) as channel:
-                status = await _status(channel)
-        except grpc.aio.AioRpcError as error:
-            return _no_answer(node, error)
-        return status if status.spare == node.spare else _mistaken(node, status)
-
-    async def probe(self, node: NodeAddress, dtype: str) -> Machine | str:
-        """What a node's machine can do, or why that is not known. dtype: for a node that was given none."""
-        if reason := await self._why_unreachable(node):
-            return reason
-        try:
-            async with self._channel(node) as channel:
-                asked = node_pb2.MeasureHardwareRequest(dtype=dtype)
-                found = await _ask(channel, "MeasureHardware", asked, node_pb2.MeasureHardwareReply, PROBE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            return _no_answer(node, error)
-        return Machine(found.bytes_per_s, found.flops_per_s, found.memory_bytes)
-
-    async def spans(self, node: NodeAddress, record: bool) -> list[Span]:
-        """What a node did since it was last asked, by this machine's clock. Raises LinkError without an answer."""
-        try:
-            async with self._channel(node) as channel:
-                await _status(channel)  # once connected, the answer is a matter of moments
-                asked_s = time.perf_counter()
-                answer = await _ask(channel, "Spans", node_pb2.SpansRequest(record=record), node_pb2.SpansReply)
-                return codec.decode_spans(answer, asked_s, time.perf_counter())
-        except grpc.aio.AioRpcError as error:
-            raise LinkError(_no_answer(node, error), node.name) from None
-
-    async def release(self, node: NodeAddress) -> None:
-        """Lets a node go that is leaving; one that is gone already needs no leave."""
-        try:
-            async with self._channel(node) as channel:
-                await _ask(channel, "Release", node_pb2.ReleaseRequest(), node_pb2.ReleaseReply)
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
+                async for piece in pieces:
+                    await call.write(piece)
+                    sent(piece)
+                await call.done_writing()
+            reply = codec.received(await call)
         except grpc.aio.AioRpcError:
-            pass
-
-    async def _why_unreachable(self, node: NodeAddress) -> str | None:
-        return await asyncio.to_thread(why_unreachable, node.address, node.certificate, self.identity)
-
-    @asynccontextmanager
-    async def _channel(self, node: NodeAddress) -> AsyncIterator[grpc.aio.Channel]:
-        options = (*CHANNEL_OPTIONS, *PATIENT_OPTIONS)
-        channel = open_channel(node.address, node.certificate, self.identity, options)
-        try:
-            yield channel
+            raise self._error(f"the link to node {self.node.name} broke while it was sent its weights") from None
         finally:
-            await channel.close()
+            call.cancel()
+        if reply.error:
+            raise self._error(f"node {self.node.name}: {reply.error}")
 
-    async def _equip(self, channel: grpc.aio.Channel, node: NodeAddress, chunks: Chunks, note: Note) -> Visit:
-        entry = chunks.manifest.chunk(chunk_file(node.name))
-        file = chunks.folder / entry.file
-        offer = node_pb2.OfferRequest(version=codec.VERSION, manifest=chunks.manifest.model_dump_json(), role=node.name)
+    async def encode(self, digest: str, rows: Tensor, grid: Grid, width: int) -> Tensor:
+        """Encodes one image or video on a vision node. rows: in the dtype of its weights -> [tokens, width], the same.
+
+        digest: of the manifest that its weights are of.
+        """
+        call = self._stub.Encode(_encode_pieces(digest, rows, grid))
+        data = bytearray()
+        try:
+            async for piece in call:
+                if codec.received(piece).error:
+                    raise self._error(piece.error)
+                data += piece.data
+        except grpc.aio.AioRpcError:
+            raise self._error("the link broke: did it end?") from None
+        finally:
+            call.cancel()
+        if not data or len(data) % (width * rows.itemsize):
+            raise self._error(f"{len(data)} bytes of embeddings arrived, of {width} numbers a token")
+        return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
+
+    async def measure_hardware(self, dtype: str) -> Machine:
+        """What the node's machine can do. dtype: for a node that was given none."""
+        await self.status()
+        request = node_pb2.MeasureHardwareRequest(dtype=dtype)
+        reply = await self._answer(self._stub.MeasureHardware(request, timeout=MEASURE_TIMEOUT_S))
+        return Machine(reply.bytes_per_s, reply.flops_per_s, reply.memory_bytes)
+
+    async def spans(self, record: bool) -> list[Span]:
+        """What the node did since the last call, by this machine's clock. record: whether to note more."""
+        asked_s = time.perf_counter()
+        reply = await self._answer(self._stub.Spans(node_pb2.SpansRequest(record=record), timeout=RPC_TIMEOUT_S))
+        return codec.decode_spans(reply, asked_s, time.perf_counter())
+
+    async def release(self) -> None:
+        """Lets a leaving node end. One that is gone already needs no leave."""
+        with contextlib.suppress(LinkError):
+            call = self._stub.Release(node_pb2.ReleaseRequest(), timeout=RPC_TIMEOUT_S)
+            await self._answer(call, diagnose=False)
+
+    async def send_batches(self, outbox: asyncio.Queue[node_pb2.BatchPiece]) -> None:
+        """Sends what is put into `outbox`, until the stream breaks: then it raises LinkError."""
+        call = self._stub.Batches()
+        writing = asyncio.create_task(_write_all(call, outbox))
+        try:
+            # an idle stream of writes alone would not notice that its node is gone
+            reply = codec.received(await call)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(self._no_answer(error)) from None
+        finally:
+            writing.cancel()
+            call.cancel()
+        raise self._error(reply.error or "it ended the stream of batches")
+
+    async def results(self, epoch: int) -> AsyncIterator[node_pb2.BatchResult]:
+        """The results of an epoch as they come, until the stream ends or, with LinkError, breaks."""
+        call = self._stub.Results(node_pb2.ResultsRequest(epoch=epoch))
+        try:
+            async for result in call:
+                yield codec.received(result)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(self._no_answer(error)) from None
+        finally:
+            call.cancel()
+
+    async def diagnosed(self, error: LinkError) -> LinkError:
+        """The same error with the reason in its place, if one can be found now."""
+        node = self.node
+        reason = await asyncio.to_thread(why_unreachable, node.address, node.certificate, self._identity)
+        return self._error(reason) if reason else error
+
+    async def _answer(self, call: Awaitable[T | None], *, diagnose: bool = True) -> T:
+        try:
+            return codec.received(await call)
+        except grpc.aio.AioRpcError as failure:
+            error = self._error(self._no_answer(failure))
+        raise await self.diagnosed(error) if diagnose else error
+
+    def _no_answer(self, error: grpc.aio.AioRpcError) -> str:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return f"{self.node.address} is of an older version: use one version of mdi"
+        return f"{self.node.address} does not answer ({error.details() or error.code().name.lower()})"
+
+    def _error(self, message: str) -> LinkError:
+        return LinkError(message, self.node.name)
+
+
+async def _write_all(call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[node_pb2.BatchPiece]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
         while True:
-            answer = await _ask(channel, "Offer", offer, node_pb2.OfferReply)
-            if answer.damaged:
-                raise LinkError(
-                    f"node {node.name} was sent weights that are not what the manifest says ({answer.error}): "
-                    f"is {str(file)!r} damaged here? Run `mdi prepare` again",
-                    node.name,
-                )
-            if answer.error:
-                note(False, answer.error)
-                return Visit.AWAY
-            if answer.ready:
-                note(True, "has its weights")
-                return Visit.READY
-            if not answer.wanted:
-                note(True, "checks the weights it has")
-                await asyncio.sleep(CHECK_POLL_S)
-                continue
-            note(True, "receives its weights")
-
-            try:
-                await send_chunk(channel, node.name, file, entry, answer.have_bytes, self.progress)
-            except LinkError as error:
-                note(False, str(error))
-                return Visit.AWAY
+            await call.write(await outbox.get())
 
 
-def _amiss(node: NodeAddress, status: node_pb2.NodeStatus) -> str | None:
-    if status.spare != node.spare or not (node.spare or status.name == node.name):
-        return _mistaken(node, status)
-    if status.leaving:
-        return "was told to end"
-    return str(status.error) if status.state == node_pb2.NodeStatus.FAILED else None
-
-
-def _mistaken(node: NodeAddress, status: node_pb2.NodeStatus) -> str:
-    return f"at {node.address} is {status.spare or status.name}: start each node with its own number and --chunk"
-
-
-def _no_answer(node: NodeAddress, error: grpc.aio.AioRpcError) -> str:
-    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return f"{node.address} is of an older version: use one version of mdi"
-    return f"{node.address} does not answer ({error.details()})"
-
-
-async def _status(channel: grpc.aio.Channel) -> node_pb2.NodeStatus:
-    return await _ask(channel, "Status", node_pb2.StatusRequest(), node_pb2.NodeStatus)
-
-
-async def _ask(
-    channel: grpc.aio.Channel, name: str, request: Message, answer: type[codec.M], timeout_s: float = RPC_TIMEOUT_S
-) -> codec.M:
-    call = channel.unary_unary(
-        codec.method(name),
-        request_serializer=codec.serialize,
-        response_deserializer=lambda data: codec.parse(answer, data),
-    )
-    return await call(request, timeout=timeout_s)  # type: ignore[no-any-return]
+async def _encode_pieces(digest: str, rows: Tensor, grid: Grid) -> AsyncIterator[node_pb2.EncodePiece]:
+    head = node_pb2.EncodePiece(manifest_digest=digest, grid=grid)
+    for data in codec.pieces(rows):
+        head.data = data
+        yield head
+        head = node_pb2.EncodePiece()

@@ -1,6 +1,6 @@
-"""A link that outlives its nodes: has lost ones started anew and all of them wired again, within limits.
+"""A link that outlives its nodes: lost ones are started anew and all of them wired again, within limits.
 
-Knows launchers and links; nothing of requests. What has to be computed again is the engine's business.
+Knows launchers and links, and no requests: the engine decides what has to be computed again.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, Delivery, GaveUp, Rewired
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.link import GrpcLink, PipelineSettings
+from mdi.cluster.monitor import Monitor
 from mdi.cluster.recovery import LossLog
 from mdi.core.batch import Batch
 from mdi.core.config import RecoveryLimits
@@ -22,47 +24,45 @@ from mdi.core.errors import LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
-from mdi.rpc.tls import Identity
-from mdi.rpc.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 600.0
 TOGETHER_S = 0.1  # deaths this close are one: their nodes start at the same time
 
 
 class Supervisor:
-    """The link to a launcher's nodes. Takes over the launcher: closing the one closes the other.
+    """The link to a launcher's nodes, over all losses. Takes over the launcher: closing the one closes the other.
 
     Between a LinkError and the answer to `recover`, nothing else is delivered but late results.
-    Raises LinkError when the nodes do not come up the first time.
     """
 
     def __init__(
         self,
         launcher: Launcher,
+        monitor: Monitor,
         settings: PipelineSettings,
         limits: RecoveryLimits,
         deliver: Deliver,
         progress: Progress | None = None,
-        identity: Identity | None = None,
     ) -> None:
         self._launcher = launcher
         self._limits = limits
         self._deliver = deliver
         self._lock = threading.RLock()
         self._wired = self._closing = False
-        self._lost: dict[str, LinkError] = {}  # who is at fault, and why
+        self._lost: dict[str, LinkError] = {}  # nodes at fault, and why
         self._losses = LossLog(limits, time.monotonic())
         self._away: frozenset[str] = frozenset()  # being started anew
+        self._restarts: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
+        self._link = GrpcLink(monitor, settings, self._take, progress)
         launcher.watch(self._note_death)
-        self._link = GrpcLink.connect(launcher.nodes, settings, self._take, progress=progress, identity=identity)
-        self._resume()
 
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes of batches sent and of results received."""
-        return self._link.traffic
+    def connect(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wires the launcher's nodes for the first time. Raises LinkError when they do not come up."""
+        self._link.wire(self._launcher.nodes, timeout_s)
+        self._resume()
 
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """See `Link.send`."""
@@ -74,18 +74,13 @@ class Supervisor:
         self._thread.start()
 
     def status(self) -> list[NodeStatus]:
-        """What was last heard of every node, in pipeline order, and then of spares."""
+        """What was last heard of every node, in pipeline order."""
         with self._lock:
             lost = self._away | self._lost.keys()
-        nodes = [
-            replace(
-                node,
-                state="lost" if node.name in lost else node.state,
-                restarts=self._launcher.restarts(node.name),
-            )
+        return [
+            replace(node, state="lost" if node.name in lost else node.state, restarts=self._restarts[node.name])
             for node in self._link.status()
         ]
-        return [*nodes, *self._launcher.spares()]
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
         """See `GrpcLink.spans`."""
@@ -107,7 +102,7 @@ class Supervisor:
             self._deliver(event)
 
     def _note_death(self, error: LinkError) -> None:
-        """From the launcher. While nodes are brought back it is asked who is dead instead."""
+        """From the launcher. While nodes are brought back, `Launcher.dead` counts instead."""
         with self._lock:
             if self._wired:
                 self._note(error)
@@ -126,7 +121,7 @@ class Supervisor:
     def _recover(self) -> None:
         started_s = time.monotonic()
         try:
-            self._link.unwire()  # and hears no more of what is known already
+            self._link.unwire()  # nothing more arrives of what is known already
             time.sleep(TOGETHER_S)
             while not self._wire_again(deadline=started_s + self._limits.recovery_timeout_s):
                 pass
@@ -146,9 +141,10 @@ class Supervisor:
             self._deliver(GaveUp(error))
 
     def _wire_again(self, deadline: float) -> bool:
-        """One attempt. What goes wrong is noted for the next; raises LinkError when there must be none."""
+        """One attempt. What goes wrong is noted for the next; raises LinkError when there is to be none."""
         self._away = self._lost_nodes(deadline)
         try:
+            self._restarts.update(self._away)
             self._launcher.restart(self._away, deadline - time.monotonic())
             self._away = frozenset()
             self._link.wire(self._launcher.nodes, deadline - time.monotonic())
@@ -173,7 +169,7 @@ class Supervisor:
         return frozenset(lost.keys() & {node.name for node in self._launcher.nodes})
 
     def _resume(self, *answer: Rewired) -> None:
-        """All nodes are wired: says so, and then who was lost meanwhile."""
+        """All nodes are wired: delivers the answer, and then the losses of the meantime."""
         with self._lock:
             self._wired = True
             self._losses.wired(time.monotonic())

@@ -84,10 +84,9 @@ class Engine:
         self._lock = threading.Lock()
         self._closed = False
         self._inbox: Inbox = queue.SimpleQueue()
-        self._cluster = Cluster(source, config, progress, waiting)
+        self._cluster = Cluster(source, config, self._inbox.put, progress, waiting)
         try:
             self._prompts = self._prompt_builder(source, config)
-            self._link = self._cluster.connect(self._inbox.put) if self._cluster.n_nodes > 1 else None
         except BaseException:
             self._cluster.close()
             raise
@@ -180,8 +179,6 @@ class Engine:
             self._closed = True
         self._media_threads.shutdown(cancel_futures=True)
         self._loop.close()
-        if self._link:
-            self._link.close()
         self._cluster.close()
         with self._lock:
             left = list(self._requests)
@@ -210,8 +207,8 @@ class Engine:
             n_slots=cache.max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=cluster.n_nodes
         )
         embeddings = EmbeddingCache(cache.vision_cache_bytes)
-        vision = VisionQueue(cluster.stage, embeddings, cluster.vision, self._inbox.put)
-        return StepLoop(cluster.stage, self._link, self._inbox, scheduler, vision, self._ended)
+        vision = VisionQueue(cluster.stage, embeddings, cluster.encoder, self._inbox.put)
+        return StepLoop(cluster.stage, cluster.link, self._inbox, scheduler, vision, self._ended)
 
     def _check_token_ids(self, sampling: Sampling) -> None:
         """Raises InputError for ids beyond the vocabulary: the finisher indexes logits with them."""

@@ -1,26 +1,29 @@
-"""What the cluster needs of whatever brings nodes up."""
+"""The launcher's contract: what the cluster needs of it to bring nodes up, first and again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from mdi.cluster.link import NodeAddress
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
-from mdi.core.status import NodeStatus
 
 Died = Callable[[LinkError], None]
+"""Called from a thread with the loss of a node, which the error names."""
 
 
 class Launcher(Protocol):
-    """Whoever brings nodes up, first and again."""
+    """Brings nodes up. To construct one starts nothing."""
 
     @property
     def nodes(self) -> list[NodeAddress]:
-        """Where all of them listen, in pipeline order."""
+        """Where all of them listen, in pipeline order. Once started."""
 
     def watch(self, died: Died) -> None:
-        """Calls back, from a thread, when a node ends before it was told to."""
+        """Sets what is called when a node ends that was not meant to."""
+
+    def start(self) -> None:
+        """Returns when every node listens. Raises LinkError, naming one that does not."""
 
     def dead(self) -> set[str]:
         """Names of the nodes that have ended."""
@@ -31,11 +34,5 @@ class Launcher(Protocol):
         Raises LinkError with the name of one that cannot be started, or not within `timeout_s`.
         """
 
-    def restarts(self, name: str) -> int:
-        """How often a node was started anew."""
-
-    def spares(self) -> list[NodeStatus]:
-        """Nodes without a place, there to take one."""
-
     def close(self) -> None:
-        """Ends every node and waits for it. Safe to call twice."""
+        """Ends what was started, and any wait. Safe to call twice."""

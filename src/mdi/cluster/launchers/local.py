@@ -10,15 +10,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from mdi.cluster.launchers.base import Died
-from mdi.cluster.link import NodeAddress
+from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
-from mdi.core.status import NodeStatus
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.tls import VARIABLE, Identity
 
@@ -28,10 +26,10 @@ TAIL_BYTES = 4000
 
 
 class LocalLauncher:
-    """One `mdi secondary` process per chunk, each with a pipe as its standard input.
+    """A `Launcher` of one `mdi secondary` process per chunk, each with a pipe as its standard input.
 
     The pipe's other end is held here alone: when this process ends, however it ends, every node reads the end of its
-    input and ends too. Made when all listen; they load on after that. With an authority their links are encrypted.
+    input and ends too. Nodes that listen may still be loading. With an authority their links are encrypted.
     """
 
     def __init__(
@@ -46,12 +44,6 @@ class LocalLauncher:
         self._died: Died | None = None
         self._processes: dict[str, NodeProcess] = {}
         self._addresses: dict[str, str] = {}
-        self._restarts: Counter[str] = Counter()
-        try:
-            self._start(self._chunks, START_TIMEOUT_S)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def nodes(self) -> list[NodeAddress]:
@@ -60,18 +52,14 @@ class LocalLauncher:
     def watch(self, died: Died) -> None:
         self._died = died
 
+    def start(self) -> None:
+        self._start(self._chunks, START_TIMEOUT_S)
+
     def dead(self) -> set[str]:
         return {name for name, process in self._processes.items() if process.ended}
 
     def restart(self, names: Collection[str], timeout_s: float) -> None:
-        self._restarts.update(names)
         self._start(names, min(timeout_s, START_TIMEOUT_S))
-
-    def restarts(self, name: str) -> int:
-        return self._restarts[name]
-
-    def spares(self) -> list[NodeStatus]:
-        return []
 
     def close(self) -> None:
         with self._lock:
@@ -80,7 +68,7 @@ class LocalLauncher:
             process.ask_to_end()
         for process in self._processes.values():
             process.end(END_TIMEOUT_S)
-        with self._starting:  # which has nothing left to wait for
+        with self._starting:  # whose processes have ended now
             for process in self._processes.values():
                 process.close()
 
@@ -94,7 +82,7 @@ class LocalLauncher:
                 self._addresses[name] = self._processes[name].address(deadline)
 
     def _replace(self, name: str) -> NodeProcess | None:
-        """Starts a node's process, and gives the one it had before: its death is no longer news."""
+        """Starts a node's process and returns the one it had before, whose death is no longer reported."""
         with self._lock:
             if self._closing:
                 raise LinkError("the nodes are being ended")
@@ -102,12 +90,12 @@ class LocalLauncher:
                 before.kill()
             identity = self._authority.issue(name, days=AUTHORITY_DAYS) if self._authority else None
             try:
-                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, identity, self._tell)
+                self._processes[name] = NodeProcess(name, self._chunks[name], self._options, identity, self._report)
             except OSError as error:
                 raise LinkError(f"node {name} could not be started ({error.strerror})", name) from None
             return before
 
-    def _tell(self, process: NodeProcess) -> None:
+    def _report(self, process: NodeProcess) -> None:
         with self._lock:
             if self._died and not self._closing and self._processes[process.name] is process:
                 self._died(process.death())
@@ -116,7 +104,7 @@ class LocalLauncher:
 class NodeProcess:
     """One run of a node. ended: called once, from a thread, when it is over. Raises OSError when it cannot begin.
 
-    Its identity, if any, is on disk only until the node has read it.
+    The identity, if any, is on disk only until the node has read it.
     """
 
     def __init__(
@@ -142,7 +130,7 @@ class NodeProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env={**os.environ, VARIABLE: "1" if identity else "0"},
-                process_group=0,  # Ctrl-C is for the parent alone: it drains, and then ends its nodes
+                process_group=0,  # Ctrl-C reaches the parent alone: it drains, and then ends its nodes
             )
             undo.pop_all()
         self._watcher = threading.Thread(target=self._watch, args=(ended,), name=f"mdi-watch-{name}", daemon=True)
@@ -166,7 +154,7 @@ class NodeProcess:
         return f"127.0.0.1:{json.loads(line)['port']}"
 
     def death(self) -> LinkError:
-        """Why it ended: exit code and last words."""
+        """Why it ended: exit code and last line of its log."""
         size = os.fstat(self._log.fileno()).st_size
         tail = os.pread(self._log.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES))
         lines = tail.decode(errors="replace").strip().splitlines()
@@ -178,7 +166,7 @@ class NodeProcess:
         self._process.stdin.close()
 
     def end(self, timeout_s: float) -> None:
-        """Waits for its end, which it gets after `timeout_s` at the latest."""
+        """Waits for its end; kills it after `timeout_s`."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

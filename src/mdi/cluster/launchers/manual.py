@@ -1,43 +1,39 @@
-"""Nodes that somebody starts on other machines: awaited, in whatever order they come. Starts and ends none of them.
+"""The launcher for nodes that are started elsewhere: waits for them, in whatever order they come.
 
-Who has no weights, or not the right ones, is sent them. A spare takes the place of one that does not come back.
+A node without weights, or without the right ones, is provisioned. A spare takes the place of a node that stays away.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.launchers.base import Died
-from mdi.cluster.link import NodeAddress, node_status
-from mdi.cluster.node_client import POLL_S, Visit, Visitor
+from mdi.cluster.monitor import STATES, Monitor
+from mdi.cluster.node_client import NodeAddress, NodeClient
 from mdi.cluster.nodes_config import NodesConfig
+from mdi.cluster.provision import DamagedChunkError, provision
 from mdi.core.config import ManualNodes
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.planning.plan import VISION
 from mdi.rpc import node_pb2
-from mdi.rpc.channel import is_loopback
+from mdi.rpc.channel import HEARTBEAT_S, is_loopback
 from mdi.rpc.tls import VARIABLE, Identity
-
-CLOSED_POLL_S = 0.2
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Presence:
-    """Whether a node is there, as last seen. note: what it does, or why it cannot be reached; empty before that."""
+    """Whether a node is there, as last heard. note: what it does, or why it cannot be reached; empty before that."""
 
     node: NodeAddress
     there: bool
@@ -45,7 +41,7 @@ class Presence:
 
     @property
     def missing(self) -> bool:
-        """It is waited for; spares without a role are not."""
+        """The node is waited for; spares without a role are not."""
         return not self.there and self.node.name != self.node.spare
 
     @property
@@ -55,14 +51,11 @@ class Presence:
 
 
 Waiting = Callable[[Sequence[Presence]], None]
-"""Told of all awaited nodes, whenever something about one changed."""
-
-
-Watch = Callable[[], Coroutine[Any, Any, None]]
+"""Called with all nodes that are waited for, whenever something about one changed."""
 
 
 def starter_identity(nodes: NodesConfig, manual: ManualNodes, encryption: bool) -> Identity | None:
-    """The starter's identity when links are encrypted. Raises ConfigError when they are not and would have to be."""
+    """The starter's identity when links are encrypted. Raises ConfigError when they are not and have to be."""
     if encryption:
         return Identity.load(manual.certs, "starter")
     for node in nodes.all[1:]:
@@ -75,18 +68,17 @@ def starter_identity(nodes: NodesConfig, manual: ManualNodes, encryption: bool) 
 
 
 class ManualLauncher:
-    """A `Launcher` for nodes started by hand: made, or back after a loss, when all answer and have their weights.
+    """A `Launcher` for manual nodes: started, or back after a loss, when all answer and have their weights.
 
-    chunks: what they are to hold; None leaves them with what they have. progress: see `Visitor`. waiting: called with
-    who is there.
-    Raises LinkError, with what is wrong with each, when some do not answer in time.
+    chunks: what the nodes are to hold; None leaves them with what they have. progress: see `provision`. waiting:
+    see `Waiting`.
     """
 
     def __init__(
         self,
         config: NodesConfig,
         manual: ManualNodes,
-        identity: Identity | None,
+        monitor: Monitor,
         chunks: Chunks | None = None,
         progress: Progress | None = None,
         waiting: Waiting | None = None,
@@ -96,57 +88,62 @@ class ManualLauncher:
         self._spares = [NodeAddress(node.name, node.address, spare=node.name) for node in config.spares]
         self._places = dict(self._homes)  # where each node is: at home, or a spare in its place
         self._claimed: set[str] = set()  # spares that are being made ready
-        self._seen: dict[str, NodeStatus] = {}  # spares without a place
-        self._roles: dict[str, str] = {}  # what spares say they are
-        self._visitor = Visitor(identity, chunks, progress)
-        self._spare_after_s = manual.spare_after_s
+        self._manual = manual
+        self._monitor = monitor
+        self._chunks = chunks
+        self._progress = progress
         self._waiting = waiting
-        self._closed = threading.Event()
-        self._restarts: Counter[str] = Counter()
+        self._closed = False
         self._died: Died | None = None
-        self._wait(list(self._homes), manual.wait_s, timeout_s=None)
-        self._watcher = threading.Thread(target=lambda: asyncio.run(self._watch()), name="mdi-spares", daemon=True)
-        if self._spares:
-            self._watcher.start()
+        self._search: Future[None] | None = None
+        self._replacing: list[Future[None]] = []
 
     @property
     def nodes(self) -> list[NodeAddress]:
         return [place for name, place in self._places.items() if name != VISION]
 
     def watch(self, died: Died) -> None:
-        """Of nodes that were told to end, once a spare can take their place; the links notice all other losses."""
+        """Of nodes that are leaving, once a spare can take their place; the link notices all other losses."""
         self._died = died
+
+    def start(self) -> None:
+        """Raises LinkError, with what is wrong with each, when some nodes do not answer in time."""
+        self._wait(list(self._homes), self._manual.wait_s, timeout_s=None)
+        if self._spares:
+            self._replacing = [self._monitor.loop.begin(self._replace_when_leaving(name)) for name in self._homes]
 
     def dead(self) -> set[str]:
         return set()
 
     def restart(self, names: Collection[str], timeout_s: float) -> None:
-        """Waits until somebody has started these nodes anew, the network reaches them again, or spares replace them."""
-        self._restarts.update(names)
+        """Waits until these nodes have been started anew, the network reaches them again, or spares replace them."""
         try:
-            self._wait(names, self._spare_after_s, timeout_s)
+            self._wait(names, self._manual.spare_after_s, timeout_s)
         except CheckpointError as error:
             raise LinkError(str(error), next(iter(names))) from None
 
-    def restarts(self, name: str) -> int:
-        return self._restarts[name]
-
     def spares(self) -> list[NodeStatus]:
         """What was last heard of those without a place."""
-        return [self._seen[spare.name] for spare in self._spares if self._is_free(spare) and spare.name in self._seen]
+        free = [(spare, self._monitor.heartbeat(spare)) for spare in self._spares if self._is_free(spare)]
+        return [heartbeat.shown(spare.name) for spare, heartbeat in free if heartbeat]
 
     def close(self) -> None:
-        """Ends a wait. The nodes stay, for the next who serves with them."""
-        self._closed.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        """Ends a wait. The nodes go on, for the next starter."""
+        self._closed = True
+        for work in (self._search, *self._replacing):
+            if work:
+                work.cancel()
 
     def _wait(self, names: Collection[str], spare_after_s: float, timeout_s: float | None) -> None:
-        """timeout_s: of all; None gives up when nobody is there, not even a spare, but waits for who is."""
+        """timeout_s: of all; None gives up when a node is missing, and no spare is there, but waits for the others."""
         search = _Search({name: Presence(self._places[name], False, "") for name in names}, self._waiting)
-        asyncio.run(self._find_all(search, spare_after_s, timeout_s))
-        if self._closed.is_set():
-            raise LinkError("nodes are not waited for any more")
+        self._search = self._monitor.loop.begin(self._find_all(search, spare_after_s, timeout_s))
+        if self._closed:
+            self._search.cancel()
+        try:
+            self._search.result()
+        except CancelledError:
+            raise LinkError("nodes are not waited for any more") from None
         if unready := [search.found[name] for name in names if name not in search.ready]:
             missing = [presence for presence in unready if presence.missing] or unready
             waited_s = spare_after_s if timeout_s is None else timeout_s
@@ -154,49 +151,48 @@ class ManualLauncher:
             raise LinkError(f"not all nodes were there within {waited_s:g} s. {each}", missing[0].node.name)
 
     async def _find_all(self, search: _Search, spare_after_s: float, timeout_s: float | None) -> None:
-        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        searches = {
+        finds = [
             asyncio.create_task(self._find(name, search, spare_after_s, give_up=timeout_s is None))
             for name in search.found
-        }
-        looks = {asyncio.create_task(self._show_spare(spare, search)) for spare in self._spares if self._is_free(spare)}
-        found = True
-        pending = searches
-        while pending and found and not self._closed.is_set() and time.monotonic() < deadline_s:
-            left_s = min(CLOSED_POLL_S, deadline_s - time.monotonic())
-            done, pending = await asyncio.wait(pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            found = all(not task.exception() and task.result() for task in done)
-        for task in searches | looks:
-            task.cancel()
-        for outcome in await asyncio.gather(*searches, *looks, return_exceptions=True):
-            if isinstance(outcome, Exception):
-                raise outcome
+        ]
+        shows = [asyncio.create_task(self._show(spare, search)) for spare in self._spares if self._is_free(spare)]
+        try:
+            async with asyncio.timeout(timeout_s):
+                for found in asyncio.as_completed(finds):
+                    if not await found:
+                        return
+        except TimeoutError:
+            pass
+        finally:
+            for task in (*finds, *shows):
+                task.cancel()
+            await asyncio.gather(*finds, *shows, return_exceptions=True)
 
     async def _find(self, name: str, search: _Search, spare_after_s: float, give_up: bool) -> bool:
-        """Looks for a node wherever it may be, until it is ready. give_up: False when no spare is there, too."""
+        """Tries all places where a node may be, until it is ready. give_up: ends it without a spare."""
         began_s, leaving = time.monotonic(), None
         while True:
             left_s = 0.0 if leaving else began_s + spare_after_s - time.monotonic()
             for place in self._candidates(name, late=left_s <= 0):
-                visit = await self._visit(place, search)
-                if visit is Visit.LEAVING and not leaving:
-                    leaving, spare_after_s = place, 0.0
-                    break
-                if visit is Visit.READY:
+                if await self._make_ready(place, search):
                     self._places[name] = place
                     search.ready.add(name)
                     if leaving:
-                        await self._visitor.release(leaving)
+                        await self._release(leaving)
                     return True
+                if self._is_leaving(place) and not leaving:
+                    leaving, spare_after_s = place, 0.0
+                    break
             else:
                 if leaving:
-                    await self._visitor.release(leaving)
+                    await self._release(leaving)
                     leaving = None
                 if give_up and left_s <= 0:
                     return False
-                await asyncio.sleep(min(POLL_S, left_s) if left_s > 0 else POLL_S)
+                await asyncio.sleep(min(HEARTBEAT_S, left_s) if left_s > 0 else HEARTBEAT_S)
 
-    async def _visit(self, place: NodeAddress, search: _Search) -> Visit:
+    async def _make_ready(self, place: NodeAddress, search: _Search) -> bool:
+        """Whether the node at a place has its weights now, or loads them. Notes why not, where it is expected."""
         expected = place == self._places[place.name]
 
         def note(there: bool, text: str) -> None:
@@ -205,86 +201,95 @@ class ManualLauncher:
 
         self._claimed.add(place.spare)
         try:
-            return await self._visitor.visit(place, note)
+            status = await (await self._monitor.watch(place)).usable()
+            if self._chunks is None:
+                note(True, STATES[status.state])
+                return True
+            async with NodeClient(place, self._monitor.identity) as client:
+                await provision(client, place.name, self._chunks, partial(note, True), self._progress)
+            return True
+        except DamagedChunkError:
+            raise
+        except LinkError as error:
+            note(False, str(error))
+            return False
         finally:
             self._claimed.discard(place.spare)
 
     def _candidates(self, name: str, late: bool) -> Iterator[NodeAddress]:
-        """Where a node may be: where it was, at home, and in a spare's process, if it is late or one says so."""
+        """Where a node may be: where it was, at home, and in a spare's process, if it is late or one has its role."""
         yield self._places[name]
         if self._places[name] != self._homes[name]:
             yield self._homes[name]
         if name == VISION:
             return  # images wait for it, and nothing else does
         for spare in self._spares:
-            wanted = late or self._roles.get(spare.name) == name
+            wanted = late or self._role(spare) == name
             if wanted and self._is_free(spare) and spare.name not in self._claimed:
                 yield replace(spare, name=name)
 
     def _is_free(self, spare: NodeAddress) -> bool:
         return all(place.spare != spare.spare for place in self._places.values())
 
-    async def _show_spare(self, spare: NodeAddress, search: _Search) -> None:
-        while True:
-            search.note(await self._look_at(spare))
-            await asyncio.sleep(POLL_S)
+    def _last(self, place: NodeAddress) -> node_pb2.NodeStatus | None:
+        """The answer to the last heartbeat."""
+        heartbeat = self._monitor.heartbeat(place)
+        return heartbeat.last.answer if heartbeat and heartbeat.last else None
 
-    async def _look_at(self, spare: NodeAddress) -> Presence:
-        asked_s = time.monotonic()
-        status = await self._visitor.look(spare)
-        if isinstance(status, str):
-            self._roles.pop(spare.name, None)
-            self._seen[spare.name] = NodeStatus(spare.name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=spare.name)
-            return Presence(spare, False, status)
-        self._roles[spare.name] = status.name
-        self._seen[spare.name] = node_status(status, spare.name, time.monotonic() - asked_s)
-        return Presence(spare, True, "a spare" if status.name == spare.name else f"a spare, last as {status.name}")
+    def _role(self, spare: NodeAddress) -> str:
+        status = self._last(spare)
+        return status.name if status else ""
 
-    async def _watch(self) -> None:
-        """Keeps an eye on spares, and on nodes that want to leave, until `close`."""
-        watched: list[Watch] = [self._look_at_free_spares, *(partial(self._let_leave, name) for name in self._homes)]
-        tasks = [asyncio.create_task(self._again_and_again(watch)) for watch in watched]
-        while not self._closed.is_set():
-            await asyncio.sleep(CLOSED_POLL_S)
-        for task in tasks:
-            task.cancel()
+    def _is_leaving(self, place: NodeAddress) -> bool:
+        status = self._last(place)
+        return bool(status and status.leaving)
 
-    async def _again_and_again(self, watch: Watch) -> None:
+    async def _release(self, place: NodeAddress) -> None:
+        await (await self._monitor.watch(place)).client.release()
+
+    async def _show(self, spare: NodeAddress, search: _Search) -> None:
+        heartbeat = await self._monitor.watch(spare)
         while True:
             try:
-                await watch()
+                role = (await heartbeat.answer()).name
+                search.note(Presence(spare, True, "a spare" if role == spare.name else f"a spare, last as {role}"))
+            except LinkError as error:
+                search.note(Presence(spare, False, str(error)))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _replace_when_leaving(self, name: str) -> None:
+        while True:
+            place = self._places[name]
+            beat = await (await self._monitor.watch(place)).next()
+            try:
+                if beat.answer and beat.answer.leaving:
+                    await self._let_leave(name, place)
             except Exception:
-                log.exception("the nodes could not be watched")
-            await asyncio.sleep(POLL_S)
+                log.exception("node %s could not be replaced", name)
 
-    async def _look_at_free_spares(self) -> None:
-        await asyncio.gather(*(self._look_at(spare) for spare in self._spares if self._is_free(spare)))
-
-    async def _let_leave(self, name: str) -> None:
+    async def _let_leave(self, name: str, place: NodeAddress) -> None:
         """Has a spare load what a leaving node holds, and only then reports the loss; without a spare it may go."""
-        place = self._places[name]
-        status = await self._visitor.look(place)
-        if isinstance(status, str) or not status.leaving:
-            return
         if not await self._prepare_spare(name):
-            await self._visitor.release(place)
+            await self._release(place)
         elif self._died and self._places[name] == place:
             self._died(LinkError(f"node {name} was told to end", name))
 
     async def _prepare_spare(self, name: str) -> bool:
         search = _Search({}, None)
         for place in self._candidates(name, late=True):
-            if place != self._places[name] and await self._visit(place, search) is Visit.READY:
-                while not isinstance(status := await self._visitor.look(place), str):
-                    if status.state != node_pb2.NodeStatus.LOADING:
-                        return bool(status.state == node_pb2.NodeStatus.LOADED)
-                    await asyncio.sleep(POLL_S)
+            if place == self._places[name] or not await self._make_ready(place, search):
+                continue
+            heartbeat = await self._monitor.watch(place)
+            while (answer := (await heartbeat.next()).answer) and answer.state == node_pb2.NodeStatus.LOADING:
+                pass
+            if answer:
+                return bool(answer.state == node_pb2.NodeStatus.LOADED)
         return False
 
 
 @dataclass(frozen=True)
 class _Search:
-    """One wait: who was found, and in which state. ready: has its weights."""
+    """One wait: the nodes as they are found. ready: those that have their weights, or load them."""
 
     found: dict[str, Presence]
     waiting: Waiting | None
