@@ -14,9 +14,9 @@ from mdi.layers.attention import CausalMasks, attend_fully
 def test_attention_in_blocks_is_attention(
     tokens: int, scores: int, dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores)
     queries, keys, values = torch.randn(3, 6, tokens, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    keys += 8  # a common part of all keys: softmax does not notice it, rounding would
+    keys += 8  # a common part of all keys: it does not change the softmax, but would change the rounding
     exact = functional.scaled_dot_product_attention(queries.double(), keys.double(), values.double())
     out = torch.empty(tokens, 6, 16, dtype=dtype)
     for _ in attend_fully(queries, keys.clone(), values, out):

@@ -1,8 +1,7 @@
-"""From a chunk or a checkpoint to a stage's weights in memory. Knows files and weights, nothing of requests.
+"""Loads a stage's weights from a chunk or a checkpoint. Knows files and weights, nothing of requests.
 
-Strict: nothing missing, nothing left over. Tensors are handed out one at a time from short-lived mappings, so
-what the model copies does not stay resident twice; the embedding stays mapped, and only rows that are looked
-up become resident.
+A chunk must have exactly the tensors of its stage. Tensors come one at a time from short-lived mappings: what the model
+copies is not resident twice. The embedding stays mapped, and only rows that were looked up are resident.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ def load_chunk(
     progress: Progress | None = None,
     verified: Callable[[Manifest, ChunkEntry], None] | None = None,
 ) -> LoadedStage:
-    """A stage from the chunk that `mdi prepare` wrote, its checksum verified against the manifest beside it.
+    """A stage from a chunk of `mdi prepare`, whose checksum is verified against the manifest beside it.
 
-    dtype: what the caller expects it in; None takes it as it is. progress: called with bytes, where
-    every byte counts twice: verified, loaded. verified: told in between what it is.
+    dtype: of the stage; None takes the chunk's own. progress: called with bytes, where every byte counts twice:
+    verified, loaded. verified: called between the two with what the chunk is.
     Raises CheckpointError for a damaged chunk, or one of another dtype or plan.
     """
     if not path.is_file():

@@ -1,6 +1,6 @@
 """Writes safetensors files tensor by tensor. Knows the file format, nothing of models and plans.
 
-The library's own writer wants all tensors at once, which for a chunk of gigabytes means holding it in memory.
+The library's own writer needs all tensors in memory, which are gigabytes for a chunk.
 Format: eight bytes of header length (little-endian), a JSON header of name -> dtype, shape, offsets, then the
 raw data (github.com/huggingface/safetensors, README).
 """

@@ -1,7 +1,6 @@
-"""Keys and values of every slot, one tensor a layer, written in place. Knows no sequences: slots are rows.
+"""Keys and values of every slot, one tensor for each layer, written in place. Knows no sequences: slots are rows.
 
-On CPUs the operating system commits memory page by page as it is first written, so a cache sized for long sequences
-costs only what they really fill.
+On CPUs the operating system gives memory page by page when it is first written: a cache takes what its sequences fill.
 """
 
 from __future__ import annotations
@@ -32,6 +31,6 @@ class KVCache:
         self.sequence_length = sequence_length
 
     def copy(self, copy: Copy) -> None:
-        """The beginning of one slot into another."""
+        """Copies the prefix of one slot to another."""
         for layer in self.layers:
             layer[copy.target, : copy.length] = layer[copy.source, : copy.length]

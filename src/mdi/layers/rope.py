@@ -1,8 +1,8 @@
 """Rotary positions: 1-D and multimodal (M-RoPE) for the decoder, 2-D for the vision tower. Pure functions of positions.
 
-M-RoPE: arXiv:2409.12191, section 2.1. Text advances all three axes (t, h, w) together; a picture's tokens carry their
-frame, row and column, offset by where the picture starts; what follows starts one above the highest position so far.
-Video follows transformers 4 (`get_rope_index` there): the frame index counts, too.
+M-RoPE: arXiv:2409.12191, section 2.1. A text token has the same position on all three axes (t, h, w). A token of an
+image has its frame, row and column, plus the position where the image starts. The token after it has the highest
+position so far plus one. Video follows transformers 4 (`get_rope_index` there): the frame index counts as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]  # patches of one image or video: frames, rows, colu
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where an image's or a video's tokens stand in a prompt: `length` of them from `start`, in a merged grid."""
+    """The tokens of an image or a video in a prompt: `length` of them from `start`, in a merged grid."""
 
     start: int
     grid: Grid
@@ -55,7 +55,7 @@ def prompt_positions(length: int, spans: Sequence[MediaSpan]) -> tuple[Tensor, i
 
 
 def text_positions(start: int, length: int) -> Tensor:
-    """Positions of plain text, where all three axes advance together: int64 [3, length]."""
+    """Positions of text, the same on all three axes: int64 [3, length]."""
     return torch.arange(start, start + length).expand(3, length)
 
 
@@ -66,7 +66,7 @@ def _grid_positions(merged: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tables that turn queries and keys: cos and signed sin, each [tokens, 1, head_dim]."""
+    """Tables that rotate queries and keys: cos and signed sin, each [tokens, 1, head_dim]."""
 
     cos: Tensor
     sin: Tensor
@@ -75,7 +75,7 @@ class Rotation:
         return Rotation(self.cos[rows], self.sin[rows])
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rotates x: [tokens, heads, head_dim] by halves (the sign of the swapped half is in `sin`)."""
+        """Rotates x: [tokens, heads, head_dim]. The second half of the channels is paired with the first."""
         half = x.shape[-1] // 2
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin, out=out)
 
@@ -117,7 +117,7 @@ class DecoderRope:
 def vision_rotation(
     grid: Grid, merge_size: int, head_dim: int, device: torch.device, theta: float = 10000.0
 ) -> Rotation:
-    """Tables for the patches of one image or video, in merge order: half the channels turn by row, half by column.
+    """Rotations of the patches of one image or video, in merge order: half of the channels by row, half by column.
 
     Float32, as in the reference (`apply_rotary_pos_emb_vision`).
     """

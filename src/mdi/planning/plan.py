@@ -19,10 +19,10 @@ SMALLER = "Add a node or memory, or serve fewer or shorter sequences (--max-sequ
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage per node, in pipeline order: every layer exactly once, embedding first, head last.
+    """One stage for each node, in pipeline order: every layer exactly once, embedding first, head last.
 
-    vision: what a node beside the pipeline holds, the vision tower alone; None where the starter has it.
-    Raises ConfigError for stages that are not that.
+    vision: the vision tower alone, on a node beside the pipeline; None where the starter has it.
+    Raises ConfigError for other stages.
     """
 
     stages: tuple[StageSpec, ...]
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def roles(self) -> dict[str, StageSpec]:
-        """What each node holds, by its name, in pipeline order; a vision node comes last."""
+        """The stage of each role, in pipeline order. A vision node comes last."""
         roles = dict(zip(role_names(self.n_nodes), self.stages, strict=True))
         return roles | ({VISION: self.vision} if self.vision else {})
 
@@ -64,12 +64,11 @@ def make_plan(
     cache_tokens: int = 0,
     vision_node: bool = False,
 ) -> Plan:
-    """The plan whose slowest node is fastest; `layers` sets the layers per node by hand.
+    """The plan whose slowest node is fastest, or the one with these `layers` for each node.
 
-    machines: one for each node; without them all are alike. dtype: the checkpoint's own if None. cache_tokens: the KV
-    cache's slots times their length, over all of which a stage's memory is counted. vision_node: the vision tower is
-    on a node of its own.
-    Raises ConfigError when the layers cannot be split that way, or do not fit: it says how much is missing.
+    machines: one for each node; without them all are alike. dtype: of the stages; None is the checkpoint's own.
+    cache_tokens: the KV cache's slots times their length. vision_node: the vision tower is on a node of its own.
+    Raises ConfigError when the layers cannot be split that way, or do not fit, with what is missing.
     """
     if n_nodes < 1:
         raise ConfigError(f"a model needs at least one node, got {n_nodes}")
