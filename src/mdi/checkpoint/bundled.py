@@ -1,4 +1,4 @@
-"""The small trained Qwen2-VL that ships with the package. How it was made: training/ in the repository."""
+"""The small trained Qwen2-VL that ships with the package. `training/` in the repository made it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SHIPPED = Path(__file__).parents[1] / "assets" / BUNDLED
 
 
 def unpack(folder: Path) -> Path:
-    """Copies the bundled checkpoint to `folder`, where chunks can be written beside it, unless it is there already.
+    """Copies the bundled checkpoint to `folder`, unless a copy is there. Returns `folder`.
 
-    A copy of another release, or one that was changed, is replaced with all that was made of it. Raises
-    CheckpointError when it cannot be written.
+    A copy that differs from this release is replaced, with its chunks. Raises CheckpointError when the copy cannot be
+    written.
     """
     if _is_copy(folder):
         return folder
@@ -31,7 +31,7 @@ def unpack(folder: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             copy.rename(folder)
     except OSError as error:
-        if not _is_copy(folder):  # another process was as quick
+        if not _is_copy(folder):  # another process has written it
             cause = error.strerror or "it cannot be written"
             raise CheckpointError(
                 f"the bundled model cannot be copied to {str(folder)!r} ({cause}): choose another --ckpt-folder"

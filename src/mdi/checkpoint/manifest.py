@@ -84,7 +84,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises CheckpointError when there is none, or none that can be used."""
+        """The manifest of a folder. Raises CheckpointError when there is none that can be used."""
         try:
             return cls.parse((folder / FILE_NAME).read_bytes())
         except FileNotFoundError:
@@ -96,7 +96,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, text: str | bytes) -> Manifest:
-        """From the file's JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
+        """A manifest from its JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
         try:
             manifest = cls.model_validate_json(text)
             expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype)
@@ -108,6 +108,6 @@ class Manifest(BaseModel):
 
 
 def plan_hash(config: ModelConfig, plan: Plan, dtype: str) -> str:
-    """What nodes must agree on to work together: sha256 over model, plan and dtype, hexadecimal."""
+    """The sha256 of model, plan and dtype, hexadecimal, equal for all chunks that work together."""
     text = json.dumps([repr(config), [repr(stage) for stage in plan.roles.values()], dtype])
     return hashlib.sha256(text.encode()).hexdigest()

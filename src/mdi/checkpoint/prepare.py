@@ -216,7 +216,7 @@ def _write(
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:
-    """What a chunk's own header says it is, so that one of another plan is told from a damaged one."""
+    """The metadata in the header of a chunk. They distinguish a chunk of another plan from a damaged one."""
     return {"format": "pt", "role": role, "plan_hash": identity}
 
 

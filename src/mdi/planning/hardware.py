@@ -1,4 +1,4 @@
-"""How fast this machine reads weights and multiplies: measured once, and kept in a file. Knows torch, no network."""
+"""A measured machine: how fast it reads weights and multiplies, and its free memory. Speeds are kept in a file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WIDTH = 2048
 READ_BYTES = 256 * 2**20  # more than any cache holds
 PROMPT_ROWS = 512
 SHORTEST_S = 0.2
-KEPT_SHARE = 0.9  # of the memory that is free: something else may want some
+USABLE_SHARE = 0.9  # of the free memory: other processes need some
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a node's machine can do; the default is as fast as any other, and large enough.
+    """The speeds and the memory of a node's machine. Machines of the default have equal speeds and enough memory.
 
-    bytes_per_s: weights read for one token. flops_per_s: in products of many rows. memory_bytes: what a stage may take.
+    bytes_per_s: of weights read for one token. flops_per_s: of products with many rows. memory_bytes: for a stage.
     """
 
     bytes_per_s: float = 1.0
@@ -41,26 +41,26 @@ class Machine:
         return step_bytes / self.bytes_per_s
 
     def prompt_token_s(self, parameters: float) -> float:
-        """Seconds for a token of a prompt: a multiplication and an addition for each parameter."""
+        """Seconds for a token of a prompt, which takes a multiplication and an addition for each parameter."""
         return 2 * parameters / self.flops_per_s
 
 
 def measure_hardware(device: str, dtype: str, folder: Path | None) -> Machine:
-    """What this machine can do now: its speed as measured once, and the memory that is free.
+    """This machine, with its free memory. The first measurement of its speeds takes a second or two.
 
-    folder: where the measurement is kept. Takes a second or two the first time.
+    folder: where the speeds are kept; None measures them every time.
     """
-    free = _free_bytes(torch.device(device)) * KEPT_SHARE
+    free_bytes = _free_bytes(torch.device(device)) * USABLE_SHARE
     known, key = _read(folder), _key(device, dtype)
     if key not in known:
         known[key] = measure_speed(device, dtype)
         _write(folder, known)
     bytes_per_s, flops_per_s = known[key]
-    return Machine(bytes_per_s, flops_per_s, free)
+    return Machine(bytes_per_s, flops_per_s, free_bytes)
 
 
 def measure_speed(device: str, dtype: str) -> tuple[float, float]:
-    """Bytes a second of weights read for one token, and operations a second over a prompt."""
+    """Bytes per second of weights read for one token, and operations per second in a prompt."""
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
 
@@ -85,7 +85,7 @@ def measure_speed(device: str, dtype: str) -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The fastest of several runs: what else the machine does only slows it."""
+    """The time of the fastest of several runs: other processes only slow a run down."""
     work()
     best, began_s = float("inf"), time.perf_counter()
     while time.perf_counter() - began_s < SHORTEST_S:
@@ -114,7 +114,7 @@ def _key(device: str, dtype: str) -> str:
 
 
 def _read(folder: Path | None) -> dict[str, tuple[float, float]]:
-    """What was measured before; nothing where the file is missing or damaged."""
+    """Speeds that were measured before; none where the file is missing or damaged."""
     try:
         found = json.loads((folder / FILE_NAME).read_text()) if folder else {}
         return {key: (float(reads), float(multiplies)) for key, (reads, multiplies) in found.items()}
@@ -123,7 +123,7 @@ def _read(folder: Path | None) -> dict[str, tuple[float, float]]:
 
 
 def _write(folder: Path | None, known: dict[str, tuple[float, float]]) -> None:
-    """Where that cannot be, it is measured again next time."""
+    """Keeps the speeds. Where that is impossible, they are measured again next time."""
     if folder:
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
