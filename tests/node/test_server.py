@@ -10,7 +10,10 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import grpc
 import pytest
@@ -31,6 +34,7 @@ from mdi.cluster.node_client import NodeAddress
 from mdi.core.batch import Batch, Result, Slice, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.models.stage import Stage
+from mdi.node import masks
 from mdi.node.settings import NodeSettings
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.authority import Authority
@@ -42,6 +46,16 @@ Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")
 LENGTH = 128
 GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+
+
+@pytest.fixture
+def nodes_here(chunks: list[Path]) -> Iterator[list[NodeAddress]]:
+    """Two real nodes in this process."""
+    with ExitStack() as undo:
+        yield [
+            NodeAddress(name, undo.enter_context(node_here(NodeSettings(name, chunk, listen=""))))
+            for name, chunk in zip(("secondary0", "finisher"), chunks[1:], strict=True)
+        ]
 
 
 @pytest.fixture
@@ -95,6 +109,87 @@ def test_batches_in_flight_come_back_in_order_with_the_tokens_of_one_process(
         [token.id for token in result.tokens]  # type: ignore[union-attr]
         for result in expected
     ]
+
+
+def masked(batch: Batch, generator: torch.Generator, *, temperature: float) -> Batch:
+    """The batch with a mask of 20 kB for every other slot, which allows five of the 256 tokens."""
+
+    def sampling(slot: int, position: int) -> TokenSampling:
+        mask = bytearray(20_000)
+        for token in torch.randperm(256, generator=generator)[:5].tolist():
+            mask[token // 8] |= 1 << token % 8
+        return replace(GREEDY, temperature=temperature, position=position, token_mask=None if slot % 2 else bytes(mask))
+
+    slices = tuple(replace(part, samplings=(sampling(part.slot, part.end),)) for part in batch.slices)
+    return replace(batch, slices=slices)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_masked_draws_on_three_nodes_are_those_of_one_and_masks_skip_the_middle(
+    chunks: list[Path], nodes_here: list[NodeAddress], temperature: float
+) -> None:
+    first, remote, local = stage_of(chunks[0]), Inbox(), Inbox()
+    link = OwnLink(nodes_here, settings_of(chunks), remote.put)
+    reference = LocalLink([stage_of(chunk) for chunk in chunks[1:]], local.put)
+    generator, sent = torch.Generator().manual_seed(0), 0
+    for plain in batches(60):
+        batch = masked(plain, generator, temperature=temperature)
+        hidden = first.run(batch, first.embed(torch.randint(0, 256, (batch.n_tokens,), generator=generator)))
+        link.send(batch, hidden)
+        reference.send(batch, hidden)
+        sent += hidden.nbytes
+    for _ in range(60):
+        result, expected = remote.get(timeout=60), local.get()
+        assert isinstance(result, Result)
+        assert isinstance(expected, Result)
+        assert [token.id for token in result.tokens] == [token.id for token in expected.tokens]
+    assert link.traffic.sent_bytes < sent + 60 * 1000
+    link.close()
+
+
+def test_masks_are_of_their_epoch(chunks: list[Path], nodes_here: list[NodeAddress]) -> None:
+    first, inbox = stage_of(chunks[0]), Inbox()
+    link = OwnLink(nodes_here, settings_of(chunks), inbox.put)
+    plain = next(batches(1))
+    hidden = first.run(plain, first.embed(torch.zeros(40, dtype=torch.int64)))
+    batch = replace(plain, slices=(replace(plain.slices[0], samplings=(only(7),)), *plain.slices[1:]))
+    with patch.object(codec, "encode_masks", lambda *_: ()):
+        link.send(batch, hidden)  # its masks never arrive: the finisher waits
+    deadline = time.monotonic() + 20
+    while link.status()[1].received_bytes < hidden.nbytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    link.unwire()
+    link.wire(nodes_here, timeout_s=60)
+    link.send(replace(batch, id=1), hidden)
+    result = inbox.get(timeout=masks.TIMEOUT_S / 2)
+    assert isinstance(result, Result)
+    assert (result.batch_id, result.tokens[0].id) == (1, 7)
+    assert inbox.empty()
+    link.close()
+
+
+def test_a_batch_whose_masks_do_not_arrive_is_a_failure_of_the_finisher(
+    chunks: list[Path], nodes_here: list[NodeAddress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(codec, "encode_masks", lambda *_: ())
+    first, inbox = stage_of(chunks[0]), Inbox()
+    link = OwnLink(nodes_here, settings_of(chunks), inbox.put)
+    plain = next(batches(1))
+    hidden = first.run(plain, first.embed(torch.zeros(40, dtype=torch.int64)))
+    link.send(replace(plain, slices=(replace(plain.slices[0], samplings=(only(7),)), *plain.slices[1:])), hidden)
+    error = inbox.get(timeout=20)
+    assert isinstance(error, LinkError)
+    assert str(error) == "node finisher failed: 0 of 1 token masks of a batch arrived"
+    link.close()
+
+
+def only(token: int) -> TokenSampling:
+    """A draw that can give this token alone."""
+    mask = bytearray(32)
+    mask[token // 8] |= 1 << token % 8
+    return replace(GREEDY, token_mask=bytes(mask))
 
 
 def test_progress_and_status_tell_what_every_node_holds(chunks: list[Path], launcher: LocalLauncher) -> None:

@@ -85,6 +85,8 @@ class GrpcLink:
         """Hands a batch over; hidden: [tokens, hidden_size]."""
         epoch = self._epoch
         if epoch:
+            for masks in codec.encode_masks(batch, epoch.number):
+                self._monitor.loop.post(epoch.masks.put_nowait, masks)
             for piece in codec.encode_batch(batch, hidden, epoch.number):
                 self._monitor.loop.post(epoch.outbox.put_nowait, piece)
 
@@ -153,6 +155,7 @@ class LinkEpoch:
     ) -> None:
         self.number = number
         self.outbox: asyncio.Queue[node_pb2.BatchPiece] = asyncio.Queue()
+        self.masks: asyncio.Queue[node_pb2.BatchMasks] = asyncio.Queue()
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._settings = settings
@@ -166,7 +169,7 @@ class LinkEpoch:
         await _together([self._await_loaded(index, progress, deadline) for index in places])
         for index in reversed(places):
             await self._configure(index)
-        work = [self._send(), self._receive(), *(self._watch(index) for index in places)]
+        work = [self._send(), self._send_masks(), self._receive(), *(self._watch(index) for index in places)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
 
     async def spans(self, record: bool) -> dict[str, list[Span]]:
@@ -224,6 +227,12 @@ class LinkEpoch:
             await self._heartbeats[0].client.send_batches(self.outbox)
         except LinkError:
             self._lose_link(self._nodes[0].name)
+
+    async def _send_masks(self) -> None:
+        try:
+            await self._heartbeats[-1].client.send_masks(self.masks)
+        except LinkError:
+            self._lose_link(self._nodes[-1].name)
 
     async def _receive(self) -> None:
         with contextlib.suppress(LinkError):

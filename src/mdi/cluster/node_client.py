@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import torch
@@ -158,7 +158,13 @@ class NodeClient:
 
     async def send_batches(self, outbox: asyncio.Queue[node_pb2.BatchPiece]) -> None:
         """Sends what is put into `outbox`, until the stream breaks: then it raises LinkError."""
-        call = self._stub.Batches()
+        await self._send_all(self._stub.Batches(), outbox)
+
+    async def send_masks(self, outbox: asyncio.Queue[node_pb2.BatchMasks]) -> None:
+        """The same for the token masks of batches, to the node with the head."""
+        await self._send_all(self._stub.TokenMasks(), outbox)
+
+    async def _send_all(self, call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[Any]) -> None:
         writing = asyncio.create_task(_write_all(call, outbox))
         try:
             # an idle stream of writes alone would not notice that its node is gone
@@ -168,7 +174,7 @@ class NodeClient:
         finally:
             writing.cancel()
             call.cancel()
-        raise self._error(reply.error or "it ended the stream of batches")
+        raise self._error(reply.error or "it ended the stream")
 
     async def results(self, epoch: int) -> AsyncIterator[node_pb2.BatchResult]:
         """The results of an epoch as they come, until the stream ends or, with LinkError, breaks."""
@@ -203,7 +209,7 @@ class NodeClient:
         return LinkError(message, self.node.name)
 
 
-async def _write_all(call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[node_pb2.BatchPiece]) -> None:
+async def _write_all(call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[Any]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
         while True:
             await call.write(await outbox.get())
