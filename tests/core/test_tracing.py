@@ -40,7 +40,7 @@ def test_what_nobody_takes_is_bounded() -> None:
             pass
     spans = recorder.take(recording=True)
     assert len(spans) == MAX_SPANS
-    assert len(codec.serialize(codec.encode_spans(spans, 0.0))) < channel.MAX_MESSAGE_BYTES
+    assert len(codec.encode_spans(spans, 0.0).SerializeToString()) < channel.MAX_MESSAGE_BYTES
 
 
 SPANS = [Span("encode", 10.0, 11.5), Span("decode", 12.0, 12.25, batch_id=4, n_tokens=2)]

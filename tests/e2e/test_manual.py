@@ -19,7 +19,7 @@ from testing.processes import ENVIRONMENT, Process, mdi, serving
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
 from mdi.cli import app as cli
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 
 ENCRYPTED = {**ENVIRONMENT, "ENABLE_ENCRYPTION": "1"}
 QUESTION = ("Who are you?", "--max-tokens", "8", "--temperature", "1", "--seed", "4")
@@ -179,7 +179,7 @@ def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoin
         assert list(tmp_path.glob("mdi-certs-*")) == []
         for child in psutil.Process(process.pid).children(recursive=True):
             [listening] = [one for one in child.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-            reason = why_unreachable(f"127.0.0.1:{listening.laddr.port}", "any", None)
+            reason = diagnose(f"127.0.0.1:{listening.laddr.port}", "any", None)
             assert reason
             assert "is encrypted and this side is not" in reason
         [first, *_] = psutil.Process(process.pid).children(recursive=True)

@@ -7,7 +7,7 @@ import pytest
 from testing.links import call_node, fake_node, refused
 
 from mdi.rpc import channel, node_pb2
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 
 
@@ -15,7 +15,7 @@ def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, star
     assert call_node(server, "finisher", starter) == [
         node_pb2.NodeStatus(name="finisher", error="starter", state=node_pb2.NodeStatus.LOADED)
     ]
-    assert why_unreachable(server, "finisher", starter) is None
+    assert diagnose(server, "finisher", starter) is None
 
 
 def test_nodes_in_the_clear_talk() -> None:
@@ -23,7 +23,7 @@ def test_nodes_in_the_clear_talk() -> None:
         assert call_node(address, "finisher", None) == [
             node_pb2.NodeStatus(name="finisher", state=node_pb2.NodeStatus.LOADED)
         ]
-        assert why_unreachable(address, "finisher", None) is None
+        assert diagnose(address, "finisher", None) is None
 
 
 def test_a_client_without_a_certificate_is_refused(

@@ -18,7 +18,7 @@ from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
 from mdi.rpc import authority as certs
 from mdi.rpc.authority import Authority
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 
 
@@ -27,7 +27,7 @@ def test_a_client_of_another_authority_is_refused(server: str, starter: Identity
         stranger.issue("starter"), authority=starter.authority
     )  # it has the right ca.pem: that is public
     assert refused(server, "finisher", intruder) is grpc.StatusCode.UNAVAILABLE
-    reason = why_unreachable(server, "finisher", intruder)
+    reason = diagnose(server, "finisher", intruder)
     assert reason
     assert "refuses the certificate of starter" in reason
 
@@ -37,7 +37,7 @@ def test_a_client_with_an_expired_certificate_is_refused(
 ) -> None:
     late = outdated(authority, "starter")
     assert refused(server, "finisher", late) is grpc.StatusCode.UNAVAILABLE
-    reason = why_unreachable(server, "finisher", late)
+    reason = diagnose(server, "finisher", late)
     assert reason
     assert "refuses the certificate of starter: do both clocks agree" in reason
 
@@ -45,7 +45,7 @@ def test_a_client_with_an_expired_certificate_is_refused(
 def test_a_server_of_another_authority_is_refused(stranger: Authority, starter: Identity) -> None:
     with fake_node(stranger.issue("finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
-        reason = why_unreachable(address, "finisher", starter)
+        reason = diagnose(address, "finisher", starter)
     assert reason
     assert "is of another authority: copy ca.pem" in reason
 
@@ -55,7 +55,7 @@ def test_a_server_with_an_expired_certificate_is_refused(
 ) -> None:
     with fake_node(outdated(authority, "finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
-        reason = why_unreachable(address, "finisher", starter)
+        reason = diagnose(address, "finisher", starter)
     assert reason
     assert "has expired: make a new one there (`mdi certs node finisher --force`)" in reason
 
@@ -66,7 +66,7 @@ def test_a_server_with_a_certificate_that_is_not_valid_yet_is_refused(
     monkeypatch.setattr(certs, "CLOCK_SLACK", timedelta(hours=-1))
     with fake_node(authority.issue("finisher")) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
-        reason = why_unreachable(address, "finisher", starter)
+        reason = diagnose(address, "finisher", starter)
     assert reason
     assert "not valid yet: do both clocks agree?" in reason
 
@@ -76,20 +76,20 @@ def test_another_nodes_certificate_is_refused_although_its_address_is_right(
 ) -> None:
     with fake_node(authority.issue("secondary0", ["127.0.0.1", "localhost"])) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
-        reason = why_unreachable(address, "finisher", starter)
+        reason = diagnose(address, "finisher", starter)
     assert reason == f"{address} has the certificate of secondary0, not of finisher"
 
 
 def test_plain_traffic_to_an_encrypted_port_is_told(server: str) -> None:
     assert refused(server, "finisher", None) is grpc.StatusCode.UNAVAILABLE
-    reason = why_unreachable(server, "finisher", None)
+    reason = diagnose(server, "finisher", None)
     assert reason == f"{server} is encrypted and this side is not: set ENABLE_ENCRYPTION=1 here as well"
 
 
 def test_encrypted_traffic_to_a_plain_port_is_told(starter: Identity) -> None:
     with fake_node(None) as address:
         assert refused(address, "finisher", starter) is grpc.StatusCode.UNAVAILABLE
-        reason = why_unreachable(address, "finisher", starter)
+        reason = diagnose(address, "finisher", starter)
     assert reason == f"{address} is not encrypted and this side is: start the node there with ENABLE_ENCRYPTION=1"
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_node_is_told(starter: Identity) -> None:
     for answer in (web, hangs_up):
         with raw_server(answer) as address:
             for identity in (starter, None):
-                assert why_unreachable(address, "finisher", identity) == f"what listens at {address} is no mdi node"
+                assert diagnose(address, "finisher", identity) == f"what listens at {address} is no mdi node"
 
 
 def test_a_port_that_never_answers_does_not_hold_the_caller(starter: Identity) -> None:
@@ -112,7 +112,7 @@ def test_a_port_that_never_answers_does_not_hold_the_caller(starter: Identity) -
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         for identity in (starter, None):
             started = time.monotonic()
-            reason = why_unreachable(address, "finisher", identity)
+            reason = diagnose(address, "finisher", identity)
             assert reason
             assert "does not answer: is the machine on, and the port open in its firewall?" in reason
             assert time.monotonic() - started < 5
@@ -121,9 +121,9 @@ def test_a_port_that_never_answers_does_not_hold_the_caller(starter: Identity) -
 def test_a_port_where_nobody_listens_and_a_host_that_is_not_known_are_told(starter: Identity) -> None:
     port = free_port()
     for identity in (starter, None):
-        reason = why_unreachable(f"127.0.0.1:{port}", "finisher", identity)
+        reason = diagnose(f"127.0.0.1:{port}", "finisher", identity)
         assert reason == f"nothing listens at 127.0.0.1:{port}: start the node there"
-        reason = why_unreachable("nowhere.invalid:5000", "finisher", identity)
+        reason = diagnose("nowhere.invalid:5000", "finisher", identity)
         assert reason == "the host of nowhere.invalid:5000 is not known here"
 
 

@@ -24,7 +24,7 @@ from mdi.layers.rope import Grid
 from mdi.planning.hardware import Machine
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, PATIENT_OPTIONS, open_channel
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
 
@@ -190,7 +190,7 @@ class NodeClient:
     async def diagnosed(self, error: LinkError) -> LinkError:
         """The same error with the reason in its place, if one can be found now."""
         node = self.node
-        reason = await asyncio.to_thread(why_unreachable, node.address, node.certificate, self._identity)
+        reason = await asyncio.to_thread(diagnose, node.address, node.certificate, self._identity)
         return self._error(reason) if reason else error
 
     async def _answer(self, call: Awaitable[T | None], *, diagnose: bool = True) -> T:

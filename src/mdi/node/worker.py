@@ -17,7 +17,7 @@ from mdi.models.stage import Stage
 from mdi.node.masks import MaskInbox
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
 
@@ -102,7 +102,7 @@ class Epoch:
 
     async def _diagnose(self) -> None:
         address, name, _ = self._next
-        reason = await asyncio.to_thread(why_unreachable, *self._next)
+        reason = await asyncio.to_thread(diagnose, *self._next)
         log.error("the link to node %s at %s broke: %s", name, address, reason or "the node answers, though")
         self.next_error = reason or ""
 

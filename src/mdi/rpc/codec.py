@@ -5,7 +5,7 @@ The messages are in node.proto; `make proto` regenerates node_pb2.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import asdict
 from typing import TypeVar, cast
 
@@ -20,22 +20,11 @@ from mdi.core.tracing import Span, SpanName
 from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
-Parser = Callable[[bytes], Message]
 
 VERSION = 6
-SERVICE = "mdi.Node"
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 OTHER_VERSION = "bytes arrived that are no message of this version of mdi: use one version everywhere"
-
-
-def method(name: str) -> str:
-    """The full name of one of the service's methods."""
-    return f"/{SERVICE}/{name}"
-
-
-def serialize(message: Message) -> bytes:
-    return message.SerializeToString()
 
 
 def received(message: M | None) -> M:
@@ -196,16 +185,6 @@ def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float
         Span(cast(SpanName, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
         for span in message.spans
     ]
-
-
-def parse(kind: type[M], data: bytes) -> M:
-    """Parses a message. Raises LinkError for bytes that are none."""
-    message = kind()
-    try:
-        message.ParseFromString(data)
-    except DecodeError:
-        raise LinkError(OTHER_VERSION) from None
-    return message
 
 
 def _encode_slice(part: Slice) -> node_pb2.Slice:

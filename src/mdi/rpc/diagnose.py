@@ -1,4 +1,7 @@
-"""Why a node cannot be reached, in words that name the remedy: what gRPC does not tell. Plain sockets, no gRPC."""
+"""The diagnosis of a node that does not answer: the cause and the remedy, which gRPC does not report. Plain sockets.
+
+For use after a failure: it opens connections, and writes the private key into a temporary folder of this user.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from cryptography import x509
 from mdi.rpc.tls import VARIABLE, Identity, dns_names, node_names
 
 TIMEOUT_S = 1.0
-HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # preface, empty SETTINGS
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # preface, empty SETTINGS
 SETTINGS = 4  # RFC 9113 section 6.5: the type of the frame that a server sends first
 
 EXPIRED, NOT_YET_VALID = 10, 9  # X509_V_ERR_* of OpenSSL
 
 
-def why_unreachable(address: str, peer: str, identity: Identity | None) -> str | None:
-    """What keeps this node from the node `peer` at host:port, or None. Takes some seconds at most."""
+def diagnose(address: str, peer: str, identity: Identity | None) -> str | None:
+    """Why the node `peer` at host:port does not answer this node; None if it does. Takes a few seconds at most."""
     try:
-        return _probe(address, peer, identity)
+        return _handshake(address, peer, identity)
     except socket.gaierror:
         return f"the host of {address} is not known here"
     except TimeoutError:
@@ -33,9 +36,9 @@ def why_unreachable(address: str, peer: str, identity: Identity | None) -> str |
         return f"{address} cannot be reached ({error.strerror or error})"
 
 
-def _probe(address: str, peer: str, identity: Identity | None) -> str | None:
+def _handshake(address: str, peer: str, identity: Identity | None) -> str | None:
     if identity is not None:
-        return _probe_encrypted(address, peer, identity)
+        return _encrypted_handshake(address, peer, identity)
     if _speaks_http2(address):
         return None
     if _speaks_tls(address):
@@ -43,16 +46,16 @@ def _probe(address: str, peer: str, identity: Identity | None) -> str | None:
     return _no_node(address)
 
 
-def _probe_encrypted(address: str, peer: str, identity: Identity) -> str | None:
+def _encrypted_handshake(address: str, peer: str, identity: Identity) -> str | None:
     with _connect(address) as connection:
         try:
             with _context(identity).wrap_socket(connection) as encrypted:
                 found = _names(encrypted)
                 if found != [peer]:
                     return f"{address} has the certificate of {' and '.join(found) or 'no node'}, not of {peer}"
-                accepted = _greets(encrypted)
+                accepted = _answers_http2(encrypted)
         except ssl.SSLCertVerificationError as error:
-            return _mistrust(address, peer, error)
+            return _untrusted(address, peer, error)
         except (ssl.SSLError, ConnectionResetError):
             if _speaks_http2(address):
                 return f"{address} is not encrypted and this side is: start the node there with {VARIABLE}=1"
@@ -65,7 +68,7 @@ def _probe_encrypted(address: str, peer: str, identity: Identity) -> str | None:
     )
 
 
-def _mistrust(address: str, peer: str, error: ssl.SSLCertVerificationError) -> str:
+def _untrusted(address: str, peer: str, error: ssl.SSLCertVerificationError) -> str:
     if error.verify_code == EXPIRED:
         return f"the certificate at {address} has expired: make a new one there (`mdi certs node {peer} --force`)"
     if error.verify_code == NOT_YET_VALID:
@@ -84,7 +87,7 @@ def _connect(address: str) -> socket.socket:
 
 def _context(identity: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # the names are compared by the caller, who can say whose certificate it is
+    context.check_hostname = False  # the caller compares the names, to report whose certificate it is
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.authority.decode())
     with tempfile.TemporaryDirectory() as folder:  # the ssl module reads certificates from files only
@@ -100,12 +103,12 @@ def _names(encrypted: ssl.SSLSocket) -> list[str]:
 
 def _speaks_http2(address: str) -> bool:
     with _connect(address) as connection:
-        return _greets(connection)
+        return _answers_http2(connection)
 
 
 def _speaks_tls(address: str) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only asks whether it is TLS
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any TLS server will do
     context.set_alpn_protocols(["h2"])
     try:
         with _connect(address) as connection, context.wrap_socket(connection):
@@ -114,10 +117,10 @@ def _speaks_tls(address: str) -> bool:
         return False
 
 
-def _greets(connection: socket.socket) -> bool:
-    """Whether the other side answers an HTTP/2 client as a server does. A TLS 1.3 server refuses clients only here."""
+def _answers_http2(connection: socket.socket) -> bool:
+    """Whether the other side answers as an HTTP/2 server. A TLS 1.3 server refuses a client only at this point."""
     try:
-        connection.sendall(HTTP2_HELLO)
+        connection.sendall(HTTP2_PREFACE)
         frame = _receive(connection.recv, 9)
     except (ssl.SSLError, ConnectionError):
         return False
