@@ -131,7 +131,7 @@ class FakeEngine:
         return request.stream
 
     def nodes(self) -> list[NodeStatus]:
-        return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10)]
+        return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10, node="starter")]
 
     def ready(self, timeout_s: float) -> bool:
         return self.answer_ready()

@@ -73,9 +73,9 @@ class StatusServicer(NodeServicer):
         self._name = name
 
     async def Status(self, _request: object, context: Any) -> node_pb2.NodeStatus:  # noqa: N802 - the service's name
-        spare = self._name if self._name.startswith("spare") else ""
+        role = "" if self._name.startswith("spare") else self._name
         return node_pb2.NodeStatus(
-            name=self._name, state=node_pb2.NodeStatus.LOADED, error=caller_name(context) or "", spare=spare
+            node=self._name, role=role, state=node_pb2.NodeStatus.LOADED, error=caller_name(context) or ""
         )
 
 

@@ -149,7 +149,7 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(launch: Launch, tmp_pat
             nodes.restart(["finisher"], 1.5)
     with fake_node(authority.issue("spare0"), "spare0", spare_port):
         nodes.restart(["finisher"], 30)
-    taken = [(node.name, node.certificate, node.address) for node in nodes.nodes]
+    taken = [(node.name, node.id, node.address) for node in nodes.nodes]
     assert taken == [("finisher", "spare0", f"127.0.0.1:{spare_port}")]
 
 

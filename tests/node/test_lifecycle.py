@@ -82,7 +82,7 @@ def test_a_node_loads_its_own_chunk(live: Callable[..., None], chunks: list[Path
     async def life(lifecycle: Lifecycle) -> None:
         assert lifecycle.status().state == State.LOADING
         status = await until(lifecycle, State.LOADED)
-        assert (status.name, status.first_layer, status.last_layer) == ("finisher", 4, 6)
+        assert (status.role, status.first_layer, status.last_layer) == ("finisher", 4, 6)
         assert (status.dtype, status.device) == ("float32", "cpu")
         assert status.done_bytes == status.total_bytes > 0
         assert lifecycle.holding(manifest.digest) is lifecycle.loaded
@@ -207,12 +207,13 @@ def test_only_a_spare_takes_another_role(live: Callable[..., None], manifest: Ma
             await lifecycle.offer(manifest, "secondary0")
 
     async def of_a_spare(lifecycle: Lifecycle) -> None:
+        assert lifecycle.status().role == ""
         with pytest.raises(CheckpointError, match="cannot be captain"):
             await lifecycle.offer(manifest, "captain")
         for role in ("secondary0", "finisher"):
             assert (await lifecycle.offer(manifest, role)).wanted
             status = lifecycle.status()
-            assert (status.name, status.spare) == (role, "spare3")
+            assert (status.role, status.node) == (role, "spare3")
 
     live(of_a_finisher)
     live(of_a_spare, name="spare3")

@@ -13,7 +13,7 @@ from mdi.rpc.tls import Identity
 
 def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, starter: Identity) -> None:
     assert call_node(server, "finisher", starter) == [
-        node_pb2.NodeStatus(name="finisher", error="starter", state=node_pb2.NodeStatus.LOADED)
+        node_pb2.NodeStatus(node="finisher", role="finisher", error="starter", state=node_pb2.NodeStatus.LOADED)
     ]
     assert diagnose(server, "finisher", starter) is None
 
@@ -21,7 +21,7 @@ def test_nodes_of_one_authority_talk_and_know_who_the_other_is(server: str, star
 def test_nodes_in_the_clear_talk() -> None:
     with fake_node(None) as address:
         assert call_node(address, "finisher", None) == [
-            node_pb2.NodeStatus(name="finisher", state=node_pb2.NodeStatus.LOADED)
+            node_pb2.NodeStatus(node="finisher", role="finisher", state=node_pb2.NodeStatus.LOADED)
         ]
         assert diagnose(address, "finisher", None) is None
 

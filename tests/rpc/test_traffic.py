@@ -22,7 +22,7 @@ class Node(NodeServicer):
     """Takes everything, and answers with the messages above."""
 
     async def Status(self, _request: object, _context: object) -> node_pb2.NodeStatus:  # noqa: N802
-        return node_pb2.NodeStatus(name="finisher")
+        return node_pb2.NodeStatus(node="finisher")
 
     async def Batches(self, pieces: AsyncIterator[object], _context: object) -> node_pb2.BatchesReply:  # noqa: N802
         assert [piece async for piece in pieces] == [BATCH, BATCH]
@@ -50,7 +50,7 @@ async def calls(here: Traffic | None, there: Traffic) -> None:
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = node_stub(channel, here)
-        assert (await stub.Status(node_pb2.StatusRequest())).name == "finisher"
+        assert (await stub.Status(node_pb2.StatusRequest())).node == "finisher"
         assert (await stub.Batches(iter([BATCH, BATCH]))).error == "not counted"
         assert [result async for result in stub.Results(node_pb2.ResultsRequest(epoch=1))] == [RESULT]
         assert [piece async for piece in stub.Encode(iter([ROWS]))] == [EMBEDDINGS, EMBEDDINGS]

@@ -86,6 +86,7 @@ class Cluster:
         traffic = self._monitor.traffic if self._monitor else Traffic()
         here = NodeStatus(
             name="starter",
+            node="starter",
             state="ready",
             first_layer=spec.first_layer,
             last_layer=spec.last_layer,

@@ -213,8 +213,8 @@ class LinkEpoch:
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
             next_address=following.address,
-            next_name=following.certificate,
-            previous_name=self._nodes[index - 1].certificate if index else "starter",
+            next_node=following.id,
+            previous_node=self._nodes[index - 1].id if index else "starter",
         )
         try:
             await self._heartbeats[index].client.configure(request)

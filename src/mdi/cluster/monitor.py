@@ -106,7 +106,10 @@ class Heartbeat:
         """
         last, answer = self._answered, self._answered.answer if self._answered else None
         if last is None or answer is None:
-            return NodeStatus(name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=self.client.node.spare)
+            node = self.client.node
+            return NodeStatus(
+                name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=_spare(node.id, node.role), node=node.id
+            )
         status = _node_status(answer, name, last.round_trip_s)
         if self.last and self.last.lost:
             return replace(status, state="lost")
@@ -143,17 +146,17 @@ class Monitor:
 
     async def watch(self, node: NodeAddress) -> Heartbeat:
         """The heartbeat of a node, begun if it is new or has moved to another address."""
-        known = self._heartbeats.get(node.certificate)
+        known = self._heartbeats.get(node.id)
         if known and known.client.node.address == node.address:
             return known
-        heartbeat = self._heartbeats[node.certificate] = Heartbeat(NodeClient(node, self.identity, self.traffic))
+        heartbeat = self._heartbeats[node.id] = Heartbeat(NodeClient(node, self.identity, self.traffic))
         if known:
             await known.close()
         return heartbeat
 
     def heartbeat(self, node: NodeAddress) -> Heartbeat | None:
         """The heartbeat of a node, if it is watched; from any thread, to read what was last heard."""
-        return self._heartbeats.get(node.certificate)
+        return self._heartbeats.get(node.id)
 
     def close(self) -> None:
         """Ends all polls and the thread. Safe to call twice."""
@@ -181,5 +184,11 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         sent_bytes=status.sent_bytes,
         received_bytes=status.received_bytes,
         round_trip_s=round_trip_s,
-        spare=status.spare,
+        spare=_spare(status.node, status.role),
+        node=status.node,
     )
+
+
+def _spare(node: str, role: str) -> str:
+    """The id of a spare; empty for a node whose id is its role."""
+    return "" if node == role else node

@@ -42,16 +42,23 @@ T = TypeVar("T", bound=Message)
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """A node's name and where it listens, host:port. spare: the own name of a spare in its place, or empty."""
+    """A node's role, where it listens, host:port, and its own id: the name in its certificate.
 
-    name: str
+    role: what the plan gives it; empty for a spare without one. id: the role unless given.
+    """
+
+    role: str
     address: str
-    spare: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self.role)
 
     @property
-    def certificate(self) -> str:
-        """The name in its certificate."""
-        return self.spare or self.name
+    def name(self) -> str:
+        """Its role, or the id of a spare without one."""
+        return self.role or self.id
 
 
 class NodeClient:
@@ -64,7 +71,7 @@ class NodeClient:
     def __init__(self, node: NodeAddress, identity: Identity | None, traffic: Traffic | None = None) -> None:
         self.node = node
         self._identity = identity
-        self._channel = open_channel(node.address, node.certificate, identity, OPTIONS)
+        self._channel = open_channel(node.address, node.id, identity, OPTIONS)
         self._stub = node_stub(self._channel, traffic)
 
     async def __aenter__(self) -> NodeClient:
@@ -83,9 +90,10 @@ class NodeClient:
         """What the node reports of itself. diagnose: False raises LinkError at once, without the reason."""
         call = self._stub.Status(node_pb2.StatusRequest(), timeout=timeout_s, wait_for_ready=wait_for_ready)
         status: node_pb2.NodeStatus = await self._answer(call, diagnose=diagnose)
-        found = status.spare or status.name
-        if found != self.node.certificate:
-            raise self._error(f"at {self.node.address} is {found}: start each node with its own number and --chunk")
+        if status.node != self.node.id:
+            raise self._error(
+                f"at {self.node.address} is {status.node}: start each node with its own number and --chunk"
+            )
         return status
 
     async def configure(self, request: node_pb2.ConfigureRequest) -> None:
@@ -190,7 +198,7 @@ class NodeClient:
     async def diagnosed(self, error: LinkError) -> LinkError:
         """The same error with the reason in its place, if one can be found now."""
         node = self.node
-        reason = await asyncio.to_thread(diagnose, node.address, node.certificate, self._identity)
+        reason = await asyncio.to_thread(diagnose, node.address, node.id, self._identity)
         return self._error(reason) if reason else error
 
     async def _answer(self, call: Awaitable[T | None], *, diagnose: bool = True) -> T:

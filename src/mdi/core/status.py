@@ -17,7 +17,7 @@ class NodeStatus:
     first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
     busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
     started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
-    spare: a spare's own name; `name` is the role it took, or the same.
+    name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
     """
 
     name: str
@@ -34,6 +34,7 @@ class NodeStatus:
     round_trip_s: float | None = None
     restarts: int = 0
     spare: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,12 @@ class Lifecycle:
     """
 
     def __init__(self, settings: NodeSettings, drop: Callable[[], Awaitable[None]]) -> None:
-        self.role = settings.name
+        self.node = settings.name
+        self.role = "" if settings.name.startswith("spare") else settings.name
         self.loaded: LoadedStage | None = None
         self.manifest_digest = ""
         self.error = ""
         self._settings = settings
-        self._spare = settings.name if settings.name.startswith("spare") else ""
         self._drop = drop
         self._sha256 = ""  # of the chunk that is loaded, or is verified and being loaded
         self._loading = False
@@ -77,8 +77,8 @@ class Lifecycle:
             error=self.error,
             done_bytes=done,
             total_bytes=total,
-            name=self.role,
-            spare=self._spare,
+            node=self.node,
+            role=self.role,
             device=self._settings.device,
             manifest_digest=self.manifest_digest,
             leaving=self._released is not None,
@@ -154,8 +154,9 @@ class Lifecycle:
     def _place(self, manifest: Manifest, role: str) -> StoredChunk:
         """Where the role's chunk is kept. Raises CheckpointError when this node cannot take it."""
         settings = self._settings
-        if not NODE_NAME.fullmatch(role) or (role != self.role and not self._spare):
-            raise CheckpointError(f"is {self.role}, and cannot be {role}")
+        is_spare = self.node != self.role
+        if not NODE_NAME.fullmatch(role) or (role != self.role and not is_spare):
+            raise CheckpointError(f"is {self.node}, and cannot be {role}")
         if self._store is None:
             raise CheckpointError("was started for its own chunk alone: start it with --nodes-config")
         if settings.dtype and parse_dtype(settings.dtype) != parse_dtype(manifest.dtype):

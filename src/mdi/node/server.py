@@ -115,7 +115,7 @@ class NodeService(NodeServicer):
 
     def server(self) -> grpc.aio.Server:
         """A server of this service that checks who calls, and counts the bytes of the links."""
-        check = [CallerCheck(self._previous_name)] if self._settings.identity else []
+        check = [CallerCheck(self._previous_node)] if self._settings.identity else []
         options = (*CHANNEL_OPTIONS, *SERVER_OPTIONS, ("grpc.so_reuseport", 0))
         server = grpc.aio.server(options=options, interceptors=[*check, TrafficInterceptor(self._traffic)])
         add_NodeServicer_to_server(self, server)
@@ -186,9 +186,9 @@ class NodeService(NodeServicer):
         await self._worker.end_epoch()
         n_slots, sequence_length = request.n_slots, request.sequence_length
         stage = Stage(loaded, n_slots=n_slots, sequence_length=sequence_length, recorder=self._recorder)
-        epoch = Epoch(request.epoch, stage, self._lifecycle.role, request.previous_name)
+        epoch = Epoch(request.epoch, stage, self._lifecycle.role or self._settings.name, request.previous_node)
         if request.next_address:
-            epoch.open(request.next_address, request.next_name, self._settings.identity, self._traffic)
+            epoch.open(request.next_address, request.next_node, self._settings.identity, self._traffic)
         self._worker.epoch = epoch
         return node_pb2.ConfigureReply()
 
@@ -250,8 +250,8 @@ class NodeService(NodeServicer):
         self._lifecycle.release()
         return node_pb2.ReleaseReply()
 
-    def _previous_name(self) -> str:
-        return self._worker.epoch.previous_name if self._worker.epoch else ""
+    def _previous_node(self) -> str:
+        return self._worker.epoch.previous_node if self._worker.epoch else ""
 
 
 def _other_version(theirs: int) -> str:

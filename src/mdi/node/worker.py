@@ -30,13 +30,13 @@ Outgoing = node_pb2.BatchPiece | node_pb2.BatchResult
 class Epoch:
     """One epoch of a node. A batch belongs to the epoch it arrived in: when that is over, its outcome is dropped.
 
-    role: what failures are reported under. previous_name: the name in the certificate of the node that sends batches.
+    role: what failures are reported under. previous_node: the name in the certificate of the node that sends batches.
     """
 
-    def __init__(self, number: int, stage: Stage, role: str, previous_name: str) -> None:
+    def __init__(self, number: int, stage: Stage, role: str, previous_node: str) -> None:
         self.number = number
         self.stage = stage
-        self.previous_name = previous_name
+        self.previous_node = previous_node
         self.outgoing: asyncio.Queue[Outgoing | None] = asyncio.Queue()  # None ends it
         self.masks = MaskInbox()
         self.next_lost = False
@@ -47,9 +47,9 @@ class Epoch:
         self._sender: asyncio.Task[None] | None = None
         self._diagnosis: asyncio.Task[None] | None = None
 
-    def open(self, next_address: str, next_name: str, identity: Identity | None, traffic: Traffic) -> None:
+    def open(self, next_address: str, next_node: str, identity: Identity | None, traffic: Traffic) -> None:
         """Starts to send `outgoing` to the next node."""
-        self._next = next_address, next_name, identity
+        self._next = next_address, next_node, identity
         self._channel = open_channel(*self._next, (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
         self._sender = asyncio.create_task(self._send(node_stub(self._channel, traffic).Batches()))
 

@@ -42,7 +42,7 @@ class Presence:
     @property
     def missing(self) -> bool:
         """The node is waited for; spares without a role are not."""
-        return not self.there and self.node.name != self.node.spare
+        return not self.there and bool(self.node.role)
 
     @property
     def why_not_ready(self) -> str:
@@ -85,7 +85,7 @@ class ManualLauncher:
     ) -> None:
         vision = (config.vision,) if config.vision else ()
         self._homes = {node.name: NodeAddress(node.name, node.address) for node in (*config.pipeline, *vision)}
-        self._spares = [NodeAddress(node.name, node.address, spare=node.name) for node in config.spares]
+        self._spares = [NodeAddress("", node.address, node.name) for node in config.spares]
         self._places = dict(self._homes)  # where each node is: at home, or a spare in its place
         self._claimed: set[str] = set()  # spares that are being made ready
         self._manual = manual
@@ -193,20 +193,20 @@ class ManualLauncher:
 
     async def _make_ready(self, place: NodeAddress, search: _Search) -> bool:
         """Whether the node at a place has its weights now, or loads them. Notes why not, where it is expected."""
-        expected = place == self._places[place.name]
+        expected = place == self._places[place.role]
 
         def note(there: bool, text: str) -> None:
             if there or expected:
                 search.note(Presence(place, there, text))
 
-        self._claimed.add(place.spare)
+        self._claimed.add(place.id)
         try:
             status = await (await self._monitor.watch(place)).usable()
             if self._chunks is None:
                 note(True, STATES[status.state])
                 return True
             async with NodeClient(place, self._monitor.identity) as client:
-                await provision(client, place.name, self._chunks, partial(note, True), self._progress)
+                await provision(client, place.role, self._chunks, partial(note, True), self._progress)
             return True
         except DamagedChunkError:
             raise
@@ -214,7 +214,7 @@ class ManualLauncher:
             note(False, str(error))
             return False
         finally:
-            self._claimed.discard(place.spare)
+            self._claimed.discard(place.id)
 
     def _candidates(self, name: str, late: bool) -> Iterator[NodeAddress]:
         """Where a node may be: where it was, at home, and in a spare's process, if it is late or one has its role."""
@@ -225,11 +225,11 @@ class ManualLauncher:
             return  # images wait for it, and nothing else does
         for spare in self._spares:
             wanted = late or self._role(spare) == name
-            if wanted and self._is_free(spare) and spare.name not in self._claimed:
-                yield replace(spare, name=name)
+            if wanted and self._is_free(spare) and spare.id not in self._claimed:
+                yield replace(spare, role=name)
 
     def _is_free(self, spare: NodeAddress) -> bool:
-        return all(place.spare != spare.spare for place in self._places.values())
+        return all(place.id != spare.id for place in self._places.values())
 
     def _last(self, place: NodeAddress) -> node_pb2.NodeStatus | None:
         """The answer to the last heartbeat."""
@@ -238,7 +238,7 @@ class ManualLauncher:
 
     def _role(self, spare: NodeAddress) -> str:
         status = self._last(spare)
-        return status.name if status else ""
+        return status.role if status else ""
 
     def _is_leaving(self, place: NodeAddress) -> bool:
         status = self._last(place)
@@ -251,8 +251,8 @@ class ManualLauncher:
         heartbeat = await self._monitor.watch(spare)
         while True:
             try:
-                role = (await heartbeat.answer()).name
-                search.note(Presence(spare, True, "a spare" if role == spare.name else f"a spare, last as {role}"))
+                role = (await heartbeat.answer()).role
+                search.note(Presence(spare, True, f"a spare, last as {role}" if role else "a spare"))
             except LinkError as error:
                 search.note(Presence(spare, False, str(error)))
             await asyncio.sleep(HEARTBEAT_S)
