@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
-from mdi.cli.options import EngineOptions, grouped, parse_numbers
+from mdi.cli.options import EngineOptions, Model, grouped, parse_numbers
 from mdi.cli.screen import out, say, steps_bar
 from mdi.core.errors import ConfigError
 
 
 @grouped
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(help="A checkpoint's folder, its name on the Hugging Face hub, bundled, or random:qwen2-vl-2b."),
-    ],
+    model: Model,
     options: EngineOptions,
     streams: Annotated[str, typer.Option(help="Streams at once, each alike.")] = "1,4,16",
     prompt_lengths: Annotated[str, typer.Option(help="Tokens of prompts, about; streams use the first.")] = "64,512",
@@ -29,7 +26,10 @@ def bench(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="File for a trace, for ui.perfetto.dev.")] = None,
 ) -> None:
-    """Measure a model on these nodes: time to first token, between tokens, throughput, and where time and memory go."""
+    """Measure a model on these nodes: time to first token, between tokens, throughput, and where time and memory go.
+
+    random:qwen2-vl-2b is a model of that shape with random weights: it measures a machine before any download.
+    """
     from mdi.bench.run import limits_for, run_bench, write_files
     from mdi.bench.scenario import sweep
     from mdi.bench.trace import write_trace

@@ -58,14 +58,14 @@ class CheckpointOptions:
         """The checkpoint, downloaded first where that is needed and allowed."""
         from mdi.checkpoint.hub import locate
         from mdi.checkpoint.source import open_source
-        from mdi.cli.screen import NodeProgress
+        from mdi.cli.screen import BytesProgress
 
         path = locate(
             model,
             ckpt_folder=self.ckpt_folder,
             hf_token=self.hf_token,
             download=download,
-            progress=NodeProgress(),
+            progress=BytesProgress(),
         )
         return open_source(path)
 

@@ -98,8 +98,8 @@ class Startup:
         return Group(table, self._progress)
 
 
-class NodeProgress:
-    """The display of a node while it receives its weights and loads: a bar, or two lines without a terminal."""
+class BytesProgress:
+    """The display of work that is counted in bytes: a bar, or two lines without a terminal."""
 
     def __init__(self) -> None:
         self._doing = ""

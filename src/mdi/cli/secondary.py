@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson
-from mdi.cli.screen import NodeProgress
+from mdi.cli.screen import BytesProgress
 from mdi.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def secondary(
         identity=Identity.load(certs, node.name) if encryption_enabled() else None,
         cache=Cache.open(cache_folder) if config else None,
         hands_over=bool(config and config.spares),
-        progress=None if with_parent else NodeProgress(),
+        progress=None if with_parent else BytesProgress(),
     )
     serve_node(settings)
 
