@@ -74,16 +74,16 @@ def test_what_is_not_the_clients_to_know_is_logged_under_a_number(
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [(LinkError("node finisher broke"), "node finisher broke"), (CheckpointError("/srv/secret"), "internal error")],
 )
-def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server: FakeServer, error: Any, told: str) -> None:
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server: FakeServer, error: Any, reported: str) -> None:
     server.engine.says(piece("so far"), error)
     first, ours = server.events("/generate", prompt="x")
     assert first["text"] == "so far"
-    assert told in ours["detail"]
+    assert reported in ours["detail"]
     *_, openais = server.events("/v1/chat/completions", **CHAT)
-    assert told in openais["error"]["message"]
+    assert reported in openais["error"]["message"]
     assert "secret" not in ours["detail"] + openais["error"]["message"]
 
 

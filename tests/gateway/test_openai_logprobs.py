@@ -18,13 +18,13 @@ def test_the_openai_client_gets_logprobs_of_chats(real: RealServer) -> None:
     chunks = [chunk.choices[0] for chunk in real.client.chat.completions.create(**request, stream=True)]
     assert whole.logprobs
     assert whole.logprobs.content
-    told = whole.logprobs.content
-    assert [entry.logprob for entry in told] == [entry.top_logprobs[0].logprob for entry in told]
-    assert [len(entry.top_logprobs) for entry in told] == [3] * 5
-    assert b"".join(bytes(entry.bytes or ()) for entry in told).decode(errors="replace") == whole.message.content
+    reported = whole.logprobs.content
+    assert [entry.logprob for entry in reported] == [entry.top_logprobs[0].logprob for entry in reported]
+    assert [len(entry.top_logprobs) for entry in reported] == [3] * 5
+    assert b"".join(bytes(entry.bytes or ()) for entry in reported).decode(errors="replace") == whole.message.content
     streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content or ()]
-    assert [(entry.token, entry.bytes) for entry in streamed] == [(entry.token, entry.bytes) for entry in told]
-    for again, entry in zip(streamed, told, strict=True):  # of a prompt whose keys and values were kept
+    assert [(entry.token, entry.bytes) for entry in streamed] == [(entry.token, entry.bytes) for entry in reported]
+    for again, entry in zip(streamed, reported, strict=True):  # of a prompt whose keys and values were kept
         assert again.logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
