@@ -76,11 +76,6 @@ def test_the_nested_config_of_transformers_5_is_the_same_model(own_copy: Path) -
     assert open_source(own_copy).model_config == flat
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint folder"):
-        open_source(tmp_path / "nowhere")
-
-
 def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_source(tmp_path)
