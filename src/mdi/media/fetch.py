@@ -12,13 +12,14 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
+from mdi.core.messages import MediaSource
 from mdi.media.download import download
 from mdi.media.policy import check_size, shortened
 
 _SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
-def fetch(source: str | bytes | Path, policy: MediaPolicy) -> bytes:
+def fetch(source: MediaSource, policy: MediaPolicy) -> bytes:
     """The bytes behind `source`: a path, a file://, http(s):// or data: URL, or the bytes themselves.
 
     Never more than `policy.max_bytes`. Raises MediaError, naming the cause, when the source is missing,

@@ -12,14 +12,13 @@ from PIL import Image
 
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
+from mdi.core.messages import MediaSource
 from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, video_patches
 from mdi.media.policy import for_video
 from mdi.media.video_file import VideoFile, check_time, resize
 from mdi.media.video_spec import FRAME_FACTOR, VideoSpec
-
-Source = str | bytes | Path
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class Video:
         return video_patches(self._frames(), self.spec)
 
 
-def open_video(source: Source | Sequence[Source], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
+def open_video(
+    source: MediaSource | Sequence[MediaSource], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec
+) -> Video:
     """Fetches and measures a video: a file as `fetch` takes it, or a list of images that are its frames.
 
     Frames given one by one are all taken, the last one twice where their number is odd. Decodes one frame only.
@@ -61,7 +62,7 @@ def open_video(source: Source | Sequence[Source], policy: MediaPolicy, video: Vi
 # Frames given as images
 
 
-def _from_stills(sources: Sequence[Source], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
+def _from_stills(sources: Sequence[MediaSource], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
     if not 0 < len(sources) <= video.max_frames:
         raise MediaError(f"a video may have 1 to {video.max_frames} frames, and this one has {len(sources)}", "video")
     deadline_s = time.monotonic() + policy.video_timeout_s
@@ -86,7 +87,7 @@ def _from_stills(sources: Sequence[Source], policy: MediaPolicy, video: VideoSpe
     return Video(n_frames, height, width, cut, frames)
 
 
-def _still(sources: Sequence[Source], index: int, policy: MediaPolicy) -> Image.Image:
+def _still(sources: Sequence[MediaSource], index: int, policy: MediaPolicy) -> Image.Image:
     try:
         return decode_image(fetch(sources[index], policy), policy)
     except MediaError as error:
