@@ -13,8 +13,8 @@ from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.node_client import NodeClient
 from mdi.core.errors import CheckpointError, LinkError
 from mdi.core.progress import Progress
+from mdi.core.threads import in_thread
 from mdi.rpc import node_pb2
-from mdi.rpc.files import in_thread
 
 PIECE_BYTES = 2**18  # what arrived in part is sent again: on a slow link, little
 CHECK_POLL_S = 0.1

@@ -8,9 +8,9 @@ from io import FileIO
 
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
+from mdi.core.threads import in_thread
 from mdi.node.store import StoredChunk
 from mdi.rpc import node_pb2
-from mdi.rpc.files import in_thread
 
 
 class Intake:

@@ -1,4 +1,4 @@
-"""File reads and writes off the event loop."""
+"""Calls in threads, for event loops that must not block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread` for a file: whoever is cancelled closes it only when the thread has let go of it."""
+    """`asyncio.to_thread`, but a cancelled caller continues only after the thread has finished: it may close a file."""
     work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(work)
