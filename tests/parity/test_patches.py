@@ -123,7 +123,7 @@ def test_rows_of_a_jpeg_equal_transformers_from_the_same_bytes() -> None:
     factor=st.sampled_from([14, 28, 32, 56]),
     limits=st.tuples(st.integers(1, 20_000_000), st.integers(1, 20_000_000)).map(sorted),
 )
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_smart_resize_equals_transformers(height: int, width: int, factor: int, limits: list[int]) -> None:
     try:
         expected = hf_smart_resize(height, width, factor, *limits)
@@ -135,7 +135,7 @@ def test_smart_resize_equals_transformers(height: int, width: int, factor: int, 
 
 
 @given(height=st.integers(1, 8000), width=st.integers(1, 8000))
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_smart_resize_equals_transformers_at_the_server_s_limits(height: int, width: int) -> None:
     if max(height, width) <= 200 * min(height, width):
         spec = PatchSpec()

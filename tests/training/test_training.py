@@ -105,6 +105,8 @@ def _blank() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_halves_of_a_run_make_the_whole(
     tmp_path: Path, tokenizer_file: Path, tokens: ChatTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
