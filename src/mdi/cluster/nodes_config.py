@@ -1,10 +1,10 @@
-"""The nodes-config: which node is on which machine. One JSON file, checked key by key; knows no sockets and no models.
+"""The nodes-config: which node is on which machine. One JSON file, checked key by key. No sockets, no weights.
 
     {"nodes": {"starter":   {"addr": "10.0.0.1", "communication": {"port": 5000}},
                "secondary": [{"addr": "10.0.0.2", "communication": {"port": 5000}, "device": "cuda"}, ...],
                "finisher":  {...}, "vision": {...}, "spare": [{...}, ...]}}
 
-Without a finisher, the last secondary is it. What upstream's files have besides is accepted and ignored: `inference`,
+Without a finisher, the last secondary is it. These keys of upstream's files are accepted and ignored: `inference`,
 `starter_server`, and `starter_addr` in `communication`.
 """
 
@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.errors import ConfigError
@@ -32,8 +34,8 @@ MAX_NODES = 1024
 class NodeConfig:
     """One node. name: its role, as its chunk has it (starter, secondary0, finisher). key: where the file names it.
 
-    device, dtype, threads: as `mdi secondary` takes them; None leaves them to it. memory_gb: most it may use, in 1e9
-    bytes. layers: how many decoder layers it gets; all nodes have that, or none.
+    device, dtype, threads: as `mdi secondary` takes them; None leaves the choice to it. memory_gb: most it may use, in
+    1e9 bytes. layers: how many decoder layers it gets; all nodes have that, or none.
     """
 
     name: str
@@ -83,7 +85,10 @@ class NodesConfig:
             document = json.loads(data, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"is not JSON ({error})") from None
-        config = _read_nodes(document)
+        try:
+            config = _File.model_validate(document).config()
+        except ValidationError as error:
+            raise ConfigError(_explained(error)) from None
         _check_addresses(config.all)
         _check_agreement(config)
         return config
@@ -141,118 +146,147 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {_shown(key)} appears twice in one object")
+    for key in value:
+        if not key.isascii() and key.encode(errors="replace").decode() != key:
+            raise ValueError(f"the key {_shown(key)} is no text")
     return value
 
 
-class _Object:
-    """A JSON object at a place in the file, whose known keys are taken from it; others are refused."""
-
-    def __init__(self, value: Any, key: str, known: Sequence[str]) -> None:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key or 'the file'} must be an object, got {_shown(value)}")
-        self._value = value
-        self.key = key
-        for name in value:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise ConfigError(f"{self.at(_shown(name)[1:-1])} is unknown: {hint}")
-
-    def at(self, name: str) -> str:
-        return f"{self.key}.{name}" if self.key else name
-
-    def has(self, name: str) -> bool:
-        return name in self._value
-
-    def get(self, name: str) -> Any:
-        if name not in self._value:
-            raise ConfigError(f"{self.at(name)} is missing")
-        return self._value[name]
-
-    def items(self, name: str) -> list[Any]:
-        value = self._value.get(name, [])
-        if not isinstance(value, list):
-            raise ConfigError(f"{self.at(name)} must be a list of nodes, got {_shown(value)}")
-        if len(value) > MAX_NODES:
-            raise ConfigError(f"{self.at(name)} must have at most {MAX_NODES} nodes, got {len(value)}")
-        return value
-
-    def whole(self, name: str, low: int, high: int) -> int:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{self.at(name)} must be a whole number from {low} to {high}, got {_shown(value)}")
-        return value
-
-    def whole_or_none(self, name: str, low: int, high: int) -> int | None:
-        return self.whole(name, low, high) if self.has(name) else None
-
-    def positive_or_none(self, name: str) -> float | None:
-        if not self.has(name):
-            return None
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise ConfigError(f"{self.at(name)} must be a number above 0, got {_shown(value)}")
-        return float(value)
-
-    def text_or_none(self, name: str) -> str | None:
-        if not self.has(name):
-            return None
-        value = self.get(name)
-        if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value.strip():
-            raise ConfigError(f"{self.at(name)} must be a word, got {_shown(value)}")
-        return value
-
-    def choice_or_none(self, name: str, choices: Sequence[str]) -> str | None:
-        value = self.text_or_none(name)
-        if value is not None and value not in choices:
-            raise ConfigError(f"{self.at(name)} must be one of {', '.join(choices)}, got {_shown(value)}")
-        return value
+def _at_most_max_nodes(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_NODES:
+        raise ValueError(f"must have at most {MAX_NODES} nodes, got {len(value)}")
+    return value
 
 
-def _read_nodes(document: Any) -> NodesConfig:
-    file = _Object(document, "", ["nodes"])
-    nodes = _Object(file.get("nodes"), "nodes", ["starter", "secondary", "finisher", "vision", "spare"])
-    after = [(f"nodes.secondary[{index}]", value) for index, value in enumerate(nodes.items("secondary"))]
-    if nodes.has("finisher"):
-        after.append(("nodes.finisher", nodes.get("finisher")))
-    names = [*(f"secondary{index}" for index in range(len(after) - 1)), "finisher"]
-    return NodesConfig(
-        starter=_read_node("starter", "nodes.starter", nodes.get("starter")),
-        pipeline=tuple(_read_node(name, key, value) for name, (key, value) in zip(names, after, strict=False)),
-        vision=_read_node("vision", "nodes.vision", nodes.get("vision")) if nodes.has("vision") else None,
-        spares=tuple(
-            _read_node(f"spare{index}", f"nodes.spare[{index}]", value)
-            for index, value in enumerate(nodes.items("spare"))
-        ),
+def _address(value: Any) -> Any:
+    """A host's name or IP address, as others reach it."""
+    found = _ip(value) if isinstance(value, str) else None
+    if not isinstance(value, str) or not value.isascii() or not (found or HOST_NAME.fullmatch(value)):
+        raise ValueError(f"must be a host's name or IP address, without port, got {_shown(value)}")
+    if found and (found.is_unspecified or found.is_multicast):
+        raise ValueError(f"must be an address that the other nodes can reach, not {value}")
+    return value
+
+
+def _word(value: Any) -> Any:
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value.strip():
+        raise ValueError(f"must be a word, got {_shown(value)}")
+    return value
+
+
+def _whole(low: int, high: int, default: Any = None) -> Any:
+    """A field for a whole number. The description says what a value must be, here and below."""
+    description = f"a whole number from {low} to {high}"
+    return Field(default, strict=True, ge=low, le=high, description=description)
+
+
+def _optional(**constraints: Any) -> Any:
+    """A field that may be left out, but must not be null."""
+    return Field(None, **constraints)
+
+
+class _Object(BaseModel):
+    """A JSON object of the file: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Communication(_Object):
+    port: int = _whole(1, 65535, default=...)
+    starter_addr: Any = None
+
+
+class _Node(_Object):
+    addr: Annotated[str, BeforeValidator(_address)]
+    communication: _Communication
+    device: Annotated[str, BeforeValidator(_word)] = _optional()
+    dtype: Literal["float32", "bfloat16", "float16"] = _optional(description=f"one of {', '.join(DTYPE_NAMES)}")
+    threads: int = _whole(1, 4096)
+    memory_gb: float = _optional(strict=True, gt=0, lt=1e9, allow_inf_nan=False, description="a number above 0")
+    inference: Any = None
+    starter_server: Any = None
+
+
+class _StageNode(_Node):
+    layers: int = _whole(1, 100_000)
+
+
+class _Nodes(_Object):
+    starter: _StageNode
+    secondary: Annotated[list[_StageNode], BeforeValidator(_at_most_max_nodes)] = Field(
+        [], description="a list of nodes"
     )
+    finisher: _StageNode = _optional()
+    vision: _Node = _optional()
+    spare: Annotated[list[_Node], BeforeValidator(_at_most_max_nodes)] = Field([], description="a list of nodes")
 
 
-def _read_node(name: str, key: str, value: Any) -> NodeConfig:
-    known = ["addr", "communication", "device", "dtype", "threads", "memory_gb", "inference", "starter_server"]
-    holds_layers = name != "vision" and not key.startswith("nodes.spare")
-    node = _Object(value, key, [*known, "layers"] if holds_layers else known)
-    communication = _Object(node.get("communication"), f"{key}.communication", ["port", "starter_addr"])
+class _File(_Object):
+    nodes: _Nodes
+
+    def config(self) -> NodesConfig:
+        nodes = self.nodes
+        after = [(f"nodes.secondary[{index}]", node) for index, node in enumerate(nodes.secondary)]
+        if nodes.finisher:
+            after.append(("nodes.finisher", nodes.finisher))
+        names = [*(f"secondary{index}" for index in range(len(after) - 1)), "finisher"]
+        return NodesConfig(
+            starter=_node_config("starter", "nodes.starter", nodes.starter),
+            pipeline=tuple(_node_config(name, key, node) for name, (key, node) in zip(names, after, strict=False)),
+            vision=_node_config("vision", "nodes.vision", nodes.vision) if nodes.vision else None,
+            spares=tuple(
+                _node_config(f"spare{index}", f"nodes.spare[{index}]", node) for index, node in enumerate(nodes.spare)
+            ),
+        )
+
+
+def _node_config(name: str, key: str, node: _Node) -> NodeConfig:
     return NodeConfig(
         name=name,
         key=key,
-        addr=_address(node.get("addr"), node.at("addr")),
-        port=communication.whole("port", 1, 65535),
-        device=node.text_or_none("device"),
-        dtype=node.choice_or_none("dtype", DTYPE_NAMES),
-        threads=node.whole_or_none("threads", 1, 4096),
-        memory_gb=node.positive_or_none("memory_gb"),
-        layers=node.whole_or_none("layers", 1, 100_000),
+        addr=node.addr,
+        port=node.communication.port,
+        device=node.device,
+        dtype=node.dtype,
+        threads=node.threads,
+        memory_gb=node.memory_gb,
+        layers=node.layers if isinstance(node, _StageNode) else None,
     )
 
 
-def _address(value: Any, key: str) -> str:
-    """A host's name or IP address, as others reach it."""
-    if not isinstance(value, str) or not value.isascii() or not (_ip(value) or HOST_NAME.fullmatch(value)):
-        raise ConfigError(f"{key} must be a host's name or IP address, without port, got {_shown(value)}")
-    found = _ip(value)
-    if found and (found.is_unspecified or found.is_multicast):
-        raise ConfigError(f"{key} must be an address that the other nodes can reach, not {value}")
-    return value
+def _explained(error: ValidationError) -> str:
+    """What is wrong first, with the key and the remedy."""
+    first = error.errors(include_url=False)[0]
+    *parents, last = first["loc"] or ("",)
+    key, got = _key(first["loc"]), _shown(first["input"])
+    match first["type"]:
+        case "missing":
+            return f"{key} is missing"
+        case "extra_forbidden" | "invalid_key":
+            known = list(_model_at(parents).model_fields)
+            near = get_close_matches(str(last), known, 1)
+            return f"{key} is unknown: " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}")
+        case "value_error":
+            return f"{key} {first['ctx']['error']}"
+        case "model_type":
+            return f"{key or 'the file'} must be an object, got {got}"
+        case _:
+            return f"{key} must be {_model_at(parents).model_fields[str(last)].description}, got {got}"
+
+
+def _model_at(steps: Sequence[int | str]) -> type[_Object]:
+    """The model of the object at a place in the file."""
+    model: type[_Object] = _File
+    for step in steps:
+        if isinstance(step, str):
+            annotation: Any = model.model_fields[step].annotation
+            model = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+    return model
+
+
+def _key(steps: Sequence[int | str]) -> str:
+    """nodes.secondary[0].addr"""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{_shown(step)[1:-1]}" for step in steps)[1:]
 
 
 def _ip(text: str) -> Any:
@@ -289,7 +323,7 @@ def _check_agreement(config: NodesConfig) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, int) and not -(10**12) < value < 10**12:
-        return "a huge number"  # more digits than Python prints, maybe
+        return "a huge number"  # Python may refuse to print it
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = "NaN" if isinstance(value, float) and math.isnan(value) else json.dumps(value)
