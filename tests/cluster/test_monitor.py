@@ -17,7 +17,7 @@ from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
 from mdi.rpc.authority import Authority
 from mdi.rpc.channel import HEARTBEAT_S
-from mdi.rpc.diagnose import why_unreachable
+from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 
 
@@ -28,9 +28,9 @@ def diagnoses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(address: str, peer: str, identity: Identity | None) -> str | None:
         addresses.append(address)
-        return why_unreachable(address, peer, identity)
+        return diagnose(address, peer, identity)
 
-    monkeypatch.setattr(node_client, "why_unreachable", counted)
+    monkeypatch.setattr(node_client, "diagnose", counted)
     return addresses
 
 
@@ -62,7 +62,7 @@ def test_a_healthy_node_is_polled_every_second_without_a_diagnosis(
         heartbeat = watch(monitor, address)
         beats = [next_beat(monitor, heartbeat) for _ in range(3)]
         monitor.loop.call(heartbeat.answer())
-    assert all(beat.answer and beat.answer.name == "finisher" for beat in beats)
+    assert all(beat.answer and beat.answer.node == "finisher" for beat in beats)
     between = [after.asked_s - before.asked_s for before, after in pairwise(beats)]
     assert min(between) > 0.9 * HEARTBEAT_S
     assert heartbeat.shown("finisher").state == "loaded"
