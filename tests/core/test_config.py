@@ -50,8 +50,13 @@ def test_every_setting_has_a_name_of_its_own_and_a_meaning() -> None:
     [
         ({"n_node": 3}, "unknown setting n_node: did you mean n_nodes?"),
         ({"n_nodes": 0}, "n_nodes must be at least 1, got 0"),
-        ({"n_nodes": "3"}, "n_nodes must be a number, got '3'"),
-        ({"max_sequences": True}, "max_sequences must be a number, got True"),
+        ({"zebra": 3}, "unknown setting zebra: see EngineConfig"),
+        ({"n_nodes": "3"}, "n_nodes must be a whole number, got '3'"),
+        ({"n_nodes": 2.5}, "n_nodes must be a whole number, got 2.5"),
+        ({"max_sequences": True}, "max_sequences must be a whole number, got True"),
+        ({"max_pixels": "many"}, "max_pixels must be a whole number, got 'many'"),
+        ({"wait_s": "long"}, "wait_s must be a number, got 'long'"),
+        ({"encryption": "yes"}, "encryption must be true or false, got 'yes'"),
         ({"dtype": "int3"}, "dtype must be one of float32, bfloat16, float16, got 'int3'"),
         ({"recovery_timeout_s": 0}, "recovery_timeout_s must be above 0, got 0"),
         ({"spare_after_s": math.nan}, "spare_after_s must be at least 0, got nan"),
@@ -64,6 +69,12 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
     with pytest.raises(ConfigError) as error:
         EngineConfig.of("bundled", **settings)
     assert str(error.value).startswith(message)
+
+
+def test_paths_may_be_strings() -> None:
+    config = EngineConfig.of("bundled", ckpt_folder="models", nodes_config="nodes.json")
+    assert config.model.ckpt_folder == Path("models")
+    assert config.cluster.manual == ManualNodes(nodes_config=Path("nodes.json"))
 
 
 def test_layers_may_be_any_sequence() -> None:

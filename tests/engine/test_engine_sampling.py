@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from mdi import Engine, SamplingParams
 from mdi.core.errors import InputError
+from mdi.engine import engine as engine_module
+from mdi.engine.sequence import Request, Sequence
 from mdi.prompt.builder import PixelRange
 
 QUESTION = "Say it again, say it again, say it again."
@@ -77,7 +80,7 @@ def test_no_token_ends_the_answer_too_early(engine: Engine) -> None:
     assert whole[1] not in late[:6]
 
 
-def test_the_likeliest_tokens_are_told(engine: Engine) -> None:
+def test_the_likeliest_tokens_are_reported(engine: Engine) -> None:
     out = engine.chat(QUESTION, greedy(top_logprobs=4, max_tokens=6))
     tokens = out.samples[0].tokens
     assert [len(token.top_logprobs) for token in tokens] == [4] * len(out.token_ids)
@@ -95,6 +98,26 @@ def test_a_penalised_answer_survives_the_loss_of_a_node(engine: Engine) -> None:
     os.kill(engine.nodes()[1].pid, signal.SIGKILL)
     pieces += stream
     assert tuple(token.id for piece in pieces for token in piece.tokens) == undisturbed
+
+
+def test_a_token_mask_constrains_the_answer_on_all_nodes_and_after_a_loss(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def letters(sequence: Sequence) -> bytes:
+        allowed = b"xy" if len(sequence.generated) % 2 else b"abc"
+        return sum(1 << letter for letter in allowed).to_bytes(64, "little")
+
+    monkeypatch.setattr(engine_module, "Request", partial(Request, token_mask=letters))
+    params = SamplingParams(temperature=1, seed=5, max_tokens=60, ignore_eos=True)
+    undisturbed = engine.chat(QUESTION, params)
+    assert all(letter in ("xy" if number % 2 else "abc") for number, letter in enumerate(undisturbed.text))
+    assert len(set(undisturbed.text)) == 5
+    stream = engine.submit(QUESTION, params)
+    pieces = [next(stream) for _ in range(5)]
+    os.kill(engine.nodes()[1].pid, signal.SIGKILL)
+    pieces += stream
+    assert "".join(piece.text for piece in pieces) == undisturbed.text
+    assert engine.recovery.recoveries > 0
 
 
 @pytest.mark.parametrize(("field", "ids"), [("logit_bias", {10**6: 1.0}), ("stop_token_ids", [10**6])])

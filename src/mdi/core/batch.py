@@ -1,6 +1,6 @@
-"""What one step of the pipeline computes: for some sequences, some tokens each, packed end to end without padding.
+"""A batch, the work of one pipeline step: tokens of several sequences, packed end to end without padding.
 
-Knows slots and positions, nothing of requests, texts or networks.
+Knows slots and positions, and no requests, texts or networks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # who only describes a batch does not need torch
+if TYPE_CHECKING:  # describing a batch needs no torch, which takes seconds to import
     from torch import Tensor
 
 
@@ -19,7 +19,7 @@ MASK_ELSEWHERE = b""
 
 @dataclass(frozen=True, slots=True)
 class LogitAdjustment:
-    """What is done to one row of logits before a token is drawn: penalties for `penalised_ids`, then biases.
+    """Changes to one row of logits before a token is drawn: penalties for `penalised_ids`, then biases.
 
     penalised_ids: distinct tokens of prompt and answer; counts: how often each is in the answer. The penalties are
     those of `SamplingParams`. biases: added to the logits of `biased_ids`; minus infinity forbids a token.
@@ -36,7 +36,7 @@ class LogitAdjustment:
 
 @dataclass(frozen=True, slots=True)
 class TokenSampling:
-    """How one token is drawn. (seed, sample, position) decides the random number, whatever the batch or node.
+    """Settings for drawing one token. (seed, sample, position) decides the random number, on any node and in any batch.
 
     sample: index among the request's n samples. position: tokens of the sequence before the drawn one.
     top_logprobs: how many of the likeliest tokens are reported with it.
@@ -75,7 +75,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The first `length` tokens of one slot's cache into another's."""
+    """Copies the first `length` tokens of one slot's cache into another's."""
 
     source: int
     target: int
@@ -84,7 +84,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w).
+    """One pipeline step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w).
 
     copies: done first, one after the other.
     """
@@ -114,7 +114,7 @@ class Batch:
 
     @property
     def samplings(self) -> list[TokenSampling]:
-        """How a token is drawn from each of `sampled_rows`."""
+        """The settings for drawing from each of `sampled_rows`."""
         return [sampling for part in self.slices for sampling in part.samplings]
 
     @property

@@ -32,11 +32,16 @@ def setting(
 
 @dataclass(frozen=True)
 class Section:
-    """A dataclass whose fields are settings or sections. Raises ConfigError for a value out of range."""
+    """A dataclass whose fields are settings or sections. Raises ConfigError for a wrong type or range."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check(item, getattr(self, item.name))
+            value = getattr(self, item.name)
+            if _kind(item) == "Path" and isinstance(value, str):
+                object.__setattr__(self, item.name, Path(value))
+            elif value is not None and not isinstance(value, Section):
+                _check_type(item, value)
+                _check_range(item, value)
 
     def with_settings(self, **settings: Any) -> Self:
         """This section with other values; names are those of fields at any depth. Raises ConfigError for others."""
@@ -44,7 +49,9 @@ class Section:
         for name in settings:
             if name not in known:
                 near = get_close_matches(name, known, 1)
-                raise ConfigError(f"unknown setting {name}: " + (f"did you mean {near[0]}?" if near else "see Engine"))
+                raise ConfigError(
+                    f"unknown setting {name}: " + (f"did you mean {near[0]}?" if near else "see EngineConfig")
+                )
         return cast(Self, _replaced(self, settings))
 
 
@@ -210,16 +217,25 @@ def _replaced(section: Any, settings: dict[str, Any]) -> Any:
     return replace(section, **changes) if changes else section
 
 
-def _check(item: Field[Any], value: Any) -> None:
+def _kind(item: Field[Any]) -> str:
+    """The name of a field's type, without None."""
+    return str(item.type).removesuffix(" | None")
+
+
+def _check_type(item: Field[Any], value: Any) -> None:
+    match _kind(item):
+        case "int" if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{item.name} must be a whole number, got {value!r}")
+        case "float" if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{item.name} must be a number, got {value!r}")
+        case "bool" if not isinstance(value, bool):
+            raise ConfigError(f"{item.name} must be true or false, got {value!r}")
+
+
+def _check_range(item: Field[Any], value: Any) -> None:
     low, above, choices = (item.metadata.get(name) for name in ("low", "above", "choices"))
-    if value is None:
-        return
     if choices and value not in choices:
         raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-    if low is None and above is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{item.name} must be a number, got {value!r}")
     if low is not None and not value >= low:
         raise ConfigError(f"{item.name} must be at least {low:g}, got {value:g}")
     if above is not None and not value > above:

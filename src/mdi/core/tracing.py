@@ -1,4 +1,4 @@
-"""Spans: what a node did, and when. They are recorded only while somebody measures."""
+"""Spans: recorded times of a node's work. Off until a measurement starts."""
 
 from __future__ import annotations
 
