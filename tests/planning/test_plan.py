@@ -72,27 +72,11 @@ def all_splits(n_layers: int, n_nodes: int) -> list[tuple[int, ...]]:
     return [tuple(end - start for start, end in pairwise(cut)) for cut in cuts]
 
 
-def test_the_head_of_the_2b_model_weighs_about_five_layers() -> None:
-    head = stage_summary(FULL_SIZE, StageSpec(0, 0, head=True), "bfloat16")
-    layer = stage_summary(FULL_SIZE, StageSpec(0, 1), "bfloat16")
-    assert 4.5 < head.step_bytes / layer.step_bytes < 5.5
-
-
 def test_the_finisher_of_the_2b_model_gets_fewer_layers_than_the_others() -> None:
     first, middle, last = make_plan(FULL_SIZE, 3).layers
     assert first + middle + last == 28
     assert abs(first - middle) <= 1
     assert 4 <= middle - last <= 6
-
-
-def test_the_2b_plan_on_three_nodes_accounts_for_every_parameter() -> None:
-    stages = make_plan(FULL_SIZE, 3).stages
-    summaries = [stage_summary(FULL_SIZE, stage, "bfloat16") for stage in stages]
-    stored_twice = FULL_SIZE.vocab_size * FULL_SIZE.hidden_size  # the tied matrix, on the first and the last node
-    assert sum(summary.parameters for summary in summaries) == 2_208_985_600 + stored_twice
-    assert [summary.size_bytes for summary in summaries] == [2 * summary.parameters for summary in summaries]
-    assert sum(summary.step_share for summary in summaries) == pytest.approx(1)
-    assert max(summary.step_share for summary in summaries) < 0.36
 
 
 def test_a_machine_twice_as_fast_gets_about_twice_as_many_layers() -> None:

@@ -7,7 +7,7 @@ operators are missing or give other numbers, the plain product is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import cast
 
@@ -39,9 +39,9 @@ class Linear:
             weights.append(get(f"{name}.weight", (size, *inputs)).flatten(1))
             if bias:
                 biases.append(get(f"{name}.bias", (size,)))
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        weight = _joined(weights)
         packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packing_works()
-        return (PackedLinear if packed else Linear)(weight, torch.cat(biases) if bias else None)
+        return (PackedLinear if packed else Linear)(weight, _joined(biases) if bias else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]."""
@@ -64,6 +64,10 @@ class PackedLinear(Linear):
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         fused = torch.ops.mkldnn._linear_pointwise.binary
         return cast(Tensor, fused(x, residual, self.weight, self.bias, "add"))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.core.errors import ConfigError
@@ -86,30 +86,38 @@ def make_plan(
 
 
 def balance(n_layers: int, loads: Sequence[StageLoad]) -> tuple[int, ...]:
-    """Layers per node that minimise the costliest node; among those, the sum of squares.
+    """Layers per node that minimise the cost of the costliest node, and among those the sum of squares.
 
-    Every node gets a layer, and none more than it has room for: there must be room for all.
+    Every node gets a layer, and none more than it has room for: there must be room for all. Dynamic programming.
     """
-    worst, _ = _split(n_layers, loads, math.inf, max)
-    _, split = _split(n_layers, loads, worst, lambda squares, cost: squares + cost**2)
-    return split
-
-
-def _split(
-    n_layers: int, loads: Sequence[StageLoad], limit: float, add: Callable[[float, float], float]
-) -> tuple[float, tuple[int, ...]]:
-    """The least sum, by `add`, of the nodes' costs, none above `limit`, and its split. Dynamic programming."""
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers placed
+    limit = _least_limit(n_layers, loads)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by layers placed: sum of squares, split
     for node, load in enumerate(loads):
+        squares = [load.cost(count) ** 2 for count in range(1, _most_within(load, limit) + 1)]
         after: dict[int, tuple[float, tuple[int, ...]]] = {}
         for placed, (total, split) in best.items():
             left = n_layers - placed - (len(loads) - node - 1)
-            for count in range(1, min(left, load.most) + 1):
-                if load.cost(count) <= limit:
-                    candidate = (add(total, load.cost(count)), (*split, count))
-                    after[placed + count] = min(after.get(placed + count, candidate), candidate)
+            for count, square in enumerate(squares[:left], start=1):
+                candidate = (total + square, (*split, count))
+                after[placed + count] = min(after.get(placed + count, candidate), candidate)
         best = after
-    return best[n_layers]
+    return best[n_layers][1]
+
+
+def _least_limit(n_layers: int, loads: Sequence[StageLoad]) -> float:
+    """The least cost of the costliest node over all splits."""
+
+    def fits(limit: float) -> bool:
+        counts = [_most_within(load, limit) for load in loads]
+        return min(counts) > 0 and sum(counts) >= n_layers
+
+    costs = sorted({load.cost(count) for load in loads for count in range(1, load.most + 1)})
+    return costs[bisect_left(costs, True, key=fits)]
+
+
+def _most_within(load: StageLoad, limit: float) -> int:
+    """The most layers that cost a node no more than the limit."""
+    return bisect_right(range(1, load.most + 1), limit, key=load.cost)
 
 
 def _needs(config: ModelConfig, ends: Sequence[StageSpec], dtype: str, cache_tokens: int) -> list[NodeNeeds]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mdi.core.tensors import TensorSpec, total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
@@ -84,6 +85,7 @@ def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens
     )
 
 
+@lru_cache(maxsize=256)
 def _step(config: ModelConfig, spec: StageSpec, dtype: str) -> tuple[float, float]:
     """Parameters and bytes that a decode step reads. The embedding is a row lookup and counts as nothing."""
     layer = stage_specs(config, StageSpec(0, 1), dtype).values()

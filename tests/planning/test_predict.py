@@ -1,0 +1,79 @@
+"""Bytes and seconds of stages, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mdi.checkpoint.published import QWEN2_VL_2B
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
+from mdi.planning.hardware import Machine
+from mdi.planning.plan import make_plan
+from mdi.planning.predict import PROMPT_TOKENS, VISION_SHARE, NodeNeeds, StageLoad, stage_summary
+
+FULL_SIZE = read_config(QWEN2_VL_2B)
+
+
+def test_the_head_of_the_2b_model_weighs_about_five_layers() -> None:
+    head = stage_summary(FULL_SIZE, StageSpec(0, 0, head=True), "bfloat16")
+    layer = stage_summary(FULL_SIZE, StageSpec(0, 1), "bfloat16")
+    assert 4.5 < head.step_bytes / layer.step_bytes < 5.5
+
+
+def test_the_2b_plan_on_three_nodes_accounts_for_every_parameter() -> None:
+    stages = make_plan(FULL_SIZE, 3).stages
+    summaries = [stage_summary(FULL_SIZE, stage, "bfloat16") for stage in stages]
+    stored_twice = FULL_SIZE.vocab_size * FULL_SIZE.hidden_size  # the tied matrix, on the first and the last node
+    assert sum(summary.parameters for summary in summaries) == 2_208_985_600 + stored_twice
+    assert [summary.size_bytes for summary in summaries] == [2 * summary.parameters for summary in summaries]
+    assert sum(summary.step_share for summary in summaries) == pytest.approx(1)
+    assert max(summary.step_share for summary in summaries) < 0.36
+
+
+def test_the_cache_takes_keys_and_values_of_every_layer_in_the_stage_s_dtype() -> None:
+    summary = stage_summary(FULL_SIZE, StageSpec(3, 8), "bfloat16", cache_tokens=1000)
+    assert summary.cache_bytes == 5 * 1000 * 2 * FULL_SIZE.kv_size * 2
+    assert summary.memory_bytes == summary.size_bytes + summary.cache_bytes
+    assert stage_summary(FULL_SIZE, StageSpec(0, 0, head=True), "bfloat16", 1000).cache_bytes == 0
+
+
+def test_a_step_reads_no_embedding_and_little_of_the_vision_tower() -> None:
+    embedding, vision = StageSpec(0, 0, embedding=True), StageSpec(0, 0, vision=True)
+    assert stage_summary(FULL_SIZE, embedding, "bfloat16").step_bytes == 0
+    summary = stage_summary(FULL_SIZE, vision, "bfloat16")
+    assert summary.step_bytes == pytest.approx(VISION_SHARE * summary.size_bytes)
+    layers = stage_summary(FULL_SIZE, StageSpec(0, 4), "bfloat16")
+    assert (layers.step_parameters, layers.step_bytes) == (layers.parameters, layers.size_bytes)
+
+
+def test_tensors_of_another_dtype_count_their_own_bytes_in_memory_and_in_a_step() -> None:
+    mixed = replace(FULL_SIZE, norm_dtype="float32")
+    plain, both = (stage_summary(config, StageSpec(0, 3), "bfloat16") for config in (FULL_SIZE, mixed))
+    assert both.size_bytes - plain.size_bytes == both.step_bytes - plain.step_bytes == 3 * 2 * 2 * FULL_SIZE.hidden_size
+    assert both.parameters == plain.parameters
+
+
+def test_seconds_are_of_reading_for_the_answer_and_of_computing_for_the_prompt() -> None:
+    summary = stage_summary(FULL_SIZE, StageSpec(0, 4), "bfloat16")
+    reading = summary.size_bytes / 10e9
+    assert summary.token_s(Machine(10e9)) == pytest.approx(reading)
+    computing = PROMPT_TOKENS * 2 * summary.parameters / 1e12
+    assert summary.token_s(Machine(10e9, 1e12)) == pytest.approx(reading + computing)
+
+
+def test_a_node_has_room_for_the_layers_that_fit_beside_what_it_has_anyway() -> None:
+    head, layer = (
+        stage_summary(FULL_SIZE, spec, "bfloat16", 4096) for spec in (StageSpec(0, 0, head=True), StageSpec(0, 1))
+    )
+    needs = NodeNeeds(head, layer)
+    for fitting in (0, 1, 7, 28):
+        machine = Machine(memory_bytes=needs.memory_bytes(fitting))
+        assert needs.load(machine, 28).most == fitting
+    assert needs.load(Machine(memory_bytes=1), 28).most == 0
+    assert needs.load(Machine(), 28).most == 28
+
+
+def test_a_stage_s_cost_grows_by_layers() -> None:
+    assert [StageLoad(2.0, 0.5, 9).cost(count) for count in (0, 1, 4)] == [2.0, 2.5, 4.0]
