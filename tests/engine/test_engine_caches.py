@@ -27,7 +27,7 @@ def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def fresh(tiny_checkpoint: Path) -> Iterator[Engine]:
-    """One that was never asked anything, and keeps nothing."""
+    """An engine with empty caches, which keeps nothing."""
     with Engine(tiny_checkpoint, dtype="float32", sequence_length=512, max_sequences=1, vision_cache_bytes=0) as engine:
         yield engine
 

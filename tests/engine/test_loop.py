@@ -155,7 +155,7 @@ def test_what_slots_hold_from_before_changes_no_answer(
 
 @cache
 def alone(tokenizer: Tokenizer, number: int) -> tuple[OneSample, ...]:
-    """What nodes answer that have never been asked before."""
+    """The answer of nodes with empty caches."""
     world = World(tokenizer)
     try:
         return completions(world, [QUESTIONS[number]])[0].samples
@@ -315,7 +315,7 @@ def test_streams_and_the_encoding_of_an_image_take_turns(make_world: Callable[..
     seeing = world.submit(picture(), GREEDY).stream
     assert len(list(stream)) > 10
     turns = [len(list(turn)) for what, turn in groupby(stage.done[stage.done.index("part") :]) if what == "part"]
-    streamed = turns[:-1]  # the last one ends with nobody else there
+    streamed = turns[:-1]  # the last one ends alone
     assert len(streamed) > 10
     assert max(streamed) < 50  # some 4 where the machine is not busy
     assert seeing.completion().text

@@ -1,3 +1,5 @@
+"""Batches of the scheduler: decode first, prefill in chunks, every token once, work for every node."""
+
 from __future__ import annotations
 
 import random
@@ -125,7 +127,7 @@ def test_every_node_has_work_when_there_are_as_many_sequences_as_nodes(n_nodes: 
     assert sum(map(len, batches)) == n_sequences
 
 
-def test_a_sequence_waits_for_its_pictures_and_holds_nobody_up() -> None:
+def test_a_sequence_waits_for_its_pictures_and_delays_no_other() -> None:
     scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
     blind, plain = FakeSequence(prompt=4, answer=1, encoded=False), FakeSequence(prompt=4, answer=1)
     scheduler.add([blind, plain])

@@ -1,3 +1,5 @@
+"""Slots: the longest shared prefix is found and reused in place or by a copy, and never ends inside an image."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ class FakeSequence:
 
 
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
-def test_common_beginnings_are_found(first: list[int], second: list[int]) -> None:
+def test_common_prefixes_are_found(first: list[int], second: list[int]) -> None:
     counted = 0
     while counted < min(len(first), len(second)) and first[counted] == second[counted]:
         counted += 1
@@ -66,7 +68,7 @@ def test_a_free_slot_is_taken_with_what_it_holds(before: list[int], after: list[
     assert (sequence.slot == slot) or not cached
 
 
-def test_a_beginning_is_copied_from_who_still_runs() -> None:
+def test_a_prefix_is_copied_from_a_running_slot() -> None:
     slots: Slots[FakeSequence] = Slots(2)
     first, second = FakeSequence(PLAIN), FakeSequence([*PLAIN, 1])
     slots.take(first)
@@ -75,7 +77,7 @@ def test_a_beginning_is_copied_from_who_still_runs() -> None:
     assert second.computed == 40
 
 
-def test_a_short_beginning_takes_no_long_conversation_away() -> None:
+def test_a_short_prefix_displaces_no_long_conversation() -> None:
     slots: Slots[FakeSequence] = Slots(2)
     slot = ran(slots, PLAIN)
     other = FakeSequence([*PLAIN[:20], *range(50)])
@@ -96,7 +98,7 @@ def test_hardly_anything_is_no_reason_to_keep_a_slot() -> None:
 
 
 @pytest.mark.parametrize(("shared", "cached"), [(29, 20), (30, 30), (35, 35), (20, 20), (19, 19)])
-def test_no_beginning_ends_inside_an_image(shared: int, cached: int) -> None:
+def test_no_prefix_ends_inside_an_image(shared: int, cached: int) -> None:
     slots: Slots[FakeSequence] = Slots(1)
     ran(slots, PLAIN[:shared])
     sequence = FakeSequence(PLAIN, image=(20, 30))
