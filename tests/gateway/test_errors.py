@@ -20,13 +20,7 @@ from mdi.core.errors import (
     OverloadedError,
     PromptTooLongError,
 )
-from tests.gateway.conftest import (
-    CHAT,
-    HELLO,
-    REAL_KEY,
-    FakeServer,
-    RealServer,
-)
+from tests.gateway.conftest import CHAT, HELLO, REAL_KEY, FakeServer, RealServer
 
 ERRORS = [
     (InputError("no such thing", "seed"), 400, "invalid_request_error"),

@@ -10,14 +10,7 @@ from testing.videos import sound
 
 from mdi.core.messages import ImagePart
 from mdi.core.sampling import SamplingParams
-from tests.gateway.conftest import (
-    HELLO,
-    FakeServer,
-    RealServer,
-    data_url,
-    image_chat,
-    video_chat,
-)
+from tests.gateway.conftest import HELLO, FakeServer, RealServer, data_url, image_chat, video_chat
 
 
 def test_every_setting_reaches_the_engine(server: FakeServer) -> None:

@@ -9,14 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from mdi.core.errors import (
-    LinkError,
-)
+from mdi.core.errors import LinkError
 from mdi.core.status import RecoveryStatus
-from tests.gateway.conftest import (
-    LONG_WAIT_S,
-    FakeServer,
-)
+from tests.gateway.conftest import LONG_WAIT_S, FakeServer
 
 
 def test_health_reports_a_lost_node_without_a_key(server: FakeServer) -> None:

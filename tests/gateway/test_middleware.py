@@ -7,12 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.gateway.conftest import (
-    KEY,
-    REAL_KEY,
-    FakeServer,
-    RealServer,
-)
+from tests.gateway.conftest import KEY, REAL_KEY, FakeServer, RealServer
 
 
 @pytest.mark.parametrize("header", [None, b"Bearer", b"Basic " + KEY.encode(), b"Bearer x", KEY.encode()])

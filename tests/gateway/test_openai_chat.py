@@ -11,15 +11,7 @@ import pytest
 
 from mdi.core.messages import ImagePart, Message, TextPart, VideoPart
 from mdi.core.sampling import SamplingParams
-from tests.gateway.conftest import (
-    CHAT,
-    HELLO,
-    REAL_KEY,
-    FakeServer,
-    RealServer,
-    data_url,
-    video_chat,
-)
+from tests.gateway.conftest import CHAT, HELLO, REAL_KEY, FakeServer, RealServer, data_url, video_chat
 
 
 def test_every_setting_of_the_openai_client_reaches_the_engine(open_server: FakeServer, client: openai.OpenAI) -> None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import openai
 from testing.fakes import HOLD
 
-from mdi.core.errors import (
-    OverloadedError,
-)
-from tests.gateway.conftest import (
-    FakeServer,
-    RealServer,
-)
+from mdi.core.errors import OverloadedError
+from tests.gateway.conftest import FakeServer, RealServer
 
 
 def test_several_prompts_are_numbered_on_and_counted_together(open_server: FakeServer, client: openai.OpenAI) -> None:

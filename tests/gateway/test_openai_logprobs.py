@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.conftest import (
-    RealServer,
-)
+from tests.gateway.conftest import RealServer
 
 
 def test_the_openai_client_gets_logprobs_of_chats(real: RealServer) -> None:

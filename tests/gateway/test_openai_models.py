@@ -5,12 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
-from tests.gateway.conftest import (
-    CHAT,
-    HELLO,
-    FakeServer,
-    RealServer,
-)
+from tests.gateway.conftest import CHAT, HELLO, FakeServer, RealServer
 
 
 def test_the_model_answers_to_its_aliases(server: FakeServer) -> None:

@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from mdi.core.sampling import SamplingParams
-from tests.gateway.conftest import (
-    CHAT,
-    FakeServer,
-)
+from tests.gateway.conftest import CHAT, FakeServer
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,7 @@ from testing.fakes import HOLD, FakeEngine, echo, piece
 from mdi.core.outputs import Piece
 from mdi.gateway.app import GatewayConfig
 from mdi.gateway.streaming import events
-from tests.gateway.conftest import (
-    CHAT,
-    KEY,
-    LONG_WAIT_S,
-    REAL_KEY,
-    FakeServer,
-    RealServer,
-    serving,
-)
+from tests.gateway.conftest import CHAT, KEY, LONG_WAIT_S, REAL_KEY, FakeServer, RealServer, serving
 
 
 def test_an_answer_past_the_time_limit_is_cancelled_and_reported() -> None:

@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 
 from mdi.core.sampling import SamplingParams
-from tests.gateway.conftest import (
-    FakeServer,
-    RealServer,
-    data_url,
-    image_chat,
-    video_chat,
-)
+from tests.gateway.conftest import FakeServer, RealServer, data_url, image_chat, video_chat
 
 
 def images(*names: Any) -> str:
