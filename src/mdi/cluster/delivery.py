@@ -36,7 +36,7 @@ class Link(Protocol):
     """From the first stage to all the others."""
 
     def send(self, batch: Batch, hidden: Tensor) -> None:
-        """Hands a batch over. hidden: [tokens, hidden_size]. Keeps the order; does not wait for the network."""
+        """Sends a batch, in order, without waiting for the network. hidden: [tokens, hidden_size]."""
 
     def recover(self) -> None:
-        """Begins to bring lost nodes back, after a LinkError; does not wait for them."""
+        """Begins to bring lost nodes back, after a LinkError, without waiting for them."""

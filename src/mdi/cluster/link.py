@@ -82,7 +82,7 @@ class GrpcLink:
                 self._call(self._close_epoch())
 
     def send(self, batch: Batch, hidden: Tensor) -> None:
-        """Hands a batch over; hidden: [tokens, hidden_size]."""
+        """Sends a batch. hidden: [tokens, hidden_size]."""
         epoch = self._epoch
         if epoch:
             for masks in codec.encode_masks(batch, epoch.number):

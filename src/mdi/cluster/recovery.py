@@ -1,4 +1,4 @@
-"""How long and how often lost nodes are brought back. Pure: no clock, no processes; the caller says when and who."""
+"""How often lost nodes are brought back. Pure: no clock and no processes; the caller passes times and names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class LossLog:
         self._in_a_row: Counter[str] = Counter()
 
     def wired(self, now_s: float) -> None:
-        """All nodes run."""
+        """From now on all nodes run."""
         self._wired_s = now_s
 
     def interrupted(self, now_s: float) -> None:
-        """They did until now: a while of that, and what was lost before counts no more."""
+        """Until now all nodes ran. Where that was long enough, losses before count no more."""
         if now_s - self._wired_s >= self._limits.settled_s:
             self._in_a_row.clear()
 
     def lost(self, node: str) -> bool:
-        """Notes a loss; whether it is one too many."""
+        """Counts a loss. Returns whether it is one too many."""
         self._in_a_row[node] += 1
         return self._in_a_row[node] > self._limits.max_losses
