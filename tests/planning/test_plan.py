@@ -109,7 +109,7 @@ def test_what_cannot_fit_is_refused_with_what_is_missing(
         make_plan(FULL_SIZE, 3, layers, machines=machines, dtype="bfloat16", cache_tokens=4096)
 
 
-def test_layers_by_hand_are_taken_as_they_are() -> None:
+def test_layers_that_are_given_are_the_plan() -> None:
     plan = make_plan(FULL_SIZE, 3, (10, 10, 8))
     assert plan.layers == (10, 10, 8)
     assert [(stage.first_layer, stage.last_layer) for stage in plan.stages] == [(0, 10), (10, 20), (20, 28)]

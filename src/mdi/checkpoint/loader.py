@@ -72,7 +72,7 @@ def load_source(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage (the whole model without a spec) straight from a checkpoint, cast to `dtype`; no chunk needed.
+    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is the whole model.
 
     Raises CheckpointError for a tensor that is missing or has another shape.
     """
@@ -112,7 +112,7 @@ def _load(
 
 
 def _release_rows(decoder: Decoder, read: Read) -> None:
-    """Packing a tied head read every row of the mapped embedding; a fresh mapping has none resident."""
+    """Maps the embedding anew where packing a tied head has read all its rows, so that none is resident."""
     if decoder.embedding is None or decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
         return
     mapped = read(EMBEDDING)
@@ -121,7 +121,7 @@ def _release_rows(decoder: Decoder, read: Read) -> None:
 
 
 def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs, count: Callable[[int], None]) -> None:
-    """First what the chunk says it is, then whether it is undamaged, then whether it is complete."""
+    """Checks first which chunk it is, then that it is undamaged, then that it has exactly its stage's tensors."""
     metadata, found = _read_header(path)
     expected = chunk_metadata(entry.role, manifest.plan_hash)
     if metadata is not None and metadata != expected:
@@ -142,7 +142,7 @@ def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs
 
 
 def _read_header(path: Path) -> tuple[dict[str, str] | None, Specs]:
-    """A chunk's metadata and what its tensors are. None where the header cannot be read."""
+    """A chunk's metadata and the specs of its tensors. None where the header cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mdi.core.errors import CheckpointError
 
-if TYPE_CHECKING:  # torch takes seconds to import: who only names a dtype does not need it
+if TYPE_CHECKING:  # torch takes seconds to import, and names of dtypes do not need it
     import torch
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
