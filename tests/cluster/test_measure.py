@@ -104,7 +104,7 @@ def test_what_fits_nowhere_is_refused_before_anything_is_written(
     assert not chunk_folder(checkpoint, 3).exists()
 
 
-def test_the_plan_is_shown_beforehand_and_says_who_was_not_asked(
+def test_the_plan_is_shown_beforehand_and_says_which_node_was_not_measured(
     checkpoint: Path, nodes: ManualCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -115,6 +115,6 @@ def test_the_plan_is_shown_beforehand_and_says_who_was_not_asked(
     assert done.exit_code == 0, done.output
     assert "GB/s" in done.output
     assert "TFLOP/s" in done.output
-    assert "secondary0 was not asked, and is taken to be as fast as this machine: nothing listens" in done.output
-    assert "finisher was not asked" not in done.output
+    assert "secondary0 was not measured, and is taken to be as fast as this machine: nothing listens" in done.output
+    assert "finisher was not measured" not in done.output
     assert not chunk_folder(checkpoint, 3).exists()
