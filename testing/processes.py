@@ -47,7 +47,7 @@ class Process:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def wait_for_line(self, part: str, timeout_s: float = 60) -> str:
+    def wait_for_line(self, part: str, timeout_s: float = 100) -> str:
         """The first line that contains `part`."""
 
         def found() -> str | None:
