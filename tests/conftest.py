@@ -22,6 +22,7 @@ hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ.pop("COLUMNS", None)  # of the worker: consoles would keep it, whatever a test sets
 
 
 @pytest.fixture(autouse=True)
