@@ -31,6 +31,12 @@ def test_sizes_that_make_no_sense_are_refused(scenario: Scenario, what: str) -> 
         limits_for([scenario])
 
 
+def test_small_images_do_not_lower_the_checkpoints_limit() -> None:
+    small, large = Scenario(1, 10, 56, 3), Scenario(1, 10, 448, 3)
+    assert limits_for([small], max_pixels=12_544).max_pixels == 12_544
+    assert limits_for([large], max_pixels=12_544).max_pixels == (448 + 28) ** 2
+
+
 def bench(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", *arguments])
 

@@ -53,10 +53,10 @@ def test_one_stop_string_may_stand_alone() -> None:
 
 
 def test_an_explicit_temperature_switches_the_checkpoints_filters_off() -> None:
-    shipped = SamplingParams(temperature=0.01, top_k=1, top_p=0.001)
+    shipped = SamplingParams(temperature=0.01, top_k=1, top_p=0.001, min_p=0.1)
     assert SamplingParams().resolved(shipped, 10).top_k == 1
     warm = SamplingParams(temperature=0.8).resolved(shipped, 10)
-    assert (warm.temperature, warm.top_k, warm.top_p) == (0.8, 0, 1.0)
+    assert (warm.temperature, warm.top_k, warm.top_p, warm.min_p) == (0.8, 0, 1.0, 0.1)
     assert SamplingParams(temperature=0.8, top_k=5).resolved(shipped, 10).top_k == 5
 
 

@@ -27,8 +27,11 @@ class EngineLimits:
     max_pixels: int | None
 
 
-def limits_for(scenarios: Sequence[Scenario]) -> EngineLimits:
-    """The smallest limits that all scenarios fit into. Raises ConfigError for impossible sizes."""
+def limits_for(scenarios: Sequence[Scenario], max_pixels: int | None = None) -> EngineLimits:
+    """The smallest limits that all scenarios fit into. Raises ConfigError for impossible sizes.
+
+    max_pixels: the checkpoint's, which is raised where an image needs it; None for a text model.
+    """
     for scenario in scenarios:
         if scenario.streams < 1 or scenario.prompt_tokens < 1 or scenario.answer_tokens < 1:
             raise ConfigError("streams, prompt lengths and answers take whole numbers above 0")
@@ -38,7 +41,7 @@ def limits_for(scenarios: Sequence[Scenario]) -> EngineLimits:
     return EngineLimits(
         max(scenario.sequence_length for scenario in scenarios),
         max(scenario.streams for scenario in scenarios),
-        max(side + 28 for side in sides) ** 2 if sides else None,
+        max([max_pixels or 0, *((side + 28) ** 2 for side in sides)]) or None,
     )
 
 

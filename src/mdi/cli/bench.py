@@ -33,6 +33,7 @@ def bench(
     from mdi.bench.run import limits_for, run_bench, write_files
     from mdi.bench.scenario import sweep
     from mdi.bench.trace import write_trace
+    from mdi.checkpoint.processing import patch_spec
 
     if peer not in (None, "transformers"):
         raise ConfigError(f"--peer knows transformers, not {peer!r}")
@@ -44,7 +45,7 @@ def bench(
         sides,
         answer_tokens,
     )
-    limits = limits_for(scenarios)
+    limits = limits_for(scenarios, patch_spec(source.path).max_pixels if sides else None)
     engine = options.start(
         str(source.path),
         sequence_length=limits.sequence_length,

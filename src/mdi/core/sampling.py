@@ -130,7 +130,7 @@ class SamplingParams(BaseModel):
     def resolved(self, defaults: SamplingParams, longest: int) -> Sampling:
         """Fills in what the request left open: from the checkpoint's defaults, and `longest` for max_tokens.
 
-        An explicit temperature switches the checkpoint's top_k, top_p and min_p off unless the request sets them:
+        An explicit temperature switches the checkpoint's top_k and top_p off unless the request sets them:
         instruct checkpoints ship top_k 1, which would make the temperature a no-op.
         """
         filters = defaults if self.temperature is None else SamplingParams()
@@ -139,7 +139,7 @@ class SamplingParams(BaseModel):
             temperature=_first(self.temperature, defaults.temperature, 1.0),
             top_k=_first(self.top_k, filters.top_k, 0),
             top_p=_first(self.top_p, filters.top_p, 1.0),
-            min_p=_first(self.min_p, filters.min_p, 0.0),
+            min_p=_first(self.min_p, defaults.min_p, 0.0),
             repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
