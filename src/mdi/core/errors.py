@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_SHOWN_BITS = 128  # of a refused number; Python refuses to print very long ones
+MAX_SHOWN_CHARACTERS = 40
 
 
 class MDIError(Exception):
@@ -83,8 +84,14 @@ def invalid(findings: Sequence[Mapping[str, Any]]) -> InputError:
     if first["type"] == "missing":
         return InputError(f"{field} is missing", field)
     message, value = first["msg"].removeprefix("Value error, "), first["input"]
-    if isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= MAX_SHOWN_BITS):
+    if _is_short(value):
         message += f", got {value!r}"
     if message.startswith("Input "):
         return InputError(message.replace("Input", field, 1), field)
     return InputError(f"{field}: {message}" if field else message, field or None)
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_SHOWN_CHARACTERS
+    return isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() <= MAX_SHOWN_BITS)
