@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mdi.cli.demo import Answered
+from mdi.cli.sample_questions import AnsweredQuestion
 
 N_COLUMNS, CARD, MARGIN = 4, (380, 340), 12  # pixels
 PICTURE_HEIGHT, VIDEO_FRAMES = 220, 4
@@ -17,7 +17,7 @@ LETTERS_PER_LINE = 46
 INK, RIGHT, WRONG, PAPER = "#222222", "#1a7f37", "#c62828", "#ffffff"
 
 
-def contact_sheet(answers: Sequence[Answered]) -> Image.Image:
+def contact_sheet(answers: Sequence[AnsweredQuestion]) -> Image.Image:
     """A card for each question: its pictures, the question, the answer, and the truth where it differs."""
     n_rows = -(-len(answers) // N_COLUMNS)
     width, height = CARD
@@ -27,7 +27,7 @@ def contact_sheet(answers: Sequence[Answered]) -> Image.Image:
     return sheet
 
 
-def _card(answer: Answered) -> Image.Image:
+def _card(answer: AnsweredQuestion) -> Image.Image:
     card = Image.new("RGB", CARD, PAPER)
     pictures = [picture for path in answer.sample.media for picture in _pictures(path)]
     n_columns = min(2, len(pictures))

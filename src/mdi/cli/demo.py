@@ -5,16 +5,15 @@ The samples are the first held-out ones of every skill (training/sample_images.p
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from mdi.cli.sample_questions import AnsweredQuestion, SampleQuestion, sample_questions
 from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
 
@@ -22,36 +21,7 @@ if TYPE_CHECKING:
     from mdi.engine import Engine
 
 N_NODES = 3
-SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 SHEET = "answers.png"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question about one image, two, or a video."""
-
-    question: str
-    truth: str
-    media: tuple[Path, ...]
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The question in the chat form."""
-        kinds = [("video" if path.suffix == ".mp4" else "image", path) for path in self.media]
-        parts: list[dict[str, Any]] = [{"type": kind, kind: str(path)} for kind, path in kinds]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": self.question}]}]
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A sample with the model's answer."""
-
-    sample: Sample
-    text: str
-    seconds: float
-
-    @property
-    def right(self) -> bool:
-        return self.text == self.sample.truth
 
 
 def demo(
@@ -70,7 +40,7 @@ def demo(
     started = time.perf_counter()
     with Engine(BUNDLED, n_nodes=N_NODES, encryption=encryption_enabled()) as engine:
         out.print(f"{N_NODES} nodes with one model between them, started in {time.perf_counter() - started:.1f} s\n")
-        answers = [_ask(engine, sample) for sample in samples()]
+        answers = [_ask(engine, sample) for sample in sample_questions()]
         nodes = Table("node", "layers", "process", "memory")
         for node in engine.nodes():
             layers = f"{node.first_layer}-{node.last_layer - 1}"
@@ -84,14 +54,6 @@ def demo(
     say('With a real model: mdi ask Qwen/Qwen2-VL-2B-Instruct "What is this?" --image cat.jpg')
 
 
-def samples() -> list[Sample]:
-    """The samples that ship with the package."""
-    entries = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
-    return [
-        Sample(entry["question"], entry["truth"], tuple(SAMPLES / name for name in entry["media"])) for entry in entries
-    ]
-
-
 def _check_writable(sheet: Path) -> None:
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -100,15 +62,15 @@ def _check_writable(sheet: Path) -> None:
         raise ConfigError(f"{str(sheet)!r} cannot be written ({error.strerror}): choose another --out") from None
 
 
-def _ask(engine: Engine, sample: Sample) -> Answered:
+def _ask(engine: Engine, sample: SampleQuestion) -> AnsweredQuestion:
     from mdi.core.sampling import SamplingParams
 
     started = time.perf_counter()
     completion = engine.chat(sample.messages(), SamplingParams(temperature=0, max_tokens=64))
-    return Answered(sample, completion.text, time.perf_counter() - started)
+    return AnsweredQuestion(sample, completion.text, time.perf_counter() - started)
 
 
-def _answers_table(answers: list[Answered]) -> Table:
+def _answers_table(answers: list[AnsweredQuestion]) -> Table:
     table = Table("question", "answer", "truth", "seconds")
     for answer in answers:
         text = Text(answer.text, "green" if answer.right else "red")
