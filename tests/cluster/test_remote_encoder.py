@@ -117,6 +117,7 @@ def test_the_node_is_shown(served: Served) -> None:
     assert served.status.sent_bytes > 1_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alone: Engine, how: str) -> None:
     question = about(image(5, side=840))

@@ -30,6 +30,8 @@ REQUESTS = [
     for number in range(3)
 ]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -132,7 +134,6 @@ def test_a_node_that_is_back_in_time_is_taken_and_gets_its_weights_again_on_a_fr
     assert ("spare0", "waiting", "spare0") in shown(engine)
 
 
-@pytest.mark.slow
 def test_places_change_hands_as_nodes_come_and_go(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -160,7 +161,6 @@ def test_places_change_hands_as_nodes_come_and_go(
     assert [node.restarts for node in engine.nodes()] == [0, 1, 3]
 
 
-@pytest.mark.slow
 def test_a_starter_that_starts_again_finds_the_spare_in_the_place_it_took(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -195,7 +195,6 @@ def test_a_node_told_to_end_hands_over_to_a_spare(
     assert row(engine, victim).spare == "spare0"
 
 
-@pytest.mark.slow
 def test_a_node_told_to_end_ends_when_no_spare_is_there(
     checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:

@@ -31,6 +31,8 @@ PROMPT, PARAMS = "Who are you?", SamplingParams(max_tokens=8, temperature=1, see
 QUESTION = (PROMPT, "--max-tokens", "8", "--temperature", "1", "--seed", "38")
 SLOW = 4e6  # bytes a second: a chunk takes some seconds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -137,7 +139,6 @@ def test_a_node_killed_in_mid_transfer_goes_on_where_its_file_ended(
     assert processes[1].wait_for_line("loading: done")
 
 
-@pytest.mark.slow
 def test_a_broken_link_and_a_starter_that_starts_again_go_on_where_they_were(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -157,7 +158,6 @@ def test_a_broken_link_and_a_starter_that_starts_again_go_on_where_they_were(
         assert node.wait_for_line("loading: done")
 
 
-@pytest.mark.slow
 def test_a_frozen_node_does_not_hold_the_starter_and_a_new_transfer_replaces_the_old(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -206,7 +206,6 @@ def test_a_chunk_of_another_plan_is_replaced_by_the_right_one(
     assert not nodes.cache("finisher").exists()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_changed_is_sent_anew_to_nodes_that_hold_the_old_one(
     checkpoint: Path, alone: str, tmp_path: Path, undo: ExitStack
 ) -> None:
@@ -260,7 +259,6 @@ def test_a_full_disk_is_named_at_both_ends_and_the_transfer_goes_on_when_there_i
     assert answer(starter) == alone
 
 
-@pytest.mark.slow
 def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_later(
     checkpoint: Path, tmp_path: Path, undo: ExitStack
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -46,13 +47,30 @@ def test_three_nodes_answer_as_one_does(checkpoint: Path, picture: Path) -> None
     assert alone.stdout == spread.stdout
 
 
-def test_a_file_of_questions_is_answered_paragraph_by_paragraph(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def mdi_here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command in this process, because starting one takes seconds; its standard output."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["mdi", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    return run
+
+
+def test_a_file_of_questions_is_answered_paragraph_by_paragraph(
+    checkpoint: Path, tmp_path: Path, mdi_here: Callable[..., str]
+) -> None:
     questions = tmp_path / "questions.txt"
     questions.write_text("One?\n\nTwo,\nstill two?\n\n\nThree?\n")
     settings = ("--max-tokens", "3", "--temperature", "1", "--seed", "1")
-    together = mdi("ask", checkpoint, f"FILE:{questions}", *settings)
-    single = [mdi("ask", checkpoint, text, *settings).stdout for text in ("One?", "Two,\nstill two?", "Three?")]
-    assert together.stdout == "".join(single)
+    together = mdi_here("ask", checkpoint, f"FILE:{questions}", *settings)
+    single = [mdi_here("ask", checkpoint, text, *settings) for text in ("One?", "Two,\nstill two?", "Three?")]
+    assert together == "".join(single)
 
 
 def test_prepare_and_plan_agree(checkpoint: Path) -> None:
