@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import socket
+import ssl
+import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +22,7 @@ from mdi.cluster.link import PipelineSettings
 from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
 from mdi.rpc import authority as certs
+from mdi.rpc import diagnose as diagnose_module
 from mdi.rpc.authority import Authority
 from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
@@ -133,3 +139,33 @@ def test_a_link_tells_why_a_node_does_not_answer(server: str, starter: Identity,
     words = r"secondary0 does not answer.*has the certificate of finisher" if encrypted else "set ENABLE_ENCRYPTION=1"
     with pytest.raises(LinkError, match=words):
         OwnLink([NodeAddress("secondary0", server)], settings, lambda _: None, identity=starter if encrypted else None)
+
+
+def test_a_connection_that_is_reset_at_once_is_named_and_closed(
+    starter: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_context = diagnose_module._context
+
+    def slow_context(identity: Identity) -> ssl.SSLContext:
+        context = make_context(identity)
+        time.sleep(0.2)  # a connection that is open by now has been reset
+        return context
+
+    def reset_all(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+    monkeypatch.setattr(diagnose_module, "_context", slow_context)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=reset_all, args=(listener,))
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        reason = diagnose(address, "finisher", starter)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert reason
+    assert address in reason  # what is said of it depends on when the reset arrives
+    gc.collect()  # a socket that was left open is an error of this test

@@ -47,19 +47,18 @@ def _handshake(address: str, peer: str, identity: Identity | None) -> str | None
 
 
 def _encrypted_handshake(address: str, peer: str, identity: Identity) -> str | None:
-    with _connect(address) as connection:
-        try:
-            with _context(identity).wrap_socket(connection) as encrypted:
-                found = _names(encrypted)
-                if found != [peer]:
-                    return f"{address} has the certificate of {' and '.join(found) or 'no node'}, not of {peer}"
-                accepted = _answers_http2(encrypted)
-        except ssl.SSLCertVerificationError as error:
-            return _untrusted(address, peer, error)
-        except (ssl.SSLError, ConnectionResetError):
-            if _speaks_http2(address):
-                return f"{address} is not encrypted and this side is: start the node there with {VARIABLE}=1"
-            return _no_node(address)
+    try:
+        with _connect_encrypted(address, _context(identity)) as encrypted:
+            found = _names(encrypted)
+            if found != [peer]:
+                return f"{address} has the certificate of {' and '.join(found) or 'no node'}, not of {peer}"
+            accepted = _answers_http2(encrypted)
+    except ssl.SSLCertVerificationError as error:
+        return _untrusted(address, peer, error)
+    except (ssl.SSLError, ConnectionResetError):
+        if _speaks_http2(address):
+            return f"{address} is not encrypted and this side is: start the node there with {VARIABLE}=1"
+        return _no_node(address)
     if accepted:
         return None
     return (
@@ -81,8 +80,29 @@ def _no_node(address: str) -> str:
 
 
 def _connect(address: str) -> socket.socket:
+    return socket.create_connection(_host_and_port(address), TIMEOUT_S)
+
+
+def _connect_encrypted(address: str, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """Wraps before it connects: the ssl module never closes a connection that is reset between the two."""
+    failure = OSError("it has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(*_host_and_port(address), type=socket.SOCK_STREAM):
+        encrypted = context.wrap_socket(socket.socket(family, kind, protocol))
+        encrypted.settimeout(TIMEOUT_S)
+        try:
+            encrypted.connect(place)
+            return encrypted
+        except OSError as error:
+            encrypted.close()
+            if isinstance(error, ssl.SSLError):
+                raise
+            failure = error
+    raise failure
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S)
+    return host.strip("[]"), int(port)
 
 
 def _context(identity: Identity) -> ssl.SSLContext:
@@ -111,7 +131,7 @@ def _speaks_tls(address: str) -> bool:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # any TLS server will do
     context.set_alpn_protocols(["h2"])
     try:
-        with _connect(address) as connection, context.wrap_socket(connection):
+        with _connect_encrypted(address, context):
             return True
     except (ssl.SSLError, ConnectionResetError):
         return False
