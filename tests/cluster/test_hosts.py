@@ -1,6 +1,6 @@
 """One model over three hosts on an encrypted network: nodes killed, frozen and cut off while answers are written.
 
-Real processes, each on its host, nodes started by hand. An answer that lived through a fault is compared with the same
+Real processes, each on its host, manual nodes. An answer that lived through a fault is compared with the same
 question's answer afterwards, when all is well.
 """
 

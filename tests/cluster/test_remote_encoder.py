@@ -41,7 +41,7 @@ def alone(checkpoint: Path) -> Iterator[Engine]:
 
 
 class Served:
-    """An engine over nodes started by hand, one of which has the vision tower."""
+    """An engine over manual nodes, one of which has the vision tower."""
 
     def __init__(self, checkpoint: Path, nodes: ManualCluster, undo: ExitStack) -> None:
         self.nodes = nodes

@@ -1,4 +1,4 @@
-"""Nodes started by hand without weights: the starter sends them, whatever happens meanwhile."""
+"""Manual nodes without weights: the starter sends them, whatever happens meanwhile."""
 
 from __future__ import annotations
 
