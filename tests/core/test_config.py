@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from mdi.core.config import CacheSettings, ClusterConfig, EngineConfig, ManualNodes, RecoveryLimits, Section, meaning
+from mdi.core.config import (
+    CacheSettings,
+    ClusterConfig,
+    EngineConfig,
+    GatewayConfig,
+    ManualNodes,
+    RecoveryLimits,
+    Section,
+    meaning,
+)
 from mdi.core.errors import ConfigError
 
 
@@ -92,3 +101,9 @@ def test_the_sequence_length_fits_the_model(wanted: int | None, length: int) -> 
 def test_a_sequence_length_beyond_the_model_is_refused(wanted: int) -> None:
     with pytest.raises(ConfigError, match="between 2 and the model's 5000"):
         CacheSettings(wanted).sequence_length_for(5000)
+
+
+def test_settings_of_the_server_have_their_meaning_and_are_checked_as_those_of_the_engine() -> None:
+    assert meaning("strict_requests").startswith("Refuse unknown fields")
+    with pytest.raises(ConfigError, match="strict_requests must be true or false"):
+        GatewayConfig(strict_requests=1)  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from testing.fakes import FakeEngine
 from testing.videos import encoded, numbered
 
 from mdi import Engine
-from mdi.gateway.app import GatewayConfig, create_app
+from mdi.core.config import GatewayConfig
+from mdi.gateway.app import create_app
 from mdi.media import MediaPolicy
 
 KEY = "schlüssel"

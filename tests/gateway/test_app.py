@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
-from mdi.gateway.app import GatewayConfig, bind
+from mdi.gateway.app import bind
 from tests.gateway.conftest import FakeServer, RealServer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from testing.fakes import FakeEngine
 
-from mdi.gateway.app import GatewayConfig
+from mdi.core.config import GatewayConfig
 from tests.gateway.conftest import serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"

@@ -14,8 +14,8 @@ import pytest
 from fastapi import Request
 from testing.fakes import HOLD, FakeEngine, echo, piece
 
+from mdi.core.config import GatewayConfig
 from mdi.core.outputs import Piece
-from mdi.gateway.app import GatewayConfig
 from mdi.gateway.streaming import events
 from tests.gateway.conftest import CHAT, KEY, LONG_WAIT_S, REAL_KEY, FakeServer, RealServer, serving
 

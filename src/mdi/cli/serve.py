@@ -18,7 +18,7 @@ from mdi.cli.options import (
     setting,
 )
 from mdi.cli.screen import err, nodes_table
-from mdi.core.config import MEBIBYTE
+from mdi.core.config import MEBIBYTE, GatewayConfig
 from mdi.core.errors import ConfigError
 
 
@@ -37,14 +37,15 @@ def serve(
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
     media_dir: Annotated[Path | None, setting("media_dir")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="MDI_API_KEY", help="Key that requests must bring.")] = None,
+    api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None,
+    strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    from mdi.gateway.app import GatewayConfig, bind
+    from mdi.gateway.app import bind
     from mdi.gateway.app import serve as serve_http
 
     with (
@@ -63,4 +64,4 @@ def serve(
         ) as engine,
     ):
         err.print(nodes_table(engine.model_name, engine.nodes()))
-        serve_http(engine, bound, GatewayConfig(api_key=api_key))
+        serve_http(engine, bound, GatewayConfig(api_key=api_key, strict_requests=strict_requests))

@@ -1,4 +1,5 @@
-"""The settings of an engine: one frozen tree of sections. Each setting, its default and its meaning stand here only."""
+"""The settings of an engine and of its HTTP server: frozen sections. Each setting, its default and its meaning stand
+here only."""
 
 from __future__ import annotations
 
@@ -188,9 +189,28 @@ class EngineConfig(Section):
         return cls(ModelSettings(str(checkpoint))).with_settings(**settings)
 
 
+@dataclass(frozen=True)
+class GatewayConfig(Section):
+    """All settings of the HTTP server. aliases: further names of the model."""
+
+    api_key: str | None = setting(None, "Key that requests must bring.")
+    aliases: tuple[str, ...] = ()
+    strict_requests: bool = setting(False, "Refuse unknown fields in OpenAI requests instead of ignoring them.")
+    max_body_bytes: int = setting(64 * MEBIBYTE, "Longest body of a request.", low=0)
+    request_timeout_s: float | None = setting(
+        3600.0, "Seconds for an answer, including the time in the queue.", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.api_key == "":
+            raise ConfigError("the API key is empty: give one, or none at all")
+
+
 def meaning(name: str) -> str:
     """What a setting means, in a sentence."""
-    found = next(item for item in _all_fields(EngineConfig.of("")) if item.name == name)
+    known = (*_all_fields(EngineConfig.of("")), *_all_fields(GatewayConfig()))
+    found = next(item for item in known if item.name == name)
     return str(found.metadata["meaning"])
 
 

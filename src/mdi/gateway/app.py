@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 
 import uvicorn
 from fastapi import FastAPI
 
+from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
 from mdi.gateway import errors, generate, health, openai
 from mdi.gateway.engine import TextEngine
@@ -17,26 +17,6 @@ from mdi.gateway.middleware.body_limit import BodyLimit
 DRAIN_S = 30
 
 
-@dataclass(frozen=True)
-class GatewayConfig:
-    """Limits of the server.
-
-    api_key: key that every request must send, except health checks; None accepts requests without a key.
-    max_body_bytes: largest body of one request.
-    request_timeout_s: longest answer, including the time in the queue; None is no limit.
-    aliases: further names of the model.
-    """
-
-    api_key: str | None = None
-    max_body_bytes: int = 64 * 2**20
-    request_timeout_s: float | None = 3600.0
-    aliases: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.api_key == "":
-            raise ConfigError("the API key is empty: give one, or none at all")
-
-
 def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
     """The application, for any ASGI server."""
     app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
@@ -44,9 +24,9 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key)  # added last, so it runs first
-    app.include_router(generate.router(engine, config.request_timeout_s))
+    app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
-    app.include_router(openai.router(engine, config.aliases, config.request_timeout_s))
+    app.include_router(openai.router(engine, config))
     return app
 
 

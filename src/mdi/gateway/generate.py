@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from mdi.core.config import GatewayConfig
 from mdi.core.messages import Chat, parse_messages
 from mdi.core.outputs import Piece
 from mdi.core.sampling import SampleCount
@@ -40,14 +41,14 @@ class MultimodalRequest(GenerateRequest):
     messages: list[dict[str, Any]]
 
 
-def router(engine: TextEngine, timeout_s: float | None) -> APIRouter:
+def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
     routes = APIRouter()
 
     async def answer(request: Request, prompt: str | Chat, body: GenerateRequest) -> Response:
         running = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         if body.stream:
-            return await events(request, running, timeout_s, _render)
-        done = await completion(request, running, timeout_s)
+            return await events(request, running, config.request_timeout_s, _render)
+        done = await completion(request, running, config.request_timeout_s)
         return JSONResponse({"samples": [sample.text for sample in done.samples]})
 
     @routes.post("/generate")

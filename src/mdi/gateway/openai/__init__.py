@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fastapi import APIRouter
 
+from mdi.core.config import GatewayConfig
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.openai import chat, completions, models
 
 
-def router(engine: TextEngine, aliases: Sequence[str], timeout_s: float | None) -> APIRouter:
+def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
     routes = APIRouter(prefix="/v1")
-    served = models.ServedModel(engine.model_name, aliases)
+    served = models.ServedModel(engine.model_name, config.aliases)
     routes.include_router(models.router(served))
-    routes.include_router(chat.router(engine, served, timeout_s))
-    routes.include_router(completions.router(engine, served, timeout_s))
+    routes.include_router(chat.router(engine, served, config))
+    routes.include_router(completions.router(engine, served, config))
     return routes

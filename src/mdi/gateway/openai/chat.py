@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from mdi.core.config import GatewayConfig
 from mdi.core.errors import InputError
 from mdi.core.messages import parse_messages
 from mdi.core.outputs import Piece, Sample
@@ -21,7 +22,7 @@ KNOWN_IN_MESSAGES = {"role", "content", "name", "refusal", "annotations"}  # the
 UNSUPPORTED_IN_MESSAGES = {"tool_calls", "tool_call_id", "function_call", "audio"}
 
 
-def router(engine: TextEngine, served: ServedModel, timeout_s: float | None) -> APIRouter:
+def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/chat/completions")
@@ -29,7 +30,7 @@ def router(engine: TextEngine, served: ServedModel, timeout_s: float | None) -> 
         served.check(body.model)
         running = _submit(engine, body)
         choices = ChatChoices(chat_logprobs(engine.token_bytes) if body.logprobs else no_logprobs)
-        return await answer(request, body, running, choices, engine.model_name, timeout_s)
+        return await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
 
     return routes
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from mdi.core.config import GatewayConfig
 from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Running, TextEngine
@@ -18,7 +19,7 @@ from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.openai.schemas import CompletionRequest
 
 
-def router(engine: TextEngine, served: ServedModel, timeout_s: float | None) -> APIRouter:
+def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/completions")
@@ -26,7 +27,7 @@ def router(engine: TextEngine, served: ServedModel, timeout_s: float | None) -> 
         served.check(body.model)
         running = _submit_all(engine, body.prompt, body.params())
         choices = TextChoices(text_logprobs(engine.token_bytes) if body.wants_logprobs else no_logprobs)
-        return await answer(request, body, running, choices, engine.model_name, timeout_s)
+        return await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
 
     return routes
 
