@@ -96,7 +96,7 @@ def adjustment(
 
 
 def test_a_repetition_penalty_is_that_of_transformers() -> None:
-    logits = torch.randn(1, 50)
+    logits = torch.randn(1, 50, dtype=torch.float64)
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[3, 7, 7, 11]]), logits.clone())
     ours = logits[0].clone()
     made = adjustment({3: 0, 7: 2, 11: 1}, repetition=1.7).adjustment

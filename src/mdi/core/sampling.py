@@ -74,7 +74,7 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 class SamplingParams(BaseModel):
     """Sampling settings of one request; None means "as the checkpoint's generation_config.json says".
 
-    temperature: 0 is greedy; the softmax's divisor otherwise.
+    temperature: 0 is greedy, like all below 1e-5; the softmax's divisor otherwise.
     top_k: draw from the k most likely tokens; 0 is off.
     top_p: draw from the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv:1904.09751).
     min_p: drop tokens less likely than min_p times the likeliest (arXiv:2407.01082).

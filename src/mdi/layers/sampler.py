@@ -13,27 +13,27 @@ from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 FIRST_CANDIDATES = 1024
 """Likeliest tokens that are sorted first. The whole vocabulary is sorted only when the draw is not among them."""
 
+GREEDY_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: bfloat16 and float16 logits that differ at all differ by more."""
+
 
 def sample(logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
     """Draws one token for each row. logits: [rows, vocab_size] in any float dtype; samplings: one for each row.
 
-    Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own.
+    Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own. Rows are
+    computed one by one: how a sum over several rows is split among threads depends on how many they are.
     """
-    logits = logits.float()
-    adjusted = _adjusted(logits, samplings)
-    greedy = adjusted.argmax(-1).tolist()
-    picked = [
-        best if sampling.temperature == 0 else _draw(row, sampling)
-        for best, row, sampling in zip(greedy, adjusted, samplings, strict=True)
-    ]
-    chosen = logits.gather(1, torch.tensor(picked, device=logits.device)[:, None])[:, 0]
-    normalisers = logits.logsumexp(-1)
-    logprobs = (chosen - normalisers).tolist()
-    top_logprobs = [
-        _top(row, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
-        for row, normaliser, sampling in zip(logits, normalisers, samplings, strict=True)
-    ]
-    return tuple(map(Token, picked, logprobs, top_logprobs))
+    return tuple(map(_sample_row, logits.float(), samplings))
+
+
+def _sample_row(logits: Tensor, sampling: TokenSampling) -> Token:
+    """logits: float32 [vocab_size]."""
+    adjusted = _adjusted(logits, sampling)
+    greedy = sampling.temperature < GREEDY_TEMPERATURE
+    picked = int(adjusted.argmax()) if greedy else _draw(adjusted, sampling)
+    normaliser = logits.logsumexp(0)
+    top_logprobs = _top(logits, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
+    return Token(picked, float(logits[picked] - normaliser), top_logprobs)
 
 
 def uniform(sampling: TokenSampling) -> float:
@@ -43,12 +43,13 @@ def uniform(sampling: TokenSampling) -> float:
 
 
 def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
-    """Applies penalties and biases in place. logits: float32 [vocab_size]."""
+    """Applies penalties and biases in place. logits: float64 [vocab_size]: no penalty makes one infinite."""
     if adjustment.penalised_ids:
         penalised = torch.tensor(adjustment.penalised_ids, device=logits.device)
         counts = torch.tensor(adjustment.counts, dtype=logits.dtype, device=logits.device)
         values, penalty = logits[penalised], adjustment.repetition_penalty
-        values = torch.where(values > 0, values / penalty, values * penalty)
+        largest = torch.finfo(logits.dtype).max
+        values = torch.where(values > 0, values / penalty, values * penalty).clamp_(-largest, largest)
         values -= adjustment.presence_penalty * (counts > 0) + adjustment.frequency_penalty * counts
         logits[penalised] = values
     if adjustment.biased_ids:
@@ -65,16 +66,15 @@ def forbid(logits: Tensor, token_mask: bytes) -> None:
     logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
 
 
-def _adjusted(logits: Tensor, samplings: Sequence[TokenSampling]) -> Tensor:
-    if not any(sampling.adjustment or sampling.token_mask is not None for sampling in samplings):
-        return logits
-    adjusted = logits.clone()
-    for row, sampling in zip(adjusted, samplings, strict=True):
-        if sampling.adjustment:
-            adjust(row, sampling.adjustment)
-        if sampling.token_mask is not None:
-            forbid(row, sampling.token_mask)
-    return adjusted
+def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:
+    """The logits after penalties, biases and mask; the same tensor where there are none."""
+    if sampling.adjustment:
+        logits = logits.double()
+        adjust(logits, sampling.adjustment)
+    if sampling.token_mask is not None:
+        logits = logits.clone()
+        forbid(logits, sampling.token_mask)
+    return logits
 
 
 def _top(logits: Tensor, normaliser: Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -85,38 +85,48 @@ def _top(logits: Tensor, normaliser: Tensor, count: int) -> tuple[tuple[int, flo
 def _draw(logits: Tensor, sampling: TokenSampling) -> int:
     """Inverse transform sampling over the tokens that top-k, min-p and top-p keep, likeliest first.
 
-    logits: float32 [vocab_size]. Filters apply in the order top-k, top-p, min-p, after temperature, as in transformers.
+    logits: [vocab_size]. Filters apply in the order top-k, top-p, min-p, after temperature, as in transformers.
     """
     vocab_size = len(logits)
-    scaled = logits / sampling.temperature
     if 0 < sampling.top_k < vocab_size:
-        top, ids = scaled.topk(sampling.top_k)
-        normaliser = top.logsumexp(0)
-        return _pick(top, ids, normaliser, sampling, complete=True)
-    normaliser = scaled.logsumexp(0)
+        top, ids = _likeliest(logits, sampling.top_k)
+        weights = _weights(top, top[0], sampling.temperature)
+        return _pick(weights, ids, weights.sum(), sampling, complete=True)
+    total = _weights(logits, logits.max(), sampling.temperature).sum()
     if vocab_size > FIRST_CANDIDATES:
-        top, ids = scaled.topk(FIRST_CANDIDATES)
-        picked = _pick(top, ids, normaliser, sampling, complete=False)
+        top, ids = _likeliest(logits, FIRST_CANDIDATES)
+        picked = _pick(_weights(top, top[0], sampling.temperature), ids, total, sampling, complete=False)
         if picked >= 0:
             return picked
-    top, ids = scaled.sort(descending=True, stable=True)
-    return _pick(top, ids, normaliser, sampling, complete=True)
+    top, ids = logits.sort(descending=True, stable=True)
+    return _pick(_weights(top, top[0], sampling.temperature), ids, total, sampling, complete=True)
 
 
-def _pick(top: Tensor, ids: Tensor, normaliser: Tensor, sampling: TokenSampling, *, complete: bool) -> int:
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest logits and their ids, as a stable sort of all has them: equal ones in the order of their ids."""
+    lowest = logits.topk(count).values[-1]
+    ids = (logits >= lowest).nonzero()[:, 0]
+    top, order = logits[ids].sort(descending=True, stable=True)
+    return top[:count], ids[order[:count]]
+
+
+def _weights(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
+    """Probabilities as multiples of the likeliest token's, in float64. highest: that token's logit."""
+    return (logits.double() - highest).div_(temperature).exp_()
+
+
+def _pick(weights: Tensor, ids: Tensor, total: Tensor, sampling: TokenSampling, *, complete: bool) -> int:
     """The drawn id, or -1 where an incomplete list of candidates does not decide.
 
-    top: scaled logits of the candidates `ids`, descending. normaliser: logsumexp over all candidates, listed or not.
+    weights: of the candidates `ids`, descending from 1. total: of all candidates, listed or not.
     """
-    probabilities = (top - normaliser).double().exp()
-    cumulative = probabilities.cumsum(0)
-    kept = int((cumulative - probabilities < sampling.top_p).sum())
-    likely = (probabilities > 0) & (probabilities >= sampling.min_p * probabilities[0])
-    kept = max(1, min(kept, int(likely.sum())))
-    if complete or kept < len(top):
-        target = uniform(sampling) * float(cumulative[kept - 1])
-    elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) < float(cumulative[-1]):
-        target = uniform(sampling)  # nothing is filtered: all candidates together weigh 1, listed or not
+    cumulative = weights.cumsum(0)
+    kept = 1 + int((cumulative[:-1] < sampling.top_p * total).sum())
+    kept = max(1, min(kept, int(((weights > 0) & (weights >= sampling.min_p)).sum())))
+    if complete or kept < len(weights):
+        target = uniform(sampling) * cumulative[kept - 1]
+    elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) * total < cumulative[-1]:
+        target = uniform(sampling) * total  # nothing is filtered: all candidates count, listed or not
     else:
         return -1
     index = int(torch.searchsorted(cumulative[:kept], target, right=True))
