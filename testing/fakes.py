@@ -17,11 +17,11 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError, MDIError
-from mdi.core.messages import Chat, Message, parse_messages
+from mdi.core.messages import Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
-Prompt = str | tuple[Message, ...]
+Prompt = str | RawText | TokenIds | tuple[Message, ...]
 
 
 class Hold:
@@ -40,7 +40,7 @@ def piece(text: str, finish: FinishReason | None = None, *, index: int = 0) -> P
 
 def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
     """Every sample is the prompt, in two pieces; the samples alternate."""
-    text = prompt if isinstance(prompt, str) else "ok"
+    text = prompt.text if isinstance(prompt, RawText) else prompt if isinstance(prompt, str) else "ok"
     yield from (piece(text, index=index) for index in range(params.n))
     yield from (piece(f" #{index}", "stop", index=index) for index in range(params.n))
 
@@ -114,14 +114,14 @@ class FakeEngine:
 
     def submit(
         self,
-        prompt: str | Chat,
+        prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
         params = params or SamplingParams()
-        read = prompt if isinstance(prompt, str) else parse_messages(prompt)
+        read = prompt if isinstance(prompt, (str, RawText, TokenIds)) else parse_messages(prompt)
         if error := self.refuse(read):
             raise error
         self.calls.append(Call(read, params, min_pixels, max_pixels))
@@ -141,9 +141,9 @@ class FakeEngine:
 
     def part(self, number: int) -> Any:
         """A content part of the last call's last message."""
-        message = self.calls[-1].prompt[-1]
-        assert isinstance(message, Message)
-        return message.content[number]
+        messages = self.calls[-1].prompt
+        assert isinstance(messages, tuple)
+        return messages[-1].content[number]
 
 
 class FakeStage:

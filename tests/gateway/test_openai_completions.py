@@ -6,6 +6,7 @@ import openai
 from testing.fakes import HOLD
 
 from mdi.core.errors import OverloadedError
+from mdi.core.messages import RawText
 from tests.gateway.conftest import FakeServer, RealServer
 
 
@@ -25,7 +26,7 @@ def test_several_prompts_are_numbered_on_and_counted_together(open_server: FakeS
 
 def test_several_prompts_run_all_or_none(server: FakeServer) -> None:
     server.engine.says(HOLD)
-    server.engine.refuse = lambda prompt: OverloadedError("full") if prompt == "b" else None
+    server.engine.refuse = lambda prompt: OverloadedError("full") if prompt == RawText("b") else None
     answer = server.post("/v1/completions", json={"model": "fake", "prompt": ["a", "b"]})
     assert answer.status_code == 429
     assert server.engine.requests[0].cancelled.is_set()

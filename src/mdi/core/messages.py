@@ -1,4 +1,4 @@
-"""Messages of a chat: text, images and videos, typed once, and the one parser of what callers give."""
+"""Prompts: messages of a chat, raw text and token ids, typed once, and the one parser of what callers give."""
 
 from __future__ import annotations
 
@@ -73,6 +73,28 @@ class Message:
 Chat = Sequence[Message | Mapping[str, Any]]
 """Messages as callers give them, typed or in the chat form: see `parse_messages`."""
 
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """A text that is continued exactly as it is, without a chat template.
+
+    The tokenizer adds its own special tokens, such as a BOS token, and recognises special tokens by their names in the
+    text. Text of strangers belongs into messages instead, where it never becomes a special token.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Token ids that are continued exactly as they are. Nothing is added to them."""
+
+    ids: tuple[int, ...]
+
+
+PromptInput = str | RawText | TokenIds | Chat
+"""What a request may ask. A plain string is one user message where the model has a chat template."""
+
 MESSAGE_FIELDS = ("role", "content")
 KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 PIXELS = ("min_pixels", "max_pixels")
@@ -124,7 +146,7 @@ def _message(message: Any, path: str, strict: bool) -> Message:
 
 def _content(content: Any, path: str, strict: bool) -> str | tuple[Part, ...]:
     if isinstance(content, str):
-        return _checked_text(content, path)
+        return checked_text(content, path)
     if not isinstance(content, (list, tuple)) or not content:
         raise InputError(f"{path} must be a string or a list of parts", path)
     return tuple(_part(part, f"{path}[{index}]", strict) for index, part in enumerate(content))
@@ -143,7 +165,7 @@ def _part(part: Any, path: str, strict: bool) -> Part:
     if kind == "text":
         if not isinstance(value, str):
             raise InputError(f"{field} must be a string", field)
-        return TextPart(_checked_text(value, field))
+        return TextPart(checked_text(value, field))
     source = _url(value, field) if name != kind else value
     settings = {name: _setting(name, part.get(name), path) for name in SETTINGS[kind]}
     if kind == "image":
@@ -174,7 +196,7 @@ def _image_source(source: Any, field: str) -> MediaSource:
 def _source(source: Any, field: str, expected: str) -> MediaSource:
     if not isinstance(source, (str, bytes, Path)) or not source:
         raise MediaError(f"{field} must be {expected}", field)
-    return _checked_text(source, field) if isinstance(source, str) else source
+    return checked_text(source, field) if isinstance(source, str) else source
 
 
 def _setting(name: str, value: Any, path: str) -> Any:
@@ -184,7 +206,8 @@ def _setting(name: str, value: Any, path: str) -> Any:
     return value
 
 
-def _checked_text(text: str, field: str) -> str:
+def checked_text(text: str, field: str) -> str:
+    """The text. Raises InputError, naming the field, for half of a surrogate pair."""
     if not text.isascii() and SURROGATE.search(text):  # nothing is scanned in a base64 image
         raise InputError(f"{field} holds half of a surrogate pair, which is no text", field)
     return text

@@ -63,8 +63,13 @@ def _check_token_ids(ids: Sequence[int] | Mapping[int, float]) -> None:
         raise ValueError(f"expected token ids between 0 and {MAX_TOKEN_ID}, got {wrong[0]}")
 
 
+def as_whole(value: Any) -> Any:
+    """4.0 as 4, since some languages know one kind of number; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Integer = Annotated[int, Field(strict=True)]
+Integer = Annotated[int, Field(strict=True), BeforeValidator(as_whole)]
 TokenCount = Annotated[Integer, Field(ge=1, le=2**31)]
 SampleCount = Annotated[Integer, Field(ge=1, le=MAX_SAMPLES)]
 TopLogprobsCount = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]

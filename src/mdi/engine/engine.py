@@ -22,7 +22,7 @@ from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
 from mdi.core.config import EngineConfig
 from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
-from mdi.core.messages import Chat
+from mdi.core.messages import PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
@@ -95,7 +95,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Chat,
+        prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,
@@ -103,9 +103,9 @@ class Engine:
     ) -> Stream:
         """Starts a request and returns its stream of pieces.
 
-        prompt: messages in the chat form, or a plain string (one user message where the model has a chat template).
-        Raises InputError for malformed messages, OverloadedError when the queue is full, LinkError when a node is lost;
-        the stream raises later errors (media, lengths).
+        prompt: messages in the chat form, a plain string (one user message where the model has a chat template),
+        `RawText` or `TokenIds`. Raises InputError for malformed messages and unknown ids, OverloadedError when the
+        queue is full, LinkError when a node is lost; the stream raises later errors (media, lengths).
         """
         checked = self._prompts.check(prompt)
         sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
@@ -117,11 +117,11 @@ class Engine:
         self._media_threads.submit(self._prepare, request, checked, pixels)
         return stream
 
-    def chat(self, prompt: str | Chat, params: SamplingParams | None = None, **pixels: int) -> Completion:
+    def chat(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Completion:
         """Runs a request to its end. See `submit`."""
         return self.submit(prompt, params, **pixels).completion()
 
-    def stream(self, prompt: str | Chat, params: SamplingParams | None = None, **pixels: int) -> Iterator[Piece]:
+    def stream(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Iterator[Piece]:
         """Runs a request, piece by piece; leaving the iteration cancels it. See `submit`."""
         stream = self.submit(prompt, params, **pixels)
         try:
@@ -230,7 +230,7 @@ class Engine:
         with self._lock:
             self._requests.discard(request)
 
-    def _prepare(self, request: Request, prompt: str | Chat, pixels: PixelRange) -> None:
+    def _prepare(self, request: Request, prompt: PromptInput, pixels: PixelRange) -> None:
         """Builds a request's prompt, in a media thread, and hands the request to the loop."""
         try:
             self._start(request, self._prompts.build(prompt, pixels))

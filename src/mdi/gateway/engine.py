@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from mdi.core.errors import MDIError
-from mdi.core.messages import Chat
+from mdi.core.messages import PromptInput
 from mdi.core.outputs import Piece, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.core.status import NodeStatus, RecoveryStatus
@@ -35,7 +35,7 @@ class TextEngine(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
     def submit(
         self,
-        prompt: str | Chat,
+        prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
         min_pixels: int | None = None,

@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from mdi.core.config import GatewayConfig
-from mdi.core.messages import Chat, parse_messages
+from mdi.core.messages import PromptInput, parse_messages
 from mdi.core.outputs import Piece
 from mdi.core.sampling import SampleCount
 from mdi.gateway.engine import TextEngine
@@ -44,7 +44,7 @@ class MultimodalRequest(GenerateRequest):
 def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
     routes = APIRouter()
 
-    async def answer(request: Request, prompt: str | Chat, body: GenerateRequest) -> Response:
+    async def answer(request: Request, prompt: PromptInput, body: GenerateRequest) -> Response:
         running = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
         if body.stream:
             return await events(request, running, config.request_timeout_s, _render)

@@ -9,7 +9,16 @@ from functools import cached_property
 from torch import Tensor
 
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
-from mdi.core.messages import Chat, ImagePart, MediaPart, Message, VideoPart, parse_messages
+from mdi.core.messages import (
+    ImagePart,
+    MediaPart,
+    Message,
+    PromptInput,
+    RawText,
+    TokenIds,
+    VideoPart,
+    parse_messages,
+)
 from mdi.core.tracing import Recorder
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
@@ -96,12 +105,15 @@ class PromptBuilder:
         self._policy = policy
         self._sequence_length = sequence_length
 
-    def check(self, prompt: str | Chat) -> str | tuple[Message, ...]:
-        """The prompt, its messages typed. Raises InputError for messages that this model cannot read.
+    def check(self, prompt: PromptInput) -> str | RawText | TokenIds | tuple[Message, ...]:
+        """The prompt, its messages typed. Raises InputError for messages and token ids that this model cannot read.
 
         Nothing is fetched, decoded or tokenised here.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, TokenIds):
+            self._check_ids(prompt.ids)
+            return prompt
+        if isinstance(prompt, (str, RawText)):
             return prompt
         messages = parse_messages(prompt)
         if not self._tokenizer.has_chat_template:
@@ -110,13 +122,19 @@ class PromptBuilder:
             raise InputError(f"this model reads text only: send no {parts[0].kind}s", "messages")
         return messages
 
-    def build(self, prompt: str | Chat, pixels: PixelRange = PixelRange()) -> Prompt:
+    def build(self, prompt: PromptInput, pixels: PixelRange = PixelRange()) -> Prompt:
         """Fetches, decodes and tokenises. A plain string is one user message where the model has a chat template.
 
         Raises InputError as `check` does, MediaError for unusable media and PromptTooLongError for a prompt that
         does not fit; prompts are never cut.
         """
         checked = self.check(prompt)
+        if isinstance(checked, TokenIds):
+            return self._assemble(checked.ids, [])
+        if isinstance(checked, RawText):
+            token_ids = self._tokenizer.encode_raw(checked.text)
+            self._check_ids(token_ids)
+            return self._assemble(token_ids, [])
         if not isinstance(checked, str):
             return self._build(checked, pixels, "messages")
         if self._tokenizer.has_chat_template:
@@ -197,6 +215,23 @@ class PromptBuilder:
                 expanded.append(token)
         positions, delta = prompt_positions(len(expanded), [item.span for item in media])
         return Prompt(tuple(expanded), positions, delta, tuple(media))
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raises InputError for ids that are no text of this model."""
+        self._check_length(len(token_ids), "prompt")
+        n_tokens = self._config.vocab_size
+        for index, token in enumerate(token_ids):
+            if not 0 <= token < n_tokens:
+                raise InputError(
+                    f"token {index} of the prompt is {token}, but the model's token ids are 0 to {n_tokens - 1}",
+                    f"prompt[{index}]",
+                )
+            if kind := self._placeholders.get(token):
+                raise InputError(
+                    f"token {index} of the prompt is the placeholder of {kind}s: send {kind}s in messages, "
+                    "to /v1/chat/completions",
+                    "prompt",
+                )
 
     def _check_length(self, n_tokens: int, field: str) -> None:
         if n_tokens == 0:

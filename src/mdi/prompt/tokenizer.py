@@ -65,6 +65,11 @@ class Tokenizer:
         """Plain text to ids, normalised first as the checkpoint asks; special tokens in it are plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_raw(self, text: str) -> list[int]:
+        """Text to ids as transformers does: special tokens by their names, and those that the tokenizer adds."""
+        ids: list[int] = self._loaded(text, verbose=False).input_ids
+        return ids
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Messages through the chat template to ids, ready for the assistant's answer.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mdi.core.config import GatewayConfig
+from mdi.core.errors import InputError
+from mdi.core.messages import RawText, TokenIds
 from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Running, TextEngine
@@ -32,16 +35,28 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     return routes
 
 
-def _submit_all(engine: TextEngine, prompts: Sequence[str], params: SamplingParams) -> Running:
+def _submit_all(engine: TextEngine, prompts: Mapping[str, RawText | TokenIds], params: SamplingParams) -> Running:
     """Starts one request for each prompt; if one is refused, none runs."""
     joined = _Joined([], params.n)
     try:
-        for prompt in prompts:
-            joined.parts.append(engine.submit(prompt, params))
+        for place, prompt in prompts.items():
+            with _named(place):
+                joined.parts.append(engine.submit(prompt, params))
     except BaseException:
         joined.cancel()
         raise
     return joined
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Errors of a prompt name its place in the request."""
+    try:
+        yield
+    except InputError as error:
+        if error.field and error.field.startswith("prompt"):
+            error.field = place + error.field.removeprefix("prompt")
+        raise
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from mdi.core.errors import InputError
-from mdi.core.sampling import MAX_SAMPLES, SamplingParams, TokenCount, TopLogprobsCount
+from mdi.core.messages import RawText, TokenIds, checked_text
+from mdi.core.sampling import MAX_SAMPLES, SamplingParams, TokenCount, TopLogprobsCount, as_whole
 from mdi.gateway.schemas import GatewayRequest
 
 IGNORED = frozenset(
@@ -87,17 +88,39 @@ class ChatRequest(OpenAIRequest):
         return super().params(max_tokens=self.max_completion_tokens or self.max_tokens, **changes)
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _prompts(given: Any) -> dict[str, RawText | TokenIds]:
+    """One prompt or several, by their places in the request: each is a text or a list of token ids."""
+    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], (int, float))):
+        return {"prompt": _prompt(given, "prompt")}
+    if not isinstance(given, list) or not 1 <= len(given) <= MAX_SAMPLES:
+        raise InputError(
+            f"prompt must be a text, a list of token ids, or a list of 1 to {MAX_SAMPLES} of these", "prompt"
+        )
+    places = [f"prompt[{number}]" for number in range(len(given))]
+    return {place: _prompt(prompt, place) for place, prompt in zip(places, given, strict=True)}
+
+
+def _prompt(given: Any, path: str) -> RawText | TokenIds:
+    if isinstance(given, str):
+        return RawText(checked_text(given, path))
+    if not isinstance(given, list):
+        raise InputError(f"{path} must be a text or a list of token ids", path)
+    ids = tuple(map(as_whole, given))
+    for index, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise InputError(f"{path}[{index}] must be a token id, which is a whole number", f"{path}[{index}]")
+    return TokenIds(ids)
+
+
+Prompts = Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_SAMPLES)]
 
 
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions. logprobs: how many of the likeliest tokens to report; 0 reports the drawn ones alone."""
 
     prompt: Annotated[
-        list[str],
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
-        Field(min_length=1, max_length=MAX_SAMPLES),
+        dict[str, RawText | TokenIds],
+        PlainValidator(_prompts, json_schema_input_type=str | list[int] | Prompts),
     ]
     max_tokens: TokenCount | None = 16
     top_logprobs: TopLogprobsCount = Field(0, alias="logprobs")
