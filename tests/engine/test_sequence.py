@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from mdi.core.batch import Token
 from mdi.core.sampling import SamplingParams
-from mdi.engine.sequence import Request, Sequence, TokenMask
+from mdi.engine.sequence import Request, Sequence, TokenMask, detokenizer_of
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Prompt
-from mdi.prompt.detokenizer import Detokenizer
+from tokenizers import Tokenizer
 
 END = 256
 PROMPT = Prompt((104, 105), torch.arange(2).repeat(3, 1), delta=0, media=())
@@ -29,7 +28,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 def sequence_of(tokenizer: Tokenizer, token_mask: TokenMask | None = None, **params: Any) -> Sequence:
     sampling = SamplingParams(**params).resolved(SamplingParams(), longest=100)
     request = Request(Stream(lambda: None), sampling, PROMPT, token_mask=token_mask)
-    detokenizer = Detokenizer(tokenizer, sampling.stop)
+    detokenizer = detokenizer_of(sampling, tokenizer)
     return Sequence(request, 0, PROMPT, detokenizer, sampling.max_tokens, frozenset({END}))
 
 

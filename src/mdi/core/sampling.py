@@ -22,6 +22,7 @@ from mdi.core.errors import InputError, invalid
 
 MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -39,6 +40,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     if not all(isinstance(text, str) and text for text in stop):
         raise ValueError("expected strings that are not empty")
+    for index, text in enumerate(stop):
+        if len(text) > MAX_STOP_CHARACTERS:
+            raise InputError(
+                f"stop[{index}] has {len(text)} characters: a stop string has at most {MAX_STOP_CHARACTERS}",
+                f"stop[{index}]",
+            )
     return tuple(stop)
 
 
@@ -89,11 +96,14 @@ class SamplingParams(BaseModel):
     frequency_penalty: subtracted once for each time that they are.
     logit_bias: added to the logits of these token ids, after penalties: -100 forbids, 100 forces.
     seed: decides each draw together with the token's position; None draws one at submission.
-    stop: a string or strings that end the answer; they are not part of it. Kept as a tuple.
+    stop: a string or strings that end the answer; they are not part of it. Kept as a tuple. At most 16, of at most
+        4,096 characters each.
     stop_token_ids: tokens that end the answer, beside the checkpoint's own.
     ignore_eos: the checkpoint's own end tokens do not end the answer.
     max_tokens: longest answer in tokens; None is as long as the sequence length allows.
-    min_tokens: no token ends the answer before it has so many.
+    min_tokens: no token and no stop string ends the answer before it has so many tokens.
+    skip_special_tokens: leave special tokens out of the text; False shows them (the boxes of Qwen-VL, also the token
+        that ends the answer), as `decode` of transformers.
     top_logprobs: how many of the likeliest tokens are reported at each position.
     n: independent samples of the same prompt.
 
@@ -116,6 +126,7 @@ class SamplingParams(BaseModel):
     stop_token_ids: Annotated[Sequence[Integer], AfterValidator(_token_ids)] = ()
     ignore_eos: Annotated[bool, Field(strict=True)] = False
     min_tokens: Annotated[Integer, Field(ge=0, le=2**31)] = 0
+    skip_special_tokens: Annotated[bool, Field(strict=True)] = True
     top_logprobs: TopLogprobsCount = 0
     n: SampleCount = 1
 
@@ -154,6 +165,7 @@ class SamplingParams(BaseModel):
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
             top_logprobs=self.top_logprobs,
             n=self.n,
         )
@@ -177,6 +189,7 @@ class Sampling:
     stop_token_ids: frozenset[int]
     ignore_eos: bool
     min_tokens: int
+    skip_special_tokens: bool
     top_logprobs: int
     n: int
 

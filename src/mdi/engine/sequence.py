@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
@@ -16,6 +15,7 @@ from mdi.core.sampling import Sampling
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
+from tokenizers import Tokenizer
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class Request:
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
         self.sequences = [
-            Sequence(self, index, prompt, Detokenizer(tokenizer, sampling.stop), max_tokens, ends)
+            Sequence(self, index, prompt, detokenizer_of(sampling, tokenizer), max_tokens, ends)
             for index in range(sampling.n)
         ]
 
@@ -60,6 +60,13 @@ class Request:
         """The first image or video that is not encoded."""
         assert self.prompt is not None
         return self.prompt.media[len(self.embeddings)]
+
+
+def detokenizer_of(sampling: Sampling, tokenizer: Tokenizer) -> Detokenizer:
+    """The detokenizer of one sample."""
+    return Detokenizer(
+        tokenizer, sampling.stop, min_tokens=sampling.min_tokens, skip_special_tokens=sampling.skip_special_tokens
+    )
 
 
 TokenMask = Callable[["Sequence"], bytes | None]

@@ -3,57 +3,144 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+MAX_CHARACTER_TOKENS = 4  # a character of UTF-8 has at most four bytes, and a token at least one
+MAX_WINDOW = 64
+UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
     """The text of one sample while it grows.
 
     Text that could start a stop string is held back until it is certain. A stop string and the text after it are
-    never returned.
+    never returned. The first stop string to be complete counts; of several that end together, the longest.
+    min_tokens: stop strings count when they end after so many tokens. skip_special_tokens: see `SamplingParams`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0, skip_special_tokens: bool = True
+    ) -> None:
         self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._decoded = ""  # all text of the decoder
-        self._shown = 0  # characters of it that were returned
+        self._searches = [StopSearch(text) for text in stop]
+        self._min_tokens = min_tokens
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens)
+        self._n_tokens = 0
+        self._pending = ""  # decoded and not returned: it could start a stop string
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token. Sets `stopped` when a stop string is complete."""
-        self._ids.append(token_id)
-        self._decoded += self._decoder.step(self._tokenizer, token_id) or ""
-        return self._show(len(self._decoded) - self._held_back())
+        self._n_tokens += 1
+        self._take(self._decoder.push(token_id))
+        return self._show(max((search.held for search in self._searches), default=0))
 
     def finish(self) -> str:
         """The rest of the text: what was held back, and bytes that never became a character (as U+FFFD)."""
-        if not self.stopped:
-            complete = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-            self._decoded += complete[len(self._decoded) :]
-        return self._show(len(self._decoded))
+        self._take(self._decoder.finish())
+        return self._show(0)
 
-    def _show(self, end: int) -> str:
-        if not self.stopped:
-            found = [at for text in self._stop if (at := self._decoded.find(text, self._shown)) >= 0]
-            if found:
+    def _take(self, text: str) -> None:
+        """Adds text to what is pending, up to the first stop string that counts; nothing after it."""
+        if self.stopped:
+            return
+        before, self._pending = len(self._pending), self._pending + text
+        for end, character in enumerate(text if self._searches else "", before + 1):
+            complete = [search.length for search in self._searches if search.advance(character)]
+            if complete and self._n_tokens > self._min_tokens:
                 self.stopped = True
-                self._decoded = self._decoded[: min(found)]
-                end = len(self._decoded)
-        piece = self._decoded[self._shown : end]
-        self._shown = max(self._shown, end)
-        return piece
+                self._pending = self._pending[: end - max(complete)]
+                return
 
-    def _held_back(self) -> int:
-        """Length of the longest suffix of the text that starts a stop string."""
-        longest = 0
-        for text in self._stop:
-            for length in range(min(len(text) - 1, len(self._decoded)), longest, -1):
-                if self._decoded.endswith(text[:length]):
-                    longest = length
-                    break
-        return longest
+    def _show(self, held: int) -> str:
+        end = len(self._pending) - (0 if self.stopped else held)
+        shown, self._pending = self._pending[:end], self._pending[end:]
+        return shown
+
+
+class StopSearch:
+    """The search for one stop string in a text that grows, at a cost per character that its length does not change.
+
+    Source: Knuth, Morris and Pratt, "Fast pattern matching in strings", 1977.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.length = len(text)
+        self._text = text
+        self._borders = _borders(text)
+        self._matched = 0  # first characters of the stop string that the text ends with
+
+    @property
+    def held(self) -> int:
+        """Length of the text's end that could start the stop string."""
+        return self._matched if self._matched < self.length else self._borders[self.length]
+
+    def advance(self, character: str) -> bool:
+        """Takes one more character. Returns whether the text now ends with the stop string."""
+        matched = self.held
+        while matched and self._text[matched] != character:
+            matched = self._borders[matched]
+        self._matched = matched + (self._text[matched] == character)
+        return self._matched == self.length
+
+
+@lru_cache(maxsize=64)  # the samples of a request share them
+def _borders(text: str) -> tuple[int, ...]:
+    """For each number of first characters: length of the longest proper prefix of them that they end with."""
+    borders = [0, 0]
+    matched = 0
+    for character in text[1:]:
+        while matched and text[matched] != character:
+            matched = borders[matched]
+        matched += text[matched] == character
+        borders.append(matched)
+    return tuple(borders)
+
+
+class IncrementalDecoder:
+    """Text of a growing list of tokens: all pieces together are what decoding the whole list gives.
+
+    Only tokens since the last complete character are decoded again, with those before them that decide about spaces.
+    Bytes that cannot become a character appear as U+FFFD once later tokens show it. Where the checkpoint's decoder
+    takes back what it gave (broken bytes after whole characters, with byte fallback), what was returned stays.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window: list[int] = []
+        self._context = 0  # tokens at the start of the window whose text was returned
+        self._text = ""  # of the window
+        self._returned = 0  # characters of it
+        self._unfinished = 0  # tokens that may be bytes of an unfinished character
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token."""
+        self._window.append(token_id)
+        before, self._text = self._text, self._decode()
+        unfinished = self._text.endswith(UNFINISHED)
+        self._unfinished = self._unfinished + (self._text != before) if unfinished else 0
+        if 0 < self._unfinished < MAX_CHARACTER_TOKENS:
+            return ""
+        new = self._text[self._returned : len(self._text) - unfinished]
+        if new:
+            self._keep_pending(unfinished)
+        elif len(self._window) > MAX_WINDOW:  # tokens that add no text
+            del self._window[self._context : -MAX_CHARACTER_TOKENS]
+        return new
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        return self._text[self._returned :]
+
+    def _keep_pending(self, unfinished: bool) -> None:
+        """All text was returned but a last U+FFFD that may become a character: its tokens are the new context."""
+        del self._window[: self._context]
+        self._context = len(self._window)
+        self._text = self._decode()
+        self._returned = len(self._text) - unfinished
+        self._unfinished = int(unfinished)
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)

@@ -8,10 +8,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer as Backend
-
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.messages import Message, Part, TextPart
+from tokenizers import Tokenizer as Backend
 
 
 def _bytes_by_character() -> dict[str, bytes]:
