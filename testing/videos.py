@@ -52,6 +52,23 @@ def encoded(
     return buffer.getvalue()
 
 
+def endless(n_frames: int) -> bytes:
+    """An MPEG-4 film in AVI of that many frames, 16 x 16 pixels, all the same: made in no time, however long."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        content = bytes([*stream.encode(picture), *stream.encode()][0])
+        for index in range(n_frames):
+            packet = av.Packet(content)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), True
+            packet.pts = packet.dts = index
+            file.mux(packet)
+    return buffer.getvalue()
+
+
 def sound(container: str = "mp4", codec: str = "aac") -> bytes:
     """A file with a second of silence and no picture."""
     buffer = io.BytesIO()

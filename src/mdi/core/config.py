@@ -118,6 +118,7 @@ class MediaPolicy(Section):
     any_file: bool = setting(False, "Any file this process can read; for Python and the command line.")
     remote: bool = setting(True, "Whether http and https URLs are fetched at all.")
     private_hosts: bool = setting(False, "Fetch from loopback, private and other non-public addresses, too.")
+    max_media: int = setting(256, "Most images and videos of one request.", low=0)
     max_bytes: int = setting(32 * MEBIBYTE, "Longest image file, in bytes as sent.", low=0)
     max_video_bytes: int = setting(256 * MEBIBYTE, "Longest video file, in bytes as sent.", low=0)
     max_image_pixels: int = setting(  # lets the 108-megapixel pictures of phones through

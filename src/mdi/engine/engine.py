@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +28,7 @@ from mdi.core.status import NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.loop import Cancel, Inbox, StepLoop, Submit
+from mdi.engine.preparation import Preparation
 from mdi.engine.scheduler import Scheduler
 from mdi.engine.sequence import Request, Sequence
 from mdi.engine.stream import Stream
@@ -37,9 +36,6 @@ from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-MEDIA_THREADS = 2
 READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
 TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
@@ -91,7 +87,7 @@ class Engine:
             self._cluster.close()
             raise
         self._loop = self._start_loop(config)
-        self._media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="mdi-media")
+        self._preparation = Preparation(self._prompts, self._start, self._refuse)
 
     def submit(
         self,
@@ -111,10 +107,10 @@ class Engine:
         sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
         self._check_token_ids(sampling)
         pixels = PixelRange(min_pixels, max_pixels)
-        stream = Stream(lambda: self._inbox.put(Cancel(request)))
-        request = Request(stream, sampling)
+        stream = Stream(lambda: self._cancel(request))
+        request = Request(stream, sampling, work=self._preparation.work())
         self._accept(request)
-        self._media_threads.submit(self._prepare, request, checked, pixels)
+        self._preparation.begin(request, checked, pixels)
         return stream
 
     def chat(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Completion:
@@ -150,7 +146,7 @@ class Engine:
         False at once while lost nodes are brought back, and after an error or `close`.
         """
         before, deadline = self._loop.results, time.monotonic() + timeout_s
-        stream = Stream(lambda: self._inbox.put(Cancel(probe)))
+        stream = Stream(lambda: self._cancel(probe))
         sampling = SamplingParams(temperature=0, max_tokens=1).resolved(self._defaults, self.sequence_length)
         probe = Request(stream, sampling)
         self._start(probe, READINESS_PROBE)
@@ -177,7 +173,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        self._media_threads.shutdown(cancel_futures=True)
+        self._preparation.close()
         self._loop.close()
         self._cluster.close()
         with self._lock:
@@ -227,23 +223,18 @@ class Engine:
             self._requests.add(request)
 
     def _ended(self, request: Request) -> None:
+        request.work.release()
         with self._lock:
             self._requests.discard(request)
 
-    def _prepare(self, request: Request, prompt: PromptInput, pixels: PixelRange) -> None:
-        """Builds a request's prompt, in a media thread, and hands the request to the loop."""
-        try:
-            self._start(request, self._prompts.build(prompt, pixels))
-        except MDIError as error:
-            self._refuse(request, error)
-        except Exception:
-            log.exception("a prompt could not be prepared")
-            self._refuse(request, MDIError("the prompt could not be prepared; the server's log has the details"))
+    def _cancel(self, request: Request) -> None:
+        request.work.cancel()
+        self._inbox.put(Cancel(request))
 
     def _start(self, request: Request, prompt: Prompt) -> None:
         request.set_prompt(prompt, self._tokenizer.backend, self._end_ids, self.sequence_length)
         self._inbox.put(Submit(request))
 
-    def _refuse(self, request: Request, error: MDIError) -> None:
+    def _refuse(self, request: Request, error: MDIError | None) -> None:
         self._ended(request)
         request.stream.put(error)

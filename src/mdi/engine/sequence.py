@@ -13,6 +13,7 @@ from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import Sampling
 from mdi.engine.stream import Stream
+from mdi.media import Work
 from mdi.prompt.builder import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ class Request:
     prompt, sequences: None and empty until the prompt is ready; a sequence is removed when it ends.
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
+    work: what preparing it may use; cancelled when its caller leaves.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
     token_mask: called with a sequence before each draw; gives the tokens that may come next, as
     `TokenSampling.token_mask`. It depends on the sequence's tokens only, so that a replay gets the same masks.
@@ -38,6 +40,7 @@ class Request:
     cancelled: bool = False
     prefilled: bool = False
     token_mask: TokenMask | None = None
+    work: Work = field(default_factory=Work)
 
     def set_prompt(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: frozenset[int], sequence_length: int) -> None:
         """Makes the request's sequences. end_ids: tokens that end an answer, beside those the request names."""
@@ -54,6 +57,16 @@ class Request:
     @property
     def encoded(self) -> bool:
         return self.prompt is not None and len(self.embeddings) == len(self.prompt.media)
+
+    def add_embeddings(self, embeddings: Tensor) -> None:
+        """Takes those of the next image or video. When all are there, the memory of their rows is released."""
+        self.embeddings.append(embeddings)
+        if self.encoded:
+            assert self.prompt is not None
+            self.prompt = self.prompt.without_rows()
+            for sequence in self.sequences:
+                sequence.prompt = self.prompt
+            self.work.release()
 
     @property
     def next_media(self) -> Media:

@@ -82,7 +82,7 @@ class VisionQueue:
     def _keep(self, request: Request, digest: bytes, embeddings: Tensor) -> None:
         self._cache.put(digest, embeddings)
         if not request.cancelled:
-            request.embeddings.append(embeddings)
+            request.add_embeddings(embeddings)
 
     def _next_parts(self) -> Generator[None, None, Tensor] | None:
         """The encoding of the next image that the cache does not have; None when there is none, or it is remote."""
@@ -94,7 +94,7 @@ class VisionQueue:
             patches = request.next_media.patches
             known = self._cache.get(patches.digest)
             if known is not None:
-                request.embeddings.append(known)
+                request.add_embeddings(known)
             elif self._remote is None:
                 return self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
             else:

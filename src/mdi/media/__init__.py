@@ -6,13 +6,18 @@ from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, image_patches, smart_resize, video_patches
 from mdi.media.video import Video, open_video
 from mdi.media.video_spec import VideoSpec
+from mdi.media.work import AbandonedError, Memory, Turns, Work
 
 __all__ = [
+    "AbandonedError",
     "MediaPolicy",
+    "Memory",
     "PatchSpec",
     "Patches",
+    "Turns",
     "Video",
     "VideoSpec",
+    "Work",
     "decode_image",
     "fetch",
     "image_patches",

@@ -20,8 +20,10 @@ import httpx
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.policy import allows_address, check_size, shortened
+from mdi.media.work import Work
 
 MAX_REDIRECTS = 3
+POLL_S = 0.25  # how soon a download notices that its request is cancelled
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 HEADERS: Mapping[str, str] = {
     "User-Agent": "mdi-llm",
@@ -30,12 +32,12 @@ HEADERS: Mapping[str, str] = {
 }
 
 
-def download(source: str, policy: MediaPolicy) -> bytes:
+def download(source: str, policy: MediaPolicy, work: Work) -> bytes:
     if not policy.remote:
         raise MediaError("nothing is downloaded here; send a data: URL")
     url = _parsed(source)
     name = repr(shortened(f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"))
-    deadline = _Deadline(time.monotonic() + policy.fetch_timeout_s)
+    deadline = _Deadline(time.monotonic() + policy.fetch_timeout_s, work)
     try:
         for _ in range(1 + MAX_REDIRECTS):
             answer = _request(url, name, policy, deadline)
@@ -84,7 +86,7 @@ def _request(url: httpx.URL, name: str, policy: MediaPolicy, deadline: _Deadline
             raise MediaError(f"the server answered {response.status} for {name}")
         if fields.get(b"content-encoding", "identity") != "identity":
             raise MediaError(f"the server sent {name} compressed, which was not asked for")
-        return _read_body(response.iter_stream(), int(fields.get(b"content-length", 0)), policy)
+        return _read_body(response.iter_stream(), int(fields.get(b"content-length", 0)), policy, deadline.work)
 
 
 def _parsed_redirect(url: httpx.URL, location: str, name: str) -> httpx.URL:
@@ -94,12 +96,13 @@ def _parsed_redirect(url: httpx.URL, location: str, name: str) -> httpx.URL:
         raise MediaError(f"{name} redirects to something that is not an http or https URL") from None
 
 
-def _read_body(chunks: Iterable[bytes], announced_bytes: int, policy: MediaPolicy) -> bytes:
+def _read_body(chunks: Iterable[bytes], announced_bytes: int, policy: MediaPolicy, work: Work) -> bytes:
     check_size(policy, announced_bytes)
     body = bytearray()
     for chunk in chunks:
+        check_size(policy, len(body) + len(chunk))
+        work.reserve(len(chunk))
         body += chunk
-        check_size(policy, len(body))
     return bytes(body)
 
 
@@ -112,7 +115,7 @@ def _checked_addresses(url: httpx.URL, policy: MediaPolicy, deadline: _Deadline)
 
 
 def _resolve(host: str, port: int, deadline: _Deadline) -> Sequence[str]:
-    """The host's IP addresses, if any. `getaddrinfo` has no timeout, so a thread waits for it."""
+    """The host's IP addresses, if any. `getaddrinfo` has no time limit, so a thread waits for it."""
     answers: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -136,12 +139,18 @@ def _ssl_context() -> ssl.SSLContext:
 
 @dataclass(frozen=True)
 class _Deadline:
-    """When a download must be over, on the monotonic clock. Every wait lasts at most the seconds left."""
+    """When a download must be over, on the monotonic clock. Every wait lasts at most the seconds left.
+
+    work: of the request; what it waits for memory is not counted.
+    """
 
     at_s: float
+    work: Work
 
     def left_s(self) -> float:
-        left_s = self.at_s - time.monotonic()
+        """Raises AbandonedError when the request is cancelled."""
+        self.work.check()
+        left_s = self.at_s + self.work.waited_s - time.monotonic()
         if left_s <= 0:
             raise httpcore.ReadTimeout("deadline")
         return left_s
@@ -187,7 +196,12 @@ class _TimedStream(httpcore.NetworkStream):
         self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        return self._stream.read(max_bytes, self._deadline.left_s())
+        while True:
+            left_s = self._deadline.left_s()
+            try:
+                return self._stream.read(max_bytes, min(left_s, POLL_S))
+            except httpcore.ReadTimeout:
+                continue
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
         self._stream.write(buffer, self._deadline.left_s())

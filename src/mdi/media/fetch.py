@@ -15,34 +15,35 @@ from mdi.core.errors import MediaError
 from mdi.core.messages import MediaSource
 from mdi.media.download import download
 from mdi.media.policy import check_size, shortened
+from mdi.media.work import Work
 
 _SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
-def fetch(source: MediaSource, policy: MediaPolicy) -> bytes:
+def fetch(source: MediaSource, policy: MediaPolicy, work: Work | None = None) -> bytes:
     """The bytes behind `source`: a path, a file://, http(s):// or data: URL, or the bytes themselves.
 
-    Never more than `policy.max_bytes`. Raises MediaError, naming the cause, when the source is missing,
-    forbidden by the policy, too large, too slow, empty, or of an unknown kind.
+    Never more than `policy.max_bytes`; `work` holds their memory. Raises MediaError, naming the cause, when the source
+    is missing, forbidden by the policy, too large, too slow, empty, or of an unknown kind.
     """
-    data = source if isinstance(source, bytes) else _load(source, policy)
+    data = source if isinstance(source, bytes) else _load(source, policy, work or Work())
     if not data:
         raise MediaError("the file is empty (0 bytes)")
     check_size(policy, len(data))
     return data
 
 
-def _load(source: str | Path, policy: MediaPolicy) -> bytes:
+def _load(source: str | Path, policy: MediaPolicy, work: Work) -> bytes:
     scheme = _SCHEME.match(source) if isinstance(source, str) else None
     if isinstance(source, Path) or scheme is None:
-        return _read_file(str(source), policy)
+        return _read_file(str(source), policy, work)
     match scheme[scheme.lastindex or 0].lower():
         case "data":
-            return _decode_data_url(source, policy)
+            return _decode_data_url(source, policy, work)
         case "file":
-            return _read_file(_path_of(source), policy)
+            return _read_file(_path_of(source), policy, work)
         case "http" | "https":
-            return download(source, policy)
+            return download(source, policy, work)
         case other:
             raise MediaError(f"nothing is loaded from {shortened(other)}:// URLs; use http, https, data or a file")
 
@@ -60,10 +61,10 @@ def _path_of(file_url: str) -> str:
     return unquote(parts.path)
 
 
-def _read_file(path: str, policy: MediaPolicy) -> bytes:
+def _read_file(path: str, policy: MediaPolicy, work: Work) -> bytes:
     name = repr(shortened(path))
     try:
-        return _read_regular_file(_permitted(path, policy), name, policy)
+        return _read_regular_file(_permitted(path, policy), name, policy, work)
     except (FileNotFoundError, NotADirectoryError):
         raise MediaError(f"there is no file {name}") from None
     except PermissionError:
@@ -85,7 +86,7 @@ def _permitted(path: str, policy: MediaPolicy) -> Path:
     return target
 
 
-def _read_regular_file(target: Path, name: str, policy: MediaPolicy) -> bytes:
+def _read_regular_file(target: Path, name: str, policy: MediaPolicy, work: Work) -> bytes:
     # The path is resolved: a symlink here is new, and refused. O_NONBLOCK: a pipe must not block the open.
     descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -93,6 +94,7 @@ def _read_regular_file(target: Path, name: str, policy: MediaPolicy) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise MediaError(f"{name} is not a file")
         check_size(policy, status.st_size)
+        work.reserve(status.st_size)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(policy.max_bytes + 1)
     finally:
@@ -102,11 +104,12 @@ def _read_regular_file(target: Path, name: str, policy: MediaPolicy) -> bytes:
 # data: URLs
 
 
-def _decode_data_url(url: str, policy: MediaPolicy) -> bytes:
+def _decode_data_url(url: str, policy: MediaPolicy, work: Work) -> bytes:
     """RFC 2397, base64 or percent-encoded; accepts spaces and missing padding in base64, as browsers do."""
     head, comma, body = url.partition(",")
     if not comma:
         raise MediaError("a data: URL needs a comma before its data, as in data:image/png;base64,iVBOR...")
+    work.reserve(len(body))
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     if "%" in body:

@@ -9,12 +9,18 @@ from PIL import ExifTags, Image
 
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
+from mdi.media.work import Work
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an MPO is a JPEG that holds several
 
 
-def decode_image(data: bytes, policy: MediaPolicy) -> Image.Image:
+DECODING_BYTES = 8  # for a pixel: as decoded, and a copy in RGB or turned upright
+
+
+def decode_image(data: bytes, policy: MediaPolicy, work: Work | None = None) -> Image.Image:
     """The first frame of an encoded image, upright, in mode RGB, transparency shown on white.
+
+    work: reserves the memory that decoding takes.
 
     Raises MediaError when the bytes are not an image of a known format, are damaged or cut off, or when their
     header announces more pixels than the policy allows (nothing is decoded then).
@@ -25,6 +31,8 @@ def decode_image(data: bytes, policy: MediaPolicy) -> Image.Image:
             f"the image is {image.width} x {image.height} pixels, above the limit of "
             f"{policy.max_image_pixels} pixels; send a smaller one"
         )
+    if work:
+        work.reserve(image.width * image.height * DECODING_BYTES)
     try:
         image.load()
         return _to_rgb(_upright(image))

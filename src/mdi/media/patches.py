@@ -97,6 +97,10 @@ class Patches:
         """Tokens it takes in the prompt."""
         return math.prod(self.grid) // self.merge_size**2
 
+    def without_rows(self) -> Patches:
+        """What is left when they are encoded: the grid and the digest."""
+        return replace(self, rows=self.rows[:0].copy())
+
 
 def image_patches(image: Image.Image, spec: PatchSpec) -> Patches:
     """Resizes an RGB image and cuts it into rows, equal to transformers' Qwen2VLImageProcessorPil.

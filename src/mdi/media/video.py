@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, video_patches
 from mdi.media.policy import for_video
-from mdi.media.video_file import VideoFile, check_time, resize
+from mdi.media.video_file import Deadline, VideoFile, resize
 from mdi.media.video_spec import FRAME_FACTOR, VideoSpec
+from mdi.media.work import Work
+
+CUTTING_BYTES = 18  # for a pixel of a frame: RGB twice, and a row's three floats
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Video:
     height: int
     width: int
     spec: PatchSpec
+    _work: Work
     _frames: Callable[[], Sequence[Image.Image]]
 
     @property
@@ -43,53 +46,69 @@ class Video:
 
     def patches(self) -> Patches:
         """Decodes and cuts the frames. Raises MediaError for files that turn out damaged or take too long."""
-        return video_patches(self._frames(), self.spec)
+        self._work.reserve(self.n_frames * self.height * self.width * CUTTING_BYTES)
+        frames = self._frames()
+        with self._work.computing():
+            return video_patches(frames, self.spec)
 
 
 def open_video(
-    source: MediaSource | Sequence[MediaSource], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec
+    source: MediaSource | Sequence[MediaSource],
+    policy: MediaPolicy,
+    video: VideoSpec,
+    cut: PatchSpec,
+    work: Work | None = None,
 ) -> Video:
     """Fetches and measures a video: a file as `fetch` takes it, or a list of images that are its frames.
 
     Frames given one by one are all taken, the last one twice where their number is odd. Decodes one frame only.
     Raises MediaError for what cannot be fetched or is no usable video, InputError for `nframes` above its length.
     """
+    work = work or Work()
     if isinstance(source, (str, bytes, Path)):
-        return _from_file(fetch(source, for_video(policy)), policy, video, cut)
-    return _from_stills(source, policy, video, cut)
+        data = fetch(source, for_video(policy), work)
+        return _from_file(VideoFile(data, policy, Deadline.after(policy.video_timeout_s, work)), video, cut)
+    return _from_stills(source, policy, video, cut, Deadline.after(policy.video_timeout_s, work))
 
 
 # Frames given as images
 
 
-def _from_stills(sources: Sequence[MediaSource], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
-    if not 0 < len(sources) <= video.max_frames:
-        raise MediaError(f"a video may have 1 to {video.max_frames} frames, and this one has {len(sources)}", "video")
-    deadline_s = time.monotonic() + policy.video_timeout_s
-    first = _still(sources, 0, policy)
+def _from_stills(
+    sources: Sequence[MediaSource], policy: MediaPolicy, video: VideoSpec, cut: PatchSpec, deadline: Deadline
+) -> Video:
+    video.check_frames(len(sources))
+    first = _still(sources, 0, policy, deadline.work)
     n_frames = len(sources) + len(sources) % FRAME_FACTOR
     height, width = video.resized(first.height, first.width, n_frames, cut.factor)
 
     def frames() -> list[Image.Image]:
         resized = [resize(first, height, width)]
         for index in range(1, len(sources)):
-            check_time(deadline_s, policy)
-            image = _still(sources, index, policy)
-            if image.size != first.size:
-                raise MediaError(
-                    f"frame {index} of the video has {image.width} x {image.height} pixels, the first one "
-                    f"{first.width} x {first.height}: send frames of one size",
-                    "video",
-                )
-            resized.append(resize(image, height, width))
+            deadline.check()
+            with deadline.work.temporary():
+                image = _still(sources, index, policy, deadline.work)
+                _check_same_size(first, image, index)
+                resized.append(resize(image, height, width))
         return resized
 
-    return Video(n_frames, height, width, cut, frames)
+    return Video(n_frames, height, width, cut, deadline.work, frames)
 
 
-def _still(sources: Sequence[MediaSource], index: int, policy: MediaPolicy) -> Image.Image:
+def _check_same_size(first: Image.Image, image: Image.Image, index: int) -> None:
+    if image.size != first.size:
+        raise MediaError(
+            f"frame {index} of the video has {image.width} x {image.height} pixels, the first one "
+            f"{first.width} x {first.height}: send frames of one size",
+            "video",
+        )
+
+
+def _still(sources: Sequence[MediaSource], index: int, policy: MediaPolicy, work: Work) -> Image.Image:
     try:
-        return decode_image(fetch(sources[index], policy), policy)
+        data = fetch(sources[index], policy, work)
+        with work.computing():
+            return decode_image(data, policy, work)
     except MediaError as error:
         raise MediaError(f"frame {index} of the video: {error}", "video") from None
 
@@ -97,13 +116,14 @@ def _still(sources: Sequence[MediaSource], index: int, policy: MediaPolicy) -> I
 # Files
 
 
-def _from_file(data: bytes, policy: MediaPolicy, video: VideoSpec, cut: PatchSpec) -> Video:
-    file = VideoFile(data, policy, time.monotonic() + policy.video_timeout_s)
-    found = file.measure()
+def _from_file(file: VideoFile, video: VideoSpec, cut: PatchSpec) -> Video:
+    with file.deadline.work.computing():
+        found = file.measure()
     n_frames = video.frame_count(found.n_frames, found.fps)
     height, width = video.resized(found.height, found.width, n_frames, cut.factor)
 
     def frames() -> list[Image.Image]:
-        return file.sample(found.n_frames, n_frames, height, width)
+        with file.deadline.work.computing():
+            return file.sample(found.n_frames, n_frames, height, width)
 
-    return Video(n_frames, height, width, cut, frames)
+    return Video(n_frames, height, width, cut, file.deadline.work, frames)

@@ -23,6 +23,7 @@ from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.image import on_white
 from mdi.media.video_spec import frame_indices
+from mdi.media.work import Work
 
 DEMUXERS = ("mov", "matroska", "avi", "mpegts", "gif")  # FFmpeg's names: mov is MP4 as well, matroska is WebM
 DECODERS = (  # FFmpeg's names, of the codecs in use on the web, in phones and in cameras
@@ -31,6 +32,7 @@ DECODERS = (  # FFmpeg's names, of the codecs in use on the web, in phones and i
 )
 
 FORMATS = "MP4, MOV, WebM, MKV, AVI, MPEG-TS, GIF"
+DECODING_BYTES = 24  # for a pixel of a frame: a decoder keeps up to 16 of them, of 12 bits a pixel
 USUAL_FPS = 25.0  # for a file with neither rate nor times
 RATE_TOLERANCE = 0.05
 DAMAGED = "the video is damaged or cut off"
@@ -48,12 +50,31 @@ class Measures:
 
 
 @dataclass(frozen=True)
+class Deadline:
+    """When the work on a video must be over, on the monotonic clock. What it waits for others is not counted."""
+
+    at_s: float
+    limit_s: float
+    work: Work
+
+    @classmethod
+    def after(cls, limit_s: float, work: Work) -> Deadline:
+        return cls(time.monotonic() + limit_s - work.waited_s, limit_s, work)
+
+    def check(self) -> None:
+        """Raises MediaError when the time is over, AbandonedError when the request is cancelled."""
+        self.work.between_steps()
+        if time.monotonic() > self.at_s + self.work.waited_s:
+            raise _refusal(f"reading the video took longer than {self.limit_s:g} seconds")
+
+
+@dataclass(frozen=True)
 class VideoFile:
-    """An encoded video, read twice: to measure it, and to take the frames. deadline_s: on the monotonic clock."""
+    """An encoded video, read twice: to measure it, and to take the frames."""
 
     data: bytes
     policy: MediaPolicy
-    deadline_s: float
+    deadline: Deadline
 
     def measure(self) -> Measures:
         """Reads all packets and decodes up to the first frame."""
@@ -103,7 +124,7 @@ class VideoFile:
             )
         except (av.FFmpegError, ValueError):
             raise _refusal(f"this is not a video in a known format ({FORMATS}), or it is damaged") from None
-        with container:
+        with container, self.deadline.work.temporary():
             stream = _pictures(container)
             context = stream.codec_context
             if context.width * context.height > self.policy.max_video_pixels:
@@ -111,6 +132,7 @@ class VideoFile:
                     f"the video is {context.width} x {context.height} pixels, above the limit of "
                     f"{self.policy.max_video_pixels} pixels; send a smaller one"
                 )
+            self.deadline.work.reserve(context.width * context.height * DECODING_BYTES)
             context.options = {"max_pixels": limits["max_pixels"]}
             context.thread_count = 1  # the other cores are the model's
             try:
@@ -123,15 +145,10 @@ class VideoFile:
         container = stream.container
         assert isinstance(container, InputContainer)
         for packet in dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream)):
-            check_time(self.deadline_s, self.policy)
+            self.deadline.check()
             if packet.is_corrupt:
                 raise _refusal(DAMAGED)
             yield packet
-
-
-def check_time(deadline_s: float, policy: MediaPolicy) -> None:
-    if time.monotonic() > deadline_s:
-        raise _refusal(f"reading the video took longer than {policy.video_timeout_s:g} seconds")
 
 
 def _refusal(message: str) -> MediaError:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mdi.core.errors import CheckpointError, InputError
+from mdi.core.errors import CheckpointError, InputError, MediaError
 from mdi.media.patches import check_pixels, first_limit, smart_resize
 
 FRAME_FACTOR = 2  # the sampled frames are a multiple of it
@@ -84,6 +84,11 @@ class VideoSpec:
             max_pixels=min(max_pixels or ceiling, ceiling),
             total_pixels=total_pixels or self.total_pixels,
         )
+
+    def check_frames(self, n_frames: int) -> None:
+        """Raises MediaError for a number of frames, given as images, that no video may have."""
+        if not 0 < n_frames <= self.max_frames:
+            raise MediaError(f"a video may have 1 to {self.max_frames} frames, and this one has {n_frames}", "video")
 
     def frame_count(self, total_frames: int, video_fps: float) -> int:
         """How many of a file's frames are taken, by qwen_vl_utils' `smart_nframes`; a single frame is taken twice.

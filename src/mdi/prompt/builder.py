@@ -1,4 +1,4 @@
-"""Messages to prompts: token ids, rotary positions and rows of patches. Runs in the engine's media threads."""
+"""Messages to prompts: token ids, rotary positions and rows of patches. See `engine.preparation` for its threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mdi.core.messages import (
 )
 from mdi.core.tracing import Recorder
 from mdi.layers.rope import MediaSpan, prompt_positions
-from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, decode_image, fetch, image_patches, open_video
+from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, Work, decode_image, fetch, image_patches, open_video
 from mdi.models.config import ModelConfig
 from mdi.prompt.tokenizer import Tokenizer
 
@@ -34,6 +34,22 @@ class Media:
     patches: Patches
 
 
+CheckedPrompt = str | RawText | TokenIds | tuple[Message, ...]
+"""What a request asks, its messages typed and its token ids known to the model."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt whose text is tokenised. media: what is still to be fetched and decoded, in order of appearance.
+
+    field: the request's name for the prompt.
+    """
+
+    token_ids: tuple[int, ...]
+    media: tuple[MediaPart, ...]
+    field: str
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready for the model. positions: int64 [3, tokens]; delta: see `rope.prompt_positions`."""
@@ -42,6 +58,10 @@ class Prompt:
     positions: Tensor
     delta: int
     media: tuple[Media, ...]
+
+    def without_rows(self) -> Prompt:
+        """The same prompt, without the rows of its media: they are encoded."""
+        return replace(self, media=tuple(replace(item, patches=item.patches.without_rows()) for item in self.media))
 
     @cached_property
     def prefix_keys(self) -> tuple[int, ...]:
@@ -105,7 +125,7 @@ class PromptBuilder:
         self._policy = policy
         self._sequence_length = sequence_length
 
-    def check(self, prompt: PromptInput) -> str | RawText | TokenIds | tuple[Message, ...]:
+    def check(self, prompt: PromptInput) -> CheckedPrompt:
         """The prompt, its messages typed. Raises InputError for messages and token ids that this model cannot read.
 
         Nothing is fetched, decoded or tokenised here.
@@ -120,63 +140,90 @@ class PromptBuilder:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
         if self._spec is None and (parts := _media_parts(messages)):
             raise InputError(f"this model reads text only: send no {parts[0].kind}s", "messages")
+        self._check_media(_media_parts(messages))
         return messages
 
+    def _check_media(self, parts: Sequence[MediaPart]) -> None:
+        """Raises InputError for more media, or frames of one video, than a request may have."""
+        if len(parts) > self._policy.max_media:
+            raise InputError(
+                f"a request may have {self._policy.max_media} images and videos, and this one has {len(parts)}: "
+                "send fewer",
+                "messages",
+            )
+        for part in parts:
+            if isinstance(part.source, tuple):
+                self._video.check_frames(len(part.source))
+
     def build(self, prompt: PromptInput, pixels: PixelRange = PixelRange()) -> Prompt:
-        """Fetches, decodes and tokenises. A plain string is one user message where the model has a chat template.
+        """Tokenises, fetches and decodes, in the caller's thread. Raises what `check`, `tokenise` and `complete` do."""
+        return self.complete(self.tokenise(self.check(prompt), pixels), Work())
 
-        Raises InputError as `check` does, MediaError for unusable media and PromptTooLongError for a prompt that
-        does not fit; prompts are never cut.
+    def tokenise(self, prompt: CheckedPrompt, pixels: PixelRange = PixelRange()) -> Draft:
+        """Renders and tokenises a checked prompt. A string is one user message where the model has a chat template.
+
+        Raises InputError where the template drops media, and PromptTooLongError for a text that does not fit.
         """
-        checked = self.check(prompt)
-        if isinstance(checked, TokenIds):
-            return self._assemble(checked.ids, [])
-        if isinstance(checked, RawText):
-            token_ids = self._tokenizer.encode_raw(checked.text)
+        if isinstance(prompt, TokenIds):
+            return Draft(prompt.ids, (), "prompt")
+        if isinstance(prompt, RawText):
+            token_ids = self._tokenizer.encode_raw(prompt.text)
             self._check_ids(token_ids)
-            return self._assemble(token_ids, [])
-        if not isinstance(checked, str):
-            return self._build(checked, pixels, "messages")
+            return Draft(tuple(token_ids), (), "prompt")
+        if not isinstance(prompt, str):
+            return self._tokenise_chat(prompt, pixels, "messages")
         if self._tokenizer.has_chat_template:
-            return self._build([Message("user", checked)], pixels, "prompt")
-        token_ids = self._tokenizer.encode(checked)
+            return self._tokenise_chat((Message("user", prompt),), pixels, "prompt")
+        token_ids = self._tokenizer.encode(prompt)
         self._check_length(len(token_ids), "prompt")
-        return self._assemble(token_ids, [])
+        return Draft(tuple(token_ids), (), "prompt")
 
-    def _build(self, messages: Sequence[Message], pixels: PixelRange, field: str) -> Prompt:
+    def _tokenise_chat(self, messages: Sequence[Message], pixels: PixelRange, field: str) -> Draft:
         token_ids = self._tokenizer.encode_chat(messages)
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
         if placed != [part.kind for part in parts]:
             raise InputError("the model's chat template does not place these images and videos", "messages")
+        return Draft(tuple(token_ids), tuple(pixels.applied_to(part) for part in parts), field)
+
+    def complete(self, draft: Draft, work: Work) -> Prompt:
+        """Fetches and decodes the media one after the other. `work` holds the memory of their rows.
+
+        Raises MediaError for unusable media, PromptTooLongError for a prompt that does not fit (prompts are never cut)
+        and AbandonedError when `work` is cancelled.
+        """
         media: list[Patches] = []
-        for part in parts:
-            used = len(token_ids) - len(media) + sum(patches.n_tokens for patches in media)
-            media.append(self._load(pixels.applied_to(part), self._sequence_length - used))
-        prompt = self._assemble(token_ids, media)
-        self._check_length(len(prompt.token_ids), field)
+        for part in draft.media:
+            used = len(draft.token_ids) - len(media) + sum(patches.n_tokens for patches in media)
+            media.append(self._load(part, self._sequence_length - used, work))
+            work.keep(media[-1].rows.nbytes)
+        prompt = self._assemble(draft.token_ids, media)
+        self._check_length(len(prompt.token_ids), draft.field)
         return prompt
 
-    def _load(self, part: MediaPart, room: int) -> Patches:
+    def _load(self, part: MediaPart, room: int, work: Work) -> Patches:
+        work.check()
         try:
-            return self._load_image(part, room) if isinstance(part, ImagePart) else self._load_video(part, room)
+            if isinstance(part, ImagePart):
+                return self._load_image(part, room, work)
+            return self._load_video(part, room, work)
         except MediaError as error:
             error.field = part.kind
             raise
 
-    def _load_image(self, part: ImagePart, room: int) -> Patches:
+    def _load_image(self, part: ImagePart, room: int, work: Work) -> Patches:
         assert self._spec is not None
         spec = self._spec.with_pixels(part.min_pixels, part.max_pixels)
         with self._recorder.span("fetch"):
-            data = fetch(part.source, self._policy)
-        with self._recorder.span("preprocess"):
-            image = decode_image(data, self._policy)
+            data = fetch(part.source, self._policy, work)
+        with work.computing(), self._recorder.span("preprocess"):
+            image = decode_image(data, self._policy, work)
             height, width = spec.resized(image.height, image.width)
             self._check_room("image", height * width // spec.factor**2, room, "lower max_pixels")
             return image_patches(image, spec)
 
-    def _load_video(self, part: VideoPart, room: int) -> Patches:
+    def _load_video(self, part: VideoPart, room: int, work: Work) -> Patches:
         assert self._spec is not None
         options = self._video.with_options(
             fps=part.fps,
@@ -186,7 +233,7 @@ class PromptBuilder:
             total_pixels=part.total_pixels,
         )
         with self._recorder.span("preprocess"):  # and fetch
-            video = open_video(part.source, self._policy, options, self._spec)
+            video = open_video(part.source, self._policy, options, self._spec, work)
             self._check_room("video", video.n_tokens, room, "lower max_pixels, total_pixels, fps or nframes")
             return video.patches()
 
