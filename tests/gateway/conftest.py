@@ -15,12 +15,12 @@ from typing import Any, Generic, TypeVar
 import httpx
 import openai
 import pytest
-import uvicorn
 from testing.fakes import FakeEngine
 from testing.videos import encoded, numbered
 
 from mdi import Engine
 from mdi.core.config import GatewayConfig
+from mdi.gateway import server as gateway
 from mdi.gateway.app import create_app
 from mdi.media import MediaPolicy
 
@@ -75,15 +75,18 @@ RealServer = Server[Engine]
 @contextmanager
 def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E]]:
     config = config or GatewayConfig()
-    app = uvicorn.Server(uvicorn.Config(create_app(engine, config), port=0, log_level="critical"))
-    thread = threading.Thread(target=app.run)
+    server = gateway.Server(create_app(engine, config), config)
+    bound = gateway.bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
-    while not app.started:
+    while not server.started:
         time.sleep(0.01)
-    port = app.servers[0].sockets[0].getsockname()[1]
-    yield Server(f"http://127.0.0.1:{port}", engine, config.api_key or "any")
-    app.should_exit = True
-    thread.join()
+    try:
+        yield Server(f"http://127.0.0.1:{port}", engine, config.api_key or "any")
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="package")

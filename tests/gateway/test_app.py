@@ -9,7 +9,7 @@ import pytest
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
-from mdi.gateway.app import bind
+from mdi.gateway.server import bind
 from tests.gateway.conftest import FakeServer, RealServer
 
 

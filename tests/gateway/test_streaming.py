@@ -16,6 +16,7 @@ from testing.fakes import HOLD, FakeEngine, echo, piece
 
 from mdi.core.config import GatewayConfig
 from mdi.core.outputs import Piece
+from mdi.gateway.app import create_app
 from mdi.gateway.streaming import events
 from tests.gateway.conftest import CHAT, KEY, LONG_WAIT_S, REAL_KEY, FakeServer, RealServer, serving
 
@@ -79,7 +80,8 @@ def test_a_client_that_left_just_before_its_stream_began_cancels_it() -> None:
     engine = FakeEngine()
     engine.says(piece("first"), HOLD)
 
-    scope: Any = {"type": "http", "path": "/generate", "method": "POST", "headers": [], "query_string": b""}
+    app = create_app(engine)
+    scope: Any = {"type": "http", "app": app, "path": "/generate", "method": "POST", "headers": [], "query_string": b""}
 
     async def stalled(*_message: Any) -> Any:
         await asyncio.Event().wait()

@@ -21,6 +21,8 @@ from mdi.cli.screen import err, nodes_table
 from mdi.core.config import MEBIBYTE, GatewayConfig
 from mdi.core.errors import ConfigError
 
+GATEWAY = GatewayConfig()
+
 
 @grouped
 def serve(
@@ -39,15 +41,18 @@ def serve(
     media_dir: Annotated[Path | None, setting("media_dir")] = None,
     api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None,
     strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False,
+    drain_timeout: Annotated[float, setting("drain_timeout_s", min=0)] = GATEWAY.drain_timeout_s,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    from mdi.gateway.app import bind
-    from mdi.gateway.app import serve as serve_http
+    from mdi.gateway.server import bind, raise_open_files
+    from mdi.gateway.server import serve as serve_http
 
+    config = GatewayConfig(api_key=api_key, strict_requests=strict_requests, drain_timeout_s=drain_timeout)
+    raise_open_files()
     with (
         bind(host, port) as bound,
         options.start(
@@ -64,4 +69,4 @@ def serve(
         ) as engine,
     ):
         err.print(nodes_table(engine.model_name, engine.nodes()))
-        serve_http(engine, bound, GatewayConfig(api_key=api_key, strict_requests=strict_requests))
+        serve_http(engine, bound, config)

@@ -201,6 +201,14 @@ class GatewayConfig(Section):
     request_timeout_s: float | None = setting(
         3600.0, "Seconds for an answer, including the time in the queue.", above=0
     )
+    drain_timeout_s: float = setting(
+        30.0, "Seconds that running requests have to end after SIGTERM; then they end with an error.", low=0
+    )
+    max_connections: int = setting(1024, "Open connections; half of the files that may be open, if less.", low=1)
+    head_timeout_s: float = setting(20.0, "Seconds for the head of a request.", above=0)
+    stall_timeout_s: float = setting(
+        60.0, "Seconds in which no more of a request arrives, or no more of an answer is read.", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
