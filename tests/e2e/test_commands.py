@@ -168,7 +168,7 @@ def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Pat
         )
         assert len(answer.json()["samples"]) == 1
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        assert process.wait(20) == 0
         wait_until_gone(nodes)
 
 

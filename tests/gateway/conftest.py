@@ -38,6 +38,7 @@ class Server(Generic[E]):
     url: str
     engine: E
     key: str
+    http: gateway.Server
 
     @property
     def port(self) -> int:
@@ -83,7 +84,7 @@ def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Server(f"http://127.0.0.1:{port}", engine, config.api_key or "any")
+        yield Server(f"http://127.0.0.1:{port}", engine, config.api_key or "any", server)
     finally:
         server.should_exit = True
         thread.join()
