@@ -125,7 +125,7 @@ def test_bad_bodies_are_refused_by_name(real: RealServer, path: str, body: str, 
 def test_json_sent_as_a_form_says_which_header_is_missing(server: FakeServer) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d sends
     answer = server.post("/generate", content=b'{"prompt": "x"}', headers=headers)
-    assert answer.status_code == 400
+    assert answer.status_code == 415
     assert "Content-Type: application/json" in answer.json()["detail"]
 
 

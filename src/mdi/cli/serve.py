@@ -29,7 +29,7 @@ def serve(
     options: EngineOptions,
     model: Annotated[str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.")] = None,
     ckpt: Annotated[str | None, typer.Option(help="The same as the argument.")] = None,
-    host: Annotated[str, typer.Option(help="Address the HTTP server binds.")] = "127.0.0.1",
+    host: Annotated[str, setting("host")] = GATEWAY.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
@@ -40,6 +40,8 @@ def serve(
     max_pixels: MaxPixels = None,
     media_dir: Annotated[Path | None, setting("media_dir")] = None,
     api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None,
+    allow_host: Annotated[list[str] | None, setting("allow_hosts", "--allow-host")] = None,
+    allow_origin: Annotated[list[str] | None, setting("allow_origins", "--allow-origin")] = None,
     strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False,
     drain_timeout: Annotated[float, setting("drain_timeout_s", min=0)] = GATEWAY.drain_timeout_s,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
@@ -51,7 +53,14 @@ def serve(
     from mdi.gateway.server import bind, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
-    config = GatewayConfig(api_key=api_key, strict_requests=strict_requests, drain_timeout_s=drain_timeout)
+    config = GatewayConfig(
+        host=host,
+        api_key=api_key,
+        allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()),
+        strict_requests=strict_requests,
+        drain_timeout_s=drain_timeout,
+    )
     raise_open_files()
     with (
         bind(host, port) as bound,

@@ -3,6 +3,7 @@ here only."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ T = TypeVar("T")
 
 MEBIBYTE = 2**20
 DEFAULT_SEQUENCE_LENGTH = 4096
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def setting(
@@ -194,6 +196,13 @@ class EngineConfig(Section):
 class GatewayConfig(Section):
     """All settings of the HTTP server. aliases: further names of the model."""
 
+    host: str = setting("127.0.0.1", "Address the HTTP server binds.")
+    allow_hosts: tuple[str, ...] = setting(
+        (), "A further name of this server, for servers without a key; may be repeated."
+    )
+    allow_origins: tuple[str, ...] = setting(
+        (), "A site whose pages may use this server, like https://chat.example.com; * is all. May be repeated."
+    )
     api_key: str | None = setting(None, "Key that requests must bring.")
     aliases: tuple[str, ...] = ()
     strict_requests: bool = setting(False, "Refuse unknown fields in OpenAI requests instead of ignoring them.")
@@ -214,6 +223,9 @@ class GatewayConfig(Section):
         super().__post_init__()
         if self.api_key == "":
             raise ConfigError("the API key is empty: give one, or none at all")
+        for origin in self.allow_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(f"an origin is like https://chat.example.com:8080, without a path; got {origin!r}")
 
 
 def meaning(name: str) -> str:

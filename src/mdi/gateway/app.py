@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
 from mdi.gateway import errors, generate, health, openai
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.middleware.api_key import ApiKey
 from mdi.gateway.middleware.body_limit import BodyLimit
+from mdi.gateway.middleware.foreign_pages import ForeignPages
+from mdi.gateway.middleware.head import HeadAsGet
 from mdi.gateway.streaming import Answers
 
 
@@ -17,10 +20,28 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
     app.state.answers = Answers()
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    if config.api_key is not None:
-        app.add_middleware(ApiKey, key=config.api_key)  # added last, so it runs first
+    _add_checks(app, config)
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, config))
     return app
+
+
+def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
+    """Adds the middleware, from the innermost to the outermost."""
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.api_key is not None:
+        app.add_middleware(ApiKey, key=config.api_key)
+    if config.allow_origins:  # outside the key: preflights have none, and pages may read why they are refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_credentials=True,
+            allow_private_network=True,
+            expose_headers=("Retry-After",),
+        )
+    if config.api_key is None:
+        app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
@@ -15,7 +15,7 @@ from mdi.core.messages import PromptInput, parse_messages
 from mdi.core.outputs import Piece
 from mdi.core.sampling import SampleCount
 from mdi.gateway.engine import TextEngine
-from mdi.gateway.schemas import GatewayRequest
+from mdi.gateway.schemas import NOT_JSON, GatewayRequest
 from mdi.gateway.streaming import completion, events
 from mdi.gateway.uploads import parse_json, read_form
 
@@ -65,8 +65,11 @@ def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
 
 async def _content(request: Request) -> Any:
     """The content of a request sent as JSON, or as a form with files."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
         return parse_json(await request.body(), "the body")
+    if content_type != "multipart/form-data":
+        raise HTTPException(415, f"{NOT_JSON}, or as multipart/form-data with files")
     # `BodyLimit` already limits the form as a whole
     async with request.form(max_files=MAX_UPLOADS, max_part_size=sys.maxsize) as form:
         return await read_form(form)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import HTTPException
 from pydantic import model_validator
 
 from mdi.core.errors import InputError
 from mdi.core.sampling import Integer, SamplingParams
 
+NOT_JSON = "send the body as JSON, with Content-Type: application/json"
 NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 
 DEFAULT_FOR_NULL = {name for name, field in SamplingParams.model_fields.items() if field.default is not None} | {
@@ -27,6 +29,8 @@ class GatewayRequest(SamplingParams):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, body: Any) -> dict[str, Any]:
+        if isinstance(body, bytes):  # FastAPI parses no other type than JSON
+            raise HTTPException(415, NOT_JSON)
         if not isinstance(body, dict):
             raise InputError(NOT_AN_OBJECT)
         return {name: value for name, value in body.items() if value is not None or name not in DEFAULT_FOR_NULL}

@@ -1,1 +1,1 @@
-"""Checks of every request before its route: the API key, then the size of the body. One class a file."""
+"""Checks of every request before its route. One class a file."""
