@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson
+from mdi.cli.parent import OPTION, end_with_parent
 from mdi.cli.screen import BytesProgress
 from mdi.core.errors import ConfigError
 
@@ -40,7 +38,7 @@ def secondary(
     dtype: Dtype = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
-    with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
+    with_parent: Annotated[bool, typer.Option(OPTION, help="End when standard input ends.")] = False,
     certs: Certs = CERTS,
     insecure: Insecure = False,
 ) -> None:
@@ -48,8 +46,8 @@ def secondary(
 
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
-    if with_parent:  # before torch is imported: the parent may end meanwhile
-        threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    if with_parent:
+        end_with_parent()
 
     from mdi.checkpoint.cache import Cache
     from mdi.cluster.nodes_config import NodesConfig
@@ -100,9 +98,3 @@ def _place(
 
 def _name_of(chunk: Path) -> str:
     return chunk.stem.removeprefix("model_")
-
-
-def _end_with_standard_input() -> None:
-    """Ends this process when its parent, which holds the other end of standard input, has ended."""
-    sys.stdin.buffer.read()
-    os._exit(0)  # a node has nothing to save

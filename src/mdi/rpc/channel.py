@@ -35,11 +35,19 @@ PATIENT_OPTIONS = (  # for uploads: pings wait behind seconds of data
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+DIRECT_OPTIONS = (  # whatever http_proxy and GRPC_ADDRESS_HTTP_PROXY are in the environment
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.address_http_proxy_enabled_addresses", ""),
+)
 ChannelOptions = Sequence[tuple[str, int | str]]
 
 
 def open_channel(address: str, peer: str, identity: Identity | None, options: ChannelOptions) -> grpc.aio.Channel:
-    """Opens a channel to the node `peer`, and to no other node. Not encrypted without an identity."""
+    """Opens a channel to the node `peer`, and to no other node, never through a proxy.
+
+    Not encrypted without an identity.
+    """
+    options = (*options, *DIRECT_OPTIONS)
     if identity is None:
         return grpc.aio.insecure_channel(address, options=options)
     pinned = (*options, ("grpc.ssl_target_name_override", host_name(peer)))

@@ -28,8 +28,8 @@ TAIL_BYTES = 4000
 class LocalLauncher:
     """A `Launcher` of one `mdi secondary` process per chunk, each with a pipe as its standard input.
 
-    The pipe's other end is held here alone: when this process ends, however it ends, every node reads the end of its
-    input and ends too. Nodes that listen may still be loading. With an authority their links are encrypted.
+    The pipe's other end is held here alone: when this process ends, however it ends, so does every node (see
+    `cli/parent.py`). Nodes that listen may still be loading. With an authority their links are encrypted.
     """
 
     def __init__(
