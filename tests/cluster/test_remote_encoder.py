@@ -25,7 +25,8 @@ from mdi.core.errors import ConfigError, LinkError
 from mdi.core.status import NodeStatus
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-SHORT_S = 2.0
+SHORT_S = 5.0
+N_IMAGES = 20  # more than there are slots
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +147,14 @@ def test_images_fail_alone_when_their_node_does_not_come_back(
     served.end_vision()
     wait_for(lambda: served.status.state == "lost")
     failed = served.engine.recovery.failed_requests
-    with pytest.raises(LinkError, match=r"not encoded within 2 s: vision: nothing listens at .*: start the node"):
-        served.engine.chat(about(image(6)), GREEDY)
-    assert served.engine.recovery.failed_requests == failed + 1
+    started_s = time.monotonic()
+    streams = [served.engine.submit(about(image(100 + number)), GREEDY) for number in range(N_IMAGES)]
     assert served.engine.chat("A word.", GREEDY).token_ids == alone.chat("A word.", GREEDY).token_ids
+    for stream in streams:
+        with pytest.raises(LinkError, match=r"not encoded within 5 s: vision: nothing listens at .*: start the node"):
+            list(stream)
+    assert time.monotonic() - started_s < N_IMAGES * SHORT_S / 2  # together, not one after the other
+    assert served.engine.recovery.failed_requests == failed + N_IMAGES
     served.start_vision()
     monkeypatch.undo()
     assert served.engine.chat(about(image(6)), GREEDY).token_ids == alone.chat(about(image(6)), GREEDY).token_ids

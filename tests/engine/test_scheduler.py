@@ -18,7 +18,6 @@ class FakeSequence:
     slot: int | None = None
     computed: int = 0
     in_flight: bool = False
-    encoded: bool = True
     cached_tokens: int = 0
     blocked: bool = False
 
@@ -33,10 +32,6 @@ class FakeSequence:
     @property
     def remaining(self) -> int:
         return self.prompt + self.drawn - self.computed
-
-    @property
-    def ready(self) -> bool:
-        return self.encoded and not self.in_flight
 
 
 def finish(scheduler: Scheduler[FakeSequence], work: list[ScheduledSlice[FakeSequence]]) -> None:
@@ -127,16 +122,19 @@ def test_every_node_has_work_when_there_are_as_many_sequences_as_nodes(n_nodes: 
     assert sum(map(len, batches)) == n_sequences
 
 
-def test_a_sequence_waits_for_its_pictures_and_delays_no_other() -> None:
+def test_sequences_wait_for_their_pictures_outside_the_slots_and_delay_no_other() -> None:
+    """D3: however many of them there are."""
     scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
-    blind, plain = FakeSequence(prompt=4, answer=1, encoded=False), FakeSequence(prompt=4, answer=1)
-    scheduler.add([blind, plain])
+    blind = [FakeSequence(prompt=4, answer=1, blocked=True) for _ in range(5)]
+    plain = FakeSequence(prompt=4, answer=1)
+    scheduler.add([*blind, plain])
     work = scheduler.schedule()
     assert [item.sequence for item in work] == [plain]
     finish(scheduler, work)
     assert scheduler.schedule() == []
-    blind.encoded = True
-    assert [item.sequence for item in scheduler.schedule()] == [blind]
+    assert (scheduler.waiting, scheduler.running) == (5, 0)
+    blind[1].blocked = False
+    assert [item.sequence for item in scheduler.schedule()] == [blind[1]]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -32,7 +32,7 @@ class FakeRemote:
     def __init__(self) -> None:
         self.asked: list[tuple[Tensor, Callable[[Encoded], None]]] = []
 
-    def encode(self, rows: Tensor, grid: Grid, done: Callable[[Encoded], None]) -> None:
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
         self.asked.append((rows, done))
 
     def answer(self, outcome: Encoded | None = None) -> None:
@@ -85,6 +85,28 @@ def test_time_is_spent_on_one_image_at_most() -> None:
     request = setup.add(1, 2)
     assert setup.queue.encode(60.0)
     assert values(request) == [4.0]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_known_image_waits_for_no_other(remote: bool) -> None:
+    """D3: not even while the vision node is away."""
+    setup = Setup(remote=remote)
+    setup.cache.put(bytes([7]), torch.ones(1, 1))
+    waiting, known, partly = setup.add(1), setup.add(7, 7), setup.add(7, 1)
+    assert (values(waiting), values(known), values(partly)) == ([], [1.0, 1.0], [1.0])
+
+
+def test_rows_of_encoded_images_are_released() -> None:
+    """D12: a request that answers for long does not keep its pictures."""
+    setup = Setup()
+    request = setup.add(1, 2)
+    request.work.keep(100)
+    while setup.queue.encode(60.0):
+        pass
+    assert request.prompt
+    assert [media.patches.rows.size for media in request.prompt.media] == [0, 0]
+    assert all(sequence.prompt is request.prompt for sequence in request.sequences)
+    assert request.work.memory.held_bytes == 0
 
 
 @pytest.mark.parametrize("remote", [False, True])

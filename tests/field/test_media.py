@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import httpx
 import pytest
 from testing.videos import endless
 from testing.waiting import wait_for
+from torch import Tensor
 
 from mdi import Engine, SamplingParams
+from mdi.cluster.remote_encoder import Encoded
 from mdi.core.config import GatewayConfig
-from mdi.core.errors import ClosedError, InputError, MediaError, OverloadedError
+from mdi.core.errors import ClosedError, InputError, LinkError, MediaError, OverloadedError
 from mdi.engine import Stream
+from mdi.layers.rope import Grid
 from mdi.media import MediaPolicy
 from mdi.media.video_file import VideoFile
 from tests.gateway.conftest import serving
@@ -219,6 +222,39 @@ def test_a_film_is_not_decoded_for_a_client_that_has_left(engine: Engine, film: 
     assert frames.read < N_FRAMES
     assert not engine._requests
     assert engine._preparation._memory.held_bytes == 0
+
+
+# The vision node is away
+
+
+class AwayEncoder:
+    """A vision node that takes an image and gives no answer until it is told to fail."""
+
+    def __init__(self) -> None:
+        self.asked: list[Callable[[Encoded], None]] = []
+
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
+        self.asked.append(done)
+
+
+def test_pictures_that_wait_for_the_vision_node_stop_no_text(
+    engine: Engine, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: as many as there are slots, and more: they wait outside the slots. Known pictures do not wait at all."""
+    known = engine.chat(showing("image", photograph), GREEDY)
+    away = AwayEncoder()
+    monkeypatch.setattr(engine._loop._vision, "_remote", away)
+    pictures = [engine.submit(showing("image", photograph, max_pixels=784 * n), GREEDY) for n in range(4, 24)]
+    wait_for(lambda: away.asked)
+    assert engine.chat("Hello", GREEDY).token_ids
+    assert engine.chat(showing("image", photograph), GREEDY).token_ids == known.token_ids
+    assert running(engine, pictures) == 20
+    for _ in pictures:
+        wait_for(lambda: away.asked)
+        away.asked.pop()(LinkError("the vision node is away", "vision"))
+    for stream in pictures:
+        with pytest.raises(LinkError, match="vision node"):
+            list(stream)
 
 
 # Sizes that are refused before anything is parsed

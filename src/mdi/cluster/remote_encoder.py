@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,19 +24,23 @@ from mdi.core.errors import LinkError, MDIError
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.layers.rope import Grid
+from mdi.rpc import node_pb2
 from mdi.rpc.channel import MISSED_BEATS
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.25
-LOADING_S = 0.1  # between attempts while the node loads its weights
 
 Encoded = Tensor | MDIError
 """Embeddings, [tokens, hidden_size], or why there are none."""
 
 
 class RemoteEncoder:
-    """The starter's end. width: of an embedding. timeout_s: how long an image waits for a node that is away."""
+    """The starter's end. width: of an embedding.
+
+    timeout_s: how long images wait for a node that is away, from its loss or from their request's arrival on: images
+    that wait together fail together.
+    """
 
     def __init__(self, node: NodeAddress, monitor: Monitor, chunks: Chunks, width: int, timeout_s: float) -> None:
         self._node = node
@@ -45,16 +50,18 @@ class RemoteEncoder:
         self._width = width
         self._timeout_s = timeout_s
         self._losses = 0
+        self._lost_s: float | None = None  # since when the node is away, on the monotonic clock
+        self._reason = ""
         self._heartbeat: Heartbeat = monitor.loop.call(monitor.watch(node))
 
-    def encode(self, rows: Tensor, grid: Grid, done: Callable[[Encoded], None]) -> None:
-        """Begins to encode an image or video. rows: float32 [patches, patch_elements]; done: called with the outcome,
-        in the monitor's thread.
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
+        """Begins to encode an image or video. rows: float32 [patches, patch_elements]; arrived_s: when its request
+        arrived, on the monotonic clock; done: called with the outcome, in the monitor's thread.
         """
 
         async def work() -> None:
             try:
-                done(await self._encode(await asyncio.to_thread(rows.to, self._dtype), grid))
+                done(await self._encode(await asyncio.to_thread(rows.to, self._dtype), grid, arrived_s))
             except MDIError as error:
                 done(error)
             except Exception:
@@ -71,17 +78,20 @@ class RemoteEncoder:
         """What the node did since the last call. record: whether to note more. Raises LinkError when it is away."""
         return self._monitor.loop.call(self._heartbeat.client.spans(record))
 
-    async def _encode(self, rows: Tensor, grid: Grid) -> Tensor:
+    async def _encode(self, rows: Tensor, grid: Grid, arrived_s: float) -> Tensor:
         """Tries again and again, until the time is over."""
-        deadline_s = time.monotonic() + self._timeout_s
+        deadline_s = math.inf
         while True:
+            if self._lost_s is not None:
+                deadline_s = min(deadline_s, max(self._lost_s, arrived_s) + self._timeout_s)
+                await self._until_ready(deadline_s)
             try:
                 return await self._encode_once(rows, grid)
             except LinkError as error:
-                reason = str(error)
+                self._reason = str(error)
+            self._lost_s = time.monotonic()
             self._losses += 1
-            log.warning("node %s did not encode an image (%s); trying again", self._node.name, reason)
-            await self._until_ready(deadline_s, reason)
+            log.warning("node %s did not encode an image (%s); trying again", self._node.name, self._reason)
 
     async def _encode_once(self, rows: Tensor, grid: Grid) -> Tensor:
         async with NodeClient(self._node, self._monitor.identity) as client:
@@ -103,21 +113,28 @@ class RemoteEncoder:
         while not (await self._heartbeat.next()).lost:
             pass
 
-    async def _until_ready(self, deadline_s: float, reason: str) -> None:
-        """Until the node is back with its weights. Raises LinkError when that takes too long."""
-        while time.monotonic() < deadline_s:
-            try:
-                await self._heartbeat.usable()
-                async with NodeClient(self._node, self._monitor.identity) as client:
-                    await provision(client, self._node.name, self._chunks, lambda _: None, None)
-            except DamagedChunkError:
-                raise
-            except LinkError as error:
-                reason = str(error)
-                await asyncio.sleep(RETRY_S)
-            else:
-                await asyncio.sleep(LOADING_S)
-                return
-        raise LinkError(
-            f"the image was not encoded within {self._timeout_s:g} s: {self._node.name}: {reason}", self._node.name
-        )
+    async def _until_ready(self, deadline_s: float) -> None:
+        """Until the node is back and has loaded its weights. Raises LinkError when that takes too long."""
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                while not await self._is_ready():
+                    await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            raise LinkError(
+                f"the image was not encoded within {self._timeout_s:g} s: {self._node.name}: {self._reason}",
+                self._node.name,
+            ) from None
+        self._lost_s = None
+
+    async def _is_ready(self) -> bool:
+        """Whether the node has loaded its weights; sends them if it lacks them. Raises DamagedChunkError."""
+        try:
+            await self._heartbeat.usable()
+            async with NodeClient(self._node, self._monitor.identity) as client:
+                await provision(client, self._node.name, self._chunks, lambda _: None, None)
+            return (await self._heartbeat.usable()).state == node_pb2.NodeStatus.LOADED
+        except DamagedChunkError:
+            raise
+        except LinkError as error:
+            self._reason = str(error)
+            return False

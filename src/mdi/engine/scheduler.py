@@ -22,15 +22,11 @@ class Schedulable(Cached, Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether it waits for another sequence, whose cache it will share."""
+        """Whether it takes no slot yet: its media are not encoded, or another sequence computes what it will share."""
 
     @property
     def remaining(self) -> int:
         """Tokens that are known but not computed."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a batch may take it."""
 
 
 S = TypeVar("S", bound=Schedulable)
@@ -134,7 +130,7 @@ class Scheduler(Generic[S]):
             self._running.append(sequence)
 
     def _decode(self, decoding: list[S]) -> list[ScheduledSlice[S]]:
-        ready = [sequence for sequence in decoding if sequence.ready]
+        ready = [sequence for sequence in decoding if not sequence.in_flight]
         fair = _divide_up(len(decoding), self.max_in_flight)
         left = _divide_up(len(ready), self.max_in_flight - self.in_flight)
         share = min(fair, left, self.token_budget)
@@ -145,7 +141,7 @@ class Scheduler(Generic[S]):
         for sequence in self._running:
             if budget == 0:
                 break
-            if not sequence.ready or _decodes(sequence):
+            if sequence.in_flight or _decodes(sequence):
                 continue
             length = min(sequence.remaining, budget)
             work.append(ScheduledSlice(sequence, sequence.computed, length, samples=length == sequence.remaining))

@@ -26,7 +26,7 @@ class Request:
     prompt, sequences: None and empty until the prompt is ready; a sequence is removed when it ends.
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
-    work: what preparing it may use; cancelled when its caller leaves.
+    work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
     token_mask: called with a sequence before each draw; gives the tokens that may come next, as
     `TokenSampling.token_mask`. It depends on the sequence's tokens only, so that a replay gets the same masks.
@@ -41,6 +41,7 @@ class Request:
     prefilled: bool = False
     token_mask: TokenMask | None = None
     work: Work = field(default_factory=Work)
+    arrived_s: float = field(default_factory=time.monotonic)
 
     def set_prompt(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: frozenset[int], sequence_length: int) -> None:
         """Makes the request's sequences. end_ids: tokens that end an answer, beside those the request names."""
@@ -123,14 +124,9 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def ready(self) -> bool:
-        """Whether a batch may take it."""
-        return not self.in_flight and self.request.encoded
-
-    @property
     def blocked(self) -> bool:
-        """Whether it waits until the first sample has computed the prompt."""
-        return self.index > 0 and not self.request.prefilled
+        """Whether it waits until its media are encoded, or until the first sample has computed the prompt."""
+        return not self.request.encoded or (self.index > 0 and not self.request.prefilled)
 
     def align_to_media(self, length: int) -> int:
         """See `slots.Cached`."""

@@ -47,8 +47,11 @@ class VisionQueue:
         self._remote_busy = False
 
     def add(self, request: Request) -> None:
-        """Puts a request with all its media at the end of the queue."""
-        self._waiting.append(request)
+        """Puts a request at the end of the queue, unless all its media are in the cache."""
+        while not request.encoded and self._take_known(request):
+            pass
+        if not request.encoded:
+            self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Stops encoding for this request, on this node."""
@@ -91,15 +94,20 @@ class VisionQueue:
             if request.encoded or request.cancelled:
                 self._waiting.popleft()
                 continue
+            if self._take_known(request):
+                continue
             patches = request.next_media.patches
-            known = self._cache.get(patches.digest)
-            if known is not None:
-                request.add_embeddings(known)
-            elif self._remote is None:
+            if self._remote is None:
                 return self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
-            else:
-                self._encode_remotely(self._remote, request)
+            self._encode_remotely(self._remote, request)
         return None
+
+    def _take_known(self, request: Request) -> bool:
+        """Gives a request the embeddings of its next image or video, if the cache has them."""
+        known = self._cache.get(request.next_media.patches.digest)
+        if known is not None:
+            request.add_embeddings(known)
+        return known is not None
 
     def _encode_remotely(self, remote: RemoteEncoder, request: Request) -> None:
         patches = request.next_media.patches
@@ -107,5 +115,6 @@ class VisionQueue:
         remote.encode(
             torch.from_numpy(patches.rows),
             patches.grid,
+            request.arrived_s,
             lambda outcome: self._post(EncodeDone(request, patches.digest, outcome)),
         )
