@@ -17,8 +17,9 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError, MDIError
-from mdi.core.messages import Message, PromptInput, RawText, TokenIds, parse_messages
+from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
+from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
 Prompt = str | RawText | TokenIds | tuple[Message, ...]
@@ -88,6 +89,7 @@ class Call:
     params: SamplingParams
     min_pixels: int | None
     max_pixels: int | None
+    settings: TemplateSettings
 
 
 class FakeEngine:
@@ -121,10 +123,13 @@ class FakeEngine:
         max_pixels: int | None = None,
     ) -> Stream:
         params = params or SamplingParams()
+        settings: TemplateSettings = {}
+        if isinstance(prompt, Conversation):
+            settings, prompt = prompt.settings, prompt.messages
         read = prompt if isinstance(prompt, (str, RawText, TokenIds)) else parse_messages(prompt)
         if error := self.refuse(read):
             raise error
-        self.calls.append(Call(read, params, min_pixels, max_pixels))
+        self.calls.append(Call(read, params, min_pixels, max_pixels, settings))
         request = FakeRequest(self.script(read, params))
         self.requests.append(request)
         self.submitted.set()

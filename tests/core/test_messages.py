@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 
+from mdi.core import unknown_fields
 from mdi.core.errors import InputError, MediaError
 from mdi.core.messages import ImagePart, Message, TextPart, VideoPart, parse_messages
 
 SURROGATE_URL = {"type": "image", "image": "http://a/\ud800"}
 
 
-def parsed(*parts: Any, strict: bool = False) -> Any:
+def parsed(*parts: Any) -> Any:
     """The parts of one message."""
-    [message] = parse_messages([{"role": "user", "content": list(parts)}], strict=strict)
+    [message] = parse_messages([{"role": "user", "content": list(parts)}])
     return message.content
 
 
@@ -122,7 +123,7 @@ def test_malformed_parts_are_refused_by_name(part: Any, field: str) -> None:
 @pytest.mark.parametrize(
     ("message", "field"),
     [
-        ({"role": "user", "content": "x", "name": "y"}, "messages[0].name"),
+        ({"role": "user", "content": "x", "id": "y"}, "messages[0].id"),
         ({"role": "user", "content": [{"type": "text", "font": 1}]}, "messages[0].content[0].font"),
         ({"role": "user", "content": [{"type": "image", "image": "a", "fps": 1}]}, "messages[0].content[0].fps"),
         (
@@ -133,10 +134,10 @@ def test_malformed_parts_are_refused_by_name(part: Any, field: str) -> None:
 )
 def test_unknown_fields_are_refused_where_that_is_asked_for(message: Any, field: str) -> None:
     with pytest.raises(InputError, match="unknown field") as caught:
-        parse_messages([message], strict=True)
+        parse_messages([message], unknown_fields.refuse)
     assert caught.value.field == field
 
 
 def test_unknown_fields_are_ignored_otherwise() -> None:
     part = {"type": "text", "text": "x", "cache_control": {}}
-    assert parse_messages([{"role": "user", "content": [part], "name": "y"}]) == (Message("user", (TextPart("x"),)),)
+    assert parse_messages([{"role": "user", "content": [part], "id": "y"}]) == (Message("user", (TextPart("x"),)),)

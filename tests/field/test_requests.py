@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,11 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalG
 from mdi import Engine
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.messages import RawText
-from mdi.media import MediaPolicy
-from tests.gateway.conftest import RealServer, serving
+from mdi.core.sampling import SamplingParams
+from tests.gateway.conftest import CHAT, FakeServer, RealServer, serving, with_part
 
 FRANCE = "The capital of France is"
 PREFIX = "<|fim_prefix|>def f(x):\n    <|fim_suffix|>\n<|fim_middle|>"
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Iterator[RealServer]:
-    """Serves a tiny Qwen2-VL."""
-    with Engine(tiny_checkpoint, sequence_length=512, max_sequences=4, media=MediaPolicy(remote=False)) as engine:  # noqa: SIM117
-        with serving(engine) as server:
-            yield server
 
 
 @pytest.fixture(scope="module")
@@ -134,4 +126,164 @@ def test_a_plain_prompt_of_the_guide_is_still_one_user_message(tiny: RealServer)
     asked = {"max_tokens": 12, "temperature": 0}
     chat = tiny.post("/generate/multimodal", json={"messages": [{"role": "user", "content": FRANCE}], **asked})
     assert tiny.post("/generate", json={"prompt": FRANCE, **asked}).json() == chat.json()
-    assert tiny.engine.chat(RawText(FRANCE)).text != chat.json()["samples"][0]
+    raw = tiny.engine.chat(RawText(FRANCE), SamplingParams(max_tokens=12, temperature=0))
+    assert raw.text != chat.json()["samples"][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_p": 0}, {"top_p": 0.0}),
+        ({"min_p": 0, "temperature": 0}, {"min_p": 0.0, "temperature": 0.0}),
+        ({"stop": ""}, {}),
+        ({"stop": []}, {}),
+        ({"stop": ["", "x"]}, {"stop": ("x",)}),
+        ({"max_tokens": 4.0}, {"max_tokens": 4}),
+        ({"max_tokens": -1}, {}),
+        ({"max_completion_tokens": -1, "max_tokens": 4}, {}),
+        ({"max_completion_tokens": 5.0, "max_tokens": 4}, {"max_tokens": 5}),
+        ({"seed": 1.0}, {"seed": 1}),
+        ({"seed": -1}, {}),
+        ({"seed": -7}, {"seed": -7}),
+        ({"seed": 2**64 - 1}, {"seed": 2**64 - 1}),
+        ({"n": 2.0, "top_k": 5.0, "min_tokens": 0.0}, {"n": 2, "top_k": 5}),
+        ({"stop_token_ids": [5.0], "logit_bias": {"7": -3}}, {"stop_token_ids": (5,), "logit_bias": {7: -3.0}}),
+        ({"logprobs": True, "top_logprobs": 2.0}, {"top_logprobs": 2}),
+        (dict.fromkeys(SamplingParams.model_fields), {}),
+        (dict.fromkeys(("stream", "min_pixels", "max_pixels", "logprobs", "max_completion_tokens")), {}),
+        ({"skip_special_tokens": False}, {"skip_special_tokens": False}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_that_clients_send_mean_what_they_mean_elsewhere(
+    lenient: FakeServer, fields: Any, expected: Any
+) -> None:
+    """C18, C6: -1, 0 and empty values, whole numbers as floats, null for the default."""
+    answer = lenient.post("/v1/chat/completions", json={**CHAT, **fields})
+    assert answer.status_code == 200
+    assert lenient.engine.calls[-1].params == SamplingParams(**expected)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SamplingParams.model_fields if name not in ("stop", "stop_token_ids", "logit_bias")]
+)
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+def test_numbers_are_no_texts_and_no_booleans(lenient: FakeServer, name: str, path: str) -> None:
+    """C18: `"4"`, and true or 1 in each other's place."""
+    flag = name in ("ignore_eos", "skip_special_tokens")
+    valid: dict[str, Any] = {"prompt": "x"} if path == "/generate" else {**CHAT, "logprobs": True}
+    field = "n_samples" if (path, name) == ("/generate", "n") else name
+    for wrong in ("1", 1 if flag else True, [1]):
+        answer = lenient.post(path, json={**valid, field: wrong})
+        assert answer.status_code == 400
+        assert field in answer.text
+
+
+def test_a_top_p_of_0_takes_the_likeliest_tokens(tiny: RealServer) -> None:
+    """C18."""
+    ask = {"model": "tiny", "prompt": FRANCE, "max_tokens": 12}
+    greedy = tiny.post("/v1/completions", json={**ask, "temperature": 0}).json()["choices"][0]["text"]
+    drawn = tiny.post("/v1/completions", json={**ask, "temperature": 2.0, "top_p": 0, "seed": 3}).json()
+    assert drawn["choices"][0]["text"] == greedy
+
+
+SENT_BY_CLIENTS: dict[str, Any] = {
+    "options": {"num_ctx": 4096},
+    "keep_alive": "5m",
+    "session_id": "abc",
+    "guided_json": None,
+    "repeat_penalty": 1.1,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    "messages": [
+        {"role": "user", "content": "Hello", "id": "m1"},
+        {"role": "assistant", "content": "Hi", "id": "m2", "reasoning_content": "Hm.", "refusal": None}
+        | {"annotations": [], "audio": None, "tool_calls": [], "function_call": None, "name": "it"},
+        {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+    ],
+}
+IGNORED = [
+    "keep_alive",
+    "messages[].content[].cache_control",
+    "messages[].id",
+    "options",
+    "repeat_penalty",
+    "session_id",
+    "stream_options.continuous_usage_stats",
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_fields_are_ignored_and_listed(lenient: FakeServer, stream: bool) -> None:
+    """C23: with the official client."""
+    sent = {**SENT_BY_CLIENTS, "stream": stream}
+    extra = {name: value for name, value in sent.items() if name not in ("messages", "stream", "stream_options")}
+    with lenient.client as client:
+        answer = client.chat.completions.with_raw_response.create(
+            model="fake",
+            messages=sent["messages"],
+            stream=stream,
+            extra_body=extra | {"stream_options": sent["stream_options"]},
+        )
+    assert answer.status_code == 200
+    assert sorted(answer.headers["x-mdi-ignored-fields"].split(", ")) == IGNORED
+    answer.http_response.read()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"keep_alive": "5m"}, "keep_alive"),
+        ({"stream_options": {"x": 1}}, "stream_options.x"),
+        ({"messages": [{"role": "user", "content": "x", "id": "m"}]}, "messages[0].id"),
+        (with_part({"type": "text", "text": "x", "cache_control": {}}), "messages[0].content[0].cache_control"),
+        (with_part({"type": "image_url", "image_url": {"url": "a", "z": 2}}), "messages[0].content[0].image_url.z"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_strict_server_refuses_unknown_fields_by_name(
+    lenient: FakeServer, strict: FakeServer, change: Any, field: str
+) -> None:
+    """C23: --strict-requests."""
+    assert lenient.post("/v1/chat/completions", json={**CHAT, **change}).status_code == 200
+    answer = strict.post("/v1/chat/completions", json={**CHAT, **change})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert "--strict-requests" in answer.json()["error"]["message"]
+    assert strict.post("/v1/chat/completions", json={**CHAT, "user": "me", "tools": []}).status_code == 200
+
+
+def test_unknown_fields_fill_neither_the_log_nor_the_header(
+    lenient: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """C23: names of strangers, many and long and in any letters."""
+    names = [f"x{number}" * 99 for number in range(500)] + ["a\nb", "é", "%", ""]
+    body = json.dumps({**CHAT, **dict.fromkeys(names, 1)})
+    for _ in range(3):
+        answer = lenient.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200
+        assert len(answer.headers["x-mdi-ignored-fields"]) < 8000
+    assert len(caplog.records) <= 100
+    assert max(len(record.getMessage()) for record in caplog.records) < 500
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}),
+        ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("structured_outputs", {"json": {}}),
+        ("include_stop_str_in_output", True),
+        ("continue_final_message", True),
+    ],
+)
+def test_fields_with_an_effect_are_refused_with_the_remedy(lenient: FakeServer, field: str, value: Any) -> None:
+    """C23: what would change the answer is not ignored."""
+    for path, valid in (("chat/completions", CHAT), ("completions", {"model": "fake", "prompt": "x"})):
+        answer = lenient.post(f"/v1/{path}", json={**valid, field: value})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
+        assert "leave it out" in answer.json()["error"]["message"]
+        assert lenient.post(f"/v1/{path}", json={**valid, field: None}).status_code == 200

@@ -23,8 +23,8 @@ def test_every_setting_reaches_the_engine(server: FakeServer) -> None:
     ("fields", "field"),
     [
         ({"n_samples": 0}, "n_samples"),
-        ({"n_samples": None}, "n_samples"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
+        ({"n_samples": True}, "n_samples"),
+        ({"messages": [{"role": "user", "content": "x", "id": "y"}]}, "messages[0].id"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "font": 1}]}]}, "messages[0].content[0].font"),
         ({"messages": ["x"]}, "messages[0]"),
         ({"surprise": 1}, "surprise"),

@@ -43,7 +43,7 @@ def test_messages_reach_the_engine_typed(server: FakeServer) -> None:
     assert server.post("/v1/chat/completions", json={**CHAT, "messages": messages}).status_code == 200
     assert server.engine.calls[0].prompt == (
         Message("system", "Be brief."),
-        Message("assistant", "Hi"),
+        Message("assistant", "Hi", {"name": "it"}),
         Message("user", (ImagePart("data:image/png;base64,AAAA"), TextPart("What?"))),
     )
 
@@ -51,8 +51,8 @@ def test_messages_reach_the_engine_typed(server: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("message", "field"),
     [
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
-        ({"role": "user", "content": "x", "cache": 1}, "messages[0].cache"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].function"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "1"}}, "messages[0].audio"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0].image_url"),
         ({"role": "user", "content": "\ud800"}, "messages[0].content"),
         ({"role": ["user"], "content": [{"type": "text", "text": "a\udfffb"}]}, "messages[0].role"),
@@ -211,13 +211,13 @@ BAD_CHATS = [
         400,
         "messages[0].content[0].video_url",
     ),
-    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": -2}, 400, "max_tokens"),
     ({"max_tokens": "many"}, 400, "max_tokens"),
     ({"temperature": -0.5}, 400, "temperature"),
-    ({"top_p": 0}, 400, "top_p"),
+    ({"top_p": -0.1}, 400, "top_p"),
     ({"n": 0}, 400, "n"),
     ({"seed": 1.5}, 400, "seed"),
-    ({"stop": [""]}, 400, "stop"),
+    ({"stop": [1]}, 400, "stop"),
     ({"model": "gpt-9"}, 404, "model"),
     ({"tools": [{"type": "function"}]}, 400, "tools"),
     ({"presence_penalty": 2.5}, 400, "presence_penalty"),

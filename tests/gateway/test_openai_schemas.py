@@ -38,8 +38,7 @@ def test_fields_that_ask_for_nothing_are_accepted(server: FakeServer, fields: di
         ("chat/completions", "repetition_penalty", 0),
         ("chat/completions", "min_tokens", -1),
         ("chat/completions", "stop_token_ids", [-1]),
-        ("chat/completions", "temprature", 0.5),
-        ("chat/completions", "max_completion_tokens", -1),
+        ("chat/completions", "max_completion_tokens", -2),
         ("chat/completions", "stop", 5),
         ("completions", "echo", True),
         ("completions", "suffix", "x"),
@@ -84,4 +83,4 @@ def test_completions_have_defaults_of_their_own(server: FakeServer, given: Any, 
     assert server.engine.calls[-1].params.max_tokens == tokens
     assert (answer["choices"][0]["logprobs"] is not None) == reported
     server.post("/v1/completions", json={"model": "fake", "prompt": "x", "max_tokens": None, "logprobs": None})
-    assert server.engine.calls[-1].params == SamplingParams()
+    assert server.engine.calls[-1].params == SamplingParams(max_tokens=16)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mdi.core.errors import InputError, MediaError
+from mdi.core.message_details import DETAILS, read_details
+from mdi.core.template_settings import TemplateSettings, check_settings
+from mdi.core.unknown_fields import UnknownField, warn_once
+from mdi.core.values import as_whole, checked_text
 
-Role = Literal["system", "user", "assistant"]
-ROLES: Mapping[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system"}
-"""What callers name a role; "developer" is OpenAI's newer name of "system"."""
+Role = Literal["system", "user", "assistant", "tool", "function"]
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "function",
+}
+"""What callers name a role."""
 
 MediaSource = str | bytes | Path
 """Where an image or a video comes from: a path, a URL (http, https, file or data), or its bytes."""
@@ -59,10 +69,12 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a chat."""
+    """One message of a chat. details: its other fields that chat templates read: see
+    `message_details`."""
 
     role: Role
     content: str | tuple[Part, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def media(self) -> list[MediaPart]:
@@ -72,6 +84,17 @@ class Message:
 
 Chat = Sequence[Message | Mapping[str, Any]]
 """Messages as callers give them, typed or in the chat form: see `parse_messages`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, with settings for the chat template. Raises InputError for settings that no template may get."""
+
+    messages: Chat
+    settings: TemplateSettings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +115,22 @@ class TokenIds:
     ids: tuple[int, ...]
 
 
-PromptInput = str | RawText | TokenIds | Chat
+PromptInput = str | RawText | TokenIds | Conversation | Chat
 """What a request may ask. A plain string is one user message where the model has a chat template."""
 
-MESSAGE_FIELDS = ("role", "content")
-KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+WITHOUT_EFFECT = ("refusal", "annotations")
+"""OpenAI's fields of its own answers, which clients send back."""
+
+MAY_BE_EMPTY = ("assistant", "tool", "function")  # roles whose messages may have no content
+
+KINDS = {
+    "text": "text",
+    "refusal": "text",
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+}
 PIXELS = ("min_pixels", "max_pixels")
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "text": (),
@@ -105,11 +139,12 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 }
 """The optional fields of a part, by its type."""
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a surrogate pair, which no tokenizer takes
+DETAIL_LEVELS = (None, "auto", "low", "high")  # OpenAI's `detail`, which changes nothing here
+MAX_SETTING = 2**53
 
 
-def parse_messages(messages: Any, *, strict: bool = False) -> tuple[Message, ...]:
-    """Reads messages in the chat form. strict: unknown fields are refused; otherwise they are ignored.
+def parse_messages(messages: Any, unknown: UnknownField = warn_once) -> tuple[Message, ...]:
+    """Reads messages in the chat form. unknown: called with the path of each unknown field.
 
     A message has a role and a content: a string, or a list of parts:
 
@@ -118,101 +153,124 @@ def parse_messages(messages: Any, *, strict: bool = False) -> tuple[Message, ...
     {"type": "video", "video": path | URL | bytes | list of images}, optionally with fps or nframes, min_pixels,
         max_pixels and total_pixels
 
-    OpenAI's {"type": "image_url", "image_url": {"url": URL}} and "video_url" mean the same. Messages and parts that are
-    typed already stay as they are.
+    OpenAI's {"type": "image_url", "image_url": {"url": URL}} and "video_url" mean the same; their settings stand inside
+    the object or beside it. The content of the assistant and of tools may be missing. Messages and parts that are typed
+    already stay as they are.
 
     Raises InputError, or MediaError for an image or a video, naming the field in the form messages[0].content[1].image.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise InputError("messages must be a list with at least one message", "messages")
-    return tuple(_message(message, f"messages[{index}]", strict) for index, message in enumerate(messages))
+    return tuple(_message(message, f"messages[{index}]", unknown) for index, message in enumerate(messages))
 
 
-def _message(message: Any, path: str, strict: bool) -> Message:
+def _message(message: Any, path: str, unknown: UnknownField) -> Message:
     if isinstance(message, Message):
         return message
-    if not isinstance(message, Mapping):
+    if not isinstance(message, Mapping) or "role" not in message:
         raise InputError(f"{path} must have a role and a content", path)
-    if strict:
-        _refuse_unknown(message, MESSAGE_FIELDS, path)
-    if "role" not in message or "content" not in message:
+    _report_unknown(message, ("role", "content", "audio", *DETAILS, *WITHOUT_EFFECT), path, unknown)
+    name = message["role"]
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise InputError(f"unknown role {name!r}: use one of {', '.join(ROLES)}", f"{path}.role")
+    if message.get("audio") is not None:
+        raise InputError(f"{path}.audio is not supported: send the words as content", f"{path}.audio")
+    content = message.get("content")
+    if role in MAY_BE_EMPTY and content in (None, [], ()):
+        content = ""
+    elif "content" not in message:
         raise InputError(f"{path} must have a role and a content", path)
-    role, content = message["role"], message["content"]
-    if not isinstance(role, str) or role not in ROLES:
-        known = ", ".join(dict.fromkeys(ROLES.values()))
-        raise InputError(f"unknown role {role!r}: use one of {known}", f"{path}.role")
-    return Message(ROLES[role], _content(content, f"{path}.content", strict))
+    return Message(role, _content(content, f"{path}.content", unknown), read_details(message, path))
 
 
-def _content(content: Any, path: str, strict: bool) -> str | tuple[Part, ...]:
+def _content(content: Any, path: str, unknown: UnknownField) -> str | tuple[Part, ...]:
     if isinstance(content, str):
         return checked_text(content, path)
     if not isinstance(content, (list, tuple)) or not content:
         raise InputError(f"{path} must be a string or a list of parts", path)
-    return tuple(_part(part, f"{path}[{index}]", strict) for index, part in enumerate(content))
+    return tuple(_part(part, f"{path}[{index}]", unknown) for index, part in enumerate(content))
 
 
-def _part(part: Any, path: str, strict: bool) -> Part:
+def _part(part: Any, path: str, unknown: UnknownField) -> Part:
     if isinstance(part, Part):
         return part
-    name = part["type"] if isinstance(part, Mapping) and isinstance(part.get("type"), str) else ""
-    kind = KINDS.get(name)
-    if kind is None:
-        raise InputError(f"{path} must be of type text, image or video", path)
-    if strict:
-        _refuse_unknown(part, ("type", name, *SETTINGS[kind]), path)
-    value, field = part.get(name), f"{path}.{name}"
+    name = part.get("type") if isinstance(part, Mapping) else None
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if name is None or kind is None:
+        given = f", not {name!r}" if isinstance(name, str) else ""
+        raise InputError(f"{path} must be of type text, image or video{given}", path)
+    _report_unknown(part, ("type", name, *SETTINGS[kind]), path, unknown)
+    value, place = part.get(name), f"{path}.{name}"
     if kind == "text":
         if not isinstance(value, str):
-            raise InputError(f"{field} must be a string", field)
-        return TextPart(checked_text(value, field))
-    source = _url(value, field) if name != kind else value
-    settings = {name: _setting(name, part.get(name), path) for name in SETTINGS[kind]}
+            raise InputError(f"{place} must be a string", place)
+        return TextPart(checked_text(value, place))
+    inside = value if name != kind and isinstance(value, Mapping) else {}
+    settings = _settings(kind, part, path, inside, place, unknown)
+    source = _url(value, place) if name != kind else value
     if kind == "image":
-        return ImagePart(_image_source(source, field), **settings)
-    return _video(source, settings, path, field)
+        return ImagePart(_image_source(source, place), **settings)
+    return _video(source, settings, path, place)
 
 
-def _video(source: Any, settings: dict[str, Any], path: str, field: str) -> VideoPart:
+def _settings(
+    kind: str, part: Mapping[str, Any], path: str, inside: Mapping[str, Any], place: str, unknown: UnknownField
+) -> dict[str, Any]:
+    """Settings of an image or a video, which stand in its part, or inside the object of its URL."""
+    _report_unknown(inside, ("url", "detail", *SETTINGS[kind]), place, unknown)
+    if (detail := inside.get("detail")) not in DETAIL_LEVELS:
+        raise InputError(f"{place}.detail must be auto, low or high, got {detail!r}", f"{place}.detail")
+    settings = {}
+    for name in SETTINGS[kind]:
+        beside, within = _setting(name, part.get(name), path), _setting(name, inside.get(name), place)
+        if None not in (beside, within) and beside != within:
+            raise InputError(
+                f"{path}.{name} is {beside} and {place}.{name} is {within}: send one of them", f"{place}.{name}"
+            )
+        settings[name] = within if beside is None else beside
+    return settings
+
+
+def _video(source: Any, settings: dict[str, Any], path: str, place: str) -> VideoPart:
     if not isinstance(source, (list, tuple)) or not source:
-        return VideoPart(_source(source, field, "a path, a URL, a video's bytes, or a list of images"), **settings)
+        return VideoPart(_source(source, place, "a path, a URL, a video's bytes, or a list of images"), **settings)
     if settings["nframes"] is not None:
         raise InputError("nframes is for video files: of a list every frame is taken", f"{path}.nframes")
-    frames = [_image_source(frame, f"{field}[{index}]") for index, frame in enumerate(source)]
+    frames = [_image_source(frame, f"{place}[{index}]") for index, frame in enumerate(source)]
     return VideoPart(tuple(frames), **settings)
 
 
-def _url(given: Any, field: str) -> str:
+def _url(given: Any, place: str) -> str:
     url = given.get("url") if isinstance(given, Mapping) else given
     if not isinstance(url, str) or not url:
-        raise MediaError(f"{field} must have a url", field)
+        raise MediaError(f"{place} must have a url", place)
     return url
 
 
-def _image_source(source: Any, field: str) -> MediaSource:
-    return _source(source, field, "a path, a URL, or an image's bytes")
+def _image_source(source: Any, place: str) -> MediaSource:
+    return _source(source, place, "a path, a URL, or an image's bytes")
 
 
-def _source(source: Any, field: str, expected: str) -> MediaSource:
+def _source(source: Any, place: str, expected: str) -> MediaSource:
     if not isinstance(source, (str, bytes, Path)) or not source:
-        raise MediaError(f"{field} must be {expected}", field)
-    return checked_text(source, field) if isinstance(source, str) else source
+        raise MediaError(f"{place} must be {expected}", place)
+    return checked_text(source, place) if isinstance(source, str) else source
 
 
 def _setting(name: str, value: Any, path: str) -> Any:
+    if value is None:
+        return None
+    place, number = f"{path}.{name}", as_whole(value)
     kinds, expected = ((int, float), "a number") if name == "fps" else ((int,), "a whole number")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-        raise InputError(f"{path}.{name} must be {expected}, got {value!r}", f"{path}.{name}")
-    return value
+    if isinstance(number, bool) or not isinstance(number, kinds):
+        raise InputError(f"{place} must be {expected}, got {value!r}", place)
+    if not abs(number) <= MAX_SETTING:
+        raise InputError(f"{place} must be {expected} of at most {MAX_SETTING}", place)
+    return number
 
 
-def checked_text(text: str, field: str) -> str:
-    """The text. Raises InputError, naming the field, for half of a surrogate pair."""
-    if not text.isascii() and SURROGATE.search(text):  # nothing is scanned in a base64 image
-        raise InputError(f"{field} holds half of a surrogate pair, which is no text", field)
-    return text
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], path: str) -> None:
-    if unknown := next((field for field in given if field not in known), None):
-        raise InputError(f"unknown field {path}.{unknown}", f"{path}.{unknown}")
+def _report_unknown(given: Mapping[str, Any], known: Sequence[str], path: str, unknown: UnknownField) -> None:
+    for name in given:
+        if name not in known:
+            unknown(f"{path}.{name}")

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mdi.core.errors import InputError, invalid
+from mdi.core.values import as_whole
 
 MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
@@ -32,21 +33,23 @@ T = TypeVar("T")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
     if isinstance(stop, str):
         stop = (stop,)
     if not isinstance(stop, Sequence):
         raise ValueError("expected a string or strings")
     if len(stop) > MAX_STOP_STRINGS:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
-    if not all(isinstance(text, str) and text for text in stop):
-        raise ValueError("expected strings that are not empty")
+    if not all(isinstance(text, str) for text in stop):
+        raise ValueError("expected strings")
     for index, text in enumerate(stop):
         if len(text) > MAX_STOP_CHARACTERS:
             raise InputError(
                 f"stop[{index}] has {len(text)} characters: a stop string has at most {MAX_STOP_CHARACTERS}",
                 f"stop[{index}]",
             )
-    return tuple(stop)
+    return tuple(text for text in stop if text)
 
 
 def _token_ids(ids: Sequence[int]) -> tuple[int, ...]:
@@ -70,14 +73,19 @@ def _check_token_ids(ids: Sequence[int] | Mapping[int, float]) -> None:
         raise ValueError(f"expected token ids between 0 and {MAX_TOKEN_ID}, got {wrong[0]}")
 
 
-def as_whole(value: Any) -> Any:
-    """4.0 as 4, since some languages know one kind of number; any other value as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _zero_for_minus_one(top_k: Any) -> Any:
+    return 0 if top_k == -1 else top_k
+
+
+def _none_for_minus_one(value: Any) -> Any:
+    return None if value == -1 else value
 
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Integer = Annotated[int, Field(strict=True), BeforeValidator(as_whole)]
+Flag = Annotated[bool, Field(strict=True)]
 TokenCount = Annotated[Integer, Field(ge=1, le=2**31)]
+TokenLimit = Annotated[TokenCount | None, BeforeValidator(_none_for_minus_one)]
 SampleCount = Annotated[Integer, Field(ge=1, le=MAX_SAMPLES)]
 TopLogprobsCount = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -87,20 +95,21 @@ class SamplingParams(BaseModel):
     """Sampling settings of one request; None means "as the checkpoint's generation_config.json says".
 
     temperature: 0 is greedy, like all below 1e-5; the softmax's divisor otherwise.
-    top_k: draw from the k most likely tokens; 0 is off.
-    top_p: draw from the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv:1904.09751).
+    top_k: draw from the k most likely tokens; 0 and -1 are off.
+    top_p: draw from the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv:1904.09751);
+        0 takes the likeliest.
     min_p: drop tokens less likely than min_p times the likeliest (arXiv:2407.01082).
     repetition_penalty: divides the logits above 0 of all tokens in prompt and answer, and multiplies those below
         (arXiv:1909.05858); 1 is off.
     presence_penalty: subtracted from the logits of tokens that are in the answer, as OpenAI's.
     frequency_penalty: subtracted once for each time that they are.
     logit_bias: added to the logits of these token ids, after penalties: -100 forbids, 100 forces.
-    seed: decides each draw together with the token's position; None draws one at submission.
+    seed: decides each draw together with the token's position; None and -1 draw one at submission.
     stop: a string or strings that end the answer; they are not part of it. Kept as a tuple. At most 16, of at most
-        4,096 characters each.
+        4,096 characters each; empty ones are left out.
     stop_token_ids: tokens that end the answer, beside the checkpoint's own.
     ignore_eos: the checkpoint's own end tokens do not end the answer.
-    max_tokens: longest answer in tokens; None is as long as the sequence length allows.
+    max_tokens: longest answer in tokens; None and -1 are as long as the sequence length allows.
     min_tokens: no token and no stop string ends the answer before it has so many tokens.
     skip_special_tokens: leave special tokens out of the text; False shows them (the boxes of Qwen-VL, also the token
         that ends the answer), as `decode` of transformers.
@@ -112,21 +121,23 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: TokenCount | None = None
+    max_tokens: TokenLimit = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[Integer, Field(ge=0, le=2**31)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=0, le=2**31), BeforeValidator(_zero_for_minus_one)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: Annotated[Mapping[int, Number], AfterValidator(_biases)] = {}
-    seed: Annotated[Integer, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    seed: Annotated[
+        Annotated[Integer, Field(ge=-(2**63), le=2**64 - 1)] | None, BeforeValidator(_none_for_minus_one)
+    ] = None
     stop: Annotated[str | Sequence[str], BeforeValidator(_stop_strings)] = ()
     stop_token_ids: Annotated[Sequence[Integer], AfterValidator(_token_ids)] = ()
-    ignore_eos: Annotated[bool, Field(strict=True)] = False
+    ignore_eos: Flag = False
     min_tokens: Annotated[Integer, Field(ge=0, le=2**31)] = 0
-    skip_special_tokens: Annotated[bool, Field(strict=True)] = True
+    skip_special_tokens: Flag = True
     top_logprobs: TopLogprobsCount = 0
     n: SampleCount = 1
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from mdi.core import unknown_fields
 from mdi.core.config import GatewayConfig
 from mdi.core.messages import PromptInput, parse_messages
 from mdi.core.outputs import Piece
@@ -58,7 +59,7 @@ def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
     @routes.post("/generate/multimodal")
     async def generate_multimodal(request: Request) -> Response:
         body = MultimodalRequest.model_validate(await _content(request))
-        return await answer(request, parse_messages(body.messages, strict=True), body)
+        return await answer(request, parse_messages(body.messages, unknown_fields.refuse), body)
 
     return routes
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import HTTPException
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mdi.core.errors import InputError
-from mdi.core.sampling import Integer, SamplingParams
+from mdi.core.sampling import Flag, Integer, SamplingParams
 
 NOT_JSON = "send the body as JSON, with Content-Type: application/json"
 NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 
-DEFAULT_FOR_NULL = {name for name, field in SamplingParams.model_fields.items() if field.default is not None} | {
-    "logprobs"
-}
-"""Fields where null stands for the default."""
+PixelCount = Annotated[Integer, Field(ge=1, le=2**53)]
 
 
 class GatewayRequest(SamplingParams):
     """Sampling settings, limits on the area of images and frames, and whether to stream the answer."""
 
-    min_pixels: Integer | None = None
-    max_pixels: Integer | None = None
-    stream: bool | None = None
+    min_pixels: PixelCount | None = None
+    max_pixels: PixelCount | None = None
+    stream: Flag | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, body: Any) -> dict[str, Any]:
+        """Null stands for the default."""
         if isinstance(body, bytes):  # FastAPI parses no other type than JSON
             raise HTTPException(415, NOT_JSON)
         if not isinstance(body, dict):
             raise InputError(NOT_AN_OBJECT)
-        return {name: value for name, value in body.items() if value is not None or name not in DEFAULT_FOR_NULL}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in body.items() if value is not None or name not in known}
 
     def params(self, **changes: Any) -> SamplingParams:
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields} | changes)

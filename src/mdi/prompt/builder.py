@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.core.messages import (
+    Conversation,
     ImagePart,
     MediaPart,
     Message,
@@ -34,7 +35,7 @@ class Media:
     patches: Patches
 
 
-CheckedPrompt = str | RawText | TokenIds | tuple[Message, ...]
+CheckedPrompt = str | RawText | TokenIds | Conversation
 """What a request asks, its messages typed and its token ids known to the model."""
 
 
@@ -135,13 +136,14 @@ class PromptBuilder:
             return prompt
         if isinstance(prompt, (str, RawText)):
             return prompt
-        messages = parse_messages(prompt)
+        given = prompt if isinstance(prompt, Conversation) else Conversation(prompt)
+        messages = parse_messages(given.messages)
         if not self._tokenizer.has_chat_template:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
         if self._spec is None and (parts := _media_parts(messages)):
             raise InputError(f"this model reads text only: send no {parts[0].kind}s", "messages")
         self._check_media(_media_parts(messages))
-        return messages
+        return replace(given, messages=messages)
 
     def _check_media(self, parts: Sequence[MediaPart]) -> None:
         """Raises InputError for more media, or frames of one video, than a request may have."""
@@ -173,13 +175,14 @@ class PromptBuilder:
         if not isinstance(prompt, str):
             return self._tokenise_chat(prompt, pixels, "messages")
         if self._tokenizer.has_chat_template:
-            return self._tokenise_chat((Message("user", prompt),), pixels, "prompt")
+            return self._tokenise_chat(Conversation([Message("user", prompt)]), pixels, "prompt")
         token_ids = self._tokenizer.encode(prompt)
         self._check_length(len(token_ids), "prompt")
         return Draft(tuple(token_ids), (), "prompt")
 
-    def _tokenise_chat(self, messages: Sequence[Message], pixels: PixelRange, field: str) -> Draft:
-        token_ids = self._tokenizer.encode_chat(messages)
+    def _tokenise_chat(self, chat: Conversation, pixels: PixelRange, field: str) -> Draft:
+        messages = parse_messages(chat.messages)
+        token_ids = self._tokenizer.encode_chat(messages, chat.settings)
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]

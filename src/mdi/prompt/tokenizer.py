@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.messages import Message, Part, TextPart
+from mdi.core.template_settings import TemplateSettings
 from tokenizers import Tokenizer as Backend
 
 
@@ -69,15 +71,21 @@ class Tokenizer:
         ids: list[int] = self._loaded(text, verbose=False).input_ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Messages through the chat template to ids, ready for the assistant's answer.
+    def encode_chat(self, messages: Sequence[Message], settings: TemplateSettings | None = None) -> list[int]:
+        """Messages through the chat template to ids, ready for the assistant's answer. settings: for the template.
 
         Every image and video becomes the placeholder that the template gives it.
         """
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        guarded = [{"role": message.role, "content": self._content(message.content, mark)} for message in messages]
+        guarded = [
+            {"role": message.role, "content": self._content(message.content, mark)}
+            | {name: self._guarded(value, mark) for name, value in message.details.items()}
+            for message in messages
+        ]
         try:
-            text = self._loaded.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+            text = self._loaded.apply_chat_template(
+                guarded, tokenize=False, add_generation_prompt=True, **(settings or {})
+            )
         except Exception as error:  # errors of jinja, and those that a template raises
             raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
         return self._encode_template(text, mark)
@@ -92,6 +100,14 @@ class Tokenizer:
             else {"type": part.kind}
             for part in content
         ]
+
+    def _guarded(self, value: Any, mark: str) -> Any:
+        """A JSON value, all its texts guarded."""
+        if isinstance(value, Mapping):
+            return {self._guard(name, mark): self._guarded(item, mark) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._guarded(item, mark) for item in value]
+        return self._guard(value, mark) if isinstance(value, str) else value
 
     def _guard(self, text: str, mark: str) -> str:
         return self._first_characters.sub(lambda found: found[0] + mark, text)

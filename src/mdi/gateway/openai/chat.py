@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mdi.core.config import GatewayConfig
-from mdi.core.errors import InputError
-from mdi.core.messages import parse_messages
+from mdi.core.messages import Conversation, parse_messages
 from mdi.core.outputs import Piece, Sample
 from mdi.gateway.engine import Running, TextEngine
 from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, chat_logprobs, no_logprobs
 from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.openai.schemas import ChatRequest
-
-KNOWN_IN_MESSAGES = {"role", "content", "name", "refusal", "annotations"}  # the last three have no effect
-UNSUPPORTED_IN_MESSAGES = {"tool_calls", "tool_call_id", "function_call", "audio"}
 
 
 def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
@@ -28,28 +25,21 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     @routes.post("/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         served.check(body.model)
-        running = _submit(engine, body)
+        ignored = IgnoredFields(config.strict_requests)
+        body.check_fields(ignored)
+        running = _submit(engine, body, ignored)
         choices = ChatChoices(chat_logprobs(engine.token_bytes) if body.logprobs else no_logprobs)
-        return await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response.headers.update(ignored.headers)
+        return response
 
     return routes
 
 
-def _submit(engine: TextEngine, body: ChatRequest) -> Running:
-    params = body.params()
-    for index, message in enumerate(body.messages):
-        _check_fields(message, f"messages[{index}]")
-    messages = parse_messages(body.messages)
-    return engine.submit(messages, params, min_pixels=body.min_pixels, max_pixels=body.max_pixels)
-
-
-def _check_fields(message: Mapping[str, Any], path: str) -> None:
-    """Raises InputError for fields of a message that are unknown, or that would change the answer."""
-    for field in message.keys() - KNOWN_IN_MESSAGES:
-        if field not in UNSUPPORTED_IN_MESSAGES:
-            raise InputError(f"unknown field {path}.{field}", f"{path}.{field}")
-        if message[field]:
-            raise InputError(f"{path}.{field} is not supported", f"{path}.{field}")
+def _submit(engine: TextEngine, body: ChatRequest, ignored: IgnoredFields) -> Running:
+    messages = parse_messages(body.messages, ignored)
+    conversation = Conversation(messages, body.chat_template_kwargs or {})
+    return engine.submit(conversation, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
 
 
 class ChatChoices:

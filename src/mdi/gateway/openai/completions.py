@@ -17,6 +17,7 @@ from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Running, TextEngine
 from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
 from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.openai.schemas import CompletionRequest
@@ -28,9 +29,13 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     @routes.post("/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         served.check(body.model)
+        ignored = IgnoredFields(config.strict_requests)
+        body.check_fields(ignored)
         running = _submit_all(engine, body.prompt, body.params())
         choices = TextChoices(text_logprobs(engine.token_bytes) if body.wants_logprobs else no_logprobs)
-        return await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response.headers.update(ignored.headers)
+        return response
 
     return routes
 

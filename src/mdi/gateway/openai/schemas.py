@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from mdi.core.errors import InputError
-from mdi.core.messages import RawText, TokenIds, checked_text
-from mdi.core.sampling import MAX_SAMPLES, SamplingParams, TokenCount, TopLogprobsCount, as_whole
+from mdi.core.messages import RawText, TokenIds
+from mdi.core.sampling import MAX_SAMPLES, Flag, SamplingParams, TokenLimit, TopLogprobsCount
+from mdi.core.unknown_fields import UnknownField
+from mdi.core.values import as_whole, checked_text
 from mdi.gateway.schemas import GatewayRequest
 
 IGNORED = frozenset(
@@ -29,28 +32,48 @@ IGNORED = frozenset(
 """OpenAI's fields that change nothing about an answer here."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "moderation": (None,),
-    "web_search_options": (None,),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "best_of": (None, 1),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "moderation": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    # of other servers
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "grammar": ("",),
+    "format": ("",),
+    "documents": ([],),
+    "chat_template": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
 }
-"""OpenAI's fields that would change the answer and are not supported, with the values that have no effect."""
+"""Fields that would change the answer and are not supported, with the values, beside null, that have no effect."""
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: Flag | None = None
+    include_obfuscation: Flag | None = None
 
 
 class OpenAIRequest(GatewayRequest):
@@ -66,26 +89,36 @@ class OpenAIRequest(GatewayRequest):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def params(self, **changes: Any) -> SamplingParams:
-        """Raises InputError for fields that are unknown or not supported."""
+    def check_fields(self, unknown: UnknownField) -> None:
+        """Calls `unknown` with each unknown field. Raises InputError for fields that are not supported."""
         for field, value in (self.model_extra or {}).items():
-            if field in IGNORED or value in UNSUPPORTED.get(field, ()):
-                continue
-            raise InputError(f"{field} is not supported" if field in UNSUPPORTED else f"unknown field {field}", field)
-        return super().params(**changes)
+            if field in UNSUPPORTED:
+                _check_without_effect(field, value)
+            elif field not in IGNORED:
+                unknown(field)
+        for field in (self.stream_options and self.stream_options.model_extra) or ():
+            unknown(f"stream_options.{field}")
+
+
+def _check_without_effect(field: str, value: Any) -> None:
+    if value is not None and value not in UNSUPPORTED[field]:
+        choices = "".join(f", or send {json.dumps(choice)}" for choice in UNSUPPORTED[field])
+        raise InputError(f"{field} is not supported: leave it out{choices}", field)
 
 
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: TokenCount | None = None
-    logprobs: bool | None = None
+    max_completion_tokens: TokenLimit = None
+    logprobs: Flag | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def params(self, **changes: Any) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
             raise InputError("top_logprobs needs logprobs to be true", "top_logprobs")
-        return super().params(max_tokens=self.max_completion_tokens or self.max_tokens, **changes)
+        newer = "max_completion_tokens" in self.model_fields_set
+        return super().params(max_tokens=self.max_completion_tokens if newer else self.max_tokens, **changes)
 
 
 def _prompts(given: Any) -> dict[str, RawText | TokenIds]:
@@ -122,7 +155,7 @@ class CompletionRequest(OpenAIRequest):
         dict[str, RawText | TokenIds],
         PlainValidator(_prompts, json_schema_input_type=str | list[int] | Prompts),
     ]
-    max_tokens: TokenCount | None = 16
+    max_tokens: TokenLimit = 16
     top_logprobs: TopLogprobsCount = Field(0, alias="logprobs")
 
     @property
