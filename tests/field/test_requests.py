@@ -225,9 +225,9 @@ def test_unknown_fields_are_ignored_and_listed(lenient: FakeServer, stream: bool
             stream=stream,
             extra_body=extra | {"stream_options": sent["stream_options"]},
         )
+        answer.http_response.read()
     assert answer.status_code == 200
     assert sorted(answer.headers["x-mdi-ignored-fields"].split(", ")) == IGNORED
-    answer.http_response.read()
 
 
 @pytest.mark.parametrize(
