@@ -42,6 +42,12 @@ def serve(
     api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None,
     allow_host: Annotated[list[str] | None, setting("allow_hosts", "--allow-host")] = None,
     allow_origin: Annotated[list[str] | None, setting("allow_origins", "--allow-origin")] = None,
+    max_body_mb: Annotated[
+        int, typer.Option(min=1, help="Mebibytes of a request sent as JSON, files as data: URLs included.")
+    ] = GATEWAY.max_body_bytes // MEBIBYTE,
+    max_upload_mb: Annotated[
+        int, typer.Option(min=1, help="Mebibytes of a request sent as a form with files.")
+    ] = GATEWAY.max_upload_bytes // MEBIBYTE,
     strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False,
     drain_timeout: Annotated[float, setting("drain_timeout_s", min=0)] = GATEWAY.drain_timeout_s,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
@@ -58,6 +64,8 @@ def serve(
         api_key=api_key,
         allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()),
+        max_body_bytes=max_body_mb * MEBIBYTE,
+        max_upload_bytes=max_upload_mb * MEBIBYTE,
         strict_requests=strict_requests,
         drain_timeout_s=drain_timeout,
     )

@@ -206,7 +206,8 @@ class GatewayConfig(Section):
     api_key: str | None = setting(None, "Key that requests must bring.")
     aliases: tuple[str, ...] = ()
     strict_requests: bool = setting(False, "Refuse unknown fields in OpenAI requests instead of ignoring them.")
-    max_body_bytes: int = setting(64 * MEBIBYTE, "Longest body of a request.", low=0)
+    max_body_bytes: int = setting(64 * MEBIBYTE, "Longest JSON body of a request.", low=0)
+    max_upload_bytes: int = setting(320 * MEBIBYTE, "Longest form with files.", low=0)  # a video and some images
     request_timeout_s: float | None = setting(
         3600.0, "Seconds for an answer, including the time in the queue.", above=0
     )

@@ -30,7 +30,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
 def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
     """Adds the middleware, from the innermost to the outermost."""
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_upload_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key)
     if config.allow_origins:  # outside the key: preflights have none, and pages may read why they are refused

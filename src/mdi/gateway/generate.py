@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
@@ -16,9 +15,10 @@ from mdi.core.messages import PromptInput, parse_messages
 from mdi.core.outputs import Piece
 from mdi.core.sampling import SampleCount
 from mdi.gateway.engine import TextEngine
+from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.schemas import NOT_JSON, GatewayRequest
 from mdi.gateway.streaming import completion, events
-from mdi.gateway.uploads import parse_json, read_form
+from mdi.gateway.uploads import read_form
 
 MAX_UPLOADS = 64
 
@@ -43,7 +43,7 @@ class MultimodalRequest(GenerateRequest):
 
 
 def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JSONRoute)
 
     async def answer(request: Request, prompt: PromptInput, body: GenerateRequest) -> Response:
         running = engine.submit(prompt, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
@@ -58,21 +58,20 @@ def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
 
     @routes.post("/generate/multimodal")
     async def generate_multimodal(request: Request) -> Response:
-        body = MultimodalRequest.model_validate(await _content(request))
+        body = MultimodalRequest.model_validate(await _content(request, config.max_body_bytes))
         return await answer(request, parse_messages(body.messages, unknown_fields.refuse), body)
 
     return routes
 
 
-async def _content(request: Request) -> Any:
+async def _content(request: Request, max_field_bytes: int) -> Any:
     """The content of a request sent as JSON, or as a form with files."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "application/json":
-        return parse_json(await request.body(), "the body")
+        return await request.json()
     if content_type != "multipart/form-data":
         raise HTTPException(415, f"{NOT_JSON}, or as multipart/form-data with files")
-    # `BodyLimit` already limits the form as a whole
-    async with request.form(max_files=MAX_UPLOADS, max_part_size=sys.maxsize) as form:
+    async with request.form(max_files=MAX_UPLOADS, max_part_size=max_field_bytes) as form:
         return await read_form(form)
 
 

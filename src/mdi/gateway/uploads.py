@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from starlette.datastructures import FormData, UploadFile
 
 from mdi.core.errors import InputError
+from mdi.gateway.json_body import read_json
 
 UPLOAD_FIELDS = ("image", "images", "video", "videos", "file", "files")
 
@@ -35,7 +35,7 @@ async def read_form(form: FormData) -> dict[str, Any]:
         for field, part in form.multi_items()
         if isinstance(part, UploadFile)
     ]
-    fields = {name: _value(name, text) for name, text in form.multi_items() if isinstance(text, str)}
+    fields = {name: await _value(name, text) for name, text in form.multi_items() if isinstance(text, str)}
     prompt = fields.pop("prompt", None)
     if "messages" not in fields:
         if prompt is None:
@@ -50,14 +50,6 @@ async def read_form(form: FormData) -> dict[str, Any]:
     return fields
 
 
-def parse_json(text: str | bytes, name: str, field: str | None = None) -> Any:
-    """The content of a JSON text. Raises InputError, naming it, for any other."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{name} is not valid JSON", field) from None
-
-
 def _kind(field: str, file: UploadFile) -> str:
     """A file is a video if its field, its content type or its name says so."""
     if field not in UPLOAD_FIELDS:
@@ -66,10 +58,10 @@ def _kind(field: str, file: UploadFile) -> str:
     return "video" if field in ("video", "videos") or any(name.startswith("video/") for name in types) else "image"
 
 
-def _value(name: str, text: str) -> Any:
+async def _value(name: str, text: str) -> Any:
     if name == "prompt" or (name == "stop" and not text.startswith("[")):
         return text
-    return parse_json(text, f"the form field {name}", name)
+    return await read_json(text.encode(), f"the form field {name}", name)
 
 
 def _place(messages: Any, kind: str, uploads: Sequence[Upload]) -> None:

@@ -12,6 +12,7 @@ from mdi.core.config import GatewayConfig
 from mdi.core.messages import Conversation, parse_messages
 from mdi.core.outputs import Piece, Sample
 from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.openai.answer import answer
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, chat_logprobs, no_logprobs
@@ -20,7 +21,7 @@ from mdi.gateway.openai.schemas import ChatRequest
 
 
 def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JSONRoute)
 
     @routes.post("/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:

@@ -16,6 +16,7 @@ from mdi.core.messages import RawText, TokenIds
 from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.openai.answer import answer
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
@@ -24,7 +25,7 @@ from mdi.gateway.openai.schemas import CompletionRequest
 
 
 def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
-    routes = APIRouter()
+    routes = APIRouter(route_class=JSONRoute)
 
     @routes.post("/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:

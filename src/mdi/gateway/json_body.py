@@ -1,0 +1,85 @@
+"""JSON from clients: checked before it is parsed, because a small text can make millions of objects."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from mdi.core.config import MEBIBYTE
+from mdi.core.errors import InputError
+
+UNCHECKED_BYTES = 64 * 1024  # parsed within some milliseconds, whatever is in it
+MAX_ESCAPES = 2 * 10**6  # base64 of 64 MiB has a million slashes, which some clients escape
+MAX_TEXT_BYTES = 8 * MEBIBYTE  # a prompt of 131,072 tokens has about 1 MiB
+MAX_STRUCTURE_BYTES = 2 * MEBIBYTE  # as token ids, it has as much
+MAX_STRINGS = 100_000
+MAX_COUNTS = {b",": 300_000, b":": 30_000, b"{": 10_000, b"[": 10_000}
+"""The most values, keys, objects and lists."""
+
+
+class JSONRoute(APIRoute):
+    """A route whose requests are read by `read_json`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(_JSONRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+class _JSONRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            try:
+                self._json = await read_json(await self.body(), "the body")
+            except InputError as error:
+                raise HTTPException(400, str(error)) from None  # FastAPI hides other errors
+            self._body = b""  # parsed: the bytes are not kept while the request runs
+        return self._json
+
+
+async def read_json(text: bytes, name: str, field: str | None = None) -> Any:
+    """The content of a JSON text. Raises InputError, naming it, for any other, and for one with too many parts."""
+    if len(text) <= UNCHECKED_BYTES:
+        return _parsed(text, name, field)
+    return await asyncio.to_thread(_checked, text, name, field)
+
+
+def _checked(text: bytes, name: str, field: str | None) -> Any:
+    if excess := _excess(text):
+        raise InputError(f"{name} has more than {excess}", field)
+    return _parsed(text, name, field)
+
+
+def _parsed(text: bytes, name: str, field: str | None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{name} is not valid JSON", field) from None
+
+
+def _excess(text: bytes) -> str | None:
+    """What a JSON text has too much of, found by a few passes at the speed of memory; None if nothing."""
+    if (escapes := text.count(b"\\")) > MAX_ESCAPES:
+        return f"{MAX_ESCAPES:,} escaped characters"
+    if escapes:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote now begins or ends a string
+    if text.count(b'"') > 2 * MAX_STRINGS:
+        return f"{MAX_STRINGS:,} strings"
+    parts = text.split(b'"')
+    structure, strings = b"".join(parts[::2]), parts[1::2]
+    if len(structure) > MAX_STRUCTURE_BYTES:
+        return f"{MAX_STRUCTURE_BYTES // MEBIBYTE} MiB outside of strings"
+    if sum(len(part) for part in strings if not part.startswith(b"data:")) > MAX_TEXT_BYTES:
+        return f"{MAX_TEXT_BYTES // MEBIBYTE} MiB of text, apart from data: URLs"
+    if any(structure.count(sign) > most for sign, most in MAX_COUNTS.items()):
+        return f"{MAX_COUNTS[b',']:,} values, {MAX_COUNTS[b':']:,} keys, or {MAX_COUNTS[b'{']:,} objects or lists"
+    return None
