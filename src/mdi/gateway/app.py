@@ -41,7 +41,7 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
             allow_headers=("*",),
             allow_credentials=True,
             allow_private_network=True,
-            expose_headers=("Retry-After",),
+            expose_headers=("Retry-After", "X-MDI-Ignored-Fields"),
         )
     if config.api_key is None:
         app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)
