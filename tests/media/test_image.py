@@ -74,7 +74,7 @@ def test_of_an_animated_file_the_first_frame_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ICO", "PPM", "PDF", "TGA", "EPS", "JPEG2000", "DDS"])
 def test_a_format_off_the_list_is_refused(kind: str) -> None:
-    with pytest.raises(MediaError, match="known format"):
+    with pytest.raises(MediaError, match=r"known format|not supported: (convert it|send its pages)"):
         decode_image(encoded(photograph(64, 64), kind), POLICY)
 
 
@@ -195,7 +195,7 @@ def test_a_broken_exif_block_does_not_spoil_the_image(exif: bytes, recwarn: pyte
 # Refusals
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"<html>404</html>", bytes(1000), b"RIFF\0\0\0\0WEBPnope"])
+@pytest.mark.parametrize("data", [b"", b"x", b"no picture", bytes(1000), b"RIFF\0\0\0\0WEBPnope"])
 def test_what_is_not_an_image_is_refused(data: bytes) -> None:
     with pytest.raises(MediaError, match="not an image in a known format") as caught:
         decode_image(data, POLICY)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
+from mdi.media.ancillary import without_ancillary
+from mdi.media.known import RAW, is_camera_raw, known_as
 from mdi.media.work import Work
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an MPO is a JPEG that holds several
@@ -17,15 +19,31 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # an MPO is a J
 DECODING_BYTES = 8  # for a pixel: as decoded, and a copy in RGB or turned upright
 
 
+class _DamagedError(MediaError):
+    """A decoder refuses the file."""
+
+
 def decode_image(data: bytes, policy: MediaPolicy, work: Work | None = None) -> Image.Image:
     """The first frame of an encoded image, upright, in mode RGB, transparency shown on white.
 
+    The picture is what counts: text, profiles and other data beside it may be broken or huge, as in a browser.
     work: reserves the memory that decoding takes.
 
     Raises MediaError when the bytes are not an image of a known format, are damaged or cut off, or when their
     header announces more pixels than the policy allows (nothing is decoded then).
     """
-    image = _open(data)
+    format_name = _format_of(data)
+    try:
+        return _decode(data, format_name, policy, work)
+    except _DamagedError:
+        shorter = without_ancillary(data, format_name)
+        if shorter is None:
+            raise
+    return _decode(shorter, format_name, policy, work)
+
+
+def _decode(data: bytes, format_name: str, policy: MediaPolicy, work: Work | None) -> Image.Image:
+    image = _opened(data, format_name)
     if image.width * image.height > policy.max_image_pixels:
         raise MediaError(
             f"the image is {image.width} x {image.height} pixels, above the limit of "
@@ -37,23 +55,31 @@ def decode_image(data: bytes, policy: MediaPolicy, work: Work | None = None) -> 
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # Pillow's decoders raise whatever their format's damage leads to
-        raise MediaError(f"the {image.format} image is damaged or cut off") from error
+        raise _DamagedError(f"the {image.format} image is damaged or cut off") from error
 
 
-def _open(data: bytes) -> Image.Image:
-    """Reads the header only. Not Image.open, whose own pixel limit is a setting of the whole process."""
+def _format_of(data: bytes) -> str:
+    """The name of the file's format, by its first bytes. Raises MediaError for what is not read here."""
     Image.init()
+    named = RAW if is_camera_raw(data) else known_as(data)
+    if named:
+        raise MediaError(f"this is {named}")
     for name in FORMATS:
-        opener, accepts = Image.OPEN.get(name, (None, None))
-        if opener is None or accepts is None or accepts(data[:16]) is not True:
-            continue
-        try:
-            return opener(io.BytesIO(data), "")
-        except Image.DecompressionBombError as error:
-            raise MediaError(f"the {name} image has too many pixels; send a smaller one") from error
-        except Exception as error:
-            raise MediaError(f"the {name} image is damaged or cut off") from error
+        _, accepts = Image.OPEN.get(name, (None, None))
+        if accepts is not None and accepts(data[:16]) is True:
+            return name
     raise MediaError(f"this is not an image in a known format ({', '.join(FORMATS)})")
+
+
+def _opened(data: bytes, format_name: str) -> ImageFile.ImageFile:
+    """Reads the header only. Not Image.open, whose own pixel limit is a setting of the whole process."""
+    opener, _ = Image.OPEN[format_name]
+    try:
+        return opener(io.BytesIO(data), "")
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"the {format_name} image has too many pixels; send a smaller one") from error
+    except Exception as error:
+        raise _DamagedError(f"the {format_name} image is damaged or cut off") from error
 
 
 _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it

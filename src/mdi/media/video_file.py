@@ -1,4 +1,8 @@
-"""Reads video files: measures them, and decodes the sampled frames upright, within the policy's limits."""
+"""Reads video files: measures them, and decodes the sampled frames upright, within the policy's limits.
+
+Of a file that is cut off or damaged, the frames that can be decoded are the video, whatever its format; a file without
+any is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from PIL import Image
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.image import on_white
+from mdi.media.known import VIDEO, known_as, known_image
 from mdi.media.video_spec import frame_indices
 from mdi.media.work import Work
 
@@ -35,8 +40,7 @@ FORMATS = "MP4, MOV, WebM, MKV, AVI, MPEG-TS, GIF"
 DECODING_BYTES = 24  # for a pixel of a frame: a decoder keeps up to 16 of them, of 12 bits a pixel
 USUAL_FPS = 25.0  # for a file with neither rate nor times
 RATE_TOLERANCE = 0.05
-DAMAGED = "the video is damaged or cut off"
-NO_FRAMES = "the video has no frames"
+NO_FRAMES = "the video has no frames, or all of them are damaged"
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class VideoFile:
         n_frames, first = 0, None
         with self._opened() as stream:
             for packet in self._packets(stream):
-                if packet.size and not packet.is_discard:  # discarded ones come before an edit list's start
+                if packet and not packet.is_discard:  # discarded ones come before an edit list's start
                     n_frames += 1
                     times += [(packet.pts, packet.duration or 0)] if packet.pts is not None else []
                 if n_frames > self.policy.max_video_frames:
                     raise _refusal(f"the video has more than {self.policy.max_video_frames} frames; send a shorter one")
                 if first is None:
-                    first = next(iter(packet.decode()), None)
+                    first = next(iter(_decoded(stream, packet)), None)
             if first is None:
                 raise _refusal(NO_FRAMES)
             width, height = _upright(first).size
@@ -101,7 +105,7 @@ class VideoFile:
         count = 0
         with self._opened() as stream:
             for packet in self._packets(stream):
-                for frame in packet.decode():
+                for frame in _decoded(stream, packet):
                     if count in taken:
                         taken[count] = resize(_upright(frame), height, width)
                     count += 1
@@ -123,7 +127,7 @@ class VideoFile:
                 io.BytesIO(self.data), "r", options=limits, metadata_errors="replace", io_open=_open_nothing
             )
         except (av.FFmpegError, ValueError):
-            raise _refusal(f"this is not a video in a known format ({FORMATS}), or it is damaged") from None
+            raise _refusal(_why_not_opened(self.data)) from None
         with container, self.deadline.work.temporary():
             stream = _pictures(container)
             context = stream.codec_context
@@ -135,20 +139,63 @@ class VideoFile:
             self.deadline.work.reserve(context.width * context.height * DECODING_BYTES)
             context.options = {"max_pixels": limits["max_pixels"]}
             context.thread_count = 1  # the other cores are the model's
-            try:
-                yield stream
-            except av.FFmpegError:
-                raise _refusal(DAMAGED) from None
+            yield stream
 
-    def _packets(self, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-        """All from the first key frame on, and an empty one that flushes the decoder."""
-        container = stream.container
-        assert isinstance(container, InputContainer)
-        for packet in dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream)):
+    def _packets(self, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
+        """All whole ones from the first key frame on; None is the end, which flushes the decoder."""
+        for packet in dropwhile(lambda packet: not packet.is_keyframe, _readable(stream)):
             self.deadline.check()
-            if packet.is_corrupt:
-                raise _refusal(DAMAGED)
-            yield packet
+            if packet.size and not packet.is_corrupt:
+                yield packet
+        yield None
+
+
+def _readable(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The stream's packets, up to where the file cannot be read any more."""
+    container = stream.container
+    assert isinstance(container, InputContainer)
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            return
+        except IndexError:  # PyAV's, for a packet of a stream that begins in the middle of the file
+            packets = container.demux(stream)
+            continue
+        if packet is None:
+            return
+        yield packet
+
+
+def _decoded(stream: VideoStream, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    """The frames that come out of the decoder next; none of a damaged packet."""
+    try:
+        return stream.codec_context.decode(packet)
+    except av.FFmpegError:
+        return []
+
+
+def _why_not_opened(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and b"moov" not in _whole_boxes(data):
+        return "the video is cut off: its index, at the end of an MP4 or MOV file, is missing; send the whole file"
+    if name := known_image(data):
+        return f"this is an image ({name}), not a video: send it as an image"
+    if (named := known_as(data)) and named != VIDEO:
+        return f"this is {named}"
+    return f"this is not a video in a known format ({FORMATS}), or it is damaged"
+
+
+def _whole_boxes(data: bytes) -> set[bytes]:
+    """Types of the top-level boxes of an MP4 or MOV file that are not cut off (ISO/IEC 14496-12, 4.2)."""
+    found, position = set[bytes](), 0
+    while position + 16 <= len(data):
+        size, kind, long_size = struct.unpack_from(">I4sQ", data, position)
+        size = {0: len(data) - position, 1: long_size}.get(size, size)
+        position += max(size, 8)
+        if position <= len(data):
+            found.add(kind)
+    return found
 
 
 def _refusal(message: str) -> MediaError:
