@@ -97,6 +97,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.model_name = "fake"
+        self.model_names: tuple[str, ...] = ("fake",)
         self.reset()
 
     def reset(self) -> None:
@@ -141,7 +142,7 @@ class FakeEngine:
     def ready(self, timeout_s: float) -> bool:
         return self.answer_ready()
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
         return b"<%d>" % token_id
 
     def part(self, number: int) -> Any:

@@ -287,3 +287,44 @@ def test_fields_with_an_effect_are_refused_with_the_remedy(lenient: FakeServer, 
         assert answer.json()["error"]["param"] == field
         assert "leave it out" in answer.json()["error"]["message"]
         assert lenient.post(f"/v1/{path}", json={**valid, field: None}).status_code == 200
+
+
+SEPARATORS = "a\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\r\nb"
+
+
+def test_every_event_and_answer_is_one_line_for_every_reader(lenient: FakeServer) -> None:
+    """C15: a client that splits lines as Python's `str.splitlines` does, such as httpx's `iter_lines`."""
+    prompt = {"model": "fake", "prompt": SEPARATORS}
+    for path, valid in (("/v1/completions", prompt), ("/generate", {"prompt": SEPARATORS})):
+        whole = lenient.post(path, json=valid).content.decode()
+        assert len(whole.splitlines()) == 1
+        lines = lenient.post(path, json={**valid, "stream": True}).content.decode().splitlines()
+        assert {line[:6] for line in lines if line} == {"data: "}
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+        texts = [event["text"] if path == "/generate" else event["choices"][0]["text"] for event in events]
+        assert "".join(texts) == SEPARATORS + " #0"
+
+
+def test_the_name_a_server_was_started_with_names_its_model(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C13: as typed, with a path or an owner; one name is listed."""
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme" / "small").symlink_to(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    absolute = str(tmp_path / "acme" / "small")
+    for typed, listed, others in (
+        ("acme/small", "small", ["acme/small", "tiny"]),
+        ("acme/small/", "small", ["acme/small/", "acme/small"]),
+        (absolute, "small", [absolute]),
+    ):
+        with Engine(typed, sequence_length=64) as engine, serving(engine) as server, server.client as client:
+            assert [model.id for model in client.models.list()] == [listed]
+            for name in (listed, *others):
+                assert client.models.retrieve(name).id == name
+                assert server.get(f"/v1/models/{name}").json()["id"] == name
+                answer = client.completions.create(model=name, prompt="x", max_tokens=1)
+                assert answer.model == listed
+            refused = server.post("/v1/completions", json={"model": "acme", "prompt": "x"})
+            assert refused.status_code == 404
+            assert str(tmp_path) not in refused.text

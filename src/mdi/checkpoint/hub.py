@@ -44,6 +44,13 @@ def locate(
     return _download(model, kept, hf_token)
 
 
+def names(model: str, folder: Path) -> tuple[str, ...]:
+    """What a located checkpoint is called: its name without a path first, then as it was named, then its folder."""
+    folder_name = folder.resolve().name
+    own = Path(model).name
+    return tuple(dict.fromkeys((folder_name if own in ("", "..") else own, model, str(Path(model)), folder_name)))
+
+
 def _download(model: str, folder: Path, hf_token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mdi.checkpoint.generation import end_ids, generation_defaults
-from mdi.checkpoint.hub import locate
+from mdi.checkpoint.hub import locate, names
 from mdi.checkpoint.processing import patch_spec, video_spec
 from mdi.checkpoint.source import Source, open_source
 from mdi.cluster.cluster import Cluster
@@ -69,13 +69,16 @@ class Engine:
             progress=progress,
         )
         source = open_source(path)
-        self.model_name = path.resolve().name
+        self.model_names = names(config.model.checkpoint, path)
+        self.model_name = self.model_names[0]
         self.sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
         self.max_queue = config.limits.max_queue
         self._defaults = generation_defaults(path)
         self._end_ids = end_ids(source)
         self._vocab_size = source.model_config.vocab_size
         self._tokenizer = Tokenizer(path)
+        added = self._tokenizer.backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -125,8 +128,13 @@ class Engine:
         finally:
             stream.cancel()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token: part of a text in UTF-8, not always whole characters."""
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of a token: part of a text in UTF-8, not always whole characters.
+
+        skip_special_tokens: none for special tokens, as in a text without them.
+        """
+        if skip_special_tokens and token_id in self._special_ids:
+            return b""
         return self._tokenizer.token_bytes(token_id)
 
     def nodes(self) -> list[NodeStatus]:

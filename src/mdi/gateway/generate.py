@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from mdi.core import unknown_fields
 from mdi.core.config import GatewayConfig
@@ -16,6 +16,7 @@ from mdi.core.outputs import Piece
 from mdi.core.sampling import SampleCount
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.json_body import JSONRoute
+from mdi.gateway.json_text import JsonAnswer
 from mdi.gateway.schemas import NOT_JSON, GatewayRequest
 from mdi.gateway.streaming import completion, events
 from mdi.gateway.uploads import read_form
@@ -50,7 +51,7 @@ def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
         if body.stream:
             return await events(request, running, config.request_timeout_s, _render)
         done = await completion(request, running, config.request_timeout_s)
-        return JSONResponse({"samples": [sample.text for sample in done.samples]})
+        return JsonAnswer({"samples": [sample.text for sample in done.samples]})
 
     @routes.post("/generate")
     async def generate(request: Request, body: TextRequest) -> Response:

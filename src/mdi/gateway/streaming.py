@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from mdi.core.errors import ClosedError
 from mdi.core.outputs import Completion, Piece, collect
 from mdi.gateway.engine import Running
 from mdi.gateway.errors import answer_to
+from mdi.gateway.json_text import json_text
 
 T = TypeVar("T")
 Render = Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]]
@@ -160,7 +160,7 @@ async def _body(contents: _Waited, path: str) -> AsyncIterator[str]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(content)}\n\n"
 
 
 async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:

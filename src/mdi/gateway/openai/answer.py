@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any, Protocol
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from mdi.core.outputs import Piece, Sample, Usage
 from mdi.gateway.engine import Running
+from mdi.gateway.json_text import JsonAnswer
 from mdi.gateway.openai.schemas import OpenAIRequest
 from mdi.gateway.streaming import completion, events
 
@@ -45,7 +46,7 @@ async def answer(
         return await events(request, running, timeout_s, chunks)
     done = await completion(request, running, timeout_s)
     made = [choices.whole(index, sample) for index, sample in enumerate(done.samples)]
-    return JSONResponse(envelope | {"object": choices.kind, "choices": made, "usage": _usage(done.usage)})
+    return JsonAnswer(envelope | {"object": choices.kind, "choices": made, "usage": _usage(done.usage)})
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
         running = _submit(engine, body, ignored)
-        choices = ChatChoices(chat_logprobs(engine.token_bytes) if body.logprobs else no_logprobs)
+        choices = ChatChoices(chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs)
         response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response

@@ -33,7 +33,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
         running = _submit_all(engine, body.prompt, body.params())
-        choices = TextChoices(text_logprobs(engine.token_bytes) if body.wants_logprobs else no_logprobs)
+        choices = TextChoices(text_logprobs(engine, body.skip_special_tokens) if body.wants_logprobs else no_logprobs)
         response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 from mdi.core.outputs import Piece, Sample
+from mdi.gateway.engine import TextEngine
 
 LOWEST = -9999.0  # JSON has no infinity
-
-TokenBytes = Callable[[int], bytes]
-"""The bytes of a token id's text."""
 
 LogprobsOf = Callable[[int, Piece | Sample], dict[str, Any] | None]
 """Makes the `logprobs` of a choice, from the sample's index and its next tokens."""
@@ -22,12 +20,13 @@ def no_logprobs(_index: int, _part: Piece | Sample) -> None:
     """No logprobs: the request does not ask for them."""
 
 
-def chat_logprobs(token_bytes: TokenBytes) -> LogprobsOf:
-    """The `logprobs` of a chat completion's choices, or of its chunks."""
+def chat_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
+    """The `logprobs` of a chat's choices, or of its chunks. Tokens that the text leaves out have no bytes."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        data = token_bytes(token_id)
-        return {"token": _text(data), "logprob": max(logprob, LOWEST), "bytes": list(data)}
+        shown = engine.token_bytes(token_id, skip_special_tokens=skip_special_tokens)
+        name = engine.token_bytes(token_id).decode(errors="replace")
+        return {"token": name, "logprob": max(logprob, LOWEST), "bytes": list(shown)}
 
     def logprobs_of(_index: int, part: Piece | Sample) -> dict[str, Any]:
         content = [
@@ -39,26 +38,56 @@ def chat_logprobs(token_bytes: TokenBytes) -> LogprobsOf:
     return logprobs_of
 
 
-def text_logprobs(token_bytes: TokenBytes) -> LogprobsOf:
+def text_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
     """The `logprobs` of a completion's choices, or of its chunks: offsets continue from one chunk to the next."""
-    ends: dict[int, int] = defaultdict(int)
+    texts: dict[int, _Offsets] = defaultdict(_Offsets)
+
+    def name(token_id: int) -> str:
+        return _name(engine.token_bytes(token_id))
 
     def logprobs_of(index: int, part: Piece | Sample) -> dict[str, Any]:
-        texts = [_text(token_bytes(token.id)) for token in part.tokens]
-        *offsets, ends[index] = accumulate(map(len, texts), initial=ends[index])
+        shown = [engine.token_bytes(token.id, skip_special_tokens=skip_special_tokens) for token in part.tokens]
         return {
-            "tokens": texts,
+            "tokens": [name(token.id) for token in part.tokens],
             "token_logprobs": [max(token.logprob, LOWEST) for token in part.tokens],
             "top_logprobs": [
-                {_text(token_bytes(token_id)): max(logprob, LOWEST) for token_id, logprob in token.top_logprobs}
-                | {text: max(token.logprob, LOWEST)}
-                for text, token in zip(texts, part.tokens, strict=True)
+                {name(token_id): max(logprob, LOWEST) for token_id, logprob in token.top_logprobs}
+                | {name(token.id): max(token.logprob, LOWEST)}
+                for token in part.tokens
             ],
-            "text_offset": offsets,
+            "text_offset": texts[index].of(part.text, shown),
         }
 
     return logprobs_of
 
 
-def _text(data: bytes) -> str:
-    return data.decode(errors="replace")
+class _Offsets:
+    """Where tokens begin in a text that grows by pieces."""
+
+    def __init__(self) -> None:
+        self._length = 0  # characters of the text so far
+        self._begun = 0  # characters whose last byte came, of the text as it is without stop strings
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, text: str, tokens: list[bytes]) -> list[int]:
+        """For each token the index of the character with its first byte; the text's end for one that adds nothing.
+
+        text, tokens: of the next piece. What stands behind a stop string is no part of the text: its offset is the end.
+        """
+        self._length += len(text)
+        return [min(self._start(token), self._length) for token in tokens]
+
+    def _start(self, token: bytes) -> int:
+        self._begun += len(self._decoder.decode(token[:1]))
+        unfinished = bool(self._decoder.getstate()[0])
+        start = self._begun if unfinished or not token else self._begun - 1
+        self._begun += len(self._decoder.decode(token[1:]))
+        return start
+
+
+def _name(token: bytes) -> str:
+    """A token's text, or, as OpenAI writes it, the bytes of one that is no whole characters: `bytes:\\xf0\\x9f`."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

@@ -9,18 +9,20 @@ from typing import Any
 from fastapi import APIRouter
 
 from mdi.core.errors import ModelNotFoundError
+from mdi.gateway.engine import TextEngine
 
 
 class ServedModel:
-    """The names of the served model."""
+    """The names of the served model: its own and its aliases, which are listed, and those it was started with."""
 
-    def __init__(self, name: str, aliases: Sequence[str]) -> None:
-        self.names = (name, *aliases)
+    def __init__(self, engine: TextEngine, aliases: Sequence[str]) -> None:
+        self.names = (engine.model_name, *aliases)
+        self._also = engine.model_names  # may be a path on this machine, so they are not listed
         self._started = int(time.time())
 
     def check(self, name: str) -> None:
         """Raises ModelNotFoundError for any other name."""
-        if name not in self.names:
+        if name not in self.names and name not in self._also:
             served = " or ".join(map(repr, self.names))
             raise ModelNotFoundError(f"the model {name!r} is not served here: ask for {served}", "model")
 
