@@ -239,7 +239,7 @@ class Ours:
         positions = torch.arange(self.length, self.length + len(ids)).expand(3, -1)
         batch = Batch(0, (Slice(0, self.length, len(ids), (GREEDY,) * samples),), positions)
         self.length += len(ids)
-        return self.stage.sample(batch, self.stage.run(batch, self.stage.embed(ids)))
+        return self.stage.sample(batch, self.stage.run(batch, self.stage.embed(ids))).tokens
 
 
 if __name__ == "__main__":

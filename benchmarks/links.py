@@ -184,8 +184,8 @@ class Arrival:
         self._arrived_s = time.monotonic()
         return hidden
 
-    def sample(self, _batch: Batch, _hidden: torch.Tensor) -> tuple[Token, ...]:
-        return (Token(0, self._arrived_s),)
+    def sample(self, batch: Batch, _hidden: torch.Tensor) -> Result:
+        return Result(batch.id, (Token(0, self._arrived_s),))
 
 
 class BareGrpc:

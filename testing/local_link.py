@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, Rewired
-from mdi.core.batch import Batch, Result
+from mdi.core.batch import Batch
 from mdi.models.stage import Stage
 
 
@@ -21,7 +21,7 @@ class LocalLink:
     def send(self, batch: Batch, hidden: Tensor) -> None:
         for stage in self._stages:
             hidden = stage.run(batch, hidden)
-        self._deliver(Result(batch.id, self._stages[-1].sample(batch, hidden)))
+        self._deliver(self._stages[-1].sample(batch, hidden))
 
     def recover(self) -> None:
         self._deliver(Rewired())

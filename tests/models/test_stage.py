@@ -36,7 +36,7 @@ def stage() -> Stage:
 
 def step(stage: Stage, slot: int, start: int, ids: list[int], samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
     batch = Batch(start, (Slice(slot, start, len(ids), tuple(samplings)),), text_positions(start, len(ids)))
-    return stage.sample(batch, stage.run(batch, stage.embed(torch.tensor(ids))))
+    return stage.sample(batch, stage.run(batch, stage.embed(torch.tensor(ids)))).tokens
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])

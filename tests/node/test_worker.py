@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdi.core.batch import MASK_ELSEWHERE, Batch, Slice, Token, TokenSampling
+from mdi.core.batch import MASK_ELSEWHERE, Batch, Result, Slice, Token, TokenSampling
 from mdi.core.errors import InputError
 from mdi.node.worker import Epoch, Worker
 from mdi.rpc import codec, node_pb2
@@ -42,9 +42,10 @@ class FakeStage:
             raise self.error
         return hidden * 2
 
-    def sample(self, batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
+    def sample(self, batch: Batch, hidden: Tensor) -> Result:
         masks = [sampling.token_mask for sampling in batch.samplings]
-        return tuple(Token(batch.id if mask is None else mask[0], float(hidden[0, 0])) for mask in masks)
+        tokens = (Token(batch.id if mask is None else mask[0], float(hidden[0, 0])) for mask in masks)
+        return Result(batch.id, tuple(tokens))
 
 
 def stage(*, head: bool, error: Exception | None = None, closed: bool = False) -> FakeStage:

@@ -87,7 +87,7 @@ PROMPTS = {
 def run_chain(stages: Sequence[Stage], batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
     for stage in stages:
         hidden = stage.run(batch, hidden)
-    return stages[-1].sample(batch, hidden)
+    return stages[-1].sample(batch, hidden).tokens
 
 
 def greedy_tokens(stages: Sequence[Stage], prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:

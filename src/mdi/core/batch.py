@@ -160,7 +160,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The drawn tokens of a batch: one for each of its samplings, in order."""
+    """The drawn tokens of a batch: one for each of its samplings, in order.
+
+    overflowed: indices of slices with numbers that are infinite or none at all. Their tokens mean nothing.
+    """
 
     batch_id: int
     tokens: tuple[Token, ...]
+    overflowed: tuple[int, ...] = ()

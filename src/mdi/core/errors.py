@@ -7,6 +7,7 @@
     │   └── ModelNotFoundError  the request names a model that is not served here
     ├── ConfigError             options contradict each other or this machine
     ├── CheckpointError         a checkpoint, manifest or chunk cannot be used
+    ├── NumbersError            the numbers of a request left the range of the dtype
     ├── LinkError               a node cannot be reached, refuses, or died; `node` names it
     ├── OverloadedError         the queue is full; try again later
     └── ClosedError             the engine is shutting down
@@ -56,6 +57,16 @@ class ConfigError(MDIError):
 
 class CheckpointError(MDIError):
     """A checkpoint, manifest or chunk cannot be used."""
+
+
+class NumbersError(MDIError):
+    """The numbers of a request left the range of the dtype that it was computed in."""
+
+    def __init__(self, dtype: str) -> None:
+        remedy = "serve it with --dtype bfloat16 or --dtype float32"
+        if dtype != "float16":
+            remedy = "its weights may be damaged: compare them with the original"
+        super().__init__(f"the numbers of this request overflowed in {dtype}, so the model has no answer; {remedy}")
 
 
 class LinkError(MDIError):

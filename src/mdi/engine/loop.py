@@ -15,7 +15,8 @@ from itertools import count, islice
 
 from mdi.cluster.delivery import Delivery, GaveUp, Link, Rewired
 from mdi.core.batch import Batch, Result
-from mdi.core.errors import ClosedError, LinkError, MDIError
+from mdi.core.dtypes import dtype_name
+from mdi.core.errors import ClosedError, LinkError, MDIError, NumbersError
 from mdi.core.status import RecoveryStatus
 from mdi.engine.packing import pack
 from mdi.engine.prefill_budget import PrefillBudget
@@ -128,7 +129,7 @@ class StepLoop:
         if self._link:
             self._link.send(batch, out)
         else:
-            self._collect(Result(batch.id, self._stage.sample(batch, out)))
+            self._collect(self._stage.sample(batch, out))
 
     def _handle_events(self, *, wait: bool) -> None:
         """Handles the events in the inbox. wait: for a first one."""
@@ -193,22 +194,34 @@ class StepLoop:
         batch, scheduled = self._in_flight.pop(result.batch_id)
         self.results += 1
         self._scheduler.finish(scheduled)
+        self._drop_overflowed([scheduled[index].sequence for index in result.overflowed])
         tokens = iter(result.tokens)
         for item, part in zip(scheduled, batch.slices, strict=True):
             sequence = item.sequence
             if sequence.index == 0:
                 sequence.request.stream.cached_tokens = sequence.cached_tokens
             drawn = tuple(islice(tokens, len(part.samplings)))
+            if sequence.slot is None:
+                continue  # its request was dropped
             if drawn and (piece := sequence.append(drawn)):
                 sequence.request.stream.put(piece)
             if sequence.finished or sequence.request.cancelled:
                 self._remove(sequence)
 
+    def _drop_overflowed(self, sequences: list[Sequence]) -> None:
+        """Cancels the requests of sequences that no answer follows from. Nothing takes over what their slots hold."""
+        for sequence in sequences:
+            sequence.request.error = NumbersError(dtype_name(self._stage.dtype))
+            log.error("%s", sequence.request.error)
+            sequence.computed = 0
+        for request in {sequence.request for sequence in sequences}:
+            self._cancel(request)
+
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         sequence.request.sequences.remove(sequence)
         if not sequence.request.sequences:
-            self._end(sequence.request, None)
+            self._end(sequence.request, sequence.request.error)
 
     def _end(self, request: Request, error: MDIError | None) -> None:
         self._live.discard(request)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
+from mdi.core.errors import MDIError
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import Sampling
 from mdi.engine.stream import Stream
@@ -26,6 +27,7 @@ class Request:
     prompt, sequences: None and empty until the prompt is ready; a sequence is removed when it ends.
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
+    error: what ends it once none of its sequences is in flight.
     work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
     token_mask: called with a sequence before each draw; gives the tokens that may come next, as
@@ -38,6 +40,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
     cancelled: bool = False
+    error: MDIError | None = None
     prefilled: bool = False
     token_mask: TokenMask | None = None
     work: Work = field(default_factory=Work)

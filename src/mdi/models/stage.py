@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Token, Visual
+from mdi.core.batch import Batch, Result, Visual
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import CausalMasks, Layout
@@ -36,6 +36,7 @@ class Stage:
         config, dtype, device = loaded.config, loaded.dtype, loaded.device
         self.spec = loaded.spec
         self.config = config
+        self.dtype = dtype
         self.device = device
         self.busy = BusyMeter()
         self.recorder = recorder or Recorder()
@@ -71,12 +72,12 @@ class Stage:
             return self.forward(batch, hidden)
 
     @torch.inference_mode()
-    def sample(self, batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
+    def sample(self, batch: Batch, hidden: Tensor) -> Result:
         """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
-        if not batch.samplings:
-            return ()
         with self.working("sample"):
-            return sample(self._decoder.logits(hidden[batch.sampled_rows]), batch.samplings)
+            logits = self._decoder.logits(hidden[batch.sampled_rows])
+            overflowed = _overflowed(batch, hidden, logits)
+            return Result(batch.id, sample(logits.nan_to_num() if overflowed else logits, batch.samplings), overflowed)
 
     @contextmanager
     def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
@@ -101,3 +102,13 @@ class Stage:
         """`VisionTower.encode_steps` of this stage's tower. Needs the tower."""
         assert self._vision is not None
         return self._vision.encode_steps(rows, grid)
+
+
+def _overflowed(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[int, ...]:
+    """The slices with numbers that are infinite or none. logits: of the batch's sampled rows."""
+    if hidden.isfinite().all() and logits.isfinite().all():
+        return ()
+    finite = hidden.isfinite().all(-1)
+    finite[batch.sampled_rows] &= logits.isfinite().all(-1)
+    parts = torch.split(finite, [part.length for part in batch.slices])
+    return tuple(index for index, part in enumerate(parts) if not part.all())

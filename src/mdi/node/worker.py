@@ -11,7 +11,7 @@ import threading
 import grpc
 from torch import Tensor
 
-from mdi.core.batch import Batch, Result
+from mdi.core.batch import Batch
 from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
 from mdi.node.masks import MaskInbox
@@ -71,8 +71,7 @@ class Epoch:
                 batch, hidden = work[0], self.stage.run(*work)
                 if not self.stage.spec.head:
                     return list(codec.encode_batch(batch, hidden, self.number))
-                tokens = self.stage.sample(self.masks.complete(batch), hidden)
-                return [codec.encode_result(Result(batch.id, tokens), self.number)]
+                return [codec.encode_result(self.stage.sample(self.masks.complete(batch), hidden), self.number)]
             failure = work
         except LinkError as error:
             log.warning("%s", error)

@@ -21,7 +21,7 @@ from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
 
-VERSION = 6
+VERSION = 7
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 OTHER_VERSION = "bytes arrived that are no message of this version of mdi: use one version everywhere"
@@ -148,6 +148,7 @@ def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
         top_logprobs=map(_encode_top_logprobs, result.tokens)
         if any(token.top_logprobs for token in result.tokens)
         else (),
+        overflowed=result.overflowed,
     )
 
 
@@ -160,9 +161,8 @@ def decode_result(message: node_pb2.BatchResult) -> Result | LinkError:
     n_tokens = len(message.token_ids)
     if len(message.logprobs) != n_tokens or len(top_logprobs) not in (0, n_tokens):
         return LinkError("a result's tokens and logprobs do not add up")
-    return Result(
-        message.batch_id, tuple(map(Token, message.token_ids, message.logprobs, top_logprobs or [()] * n_tokens))
-    )
+    tokens = tuple(map(Token, message.token_ids, message.logprobs, top_logprobs or [()] * n_tokens))
+    return Result(message.batch_id, tokens, tuple(message.overflowed))
 
 
 def encode_spans(spans: Iterable[Span], now_s: float) -> node_pb2.SpansReply:
