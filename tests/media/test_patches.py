@@ -166,9 +166,10 @@ def test_other_sizes_and_scales_are_read() -> None:
         {"patch_size": "big"},
         {"min_pixels": 10, "max_pixels": 5},
         {"image_mean": [0.5]},
-        {"image_mean": 0.5},
+        {"image_mean": "0.5"},
         {"size": 224},
-        {"do_normalize": False},
+        {"do_normalize": "no"},
+        {"do_resize": False},
         {"resample": 2},
     ],
 )

@@ -35,7 +35,7 @@ def test_norms_of_queries_and_keys_need_a_flag_and_no_more(tmp_path: Path, monke
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         theirs = oracle(torch.tensor([TEXT]), use_cache=False).logits[0]
     oracle.save_pretrained(tmp_path)
-    family = Family(lambda config: ModelConfig.from_hf(config, qk_norm=True))
+    family = Family(lambda config: ModelConfig.from_hf(config, qk_norm=True), "qwen3")
     monkeypatch.setitem(FAMILIES, "Qwen3ForCausalLM", family)
     for cuts in ((), (2,)):
         assert relative_difference(logits_of(load_stages(tmp_path, *cuts), Prompt(TEXT)), theirs) < 1e-4

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
-from mdi.checkpoint.processing import patch_spec, video_spec
+from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
-from mdi.media import MediaPolicy, decode_image, fetch, open_video
+from mdi.media import MediaPolicy, PatchSpec, decode_image, fetch, open_video
 
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
@@ -36,8 +36,9 @@ class Transformers:
         self._dtype = getattr(torch, dtype)
         self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        self._path, self._config = source.path, source.model_config
-        self._processor = _their_processor(source.path) if source.model_config.vision else None
+        self._config = source.model_config
+        self._cut, self._video = media_specs(source)
+        self._processor = _their_processor(source.path, self._cut) if self._cut else None
 
     @torch.inference_mode()
     def read(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], Tensor]:
@@ -127,7 +128,8 @@ class Transformers:
 
     def _rows(self, part: dict[str, Any]) -> tuple[Tensor, Grid]:
         if part["type"] == "video":
-            video = open_video(part["video"], ANY_FILE, video_spec(self._path), patch_spec(self._path)).patches()
+            assert self._cut is not None
+            video = open_video(part["video"], ANY_FILE, self._video, self._cut).patches()
             return torch.from_numpy(video.rows), video.grid
         assert self._processor is not None
         features = self._processor(images=decode_image(fetch(part["image"], ANY_FILE), ANY_FILE), return_tensors="pt")
@@ -145,10 +147,9 @@ class Transformers:
         return prompt_positions(len(ids), spans)[0][:, None]
 
 
-def _their_processor(path: Path) -> Any:
+def _their_processor(path: Path, spec: PatchSpec) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    spec = patch_spec(path)
     return Qwen2VLImageProcessorPil.from_pretrained(
         path, size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
     )

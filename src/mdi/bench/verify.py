@@ -16,7 +16,7 @@ from torch import Tensor
 from mdi.bench.peers import ANY_FILE, Transformers
 from mdi.checkpoint.generation import end_ids
 from mdi.checkpoint.loader import load_source
-from mdi.checkpoint.processing import patch_spec, video_spec
+from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
 from mdi.models.stage import Stage
@@ -79,9 +79,9 @@ def verify(
 
 def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int) -> Prompt:
     config = source.model_config
-    spec = patch_spec(source.path) if config.vision else None
+    spec, video = media_specs(source)
     room = config.max_positions - max_tokens
-    builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, room, video_spec(source.path))
+    builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, room, video)
     return builder.build(messages)
 
 

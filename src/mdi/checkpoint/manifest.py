@@ -100,7 +100,7 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate_json(text)
             expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype)
-        except (ValidationError, ConfigError, KeyError, TypeError):
+        except (ValidationError, ConfigError, CheckpointError):
             expected = None
         if expected is None or expected != manifest.plan_hash:
             raise CheckpointError("is damaged or of another version")

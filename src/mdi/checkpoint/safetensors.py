@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mdi.checkpoint.json_file import read_json
+from mdi.checkpoint.json_file import read_json, refuse_damaged
 from mdi.core.errors import CheckpointError
 from mdi.core.tensors import TensorSpec
-from mdi.models.config import ModelConfig, StageSpec
-from mdi.models.decoder import LM_HEAD
+from mdi.models.config import ModelConfig, StageSpec, unusable
+from mdi.models.decoder import EMBEDDING, LM_HEAD
+from mdi.models.entries import CONFIG
 from mdi.models.registry import family_of, read_config
 from mdi.models.weights import stage_specs
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,28 +40,20 @@ class SafetensorsSource:
     @classmethod
     def open(cls, path: Path) -> SafetensorsSource:
         """Raises CheckpointError when the folder is no checkpoint of a supported architecture."""
-        source = cls(path, read_json(path / "config.json"))
-        source._check_files()
+        source = cls(path, read_json(path / CONFIG))
         source._check_names()
-        return source
+        return replace(source, config=source._settled())
 
     @cached_property
     def model_config(self) -> ModelConfig:
         if self.config.get("quantization_config"):
-            raise CheckpointError("quantised checkpoints are not supported: use the one they were made from")
-        try:
-            return read_config(self.config)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"config.json lacks an entry or has one of the wrong kind ({error})") from None
+            raise unusable("quantised checkpoints are not supported: use the one it was made from")
+        return read_config(self.config)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        index = self.path / INDEX
-        return (self.path / "config.json", *([index] if index.exists() else []), *self._weight_files)
-
-    @property
-    def _weight_files(self) -> list[Path]:
-        return sorted({path for path, _ in self._places.values()})
+        index = [] if self._single else [self.path / INDEX]
+        return (self.path / CONFIG, *index, *self._stored)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._places)
@@ -83,17 +80,33 @@ class SafetensorsSource:
     @cached_property
     def _places(self) -> dict[str, tuple[Path, str]]:
         """Name on the hub -> the tensor's file, and its name in that file."""
-        if (self.path / INDEX).exists():
-            stored = {name: self.path / file for name, file in _weight_map(self.path / INDEX).items()}
-        else:
-            stored = dict.fromkeys(_names_in(self.path / SINGLE), self.path / SINGLE)
         family = family_of(self.model_config.architecture)
-        return {family.hub_name(name): (path, name) for name, path in stored.items()}
+        places = dict[str, tuple[Path, str]]()
+        for path, stored in self._stored.items():
+            for name in stored:
+                on_hub = family.hub_name(name)
+                if on_hub in places:
+                    raise CheckpointError(
+                        f"{path.name}: {places[on_hub][1]} and {name} are two names of one tensor: "
+                        "convert the checkpoint again"
+                    )
+                places[on_hub] = (path, name)
+        return places
 
-    def _check_files(self) -> None:
-        for path in self._weight_files:
-            if not path.is_file():
-                raise CheckpointError(f"{self.path.name} lacks {path.name}: is the download complete?")
+    @cached_property
+    def _single(self) -> bool:
+        """Whether the weights are in one file. It goes before an index beside it, as in transformers."""
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.exists() and index.exists():
+            log.warning("%s has %s and %s: the first is used, as in transformers", self.path.name, SINGLE, INDEX)
+        return single.exists() or not index.exists()
+
+    @cached_property
+    def _stored(self) -> dict[Path, list[str]]:
+        """The names of the tensors of every file, in the order of the file."""
+        if self._single:
+            return {self.path / SINGLE: _names_in(self.path / SINGLE)}
+        return _sharded(self.path / INDEX)
 
     def _check_names(self) -> None:
         """A tensor that the architecture does not have means that this code would compute another model."""
@@ -104,12 +117,40 @@ class SafetensorsSource:
             if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
                 raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")
 
+    def _settled(self) -> dict[str, Any]:
+        """config.json with what transformers takes from the weights in place of its entries.
+
+        The dtype of the first weights where config.json names none; no tied embeddings where another head is stored.
+        """
+        config = dict(self.config)
+        if not (config.get("dtype") or config.get("torch_dtype")):
+            config["dtype"] = self._first_dtype()
+        if self._has_other_head():
+            log.warning("%s asks for tied embeddings, but the weights have another %s: it is used", CONFIG, LM_HEAD)
+            config["tie_word_embeddings"] = False
+            if config.get("text_config"):
+                config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+        return config
+
+    def _has_other_head(self) -> bool:
+        """Whether embeddings are tied by config.json, but a head with other numbers is stored."""
+        if not self.model_config.tied_embeddings or not {LM_HEAD, EMBEDDING} <= self.names():
+            return False
+        return not torch.equal(self.tensor(LM_HEAD), self.tensor(EMBEDDING))
+
+    def _first_dtype(self) -> str:
+        """The type of the first weights in the first file that are of a floating type."""
+        first = min(self._stored)
+        with _opened(first) as file:
+            codes = [file.get_slice(name).get_dtype() for name in self._stored[first]]
+        return next((DTYPES[code] for code in codes if code in DTYPES), "float32")
+
 
 def _names_in(path: Path) -> list[str]:
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         legacy = any(path.parent.glob("pytorch_model*.bin"))
         remedy = "convert its pytorch_model.bin to safetensors first" if legacy else "is the download complete?"
-        raise CheckpointError(f"{path.parent.name} has no {SINGLE}: {remedy}")
+        raise CheckpointError(f"{path.parent.name} has no {path.name}: {remedy}")
     with _opened(path) as file:
         return list(file.keys())
 
@@ -121,11 +162,30 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError):
-        raise CheckpointError(f"{path.name} is damaged or missing: download or convert it again") from None
+        refuse_damaged(path)
+
+
+def _sharded(index: Path) -> dict[Path, list[str]]:
+    """The names of the tensors of every file that an index names. Raises CheckpointError where the two differ."""
+    indexed: dict[str, set[str]] = {}
+    for name, file in _weight_map(index).items():
+        indexed.setdefault(file, set()).add(name)
+    stored = {index.parent / file: _names_in(index.parent / file) for file in sorted(indexed)}
+    for path, names in stored.items():
+        if differing := indexed[path.name].symmetric_difference(names):
+            raise CheckpointError(
+                f"{index.name} and {path.name} disagree about {min(differing)}: download both again, from one place"
+            )
+    return stored
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    if not files or not isinstance(files, dict) or not all(map(_is_name, files.values())):
         raise CheckpointError(f"{path.name} is damaged: download it again")
     return files
+
+
+def _is_name(file: object) -> bool:
+    """Whether it is the name of a file in the same folder."""
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")

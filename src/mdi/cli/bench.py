@@ -33,7 +33,7 @@ def bench(
     from mdi.bench.run import limits_for, run_bench, write_files
     from mdi.bench.scenario import sweep
     from mdi.bench.trace import write_trace
-    from mdi.checkpoint.processing import patch_spec
+    from mdi.checkpoint.processing import media_specs
 
     if peer not in (None, "transformers"):
         raise ConfigError(f"--peer knows transformers, not {peer!r}")
@@ -45,7 +45,8 @@ def bench(
         sides,
         answer_tokens,
     )
-    limits = limits_for(scenarios, patch_spec(source.path).max_pixels if sides else None)
+    images, _ = media_specs(source)
+    limits = limits_for(scenarios, images.max_pixels if images and sides else None)
     engine = options.start(
         str(source.path),
         sequence_length=limits.sequence_length,

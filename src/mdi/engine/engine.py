@@ -14,7 +14,7 @@ import torch
 
 from mdi.checkpoint.generation import end_ids, generation_defaults
 from mdi.checkpoint.hub import locate, names
-from mdi.checkpoint.processing import patch_spec, video_spec
+from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source, open_source
 from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
@@ -35,6 +35,7 @@ from mdi.engine.stream import Stream
 from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
+from mdi.prompt.vocabulary import check_vocabulary
 
 READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
@@ -79,6 +80,8 @@ class Engine:
         self._tokenizer = Tokenizer(path)
         added = self._tokenizer.backend.get_added_tokens_decoder()
         self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        check_vocabulary(self._tokenizer.backend, source.model_config)
+        self._media_specs = media_specs(source, config.limits.min_pixels, config.limits.max_pixels)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -198,11 +201,9 @@ class Engine:
         self.close()
 
     def _prompt_builder(self, source: Source, config: EngineConfig) -> PromptBuilder:
-        limits, stage = config.limits, self._cluster.stage
-        spec = patch_spec(source.path, limits.min_pixels, limits.max_pixels) if source.model_config.vision else None
-        video = video_spec(source.path, limits.max_pixels)
+        (images, videos), recorder = self._media_specs, self._cluster.stage.recorder
         return PromptBuilder(
-            source.model_config, self._tokenizer, spec, config.media, self.sequence_length, video, stage.recorder
+            source.model_config, self._tokenizer, images, config.media, self.sequence_length, videos, recorder
         )
 
     def _start_loop(self, config: EngineConfig) -> StepLoop:

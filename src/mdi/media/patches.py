@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mdi.core.errors import CheckpointError, InputError, MediaError
+from mdi.media.entries import PictureEntries
 
 MAX_ASPECT_RATIO = 200
 DEFAULT_MAX_TOKENS = 1280  # of one image: 1,003,520 pixels where a token is 28 x 28
@@ -38,17 +39,36 @@ class PatchSpec:
     rescale_factor: float = 1 / 255
 
     @classmethod
-    def from_hf(cls, preprocessor_config: Mapping[str, Any]) -> PatchSpec:
-        """Reads preprocessor_config.json, or the `image_processor` part of processor_config.json.
+    def from_hf(cls, settings: Any, file: str = "preprocessor_config.json", part: str = "") -> PatchSpec:
+        """Reads image settings: what `file` holds, or what stands in it under the key `part`.
 
         max_pixels is the checkpoint's, but not above 1280 tokens: raise it with `with_pixels`.
-        Raises CheckpointError for settings that are not supported.
+        Raises CheckpointError, naming the file and the entry, for settings that are wrong or not supported.
         """
-        config = preprocessor_config.get("image_processor", preprocessor_config)
-        try:
-            return _spec_from(cls(), config)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError("preprocessor_config.json holds values that are not image sizes") from error
+        spec = cls._with_entries(PictureEntries.read(settings, file, part))
+        if not 0 < spec.min_pixels <= spec.max_pixels:
+            raise CheckpointError(f"{file}: min_pixels is {spec.min_pixels}, above max_pixels {spec.max_pixels}")
+        ceiling = DEFAULT_MAX_TOKENS * spec.factor**2
+        return replace(spec, max_pixels=max(spec.min_pixels, min(spec.max_pixels, ceiling)))
+
+    @classmethod
+    def _with_entries(cls, entries: PictureEntries) -> PatchSpec:
+        """Without rescaling or normalising, pixels are scaled by 1, or have mean 0 and std 1."""
+        default = cls()
+        normalize, rescale = entries.do_normalize is not False, entries.do_rescale is not False
+        mean = entries.image_mean or default.image_mean
+        std = entries.image_std or default.image_std
+        cut = replace(
+            default,
+            patch_size=entries.patch_size or default.patch_size,
+            temporal_patch_size=entries.temporal_patch_size or default.temporal_patch_size,
+            merge_size=entries.merge_size or default.merge_size,
+            image_mean=(mean[0], mean[1], mean[2]) if normalize else (0.0, 0.0, 0.0),
+            image_std=(std[0], std[1], std[2]) if normalize else (1.0, 1.0, 1.0),
+            rescale_factor=(entries.rescale_factor or default.rescale_factor) if rescale else 1.0,
+        )
+        least, most = entries.pixel_limits
+        return replace(cut, min_pixels=least or default.min_pixels, max_pixels=most or default.max_pixels)
 
     @property
     def factor(self) -> int:
@@ -187,51 +207,6 @@ def digest_of(pixels: npt.NDArray[np.uint8], spec: PatchSpec) -> bytes:
     digest = hashlib.sha256(repr((cut, scale)).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()
-
-
-def _spec_from(defaults: PatchSpec, config: Mapping[str, Any]) -> PatchSpec:
-    for key, supported in {
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "resample": 3,
-    }.items():
-        if config.get(key, supported) != supported:
-            raise CheckpointError(f"preprocessor_config.json sets {key} to something that is not supported")
-    sizes = replace(
-        defaults,
-        patch_size=_positive(config, "patch_size", defaults.patch_size),
-        temporal_patch_size=_positive(config, "temporal_patch_size", defaults.temporal_patch_size),
-        merge_size=_positive(config, "merge_size", defaults.merge_size),
-        image_mean=_three_floats(config.get("image_mean", defaults.image_mean)),
-        image_std=_three_floats(config.get("image_std", defaults.image_std)),
-        rescale_factor=float(config.get("rescale_factor", defaults.rescale_factor)),
-    )
-    ceiling = DEFAULT_MAX_TOKENS * sizes.factor**2
-    size = config.get("size") or {}
-    min_pixels = first_limit(config, size, "min_pixels", "shortest_edge", defaults.min_pixels)
-    max_pixels = first_limit(config, size, "max_pixels", "longest_edge", ceiling)
-    if not 0 < min_pixels <= max_pixels:
-        raise CheckpointError(f"preprocessor_config.json has min_pixels {min_pixels}, max_pixels {max_pixels}")
-    return replace(sizes, min_pixels=min_pixels, max_pixels=max(min_pixels, min(max_pixels, ceiling)))
-
-
-def first_limit(config: Mapping[str, Any], size: Mapping[str, Any], name: str, edge: str, default: int) -> int:
-    """The three places where releases of transformers keep a pixel limit, the strongest first."""
-    found = (config.get(name), size.get(edge), size.get(name))
-    return int(next((value for value in found if value is not None), default))
-
-
-def _positive(config: Mapping[str, Any], name: str, default: int) -> int:
-    value = int(config.get(name, default))
-    if value < 1:
-        raise CheckpointError(f"preprocessor_config.json has {name} {value}")
-    return value
-
-
-def _three_floats(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def check_pixels(field: str, value: int | None, low: int) -> None:

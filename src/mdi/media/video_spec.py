@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mdi.core.errors import CheckpointError, InputError, MediaError
-from mdi.media.patches import check_pixels, first_limit, smart_resize
+from mdi.media.entries import VideoEntries
+from mdi.media.patches import check_pixels, smart_resize
 
 FRAME_FACTOR = 2  # the sampled frames are a multiple of it
 TOKEN_PIXELS = 28 * 28
@@ -33,26 +33,26 @@ class VideoSpec:
     total_pixels: int = 24576 * TOKEN_PIXELS
 
     @classmethod
-    def from_hf(cls, video_preprocessor_config: Mapping[str, Any]) -> VideoSpec:
-        """Reads video_preprocessor_config.json; entries it lacks are as in qwen-vl-utils.
+    def from_hf(cls, settings: Any, file: str = "video_preprocessor_config.json", part: str = "") -> VideoSpec:
+        """Reads video settings: what `file` holds, or what stands in it under the key `part`.
 
-        Raises CheckpointError when its numbers make no sense.
+        Entries that it lacks are as in qwen-vl-utils. Raises CheckpointError, naming the file and the entry, for
+        settings that are wrong or contradict each other.
         """
-        config, default = video_preprocessor_config, cls()
-        try:
-            size = config.get("size") or {}
-            spec = cls(
-                fps=float(config.get("fps") or default.fps),
-                min_frames=int(config.get("min_frames") or default.min_frames),
-                max_frames=int(config.get("max_frames") or default.max_frames),
-                min_pixels=first_limit(config, size, "min_pixels", "shortest_edge", default.min_pixels),
-                max_pixels=first_limit(config, size, "max_pixels", "longest_edge", default.max_pixels),
+        entries, default = VideoEntries.read(settings, file, part), cls()
+        least, most = entries.pixel_limits
+        spec = cls(
+            fps=entries.fps or default.fps,
+            min_frames=entries.min_frames or default.min_frames,
+            max_frames=entries.max_frames or default.max_frames,
+            min_pixels=least or default.min_pixels,
+            max_pixels=most or default.max_pixels,
+        )
+        if not (FRAME_FACTOR <= spec.min_frames <= spec.max_frames and spec.min_pixels <= spec.max_pixels):
+            raise CheckpointError(
+                f"{file}: the limits contradict each other: frames from {spec.min_frames} (at least {FRAME_FACTOR}) to "
+                f"{spec.max_frames}, pixels from {spec.min_pixels} to {spec.max_pixels}"
             )
-        except (TypeError, ValueError, AttributeError):
-            raise CheckpointError("video_preprocessor_config.json holds values that are not numbers") from None
-        frames_fit = FRAME_FACTOR <= spec.min_frames <= spec.max_frames
-        if not (frames_fit and 0 < spec.min_pixels <= spec.max_pixels and 0 < spec.fps < math.inf):
-            raise CheckpointError("video_preprocessor_config.json has limits that contradict each other")
         return spec
 
     def with_options(

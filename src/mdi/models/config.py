@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mdi.core.dtypes import DTYPE_NAMES
+from mdi.core.entries import check_ids
 from mdi.core.errors import CheckpointError
 from mdi.layers.rope import RopeConfig
+from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class VisionConfig:
     merge_size: int
     in_channels: int
     out_size: int
+    rope_theta: float = 10000.0
 
     @property
     def head_dim(self) -> int:
@@ -37,6 +41,29 @@ class VisionConfig:
     def merged_width(self) -> int:
         """Width of the merger: merge_size x merge_size neighbouring patches side by side."""
         return self.width * self.merge_size**2
+
+
+@dataclass(frozen=True)
+class DecoderDefaults:
+    """What a family takes where config.json is silent, as its config class in transformers does.
+
+    n_kv_heads: None is as many as there are heads. mrope_sections: None where positions have one axis.
+    """
+
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    n_kv_heads: int | None = None
+    sliding_from: int = 28
+    mrope_sections: tuple[int, int, int] | None = None
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """By their names in config.json."""
+        return {
+            "rms_norm_eps": self.rms_eps,
+            "num_key_value_heads": self.n_kv_heads,
+            "max_window_layers": self.sliding_from,
+        }
 
 
 @dataclass(frozen=True)
@@ -80,39 +107,53 @@ class ModelConfig:
     def from_hf(
         cls,
         config: Mapping[str, Any],
+        part: Mapping[str, Any] | None = None,
         *,
+        defaults: DecoderDefaults = DecoderDefaults(),
         qkv_bias: bool = False,
         qk_norm: bool = False,
         vision: VisionConfig | None = None,
     ) -> ModelConfig:
-        """Reads the entries of config.json that families share, in its flat (hub) and nested (transformers 5) form.
+        """Reads the entries of config.json that families share.
 
-        The other arguments are what a family says of itself. Raises CheckpointError for what no family computes, and
-        KeyError for an entry that is missing.
+        part: the entries about the decoder, where they are not those of the top level. The other arguments are what a
+        family says of itself. Raises CheckpointError, naming the entry, for one that is missing, wrong or contradicts
+        another, and for what no family computes.
         """
-        text = text_config(config)
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        _refuse_unsupported(text, rope)
-        return cls(
-            architecture=config["architectures"][0],
-            hidden_size=text["hidden_size"],
-            n_layers=text["num_hidden_layers"],
-            n_heads=text["num_attention_heads"],
-            n_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-            head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            intermediate_size=text["intermediate_size"],
-            vocab_size=text["vocab_size"],
-            rms_eps=text.get("rms_norm_eps", 1e-6),
-            rope=_rope_config(float(rope.get("rope_theta") or text.get("rope_theta") or 1e6), rope),
+        part = config if part is None else part
+        where = "" if part is config else "text_config."
+        top = TopEntries.read(config, CONFIG)
+        content = {**defaults.entries, **part} if isinstance(part, dict) else part
+        entries = DecoderEntries.read(content, CONFIG, where.removesuffix("."))
+        head_dim = entries.head_dim or entries.hidden_size // entries.num_attention_heads
+        made = cls(
+            architecture=top.architectures[0],
+            hidden_size=entries.hidden_size,
+            n_layers=entries.num_hidden_layers,
+            n_heads=entries.num_attention_heads,
+            n_kv_heads=entries.num_key_value_heads or entries.num_attention_heads,
+            head_dim=head_dim,
+            intermediate_size=entries.intermediate_size,
+            vocab_size=entries.vocab_size,
+            rms_eps=entries.rms_norm_eps,
+            rope=_rope_config(rope_entries(part, defaults.rope_theta, where), defaults.mrope_sections, head_dim),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
-            tied_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            max_positions=text.get("max_position_embeddings", 32768),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
+            tied_embeddings=top.tie_word_embeddings or (vision is not None and entries.tie_word_embeddings),
+            max_positions=entries.max_position_embeddings,
+            dtype=_dtype(top),
             vision=vision,
-            image_token_id=config.get("image_token_id") if vision else None,
-            video_token_id=config.get("video_token_id") if vision else None,
         )
+        _check_decoder(entries, made)
+        check_ids(entries, entries.vocab_size, CONFIG, where.removesuffix("."))
+        return made._with_media(MediaEntries.read(config, CONFIG)) if vision else made
+
+    def _with_media(self, entries: MediaEntries) -> ModelConfig:
+        """The same with the tokens that stand for images and videos."""
+        check_ids(entries, self.vocab_size, CONFIG)
+        if entries.image_token_id == entries.video_token_id:
+            raise unusable(f"image_token_id and video_token_id are both {entries.image_token_id}")
+        return replace(self, image_token_id=entries.image_token_id, video_token_id=entries.video_token_id)
 
 
 @dataclass(frozen=True)
@@ -138,21 +179,52 @@ class StageSpec:
         return cls(0, config.n_layers, embedding=True, vision=config.vision is not None, head=True)
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries about the decoder: nested ones, and those of the top level."""
-    return {**config, **config.get("text_config", {})}
+def unusable(cause: str) -> CheckpointError:
+    """The error for a config.json that contradicts itself or asks for what is not computed here."""
+    return CheckpointError(f"{CONFIG}: {cause}")
 
 
-def _rope_config(theta: float, rope: Mapping[str, Any]) -> RopeConfig:
-    section = rope.get("mrope_section")
-    return RopeConfig("mrope", theta, (section[0], section[1], section[2])) if section else RopeConfig("default", theta)
+def check_rope(kind: str, supported: tuple[str, ...]) -> None:
+    """Raises CheckpointError for a kind of rotary positions that a decoder or tower does not compute."""
+    if kind not in supported:
+        raise unusable(f"RoPE scaling of type {kind!r} is not supported")
 
 
-def _refuse_unsupported(text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "mrope"):
-        raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported")
-    if text.get("use_sliding_window"):
-        raise CheckpointError("sliding-window attention is not supported")
-    if text.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"activation {text['hidden_act']!r} is not supported in the decoder")
+def _dtype(top: TopEntries) -> str:
+    name = top.dtype or top.torch_dtype or DTYPE_NAMES[0]
+    if name not in DTYPE_NAMES:
+        raise unusable(f"dtype {name!r} is not supported: set it to one of {', '.join(DTYPE_NAMES)}")
+    return name
+
+
+def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim: int) -> RopeConfig:
+    """sections: the default ones of a family with three axes of positions; None for one axis."""
+    if sections is None:
+        check_rope(entries.kind, ("default",))
+        return RopeConfig("default", entries.rope_theta)
+    check_rope(entries.kind, ("default", "mrope"))
+    found = tuple(sections if entries.mrope_section is None else entries.mrope_section)
+    if len(found) != 3 or sum(found) != head_dim // 2:
+        source = "transformers' default " if entries.mrope_section is None else ""
+        raise unusable(
+            f"mrope_section is {source}{list(found)}: three numbers that add up to half of the head's {head_dim} "
+            "channels are expected"
+        )
+    return RopeConfig("mrope", entries.rope_theta, (found[0], found[1], found[2]))
+
+
+def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
+    """Raises CheckpointError where entries contradict each other, or ask for what the decoder does not compute."""
+    kinds = entries.attention_kinds
+    if len(kinds) != config.n_layers:
+        raise unusable(f"layer_types has {len(kinds)} entries, num_hidden_layers is {config.n_layers}")
+    if other := next((kind for kind in kinds if kind != "full_attention"), None):
+        raise unusable(f"layers with {other} are not supported (use_sliding_window, layer_types)")
+    if entries.hidden_act != "silu":
+        raise unusable(f"activation {entries.hidden_act!r} is not supported in the decoder")
+    if config.n_heads % config.n_kv_heads:
+        raise unusable(
+            f"num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise unusable(f"the head size {config.head_dim} (head_dim, or hidden_size / num_attention_heads) is odd")

@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.core.errors import CheckpointError
 from mdi.core.tensors import GetTensor, within
 from mdi.layers.attention import attend_fully
 from mdi.layers.linear import Linear
 from mdi.layers.norm import LayerNorm
 from mdi.layers.rope import Grid, Rotation, vision_rotation
-from mdi.models.config import ModelConfig, VisionConfig, text_config
+from mdi.models.config import DecoderDefaults, ModelConfig, VisionConfig, check_rope, unusable
+from mdi.models.entries import CONFIG, VisionEntries, rope_entries
 
 LAYER_NORM_EPS = 1e-6
 ENCODE_ROWS = 512  # patches in one product: more are no faster (docs/performance.md)
 ROTATED_ROWS = 128  # patches rotated at once: their float32 copies stay in the processor's cache
 QUICK_GELU = 1.702
-
+DEFAULT_VISION_THETA = 10000.0
+DEFAULTS = DecoderDefaults(  # transformers' Qwen2VLTextConfig
+    rope_theta=1e6, rms_eps=1e-5, n_kv_heads=8, sliding_from=80, mrope_sections=(16, 24, 24)
+)
 
 ALIASES = (
     ("model.language_model.", "model."),
@@ -34,26 +37,39 @@ ALIASES = (
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """config: the contents of config.json."""
-    vision = _vision_config(config["vision_config"], text_config(config)["hidden_size"])
-    return ModelConfig.from_hf(config, qkv_bias=True, vision=vision)
+    """config: the contents of config.json, in its flat (hub) or nested (transformers 5) form."""
+    vision = _vision_config(config.get("vision_config"))
+    made = ModelConfig.from_hf(config, config.get("text_config"), defaults=DEFAULTS, qkv_bias=True, vision=vision)
+    if made.q_size != made.hidden_size:
+        raise unusable(f"{made.n_heads} heads of {made.head_dim} do not make hidden_size {made.hidden_size}")
+    if vision.out_size != made.hidden_size:
+        raise unusable(f"vision_config.hidden_size is {vision.out_size}, the decoder's hidden_size {made.hidden_size}")
+    return made
 
 
-def _vision_config(vision: Mapping[str, Any], hidden_size: int) -> VisionConfig:
-    activation = vision.get("hidden_act", "quick_gelu")
-    if activation != "quick_gelu":
-        raise CheckpointError(f"activation {activation!r} is not supported in the vision tower")
-    width = vision.get("embed_dim", 1280)
+def _vision_config(part: Any) -> VisionConfig:
+    if part is None:
+        raise unusable("vision_config is missing")
+    entries = VisionEntries.read(part, CONFIG, "vision_config")
+    rope = rope_entries(part, DEFAULT_VISION_THETA, "vision_config.")
+    check_rope(rope.kind, ("default", "axial"))
+    if entries.hidden_act != "quick_gelu":
+        raise unusable(f"activation {entries.hidden_act!r} is not supported in the vision tower")
+    if entries.in_channels != 3:
+        raise unusable(f"vision_config.in_channels is {entries.in_channels}, but pictures have 3")
+    if entries.embed_dim % (4 * entries.num_heads):
+        raise unusable(f"vision_config.embed_dim {entries.embed_dim} is not a multiple of 4 x num_heads")
     return VisionConfig(
-        depth=vision.get("depth", 32),
-        width=width,
-        n_heads=vision.get("num_heads", 16),
-        mlp_size=int(width * vision.get("mlp_ratio", 4)),
-        patch_size=vision.get("patch_size", 14),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        merge_size=vision.get("spatial_merge_size", 2),
-        in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
-        out_size=vision.get("hidden_size", hidden_size),
+        depth=entries.depth,
+        width=entries.embed_dim,
+        n_heads=entries.num_heads,
+        mlp_size=entries.embed_dim * entries.mlp_ratio,
+        patch_size=entries.patch_size,
+        temporal_patch_size=entries.temporal_patch_size,
+        merge_size=entries.spatial_merge_size,
+        in_channels=entries.in_channels,
+        out_size=entries.hidden_size,
+        rope_theta=rope.rope_theta,
     )
 
 
@@ -78,7 +94,8 @@ class VisionTransformer:
         rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size] in the weights' dtype.
         """
         dtype, device = self.patch_embed.weight.dtype, self.patch_embed.weight.device
-        rotation = vision_rotation(grid, self.config.merge_size, self.config.head_dim, device)
+        config = self.config
+        rotation = vision_rotation(grid, config.merge_size, config.head_dim, device, config.rope_theta)
         hidden = torch.empty(len(rows), self.config.width, dtype=dtype, device=device)
         for part in row_slices(len(rows)):
             hidden[part] = self.patch_embed(rows[part].to(device, dtype))

@@ -12,7 +12,7 @@ from mdi.core.errors import CheckpointError
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
 from mdi.models import qwen2, qwen2_vl
-from mdi.models.config import ModelConfig, VisionConfig
+from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
 class VisionTower(Protocol):
@@ -29,11 +29,13 @@ class VisionTower(Protocol):
 class Family:
     """What one family of models adds to the decoder that all share.
 
-    read_config: from the contents of config.json to a config. vision_tower: loads it, where the family has one.
+    read_config: from the contents of config.json to a config. model_type: the entry that goes with the architecture.
+    vision_tower: loads it, where the family has one.
     aliases: (prefix in a file, prefix on the hub) of tensors that some versions of transformers rename.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    model_type: str
     vision_tower: Callable[[VisionConfig, GetTensor], VisionTower] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
 
@@ -46,9 +48,12 @@ class Family:
 
 
 FAMILIES = {
-    "Qwen2VLForConditionalGeneration": Family(qwen2_vl.read_config, qwen2_vl.VisionTransformer, qwen2_vl.ALIASES),
-    "Qwen2ForCausalLM": Family(qwen2.read_config),
+    "Qwen2VLForConditionalGeneration": Family(
+        qwen2_vl.read_config, "qwen2_vl", qwen2_vl.VisionTransformer, qwen2_vl.ALIASES
+    ),
+    "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2"),
 }
+REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, weights under another name
 
 
 def family_of(architecture: str) -> Family:
@@ -62,8 +67,13 @@ def family_of(architecture: str) -> Family:
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Reads the contents of config.json. Raises CheckpointError for a model that is not supported."""
-    architecture = (config.get("architectures") or ["none"])[0]
-    try:
-        return family_of(architecture).read_config(config)
-    except KeyError as missing:
-        raise CheckpointError(f"config.json lacks {missing}") from None
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    family = family_of(str(architecture or "none"))
+    kind = config.get("model_type", family.model_type)
+    if kind != family.model_type:
+        raise unusable(f"model_type is {kind!r}, but {architecture} has {family.model_type!r}")
+    for key in REFUSED:
+        if config.get(key):
+            raise unusable(f"{key} is set, which is not supported")
+    return family.read_config(config)

@@ -1,0 +1,102 @@
+"""The entries of config.json that are used: their types and ranges, and the defaults of transformers' classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from mdi.core.entries import Entries, TokenId, TokenIds
+
+CONFIG = "config.json"
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class TopEntries(Entries):
+    """What stands at the top of config.json for every model."""
+
+    architectures: Annotated[list[str], Field(min_length=1)]
+    model_type: str | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    tie_word_embeddings: bool = False
+
+
+class MediaEntries(Entries):
+    """The tokens that stand for images and videos."""
+
+    image_token_id: TokenId = 151655
+    video_token_id: TokenId = 151656
+    vision_start_token_id: TokenId | None = None
+    vision_end_token_id: TokenId | None = None
+
+
+class RopeEntries(Entries):
+    """How positions are rotated. type: the older name of rope_type."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Annotated[float, Field(gt=0)]
+    mrope_section: list[Annotated[int, Field(ge=0, le=2**16)]] | None = None
+
+    @property
+    def kind(self) -> str:
+        given = self.type if self.rope_type is None else self.rope_type
+        return "default" if given is None else given
+
+
+class DecoderEntries(Entries):
+    """A decoder. num_key_value_heads: None is as many as num_attention_heads."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: Size = 32768
+    rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    tie_word_embeddings: bool = False
+    use_sliding_window: bool | None = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+    pad_token_id: Annotated[int, Field(ge=-1, le=2**24)] | None = None
+
+    @property
+    def attention_kinds(self) -> list[str]:
+        """The kind of attention of every layer, as transformers derives it."""
+        if self.layer_types is not None:
+            return self.layer_types
+        sliding = bool(self.use_sliding_window) and self.sliding_window is not None
+        n_full = min(max(self.max_window_layers, 0), self.num_hidden_layers) if sliding else self.num_hidden_layers
+        return ["full_attention"] * n_full + ["sliding_attention"] * (self.num_hidden_layers - n_full)
+
+
+class VisionEntries(Entries):
+    """Qwen2-VL's vision tower."""
+
+    depth: Annotated[int, Field(ge=1, le=1000)] = 32
+    embed_dim: Size = 1280
+    hidden_size: Size = 3584
+    hidden_act: str = "quick_gelu"
+    mlp_ratio: Annotated[int, Field(ge=1, le=1024)] = 4
+    num_heads: Size = 16
+    in_channels: Size = 3
+    patch_size: Annotated[int, Field(ge=1, le=1024)] = 14
+    spatial_merge_size: Annotated[int, Field(ge=1, le=64)] = 2
+    temporal_patch_size: Annotated[int, Field(ge=1, le=64)] = 2
+
+
+def rope_entries(part: Mapping[str, Any], default_theta: float, where: str = "") -> RopeEntries:
+    """The rope of a decoder or tower: `rope_scaling` (older) before `rope_parameters`, as in transformers."""
+    key = "rope_scaling" if part.get("rope_scaling") else "rope_parameters"
+    rope, theta = part.get(key) or {}, part.get("rope_theta", default_theta)
+    content = {"rope_theta": theta, **rope} if isinstance(rope, dict) else rope
+    return RopeEntries.read(content, CONFIG, f"{where}{key}")
