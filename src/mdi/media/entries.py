@@ -1,4 +1,4 @@
-"""The entries of a checkpoint's image and video settings that are used. None is the default of transformers' class."""
+"""The entries of a checkpoint's image and video settings that are used, with the defaults of transformers' classes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Cells = Annotated[int, Field(ge=1, le=1024)]
 Pixels = Annotated[int, Field(ge=1, le=2**40)]
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Divisor = Annotated[float, Field(ge=1e-6, le=1e6)]
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 one_for_all = BeforeValidator(lambda value: [value] * 3 if isinstance(value, (int, float)) else value)
 Means = Annotated[list[Number], Field(min_length=3, max_length=3), one_for_all]
@@ -30,20 +32,20 @@ class SizeEntries(Entries):
 class PictureEntries(Entries):
     """How pictures are resized, scaled and cut. One number for mean or std is that of all channels."""
 
-    do_resize: Literal[True] | None = None
-    do_convert_rgb: Literal[True] | None = None
-    do_rescale: bool | None = None
-    do_normalize: bool | None = None
-    resample: Literal[3] | None = None  # bicubic
+    do_resize: Literal[True] = True
+    do_convert_rgb: Literal[True] = True
+    do_rescale: bool | None = True
+    do_normalize: bool | None = True
+    resample: Literal[3] = 3  # bicubic
     size: SizeEntries | None = None
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
-    patch_size: Cells | None = None
-    temporal_patch_size: Cells | None = None
-    merge_size: Cells | None = None
-    rescale_factor: Divisor | None = None
-    image_mean: Means | None = None
-    image_std: Deviations | None = None
+    patch_size: Cells = 14
+    temporal_patch_size: Cells = 2
+    merge_size: Cells = 2
+    rescale_factor: Divisor = 1 / 255
+    image_mean: Means = CLIP_MEAN
+    image_std: Deviations = CLIP_STD
 
     @property
     def pixel_limits(self) -> tuple[int | None, int | None]:

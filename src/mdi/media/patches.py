@@ -54,21 +54,18 @@ class PatchSpec:
     @classmethod
     def _with_entries(cls, entries: PictureEntries) -> PatchSpec:
         """Without rescaling or normalising, pixels are scaled by 1, or have mean 0 and std 1."""
-        default = cls()
-        normalize, rescale = entries.do_normalize is not False, entries.do_rescale is not False
-        mean = entries.image_mean or default.image_mean
-        std = entries.image_std or default.image_std
-        cut = replace(
-            default,
-            patch_size=entries.patch_size or default.patch_size,
-            temporal_patch_size=entries.temporal_patch_size or default.temporal_patch_size,
-            merge_size=entries.merge_size or default.merge_size,
-            image_mean=(mean[0], mean[1], mean[2]) if normalize else (0.0, 0.0, 0.0),
-            image_std=(std[0], std[1], std[2]) if normalize else (1.0, 1.0, 1.0),
-            rescale_factor=(entries.rescale_factor or default.rescale_factor) if rescale else 1.0,
-        )
         least, most = entries.pixel_limits
-        return replace(cut, min_pixels=least or default.min_pixels, max_pixels=most or default.max_pixels)
+        mean, std = entries.image_mean, entries.image_std
+        return cls(
+            patch_size=entries.patch_size,
+            temporal_patch_size=entries.temporal_patch_size,
+            merge_size=entries.merge_size,
+            min_pixels=least or cls.min_pixels,
+            max_pixels=most or cls.max_pixels,
+            image_mean=(mean[0], mean[1], mean[2]) if entries.do_normalize else (0.0, 0.0, 0.0),
+            image_std=(std[0], std[1], std[2]) if entries.do_normalize else (1.0, 1.0, 1.0),
+            rescale_factor=entries.rescale_factor if entries.do_rescale else 1.0,
+        )
 
     @property
     def factor(self) -> int:

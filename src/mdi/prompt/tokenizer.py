@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdi.checkpoint.tokenizer_files import check_tokenizer_files
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.messages import Message, Part, TextPart
 from mdi.core.template_settings import TemplateSettings
@@ -37,10 +38,14 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
 
+        check_tokenizer_files(path)
         try:
             loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint has no tokenizer that can be loaded ({error})") from None
+        except Exception as error:  # of any kind, of three libraries
+            cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise CheckpointError(
+                f"tokenizer.json and tokenizer_config.json make no tokenizer ({cause[0]}): download both again"
+            ) from None
         if loaded.chat_template is None and (path / "chat_template.json").exists():
             loaded.chat_template = json.loads((path / "chat_template.json").read_text())["chat_template"]
         self._loaded = loaded
