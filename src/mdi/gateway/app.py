@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
@@ -17,7 +18,11 @@ from mdi.gateway.streaming import Answers
 
 def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
     """The application, for any ASGI server."""
-    app = FastAPI(title="MDI-LLM", summary="One vision-language model over the machines you already have.")
+    app = FastAPIOffline(  # /docs loads nothing from other sites
+        title="MDI-LLM",
+        summary="One vision-language model over the machines you already have.",
+        redoc_url=None,
+    )
     app.state.answers = Answers()
     errors.install(app)
     _add_checks(app, config)

@@ -36,6 +36,12 @@ class JSONRoute(APIRoute):
 
 
 class _JSONRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            chunks = [chunk async for chunk in self.stream()]
+            self._body = await asyncio.to_thread(b"".join, chunks)  # which lets other threads run meanwhile
+        return self._body
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             try:
@@ -74,12 +80,21 @@ def _excess(text: bytes) -> str | None:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote now begins or ends a string
     if text.count(b'"') > 2 * MAX_STRINGS:
         return f"{MAX_STRINGS:,} strings"
-    parts = text.split(b'"')
+    parts = _without_files(text).split(b'"')
     structure, strings = b"".join(parts[::2]), parts[1::2]
     if len(structure) > MAX_STRUCTURE_BYTES:
         return f"{MAX_STRUCTURE_BYTES // MEBIBYTE} MiB outside of strings"
-    if sum(len(part) for part in strings if not part.startswith(b"data:")) > MAX_TEXT_BYTES:
+    if sum(map(len, strings)) > MAX_TEXT_BYTES:
         return f"{MAX_TEXT_BYTES // MEBIBYTE} MiB of text, apart from data: URLs"
     if any(structure.count(sign) > most for sign, most in MAX_COUNTS.items()):
         return f"{MAX_COUNTS[b',']:,} values, {MAX_COUNTS[b':']:,} keys, or {MAX_COUNTS[b'{']:,} objects or lists"
     return None
+
+
+def _without_files(text: bytes) -> bytes:
+    """The text with its data: URLs as empty strings."""
+    kept, start = list[bytes](), 0
+    while (begin := text.find(b'"data:', start)) >= 0 and (end := text.find(b'"', begin + 1)) >= 0:
+        kept.append(text[start : begin + 1])
+        start = end
+    return b"".join((*kept, text[start:]))
