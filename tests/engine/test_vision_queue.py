@@ -88,6 +88,20 @@ def test_time_is_spent_on_one_image_at_most() -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
+def test_a_request_that_ends_at_once_is_not_encoded_again(remote: bool) -> None:
+    setup = Setup(remote=remote)
+    request = setup.add(1)
+    while setup.queue.encode(60.0):
+        pass
+    if remote:
+        setup.remote.answer()
+    assert request.encoded
+    request.embeddings.clear()  # as the loop does at a request's end: here with its first token
+    assert not setup.queue.encode(60.0)
+    assert not setup.remote.asked
+
+
+@pytest.mark.parametrize("remote", [False, True])
 def test_a_known_image_waits_for_no_other(remote: bool) -> None:
     """D3: not even while the vision node is away."""
     setup = Setup(remote=remote)

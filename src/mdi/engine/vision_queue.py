@@ -86,6 +86,8 @@ class VisionQueue:
         self._cache.put(digest, embeddings)
         if not request.cancelled:
             request.add_embeddings(embeddings)
+        if request.encoded:  # now: it may have ended at the next step, and its embeddings with it
+            self._waiting.popleft()
 
     def _next_parts(self) -> Generator[None, None, Tensor] | None:
         """The encoding of the next image that the cache does not have; None when there is none, or it is remote."""
