@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from mdi.checkpoint.random_weights import CHAT_TEMPLATE
 from mdi.media.patches import CLIP_MEAN, CLIP_STD
-from tokenizers import Tokenizer
 from training.model import Student, hub_config
 from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
 

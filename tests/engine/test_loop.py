@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing.fakes import FakeLink, FakeStage
 from testing.waiting import wait_for
+from tokenizers import Tokenizer
 
 from mdi.core.batch import Batch
 from mdi.core.errors import ClosedError, LinkError
@@ -34,7 +35,6 @@ from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Media, Prompt
-from tokenizers import Tokenizer
 
 N_SLOTS = 3
 END = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from mdi.engine.stream import Stream
 from mdi.layers.rope import MediaSpan
 from mdi.media import Patches
 from mdi.prompt.builder import Media, Prompt
-from tokenizers import Tokenizer
 
 IMAGE = Patches(np.zeros((24, 2), dtype=np.float32), (1, 4, 6), b"digest")
 PICTURE = Prompt(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from mdi.core.batch import Token
 from mdi.core.sampling import SamplingParams
 from mdi.engine.sequence import Request, Sequence, TokenMask, detokenizer_of
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Prompt
-from tokenizers import Tokenizer
 
 END = 256
 PROMPT = Prompt((104, 105), torch.arange(2).repeat(3, 1), delta=0, media=())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from testing.fakes import FakeStage
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
 from mdi.prompt.builder import Media, Prompt
-from tokenizers import Tokenizer
 
 
 class FakeRemote:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing.tokenizers import byte_fallback_tokenizer
+from testing.small_tokenizers import byte_fallback_tokenizer
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from mdi import Engine, SamplingParams
@@ -18,7 +19,6 @@ from mdi.core.errors import InputError
 from mdi.core.sampling import MAX_STOP_CHARACTERS
 from mdi.prompt.detokenizer import Detokenizer
 from mdi.prompt.tokenizer import Tokenizer
-from tokenizers import Tokenizer as Backend
 
 A, B = b"ab"
 

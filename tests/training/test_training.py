@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import nn
 from training.cells import COLOR_NAMES
 from training.export import export
@@ -26,7 +27,6 @@ from training.tokens import IGNORED, SYSTEM, ChatTokens
 from mdi.bench.verify import verify
 from mdi.checkpoint.source import open_source
 from mdi.engine import Engine
-from tokenizers import Tokenizer
 from training import train
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from mdi.checkpoint.cache import Cache, mark_used
@@ -24,7 +25,6 @@ from mdi.core.tensors import Specs, TensorSpec, total_bytes
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 CHAT_TEMPLATE = """\
 {%- if messages and messages[0].role != 'system' -%}

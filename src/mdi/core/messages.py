@@ -81,6 +81,13 @@ class Message:
         """The images and videos, in order."""
         return [] if isinstance(self.content, str) else [part for part in self.content if isinstance(part, MediaPart)]
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in order."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content if isinstance(part, TextPart)]
+
 
 Chat = Sequence[Message | Mapping[str, Any]]
 """Messages as callers give them, typed or in the chat form: see `parse_messages`."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
@@ -17,7 +18,6 @@ from mdi.engine.stream import Stream
 from mdi.media import Work
 from mdi.prompt.builder import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
-from tokenizers import Tokenizer
 
 
 @dataclass(eq=False)

@@ -135,15 +135,21 @@ class PromptBuilder:
             self._check_ids(prompt.ids)
             return prompt
         if isinstance(prompt, (str, RawText)):
+            self._check_text([prompt if isinstance(prompt, str) else prompt.text], "prompt")
             return prompt
         given = prompt if isinstance(prompt, Conversation) else Conversation(prompt)
         messages = parse_messages(given.messages)
+        self._check_text([text for message in messages if message.role != "assistant" for text in message.texts])
         if not self._tokenizer.has_chat_template:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
         if self._spec is None and (parts := _media_parts(messages)):
             raise InputError(f"this model reads text only: send no {parts[0].kind}s", "messages")
         self._check_media(_media_parts(messages))
         return replace(given, messages=messages)
+
+    def _check_text(self, texts: Sequence[str], field: str = "messages") -> None:
+        """Raises PromptTooLongError for texts that cannot fit. Templates may trim texts, and drop those of answers."""
+        self._check_least(self._tokenizer.least_tokens("".join(text.strip() for text in texts)), field)
 
     def _check_media(self, parts: Sequence[MediaPart]) -> None:
         """Raises InputError for more media, or frames of one video, than a request may have."""
@@ -182,7 +188,7 @@ class PromptBuilder:
 
     def _tokenise_chat(self, chat: Conversation, pixels: PixelRange, field: str) -> Draft:
         messages = parse_messages(chat.messages)
-        token_ids = self._tokenizer.encode_chat(messages, chat.settings)
+        token_ids = self._tokenizer.encode_chat(messages, chat.settings, lambda least: self._check_least(least, field))
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
@@ -286,10 +292,13 @@ class PromptBuilder:
     def _check_length(self, n_tokens: int, field: str) -> None:
         if n_tokens == 0:
             raise InputError("the prompt is empty", "prompt")
+        self._check_least(n_tokens, field, "")
+
+    def _check_least(self, n_tokens: int, field: str, least: str = "at least ") -> None:
         if n_tokens >= self._sequence_length:
             raise PromptTooLongError(
-                f"the prompt has {n_tokens} tokens and an answer needs room for one more, but the sequence length "
-                f"is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
+                f"the prompt has {least}{n_tokens} tokens and an answer needs room for one more, but the sequence "
+                f"length is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
                 field,
             )
 

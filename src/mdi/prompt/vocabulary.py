@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tokenizers import Tokenizer as Backend
+
 from mdi.core.errors import CheckpointError
 from mdi.models.config import ModelConfig
-from tokenizers import Tokenizer as Backend
 
 MEDIA_TOKENS = {"<|image_pad|>": "image_token_id", "<|video_pad|>": "video_token_id"}
 

@@ -1,0 +1,169 @@
+"""The chat template of a checkpoint: which file's counts, and in which form it reads the content of messages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jinja2
+
+from mdi.checkpoint.json_file import read_file, read_json
+from mdi.core.errors import CheckpointError, InputError
+from mdi.core.messages import Message, Part, TextPart
+from mdi.core.template_settings import TemplateSettings
+
+Content = str | list[dict[str, str]]
+
+JINJA, LEGACY, NAMED = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+PROCESSOR_CONFIG, TOKENIZER_CONFIG = "processor_config.json", "tokenizer_config.json"
+COMPUTING = ("striptags", "unescape", "%c")  # operations that write characters which are in no text
+WORD, UNREAD = "probeword", "unread-field"  # in conversations that are rendered to see what a template reads
+
+
+class ChatTemplate:
+    """A chat template, rendered by transformers.
+
+    tokenizer: transformers'. file: where the text is from. Raises CheckpointError, naming the file, for a text that is
+    no template. literals: the texts that it can write by itself. computes: whether it can write other characters.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, file: str) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        try:
+            self.literals = list(_literals(text))
+            with suppress(InputError):  # it may ask for other messages
+                self.render([{"role": "user", "content": WORD}])
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template in {file} is damaged (line {error.lineno}: {error.message}): download it again"
+            ) from None
+        self.computes = any(operation in text for operation in COMPUTING)
+        self._reads_as = cache(self._probe)
+
+    def conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages in the form of chat templates.
+
+        A template that concatenates content gets the texts of its parts as one string, a line each; one that goes
+        through parts gets a string as a list of one part. Content that it reads either way stays as it is.
+        """
+        return [
+            {"role": message.role, "content": self._content(message.role, _content(message.content)), **message.details}
+            for message in messages
+        ]
+
+    def render(self, conversation: list[dict[str, Any]], settings: TemplateSettings = MappingProxyType({})) -> str:
+        """The prompt's text, ready for the assistant's answer. Raises InputError where the template refuses."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                conversation, chat_template=self._text, tokenize=False, add_generation_prompt=True, **settings
+            )
+            return text
+        except jinja2.TemplateSyntaxError:
+            raise
+        except Exception as error:  # errors of jinja, and those that a template raises
+            raise InputError(f"the model's chat template refuses these messages: {error}", "messages") from None
+
+    def _content(self, role: str, content: Content) -> Content:
+        reads_string, reads_parts = self._reads_as(role)
+        if isinstance(content, str):
+            return content if reads_string or not reads_parts else [{"type": "text", "text": content}]
+        if reads_parts or not reads_string:
+            return content
+        return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+    def _probe(self, role: str) -> tuple[bool, bool]:
+        """Whether the template writes a message's content as a string, and as parts."""
+        parts = [{"type": "text", "text": WORD, UNREAD: UNREAD}]
+        return self._writes(role, WORD), self._writes(role, parts)
+
+    def _writes(self, role: str, content: Any) -> bool:
+        """Whether the text of this content appears in a rendered conversation, and not as a printed data structure."""
+        probed = {"role": role, "content": content}
+        for other in ("x", [{"type": "text", "text": "x"}]):
+            user, assistant = {"role": "user", "content": other}, {"role": "assistant", "content": other}
+            conversations = {"system": [probed, user], "user": [probed], "assistant": [user, probed, user]}
+            with suppress(InputError):
+                text = self.render(conversations.get(role, [user, assistant, probed]))
+                if WORD in text and UNREAD not in text:
+                    return True
+        return False
+
+
+def read_chat_template(path: Path, tokenizer: Any) -> ChatTemplate | None:
+    """The template that transformers uses: the processor's for models with a vision tower, else the tokenizer's.
+
+    Raises CheckpointError, naming the file, for templates that are damaged or contradict each other.
+    """
+    found = _processor_template(path) if "vision_config" in read_json(path / "config.json", optional=True) else None
+    if found is None and tokenizer.chat_template is not None:
+        stored = (name for name in (JINJA, NAMED) if (path / name).exists())
+        found = tokenizer.chat_template, next(stored, TOKENIZER_CONFIG)
+    if found is None and (path / LEGACY).exists():
+        found = _processor_template(path)
+    if found is None:
+        return None
+    template, file = found
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str) or not template.strip():
+        raise CheckpointError(f"{file} has no chat template with the name default: download it again")
+    return ChatTemplate(tokenizer, template, file)
+
+
+def _processor_template(path: Path) -> tuple[Any, str] | None:
+    """What a processor's `from_pretrained` takes, and the file it is in."""
+    named = {file.stem: _read_text(file) for file in sorted((path / NAMED).glob("*.jinja"))}
+    legacy = read_json(path / LEGACY, optional=True)
+    if named and legacy:
+        raise CheckpointError(f"{LEGACY} and the folder {NAMED} contradict each other: remove one of them")
+    template = read_json(path / PROCESSOR_CONFIG, optional=True).get("chat_template")
+    if template is not None:
+        return template, PROCESSOR_CONFIG
+    if legacy:
+        return legacy.get("chat_template"), LEGACY
+    if (path / JINJA).exists():
+        return named | {"default": _read_text(path / JINJA)}, JINJA
+    return (named, NAMED) if named else None
+
+
+def check_template_files(path: Path) -> None:
+    """Raises CheckpointError, naming the file, for a template's own file that cannot be read."""
+    for file in (path / JINJA, *sorted((path / NAMED).glob("*.jinja"))):
+        if file.exists():
+            _read_text(file)
+
+
+def _read_text(path: Path) -> str:
+    data = read_file(path) or b""
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with the line ends of text files
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path.name} is not a text in UTF-8: download it again") from None
+
+
+def _literals(template: str) -> Iterator[str]:
+    """The texts that a template can write by itself. Raises jinja2.TemplateSyntaxError."""
+    for _, kind, value in jinja2.Environment(autoescape=True).lex(template):
+        if kind == "data":
+            yield value
+        elif kind == "string":
+            yield value[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+
+
+def _content(content: str | tuple[Part, ...]) -> Content:
+    return content if isinstance(content, str) else [_part(part) for part in content]
+
+
+def _part(part: Part) -> dict[str, str]:
+    """A part as templates test it: by its type, or by the name of its content."""
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": part.kind, part.kind: part.kind}
