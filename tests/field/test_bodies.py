@@ -237,3 +237,13 @@ def test_a_part_with_a_large_head_is_refused(server: FakeServer, head: bytes) ->
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     answer = server.post("/generate/multimodal", content=b"--b\r\n" + head + b"\r\n\r\nx\r\n--b--\r\n", headers=headers)
     assert answer.status_code == 400
+
+
+def test_an_error_does_not_send_everything_back(server: FakeServer) -> None:
+    """B4: a text that is quoted in an error is cut."""
+    for body in ({"prompt": "x", "y" * MEBIBYTE: 1}, {"prompt": "x", "temperature": "y" * MEBIBYTE}):
+        answer = server.post("/generate", json=body)
+        assert answer.status_code == 400
+        assert len(answer.content) < 10_000
+    chat = {"model": "fake", "messages": [{"role": "y" * MEBIBYTE, "content": "x"}]}
+    assert len(server.post("/v1/chat/completions", json=chat).content) < 10_000

@@ -47,6 +47,7 @@ TYPES = {  # OpenAI's names
     429: "rate_limit_error",
 }
 RETRY_AFTER_S = 1
+MAX_CHARACTERS = 1000  # of a text in an error: it may quote what was sent
 CLIENT_GONE = 499  # for logs, as nginx; no client receives it
 
 
@@ -61,16 +62,21 @@ class ErrorAnswer:
 
     def body(self, path: str) -> dict[str, Any]:
         """The JSON that the path's clients expect: OpenAI's under /v1, `detail` and `field` elsewhere."""
+        message, field = _shortened(self.message), _shortened(self.field)
         if not path.startswith("/v1/"):
-            return {"detail": self.message, "field": self.field}
+            return {"detail": message, "field": field}
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": field, "code": self.code}}
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         if self.status == 429:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
         content = json.dumps(self.body(path))  # as ASCII: a field's name may hold half of a surrogate pair
         return Response(content, self.status, headers, "application/json")
+
+
+def _shortened(text: str | None) -> str | None:
+    return text if text is None or len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
 def answer_to(error: Exception, path: str) -> ErrorAnswer:
