@@ -212,7 +212,7 @@ NAME = "model.layers.3.mlp.up_proj.weight"
 
 
 def test_a_missing_tensor_is_named(own_copy: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"lacks the tensor {NAME}"):
+    with pytest.raises(CheckpointError, match=f"lack the tensor {NAME} that config.json asks for"):
         prepare(change_weights(own_copy, **{NAME: None}), 2)
 
 

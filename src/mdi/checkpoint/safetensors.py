@@ -75,7 +75,9 @@ class SafetensorsSource:
         try:
             return self._places[name]
         except KeyError:
-            raise CheckpointError(f"the checkpoint lacks the tensor {name}: download or convert it again") from None
+            raise CheckpointError(
+                f"the weights lack the tensor {name} that config.json asks for: download or convert them again"
+            ) from None
 
     @cached_property
     def _places(self) -> dict[str, tuple[Path, str]]:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mdi.core.errors import CheckpointError
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
 from mdi.models import qwen2, qwen2_vl
@@ -59,9 +58,7 @@ REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, we
 def family_of(architecture: str) -> Family:
     """Raises CheckpointError, with the supported architectures, for one that no family has."""
     if architecture not in FAMILIES:
-        raise CheckpointError(
-            f"checkpoints of architecture {architecture} are not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise unusable(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[architecture]
 
 
