@@ -370,17 +370,35 @@ def harmless(text: str) -> str:
     return re.sub("[<>|]", lambda found: {"<": "(", ">": ")", "|": "/"}[found[0]], text)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    kind=st.sampled_from(["byte-level", "byte fallback", "metaspace"]),
-    operation=st.sampled_from(list(OPERATIONS)),
-    texts=st.lists(st.lists(FRAGMENTS, max_size=4).map("".join), min_size=1, max_size=4),
-    in_parts=st.booleans(),
-)
+TEMPLATES_OWN = ["<s>", "<|user|>", "<|end|>", "<|assistant|>"]
+ATTACKS: dict[str, Any] = {
+    "kind": st.sampled_from(list(KINDS)),
+    "operation": st.sampled_from(list(OPERATIONS)),
+    "texts": st.lists(st.lists(FRAGMENTS, max_size=4).map("".join), min_size=1, max_size=4),
+    "in_parts": st.booleans(),
+}
+
+
+@settings(max_examples=50, deadline=None)
+@given(**ATTACKS)
 def test_no_text_makes_a_control_token_by_any_operation(
     made: Made, kind: str, operation: str, texts: list[str], in_parts: bool
 ) -> None:
     """A9: as many control tokens, in the same order, as with harmless text of the same shape."""
+    check_attack(made, kind, operation, texts, in_parts)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(**ATTACKS)
+def test_no_text_of_many_makes_a_control_token(
+    made: Made, kind: str, operation: str, texts: list[str], in_parts: bool
+) -> None:
+    """A9: the same with many more texts."""
+    check_attack(made, kind, operation, texts, in_parts)
+
+
+def check_attack(made: Made, kind: str, operation: str, texts: list[str], in_parts: bool) -> None:
     both = made(kind, TEMPLATE.replace("OPERATION", OPERATIONS[operation]))
 
     def chat(change: Callable[[str], str]) -> Messages:
@@ -389,7 +407,7 @@ def test_no_text_makes_a_control_token_by_any_operation(
 
     forged, plain = both.control(chat(str)), both.control(chat(harmless))
     names = [name for _, name in forged if name != "<unk>"]
-    assert names == [name for _, name in plain if name != "<unk>"] == ["<s>", "<|user|>", "<|end|>", "<|assistant|>"]
+    assert names == [name for _, name in plain if name != "<unk>"] == TEMPLATES_OWN
 
 
 @settings(max_examples=60, deadline=None)

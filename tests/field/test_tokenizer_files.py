@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testing.small_tokenizers import byte_level_tokenizer, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from testing.checkpoints import tiny_text_config
+from testing.small_tokenizers import (
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    write_tokenizer,
+)
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, ProcessorMixin
 
 from mdi import Engine
 from mdi.checkpoint.bundled import SHIPPED
-from mdi.core.errors import CheckpointError
-from mdi.core.messages import parse_messages
+from mdi.core.errors import CheckpointError, PromptTooLongError
+from mdi.core.messages import RawText, parse_messages
+from mdi.media import MediaPolicy
 from mdi.models.registry import read_config
+from mdi.prompt.builder import PromptBuilder
+from mdi.prompt.control_tokens import ControlTokens
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
 
@@ -253,3 +264,101 @@ def test_several_text_parts_become_lines(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_tokenizer(tmp_path, byte_level_tokenizer(), PRINTED))
     parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("one", "two")]}]
     assert tokenizer.backend.decode(tokenizer.encode_chat(parse_messages(parts))) == "one\ntwo"
+
+
+LENGTH = 24
+KINDS = {
+    "byte-level": byte_level_tokenizer,
+    "byte fallback": byte_fallback_tokenizer,
+    "metaspace": metaspace_tokenizer,
+}
+PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TRIMMED = "{% for message in messages %}{{ message.content.split('</think>')[-1] | trim }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def builders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], PromptBuilder]:
+    """A builder for each kind of tokenizer and template, with a short sequence length."""
+    config = read_config(tiny_text_config())
+    return {
+        (kind, template): PromptBuilder(
+            config,
+            Tokenizer(write_tokenizer(tmp_path_factory.mktemp("lengths"), make(), template)),
+            None,
+            MediaPolicy(),
+            LENGTH,
+        )
+        for kind, make in KINDS.items()
+        for template in (PLAIN, TRIMMED)
+    }
+
+
+LETTERS = st.sampled_from(
+    ["the ring", "  ", "a", "\n", "e", "\u0301", "\u0323", "\u1100", "\u1161", "\u11a8", "日", "🎉"]
+)
+SHORT_TEXT = st.one_of(st.lists(LETTERS, max_size=LENGTH).map("".join), st.text(max_size=LENGTH))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    template=st.sampled_from([PLAIN, TRIMMED]),
+    texts=st.lists(SHORT_TEXT, min_size=1, max_size=4),
+)
+def test_no_text_that_fits_is_refused_before_it_is_tokenised(
+    builders: dict[tuple[str, str], PromptBuilder], kind: str, template: str, texts: list[str]
+) -> None:
+    """D1: the bound is below the number of tokens, whatever the template drops."""
+    builder = builders[kind, template]
+    chat = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
+    n_tokens = len(builder._tokenizer.encode_chat(parse_messages(chat)))
+    if 0 < n_tokens < LENGTH:
+        assert len(builder.build(chat).token_ids) == n_tokens
+    elif n_tokens:
+        with pytest.raises(PromptTooLongError):
+            builder.build(chat)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(list(KINDS)), text=st.one_of(SHORT_TEXT, st.text(max_size=200)))
+def test_the_bound_is_no_more_than_the_number_of_tokens(
+    builders: dict[tuple[str, str], PromptBuilder], kind: str, text: str
+) -> None:
+    """D1: for texts that are normalised, byte by byte or as words."""
+    tokenizer = builders[kind, PLAIN]._tokenizer
+    assert tokenizer.least_tokens(text, 10**9) <= len(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+@pytest.mark.parametrize("text", ["hello world " * 100_000, "日本語" * 100_000, "\u00e9" * 3_000_000, " x" * 2_000_000])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    builders: dict[tuple[str, str], PromptBuilder], kind: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D1: at submit, whether it is one text or many together, and also where it is an answer's."""
+    builder = builders[kind, PLAIN]
+    parts = [{"type": "text", "text": text[start::4]} for start in range(4)]
+    prompts: list[Any] = [
+        text,
+        RawText(text),
+        [{"role": "user", "content": text}],
+        [{"role": "user", "content": parts}],
+    ]
+    monkeypatch.setattr(ControlTokens, "encode", pytest.fail)
+    monkeypatch.setattr(Tokenizer, "encode", pytest.fail)
+    for prompt in prompts:
+        with pytest.raises(PromptTooLongError, match="at least"):
+            builder.check(prompt)
+
+
+def test_a_long_answer_is_refused_before_it_is_tokenised(
+    builders: dict[tuple[str, str], PromptBuilder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D1: the template may drop it, so its rendered text is measured."""
+    monkeypatch.setattr(ControlTokens, "_written", pytest.fail)
+    chat = [
+        {"role": "user", "content": "<"},
+        {"role": "assistant", "content": "x" * 10**6},
+        {"role": "user", "content": "?"},
+    ]
+    with pytest.raises(PromptTooLongError, match="at least"):
+        builders["byte-level", PLAIN].build(chat)

@@ -135,11 +135,11 @@ class PromptBuilder:
             self._check_ids(prompt.ids)
             return prompt
         if isinstance(prompt, (str, RawText)):
-            self._check_text([prompt if isinstance(prompt, str) else prompt.text], "prompt")
+            self._check_text(prompt if isinstance(prompt, str) else prompt.text, "prompt")
             return prompt
         given = prompt if isinstance(prompt, Conversation) else Conversation(prompt)
         messages = parse_messages(given.messages)
-        self._check_text([text for message in messages if message.role != "assistant" for text in message.texts])
+        self._check_text(_certain_text(messages), "messages")
         if not self._tokenizer.has_chat_template:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
         if self._spec is None and (parts := _media_parts(messages)):
@@ -147,9 +147,9 @@ class PromptBuilder:
         self._check_media(_media_parts(messages))
         return replace(given, messages=messages)
 
-    def _check_text(self, texts: Sequence[str], field: str = "messages") -> None:
-        """Raises PromptTooLongError for texts that cannot fit. Templates may trim texts, and drop those of answers."""
-        self._check_least(self._tokenizer.least_tokens("".join(text.strip() for text in texts)), field)
+    def _check_text(self, text: str, field: str) -> None:
+        """Raises PromptTooLongError for a text that cannot fit, before it is tokenised."""
+        self._check_least(self._tokenizer.least_tokens(text, self._sequence_length), field)
 
     def _check_media(self, parts: Sequence[MediaPart]) -> None:
         """Raises InputError for more media, or frames of one video, than a request may have."""
@@ -188,7 +188,7 @@ class PromptBuilder:
 
     def _tokenise_chat(self, chat: Conversation, pixels: PixelRange, field: str) -> Draft:
         messages = parse_messages(chat.messages)
-        token_ids = self._tokenizer.encode_chat(messages, chat.settings, lambda least: self._check_least(least, field))
+        token_ids = self._tokenizer.encode_chat(messages, chat.settings, lambda text: self._check_text(text, field))
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
@@ -301,6 +301,11 @@ class PromptBuilder:
                 f"length is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
                 field,
             )
+
+
+def _certain_text(messages: Sequence[Message]) -> str:
+    """The text that every template writes: many trim texts, and some drop a part of earlier answers."""
+    return "".join(text.strip() for message in messages if message.role != "assistant" for text in message.texts)
 
 
 def _media_parts(messages: Sequence[Message]) -> list[MediaPart]:

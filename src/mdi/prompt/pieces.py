@@ -14,6 +14,7 @@ FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC"
 KEEPING = {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "Sequence"}  # pre-tokenizers that drop nothing
 SPACE = "▁"
 BLOCK = 1 << 20
+COMPOSED = 8  # most bytes that characters on both sides of a cut can lose by becoming one
 
 
 def _bytes_by_character() -> dict[str, bytes]:
@@ -43,18 +44,24 @@ class Pieces:
         """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
         return self._bytes(self._tokenizer.id_to_token(token_id) or "")
 
-    def least_tokens(self, text: str) -> int:
+    def least_tokens(self, text: str, enough: int) -> int:
         """A number of tokens that this text does not fall short of, wherever it stands; 0 where none is known.
 
         A token stands for one piece of text, so each of its bytes is at least 1 / (the longest piece with such a byte)
-        of a token. Takes time in proportion to the text, and little memory: nothing is tokenised.
+        of a token. Nothing is tokenised, and counting ends at `enough`.
         """
+        least = 0.0
+        for start in range(0, len(text), BLOCK):
+            least += self._share(text[start : start + BLOCK]) - (COMPOSED if start else 0)
+            if least >= enough:
+                break
+        return max(0, int(least * (1 - 1e-9)))
+
+    def _share(self, text: str) -> float:
         if self._form and not text.isascii():
             text = unicodedata.normalize(self._form, text)
-        data = np.frombuffer(text.encode(errors="replace"), np.uint8)
-        blocks = (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))
-        counts = sum((np.bincount(block, minlength=256) for block in blocks), np.zeros(256, np.int64))
-        return int(counts @ self._weights * (1 - 1e-9))
+        counts = np.bincount(np.frombuffer(text.encode(errors="replace"), np.uint8), minlength=256)
+        return float(counts @ self._weights)
 
     def _bytes(self, name: str) -> bytes:
         if name in self._added:

@@ -47,9 +47,9 @@ class Tokenizer:
         """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
         return self._pieces.bytes_of(token_id)
 
-    def least_tokens(self, text: str) -> int:
+    def least_tokens(self, text: str, enough: int) -> int:
         """A number of tokens that this text does not fall short of, found without tokenising it. See `Pieces`."""
-        return self._pieces.least_tokens(text)
+        return self._pieces.least_tokens(text, enough)
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, normalised first as the checkpoint asks; control tokens in it are plain text."""
@@ -64,13 +64,12 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         settings: TemplateSettings | None = None,
-        check_least: Callable[[int], None] = lambda _: None,
+        check: Callable[[str], None] = lambda _: None,
     ) -> list[int]:
         """Messages through the chat template to ids, ready for the assistant's answer. settings: for the template.
 
-        Every image and video becomes the placeholder that the template gives it. check_least: called with
-        `least_tokens` of the rendered text before it is tokenised; may raise. Raises InputError where the template
-        refuses the messages.
+        Every image and video becomes the placeholder that the template gives it. check: called with the
+        rendered text before it is tokenised; may raise. Raises InputError where the template refuses the messages.
         """
         template = self._template
         if template is None:
@@ -78,7 +77,7 @@ class Tokenizer:
 
         def render(conversation: list[dict[str, Any]]) -> str:
             text = template.render(conversation, settings or {})
-            check_least(self.least_tokens(text))
+            check(text)
             return text
 
         return self._control.encode(template.conversation(messages), render)
