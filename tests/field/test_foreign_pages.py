@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from testing.fakes import FakeEngine
 
 from mdi.core.config import GatewayConfig
@@ -18,11 +20,16 @@ HERE = "127.0.0.1:8000"
 STAINLESS = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count"
 
 
+@cache
+def _app(config: GatewayConfig) -> FastAPI:
+    return create_app(FakeEngine(), config)
+
+
 class Client:
     """Sends requests to an app without a network."""
 
     def __init__(self, **settings: Any) -> None:
-        self._app = create_app(FakeEngine(), GatewayConfig(**settings))
+        self._app = _app(GatewayConfig(**settings))
 
     def send(self, method: str, path: str, **request: Any) -> httpx.Response:
         async def sent() -> httpx.Response:

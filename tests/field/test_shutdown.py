@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,22 +18,10 @@ from testing.fakes import HOLD, FakeEngine, piece
 
 from mdi.core.config import GatewayConfig
 from mdi.gateway import server as gateway
-from tests.gateway.conftest import CHAT, LONG_WAIT_S, FakeServer, serving
+from tests.field.test_strangers import HEAD, connect, wait_until
+from tests.gateway.conftest import CHAT, LONG_WAIT_S, serving
 
 PATIENT = GatewayConfig(drain_timeout_s=300)  # a test that waited for it would time out
-HEAD = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-ENDLESS = 10**9
-
-
-def connect(server: FakeServer) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=LONG_WAIT_S)
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + LONG_WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_body_that_stops_half_way_does_not_hold_the_shutdown() -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -28,6 +29,22 @@ HEAD = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 
 def connect(server: FakeServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=LONG_WAIT_S)
+
+
+def health(connection: socket.socket) -> bytes:
+    """Asks for /health on an open connection; the whole answer."""
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(4096)
+    return answer
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LONG_WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -89,8 +106,7 @@ def test_an_idle_connection_is_there_when_its_client_comes_back() -> None:
     """B6: pools of clients keep connections for longer than 5 s."""
     with serving(FakeEngine()) as server, connect(server) as connection:
         for _ in range(2):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            assert health(connection).startswith(b"HTTP/1.1 200")
             time.sleep(7)
 
 
@@ -104,7 +120,7 @@ def test_a_head_that_does_not_come_ends_the_connection(part: bytes) -> None:
 
 def test_a_head_that_drips_ends_the_connection_as_well() -> None:
     """D6: the time is for the whole head, not for the next byte of it."""
-    with serving(FakeEngine(), GatewayConfig(head_timeout_s=1)) as server, connect(server) as connection:
+    with serving(FakeEngine(), GatewayConfig(head_timeout_s=0.5)) as server, connect(server) as connection:
         connection.sendall(HALF_A_HEAD)
         connection.settimeout(0.2)
         for _ in range(100):
@@ -120,11 +136,13 @@ def test_a_head_that_drips_ends_the_connection_as_well() -> None:
 
 def test_the_next_request_on_a_connection_has_the_whole_time_again() -> None:
     """D6: an idle connection is not a slow head."""
-    with serving(FakeEngine(), GatewayConfig(head_timeout_s=0.3)) as server, connect(server) as connection:
+    with serving(FakeEngine()) as server, connect(server) as client:
         for _ in range(2):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-            time.sleep(1)
+            assert health(client).startswith(b"HTTP/1.1 200")
+            [connection] = server.http._connections
+            assert not connection.overdue(head_s=0, stall_s=0)
+        client.sendall(HALF_A_HEAD)
+        wait_until(lambda: connection.overdue(head_s=0, stall_s=0))
 
 
 def test_a_body_that_stops_ends_the_connection() -> None:
@@ -147,14 +165,14 @@ def test_a_stream_that_is_not_read_ends_with_its_request() -> None:
 
 def test_a_long_answer_is_no_stall() -> None:
     """D6: limits are on what the client owes, not on how long the model takes."""
-    with serving(FakeEngine(), GatewayConfig(stall_timeout_s=0.2, head_timeout_s=0.2)) as server:
+    with serving(FakeEngine()) as server, ThreadPoolExecutor() as pool:
         server.engine.says(HOLD, piece("at last", "stop"))
-        with ThreadPoolExecutor() as pool:
-            answer = pool.submit(server.post, "/generate", json={"prompt": "x"})
-            assert server.engine.submitted.wait(LONG_WAIT_S)
-            time.sleep(1)
-            server.engine.requests[0].resume()
-            assert answer.result().json() == {"samples": ["at last"]}
+        answer = pool.submit(server.post, "/generate", json={"prompt": "x"})
+        assert server.engine.submitted.wait(LONG_WAIT_S)
+        [connection] = server.http._connections
+        assert not connection.overdue(head_s=0, stall_s=0)
+        server.engine.requests[0].resume()
+        assert answer.result().json() == {"samples": ["at last"]}
 
 
 def test_silent_connections_make_room_for_requests(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,8 +196,7 @@ def test_where_all_connections_run_requests_a_further_one_is_refused() -> None:
     with serving(FakeEngine(), GatewayConfig(max_connections=2)) as server, ThreadPoolExecutor() as pool:
         server.engine.says(HOLD, piece("at last", "stop"))
         running = [pool.submit(server.post, "/generate", json={"prompt": "x"}) for _ in range(2)]
-        while len(server.engine.requests) < 2:
-            time.sleep(0.01)
+        wait_until(lambda: len(server.engine.requests) == 2)
         with connect(server) as further:
             assert further.makefile("rb").read().startswith(b"HTTP/1.1 503 ")
         for request in server.engine.requests:
