@@ -72,6 +72,7 @@ class Log:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=3600, help="no new requests after this time")
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--model", help="a checkpoint; a tiny random one if not given")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +83,7 @@ def main() -> None:
         flags = ("--n-nodes", str(N_NODES), "--sequence-length", "1024", "--vision-cache-mb", "0")
         with serving(model, *flags, "--ckpt-folder", folder) as (process, url):
             started_s = time.monotonic()
-            log, outcomes = asyncio.run(soak(url, process.pid, options.requests, options.at_once, options.seed))
+            log, outcomes = asyncio.run(soak(url, process.pid, options))
             seconds = time.monotonic() - started_s
     plot(log).savefig(options.plot, dpi=120)
     report(log, outcomes, seconds)
@@ -90,15 +91,15 @@ def main() -> None:
     sys.exit(bool(set(outcomes) - EXPECTED))
 
 
-async def soak(url: str, pid: int, n_requests: int, at_once: int, seed: int) -> tuple[Log, Counter[str]]:
-    log, outcomes = Log(), Counter[str]()
-    chosen = requests(random.Random(seed))
-    limits = httpx.Limits(max_connections=at_once)
+async def soak(url: str, pid: int, options: argparse.Namespace) -> tuple[Log, Counter[str]]:
+    log, outcomes, n_requests = Log(), Counter[str](), options.requests
+    chosen, until_s = requests(random.Random(options.seed)), time.monotonic() + options.seconds
+    limits = httpx.Limits(max_connections=options.at_once)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("requests", total=n_requests)
-            limit = asyncio.Semaphore(at_once)
+            limit = asyncio.Semaphore(options.at_once)
 
             async def one(kind: str, body: dict[str, Any]) -> None:
                 async with limit:
@@ -111,6 +112,8 @@ async def soak(url: str, pid: int, n_requests: int, at_once: int, seed: int) -> 
                 await asyncio.gather(*(one(kind, body) for kind, body in some))
                 await asyncio.sleep(SETTLE_S)
                 measure(log, first + len(some), pid)
+                if time.monotonic() > until_s:
+                    break
     return log, outcomes
 
 
@@ -149,10 +152,13 @@ async def ask(client: httpx.AsyncClient, kind: str, body: dict[str, Any]) -> str
     try:
         async with asyncio.timeout(body["max_tokens"] / 50 if kind == "leaves" else None):
             async with client.stream("POST", ROUTE, json=body) as answer:
-                async for _ in answer.aiter_bytes():
+                last = ""
+                async for text in answer.aiter_text():
+                    last = text
                     if kind == "leaves":
                         return "left after the first event"
-                return str(answer.status_code)
+                in_stream = answer.status_code == 200 and '"error"' in last  # found after the stream began
+                return "400" if in_stream else str(answer.status_code)
     except TimeoutError:
         return "left"
 

@@ -26,6 +26,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
             ("image in the context", "encoded in"),
         ),
         (("benchmarks.mixed", "--requests", "60"), ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
+        (("benchmarks.memory", "--requests", "300", "--plot", "PLOT"), ("bytes a request", "node 1")),
         (("benchmarks.faults", "--faults", "2", "--seconds", "60"), SOAKED),
         pytest.param(
             ("benchmarks.faults", "--manual", "--faults", "2"),
@@ -33,10 +34,10 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
             marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
         ),
     ],
-    ids=["fullsize", "media", "links", "streams", "mixed", "faults", "faults manual"],
+    ids=["fullsize", "media", "links", "streams", "mixed", "memory", "faults", "faults manual"],
 )
 def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
-    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json")}
+    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json"), "PLOT": str(tmp_path / "memory.png")}
     filled = [places.get(argument, argument) for argument in arguments]
     done = subprocess.run([sys.executable, "-m", *filled], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

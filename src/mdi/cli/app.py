@@ -20,6 +20,7 @@ from mdi.cli.screen import err, say
 from mdi.cli.secondary import secondary
 from mdi.cli.serve import serve
 from mdi.cli.verify import verify
+from mdi.core.allocator import limit_arenas
 from mdi.core.errors import CheckpointError, ConfigError, InputError, MDIError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.add_typer(cache.app, name="cache")
 
 def main() -> None:
     """Entry point of `mdi` and `python -m mdi`."""
+    limit_arenas()
     try:
         app()
     except MDIError as error:
