@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -81,14 +82,50 @@ def _none_for_minus_one(value: Any) -> Any:
     return None if value == -1 else value
 
 
+Whole = BeforeValidator(as_whole)
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Integer = Annotated[int, Field(strict=True), BeforeValidator(as_whole)]
+Integer = Annotated[int, Field(strict=True), Whole]
 Flag = Annotated[bool, Field(strict=True)]
-TokenCount = Annotated[Integer, Field(ge=1, le=2**31)]
-TokenLimit = Annotated[TokenCount | None, BeforeValidator(_none_for_minus_one)]
-SampleCount = Annotated[Integer, Field(ge=1, le=MAX_SAMPLES)]
-TopLogprobsCount = Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+TokenCount = Annotated[int, Field(strict=True, ge=1, le=2**31), Whole]
+TokenLimit = Annotated[
+    TokenCount | None, BeforeValidator(_none_for_minus_one, json_schema_input_type=TokenCount | Literal[-1] | None)
+]
+TopK = Annotated[
+    int,
+    Field(strict=True, ge=0, le=2**31),
+    Whole,
+    BeforeValidator(_zero_for_minus_one, json_schema_input_type=Annotated[int, Field(ge=-1, le=2**31)]),
+]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), le=2**64 - 1), Whole]
+SampleCount = Annotated[int, Field(strict=True, ge=1, le=MAX_SAMPLES), Whole]
+TopLogprobsCount = Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS), Whole]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[
+    str | Sequence[str],
+    BeforeValidator(
+        _stop_strings,
+        json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+    ),
+]
+TokenId = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+TokenIdList = Annotated[
+    Sequence[Integer],
+    AfterValidator(_token_ids),
+    WithJsonSchema({"type": "array", "items": TokenId, "maxItems": MAX_STOP_TOKENS}),
+]
+Biases = Annotated[
+    Mapping[int, Number],
+    AfterValidator(_biases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_BIASES,
+        }
+    ),
+]
 
 
 class SamplingParams(BaseModel):
@@ -123,20 +160,18 @@ class SamplingParams(BaseModel):
 
     max_tokens: TokenLimit = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[Integer, Field(ge=0, le=2**31), BeforeValidator(_zero_for_minus_one)] | None = None
+    top_k: TopK | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[Mapping[int, Number], AfterValidator(_biases)] = {}
-    seed: Annotated[
-        Annotated[Integer, Field(ge=-(2**63), le=2**64 - 1)] | None, BeforeValidator(_none_for_minus_one)
-    ] = None
-    stop: Annotated[str | Sequence[str], BeforeValidator(_stop_strings)] = ()
-    stop_token_ids: Annotated[Sequence[Integer], AfterValidator(_token_ids)] = ()
+    logit_bias: Biases = {}
+    seed: Annotated[Seed | None, BeforeValidator(_none_for_minus_one)] = None
+    stop: StopStrings = ()
+    stop_token_ids: TokenIdList = ()
     ignore_eos: Flag = False
-    min_tokens: Annotated[Integer, Field(ge=0, le=2**31)] = 0
+    min_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31), Whole] = 0
     skip_special_tokens: Flag = True
     top_logprobs: TopLogprobsCount = 0
     n: SampleCount = 1

@@ -7,7 +7,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
-from mdi.gateway import errors, generate, health, openai
+from mdi.gateway import errors, generate, health, openai, openapi
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.middleware.api_key import ApiKey
 from mdi.gateway.middleware.body_limit import BodyLimit
@@ -29,6 +29,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, config))
+    openapi.complete(app, (engine.model_name, *config.aliases), needs_key=config.api_key is not None)
     return app
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, HTTPException, Request
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
 from mdi.core import unknown_fields
@@ -17,6 +17,7 @@ from mdi.core.sampling import SampleCount
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.json_text import JsonAnswer
+from mdi.gateway.message_schema import messages_schema
 from mdi.gateway.schemas import NOT_JSON, GatewayRequest
 from mdi.gateway.streaming import completion, events
 from mdi.gateway.uploads import read_form
@@ -40,7 +41,7 @@ class TextRequest(GenerateRequest):
 class MultimodalRequest(GenerateRequest):
     """POST /generate/multimodal. messages: see `mdi.core.messages.parse_messages`."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(messages_schema(strict=True))]
 
 
 def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import HTTPException
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from mdi.core.errors import InputError
-from mdi.core.sampling import Flag, Integer, SamplingParams
+from mdi.core.sampling import Flag, SamplingParams, Whole
 
 NOT_JSON = "send the body as JSON, with Content-Type: application/json"
 NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 
-PixelCount = Annotated[Integer, Field(ge=1, le=2**53)]
+PixelCount = Annotated[int, Field(strict=True, ge=1, le=2**53), Whole]
 
 
 class GatewayRequest(SamplingParams):
@@ -33,6 +35,16 @@ class GatewayRequest(SamplingParams):
             raise InputError(NOT_AN_OBJECT)
         known = {field.alias or name for name, field in cls.model_fields.items()}
         return {name: value for name, value in body.items() if value is not None or name not in known}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Every field that is not required may be null."""
+        schema = handler(core)
+        described = handler.resolve_ref_schema(schema)
+        for name, field in described["properties"].items():
+            if name not in described.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        return schema
 
     def params(self, **changes: Any) -> SamplingParams:
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields} | changes)

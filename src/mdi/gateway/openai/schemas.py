@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from mdi.core.errors import InputError
 from mdi.core.messages import RawText, TokenIds
 from mdi.core.sampling import MAX_SAMPLES, Flag, SamplingParams, TokenLimit, TopLogprobsCount
 from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import as_whole, checked_text
+from mdi.gateway.message_schema import TEMPLATE_SETTINGS, messages_schema
 from mdi.gateway.schemas import GatewayRequest
 
 IGNORED = frozenset(
@@ -109,10 +110,10 @@ def _check_without_effect(field: str, value: Any) -> None:
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(messages_schema(strict=False))]
     max_completion_tokens: TokenLimit = None
     logprobs: Flag | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(TEMPLATE_SETTINGS)] | None = None
 
     def params(self, **changes: Any) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
@@ -145,7 +146,9 @@ def _prompt(given: Any, path: str) -> RawText | TokenIds:
     return TokenIds(ids)
 
 
-Prompts = Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_SAMPLES)]
+PromptText = Annotated[str, Field(min_length=1)]
+PromptIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[list[PromptText | PromptIds], Field(min_length=1, max_length=MAX_SAMPLES)]
 
 
 class CompletionRequest(OpenAIRequest):
@@ -153,7 +156,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Annotated[
         dict[str, RawText | TokenIds],
-        PlainValidator(_prompts, json_schema_input_type=str | list[int] | Prompts),
+        PlainValidator(_prompts, json_schema_input_type=PromptText | PromptIds | Prompts),
     ]
     max_tokens: TokenLimit = 16
     top_logprobs: TopLogprobsCount = Field(0, alias="logprobs")

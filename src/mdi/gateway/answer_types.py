@@ -1,0 +1,196 @@
+"""The JSON of all answers, for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
+from mdi.core.outputs import FinishReason
+from mdi.core.status import NodeStatus
+
+
+class ErrorDetails(TypedDict):
+    """OpenAI's description of an error. param: the field of the request that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(TypedDict):
+    """An error of the routes under /v1."""
+
+    error: ErrorDetails
+
+
+class PlainError(TypedDict):
+    """An error of the other routes. field: the field of the request that is wrong."""
+
+    detail: str
+    field: str | None
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class TokenUsage(TypedDict):
+    """Tokens of a request: of the prompt, media included, and of all its answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(TypedDict):
+    """Columns, one entry for each token. text_offset: the character of the text that its first byte belongs to."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AnswerMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class Delta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason
+
+
+class TextChunkChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TokenUsage
+
+
+class _ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+
+
+class ChatCompletionChunk(_ChatChunk, total=False):
+    usage: TokenUsage
+
+
+class TextCompletion(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: TokenUsage
+
+
+class _TextChunk(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+
+
+class TextCompletionChunk(_TextChunk, total=False):
+    usage: TokenUsage
+
+
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Samples(TypedDict):
+    samples: list[str]
+
+
+class SampleEvent(TypedDict):
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+class Health(TypedDict):
+    status: Literal["ok", "recovering"]
+    model: str
+
+
+class Ready(TypedDict):
+    status: Literal["ready"]
+
+
+class Unready(TypedDict, total=False):
+    """detail: why the server must be restarted."""
+
+    status: Literal["recovering", "busy", "unavailable"]
+    detail: str
+
+
+class Nodes(TypedDict):
+    """See `NodeStatus`. recovering: nodes are being brought back now. recoveries: how often that began."""
+
+    nodes: list[NodeStatus]
+    recovering: bool
+    recoveries: int
+    failed_requests: int
