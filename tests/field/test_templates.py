@@ -389,7 +389,7 @@ def test_no_text_makes_a_control_token_by_any_operation(
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(**ATTACKS)
 def test_no_text_of_many_makes_a_control_token(
     made: Made, kind: str, operation: str, texts: list[str], in_parts: bool
@@ -427,6 +427,15 @@ def test_the_shipped_model_reads_control_tokens_as_text(text: str) -> None:
     both = Both(SHIPPED)
     chat = [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "image", "image": "cup.png"}]}]
     assert both.encoded(chat) == both.expected(chat, sanitize_control_tokens=True)
+
+
+def test_a_special_token_that_is_ordinary_text_is_read_as_text(tmp_path: Path) -> None:
+    """A9: nothing of a text is lost, also where a checkpoint declares one of its characters special."""
+    backend = Backend.from_str(byte_level_tokenizer().to_str())
+    backend.add_special_tokens(["x", "<"])
+    both = Both(write_tokenizer(tmp_path, backend, TEMPLATES["trims, and writes the date, as Llama 3"]))
+    chat = [{"role": "user", "content": "a < x"}]
+    assert both.encoded(chat) == both.expected(chat)
 
 
 def test_a_truncating_tokenizer_file_cuts_nothing(made: Made, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ OWN_WORDS = {"role": ("system", "user", "assistant", "tool", "function"), "type"
 
 
 class ControlTokens:
-    """Encodes rendered conversations. A control token is an added token that the checkpoint declares special.
+    """Encodes rendered conversations. A control token is an added token that the checkpoint declares special, unless
+    the tokenizer makes it of plain text as well: that one cannot be told from text.
 
     A text that holds no control token, and of which none can be made, is encoded as it is rendered. Where a text holds
     one, a private-use character stands for its first character while the template is rendered: lengths stay true.
@@ -43,12 +44,11 @@ class ControlTokens:
         self._backend = backend
         self._finder = _finder(backend)
         self._text = TextBackend.of(backend)
-        tokens = [token for token in backend.get_added_tokens_decoder().values() if token.special]
-        self._names = frozenset(token.content for token in tokens)
+        self._names = self._text.names
         characters = {name[0] for name in self._names}
         if computes or any(_ends_with_a_start(text, self._names) for text in template_texts):
             characters = set().union(*self._names)
-        normalised = any(token.normalized for token in tokens)
+        normalised = any(token.special and token.normalized for token in backend.get_added_tokens_decoder().values())
         self._guarded = _sources(characters, backend.normalizer.normalize_str if normalised else None)
         self._template_characters = frozenset().union(*template_texts)
 
@@ -118,10 +118,12 @@ class ControlTokens:
 class TextBackend:
     """A copy of a tokenizer in which control tokens have secret names, so that their own names are text.
 
-    aliases: the secret names. unknown: the token for characters that the tokenizer does not know, if it has one.
+    names: of the control tokens. aliases: the secret names. unknown: the token for characters that the tokenizer does
+    not know, if it has one.
     """
 
     backend: Tokenizer
+    names: frozenset[str]
     aliases: dict[str, str]
     unknown: str | None
     _ids: dict[int, int]  # of added tokens: the copy's and the tokenizer's own
@@ -138,7 +140,9 @@ class TextBackend:
         copy = Tokenizer.from_str(json.dumps(description))
         own, new = backend.get_vocab(), copy.get_vocab()
         ids = {new[aliases.get(name, name)]: own[name] for name in added}
-        return cls(copy, aliases, unknown, ids, {own[name]: name for name in aliases if name != unknown})
+        as_text = {name: [ids.get(token, token) for token in copy.encode(name).ids] for name in aliases}
+        names = frozenset(name for name in aliases if name == unknown or as_text[name] != [own[name]])
+        return cls(copy, names, aliases, unknown, ids, {own[name]: name for name in names if name != unknown})
 
     def encode(self, text: str) -> list[int]:
         """The ids that the tokenizer itself has for a text in which aliases stand for control tokens."""
@@ -163,7 +167,7 @@ def _finder(backend: Tokenizer) -> Tokenizer:
 def _rename(model: dict[str, Any], aliases: dict[str, str]) -> str | None:
     """Renames control tokens in a vocabulary, so that no text is cut into them. Returns the unknown token's name.
 
-    Names that merges make stay: without them the vocabulary is not valid.
+    Single characters stay, and names that merges make: without them text is lost, or the vocabulary is not valid.
     """
     unknown, vocabulary = model.get("unk_token"), model["vocab"]
     if isinstance(vocabulary, list):
@@ -171,7 +175,7 @@ def _rename(model: dict[str, Any], aliases: dict[str, str]) -> str | None:
         unknown = vocabulary[index][0] if index is not None else None
         model["vocab"] = [[aliases.get(piece, piece), score] for piece, score in vocabulary]
         return unknown
-    names = aliases.keys() & vocabulary.keys()
+    names = {name for name in aliases.keys() & vocabulary.keys() if len(name) > 1}
     for merge in model.get("merges", ()) if names else ():
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         names -= {left, right, left + right}

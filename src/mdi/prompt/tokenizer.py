@@ -92,6 +92,7 @@ def _load(path: Path) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True)
         assert isinstance(loaded.backend_tokenizer, Backend)
+        loaded(SENTENCE, verbose=False)  # fails where a setting of the files has a wrong type
     except Exception as error:  # of any kind, of three libraries
         cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
