@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import resource
@@ -202,6 +203,24 @@ def test_where_all_connections_run_requests_a_further_one_is_refused() -> None:
         for request in server.engine.requests:
             request.resume()
         assert [each.result().json() for each in running] == [{"samples": ["at last"]}] * 2
+
+
+def test_a_body_in_tiny_chunks_is_refused() -> None:
+    """B4: reading each chunk costs as much as reading a thousand bytes; streams would wait for seconds."""
+    with serving(FakeEngine()) as server, connect(server) as connection:
+        head = HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked")
+        connection.sendall(head + b"1\r\nx\r\n" * 100_000)
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 400 ")
+        assert server.engine.calls == []
+
+
+@pytest.mark.parametrize("size", [40, 70_000])
+def test_a_body_in_chunks_is_read(size: int) -> None:
+    """B4: of any usual size."""
+    text = json.dumps({"prompt": "x" * 100_000}).encode()
+    parts = (text[start : start + size] for start in range(0, len(text), size))
+    with serving(FakeEngine()) as server:
+        assert server.post("/generate", content=parts, headers={"Content-Type": "application/json"}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from mdi.gateway.errors import ErrorAnswer
 
 MIN_BYTES_PER_S = 500  # of a body, over all of its time
+FREE_LINES = 8_000  # of a body in chunks, two for each chunk: as many as are read in a tenth of a second
+MIN_BYTES_PER_LINE = 32  # beyond those
+TINY_CHUNKS = ErrorAnswer(400, "the body comes in chunks of a few bytes: send larger ones, or a Content-Length")
 REQUEST_TIMEOUT = ErrorAnswer(408, "the request did not arrive in time")
 SHUTTING_DOWN = ErrorAnswer(503, "the server is shutting down")
 FULL = ErrorAnswer(503, "the server has too many connections: try again later")
@@ -34,21 +37,26 @@ class Connection(H11Protocol):
         self.last_arrival = self.loop.time()
         self._begun: float | None = self.last_arrival  # of a head or a body; None between two requests
         self._arrived = 0  # bytes, since then
+        self._lines = 0  # since then
         self._blocked = 0.0  # since when the answer is not read, while it is not
         self._limit.admit(self, [each for each in self.connections if isinstance(each, Connection)])
 
     def data_received(self, data: bytes) -> None:
         self.last_arrival = self.loop.time()
         self._arrived += len(data)
+        self._lines += data.count(b"\r\n")
         if self._begun is None:
             self._begun = self.last_arrival
-        super().data_received(data)
+        if self._in_chunks() and self._lines > FREE_LINES and self._arrived < self._lines * MIN_BYTES_PER_LINE:
+            self.end(TINY_CHUNKS)  # each chunk costs as much as many bytes
+        else:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:  # a head is complete
-            self._begun, self._arrived = self.loop.time(), 0
+            self._begun, self._arrived, self._lines = self.loop.time(), 0, 0
 
     def on_response_complete(self) -> None:
         self._begun = None
@@ -57,6 +65,9 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         self._blocked = self.loop.time()
         super().pause_writing()
+
+    def _in_chunks(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body and (b"transfer-encoding", b"chunked") in self.headers
 
     @property
     def answering(self) -> bool:
