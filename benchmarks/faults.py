@@ -3,11 +3,14 @@
     python -m benchmarks.faults                      # 100 faults, some minutes
     python -m benchmarks.faults --faults 2 --seconds 60
     python -m benchmarks.faults --manual             # manual launcher, encrypted, one host a node; Linux, as root
+    python -m benchmarks.faults --dtype float32      # the bundled model in another type than its own
 
 Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen; with
 --manual also a cable that is cut for a while. There, a killed node is started again at once, as systemd does, and a
-frozen one continues when the fault is noticed. The seed decides the faults and the pauses between them. Exit code 1
-for a lost request, a wrong token, a fault that is not over in time, and for anything left behind.
+frozen one continues when the fault is noticed. The seed decides the faults and the pauses between them. A fault begins
+when all nodes have been ready for a while, and is over when a node it hit was lost and all are ready again: losses of
+other nodes are counted, and are not taken for its own. Exit code 1 for a lost request, a wrong token, a fault that is
+not noticed or not over in time, and for anything left behind.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import os
 import random
 import signal
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,15 +38,14 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from testing.checkpoints import tiny_config
 from testing.hosts import Host, Network, why_not
 from testing.manual_cluster import ManualCluster, Place
 from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
+from mdi.checkpoint.bundled import unpack
 from mdi.checkpoint.prepare import prepare
-from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.config import RecoveryLimits
 from mdi.core.errors import MDIError
@@ -51,7 +54,8 @@ N_NODES = 4
 N_CLIENTS = 8
 PORT = 5000
 LONGEST_PAUSE_S = 2.0
-QUIET_S = 0.3  # a loss is noticed in less
+QUIET_S = 1.5  # longer than a heartbeat: what one fault left behind is not the next one's
+NOTICED_LIMIT_S = 30.0
 FAULT_LIMIT_S = 100.0  # from a fault until all is well again
 POLL_S = 0.01
 LIMITS = RecoveryLimits(recovery_timeout_s=300, max_losses=10**6)
@@ -63,18 +67,23 @@ console = Console()
 
 @dataclass
 class Count:
-    """Requests by their outcome. lost: error messages."""
+    """Requests by their outcome. tokens: that were compared. wrong: how answers differ. lost: error messages."""
 
     right: int = 0
-    wrong: int = 0
+    tokens: int = 0
+    wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds from a fault until it is noticed, until all weights are loaded again, and until streams continue."""
+    """Seconds from a fault until it is noticed, until all weights are loaded again, and until streams continue.
+
+    losses: of this fault, as the engine counts them.
+    """
 
     kind: str
+    losses: int
     noticed_s: float
     loaded_s: float
     back_s: float
@@ -121,7 +130,7 @@ class LocalNodes:
         os.kill(self._pid(name), signal.SIGKILL)
 
     def kill_again(self, name: str) -> None:
-        wait_for(lambda: node_pids() - self._before, FAULT_LIMIT_S)
+        wait_for(lambda: node_pids() - self._before, NOTICED_LIMIT_S)
         os.kill((node_pids() - self._before).pop(), signal.SIGKILL)
 
     def disturb(self, kind: str, name: str) -> None:
@@ -169,30 +178,37 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800, help="no new fault after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--manual", action="store_true", help="manual launcher, encrypted, one host a node")
+    parser.add_argument("--dtype", help="what the bundled model computes in; its own is bfloat16")
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, CABLE), help="these faults alone")
     options = parser.parse_args()
     if options.manual and (reason := why_not()):
         sys.exit(reason)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdi-faults-")))
-        path = write_random_checkpoint(folder / "random-tiny", tiny_config())
-        engine, nodes = manual(path, folder, stack) if options.manual else local(path, stack)
-        count, recoveries, left = soak(engine, nodes, options.faults, options.seconds, random.Random(options.seed))
+        path = unpack(folder / "bundled")
+        engine, nodes = (
+            manual(path, options.dtype, folder, stack) if options.manual else local(path, options.dtype, stack)
+        )
+        kinds = options.kinds or nodes.kinds
+        count, recoveries, left = soak(
+            engine, nodes, kinds, options.faults, options.seconds, random.Random(options.seed)
+        )
     left += [f"process {child.pid}" for child in psutil.Process().children(recursive=True)]
     report(count, recoveries, left)
     sys.exit(bool(count.wrong or count.lost or left))
 
 
-def local(path: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
-    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, sequence_length=2048, recovery=LIMITS))
+def local(path: Path, dtype: str | None, stack: ExitStack) -> tuple[Engine, Nodes]:
+    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, dtype=dtype, sequence_length=2048, recovery=LIMITS))
     return engine, LocalNodes(engine)
 
 
-def manual(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
+def manual(path: Path, dtype: str | None, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
     """An engine in this process, which is on the first host until the stack ends."""
     names = ["starter", *(f"secondary{index}" for index in range(N_NODES - 2)), "finisher"]
     network = stack.enter_context(Network(*names))
     places = {name: Place(host.address, PORT, host.inside) for name, host in network.hosts.items()}
-    chunks = prepare(open_source(path), N_NODES)
+    chunks = prepare(open_source(path), N_NODES, dtype=dtype)
     nodes = stack.enter_context(ManualCluster(folder, places, chunks=chunks, encrypted=True))
     nodes.start_all()
     stack.enter_context(network.hosts["starter"].inside())  # threads that are made from now on are there, too
@@ -201,6 +217,7 @@ def manual(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
         nodes_config=nodes.config,
         certs=nodes.certs("starter"),
         encryption=True,
+        dtype=dtype,
         sequence_length=2048,
         recovery=LIMITS,
     )
@@ -208,7 +225,7 @@ def manual(path: Path, folder: Path, stack: ExitStack) -> tuple[Engine, Nodes]:
 
 
 def soak(
-    engine: Engine, nodes: Nodes, n_faults: int, seconds: float, rng: random.Random
+    engine: Engine, nodes: Nodes, kinds: Sequence[str], n_faults: int, seconds: float, rng: random.Random
 ) -> tuple[Count, list[Recovery], list[str]]:
     """The requests' outcomes, the recoveries, and what was left behind or did not end in time."""
     requests = questions()
@@ -227,7 +244,7 @@ def soak(
     try:
         for _ in track(range(n_faults), "faults", console=Console(stderr=True)):
             time.sleep(rng.uniform(0, LONGEST_PAUSE_S))
-            recoveries.append(strike(engine, nodes, rng.choice(nodes.kinds), rng))
+            recoveries.append(strike(engine, nodes, rng.choice(kinds), rng))
             if time.monotonic() > deadline or engine.error:
                 break
         wait_for_quiet(engine)
@@ -235,8 +252,9 @@ def soak(
         unfinished.append(f"fault {len(recoveries) + 1}: {error}")
     finally:
         stop.set()
+        end = time.monotonic() + FAULT_LIMIT_S
         for thread in clients:
-            thread.join(FAULT_LIMIT_S)
+            thread.join(max(0.0, end - time.monotonic()))
     return count, recoveries, unfinished + left_behind(engine, descriptors)
 
 
@@ -253,8 +271,9 @@ def questions() -> list[Request]:
     ]
     prompts: list[Any] = ["Hello", "many words " * 100, about, "a list of " * 40]
     return [
-        (prompt, SamplingParams(temperature=seed % 2, seed=seed, max_tokens=60 + 20 * seed))
+        (prompt, SamplingParams(temperature=seed % 2, seed=seed, min_tokens=n_tokens, max_tokens=n_tokens))
         for seed, prompt in enumerate(prompts * 3)
+        for n_tokens in [60 + 20 * seed]
     ]
 
 
@@ -275,47 +294,64 @@ def client(
             count.lost.append(str(error))
             time.sleep(1)
             continue
+        count.tokens += len(tokens)
         count.right += tokens == expected[number]
-        count.wrong += tokens != expected[number]
+        if tokens != expected[number]:
+            count.wrong.append(difference(number, requests[number], tokens, expected[number]))
+
+
+def difference(number: int, request: Request, tokens: Sequence[int], expected: Sequence[int]) -> str:
+    pairs = zip(tokens, expected, strict=False)
+    first = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(tokens), len(expected)))
+    return f"request {number} at temperature {request[1].temperature:g} from token {first} of {len(expected)} on"
 
 
 def strike(engine: Engine, nodes: Nodes, kind: str, rng: random.Random) -> Recovery:
     """One fault, and the time until all is well again. Raises AssertionError when that takes too long."""
-    wait_for_quiet(engine)
     victim, other = rng.sample(nodes.names, 2)
-    before, started_s = engine.recovery.recoveries, time.monotonic()
+    hit = {victim, other} if kind == "kill two" else {victim}
+    wait_for_quiet(engine)
+    losses, recoveries, started_s = restarts(engine, hit), engine.recovery.recoveries, time.monotonic()
+
+    def waited(condition: Callable[[], bool], limit_s: float, what: str) -> float:
+        while not condition():
+            assert time.monotonic() - started_s < limit_s, f"{kind} {victim}: not {what} within {limit_s:g} s"
+            time.sleep(POLL_S)
+        return time.monotonic() - started_s
+
     if kind in ("freeze", CABLE):
         nodes.disturb(kind, victim)
     else:
         nodes.kill(victim)
     if kind == "kill two":
         nodes.kill(other)
-    wait_for(lambda: engine.recovery.recovering or engine.recovery.recoveries > before, FAULT_LIMIT_S)
-    noticed_s = time.monotonic() - started_s
+    noticed_s = waited(lambda: restarts(engine, hit) > losses, NOTICED_LIMIT_S, "noticed")
     if kind in ("freeze", CABLE):
         nodes.relieve(kind, victim)
     if kind == "kill again":
         nodes.kill_again(victim)
     if kind == "kill another meanwhile":
         nodes.kill(other)
-    loaded_s = 0.0
-    while engine.recovery.recovering or engine.recovery.recoveries == before:
-        if not loaded_s and all(node.state in ("loaded", "ready") for node in engine.nodes()):
-            loaded_s = time.monotonic() - started_s
-        assert time.monotonic() - started_s < FAULT_LIMIT_S, f"{kind}: not over within {FAULT_LIMIT_S} s"
-        time.sleep(POLL_S)
-    back_s = time.monotonic() - started_s
-    return Recovery(kind, noticed_s, loaded_s or back_s, back_s)
+    loaded_s = waited(lambda: all(node.state in ("loaded", "ready") for node in engine.nodes()), FAULT_LIMIT_S, "up")
+    back_s = waited(lambda: not engine.recovery.recovering, FAULT_LIMIT_S, "over")
+    wait_for_quiet(engine)
+    return Recovery(kind, engine.recovery.recoveries - recoveries, noticed_s, loaded_s, back_s)
+
+
+def restarts(engine: Engine, names: set[str]) -> int:
+    """How often these nodes were lost."""
+    return sum(node.restarts for node in engine.nodes() if node.name in names)
 
 
 def wait_for_quiet(engine: Engine) -> None:
-    """Until all nodes have been ready for a while: a recovery that still runs would be taken for the next fault's."""
+    """Until all nodes have been ready for a while, without a loss. Raises AssertionError when they are not in time."""
     deadline = time.monotonic() + FAULT_LIMIT_S
-    quiet_since = time.monotonic()
+    quiet_since, recoveries = time.monotonic(), engine.recovery.recoveries
     while time.monotonic() < quiet_since + QUIET_S:
-        if engine.recovery.recovering or any(node.state != "ready" for node in engine.nodes()):
-            quiet_since = time.monotonic()
-        assert time.monotonic() < deadline, f"the nodes are not ready within {FAULT_LIMIT_S} s"
+        ready = all(node.state == "ready" for node in engine.nodes())
+        if not ready or engine.recovery.recovering or engine.recovery.recoveries != recoveries:
+            quiet_since, recoveries = time.monotonic(), engine.recovery.recoveries
+        assert time.monotonic() < deadline, f"the nodes are not ready within {FAULT_LIMIT_S:g} s"
         time.sleep(POLL_S)
 
 
@@ -340,7 +376,16 @@ def left_behind(engine: Engine, descriptors: int) -> list[str]:
 
 def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
     table = Table(
-        "fault", "times", "noticed", "started and loaded", "the rest", "in all", "worst", title="seconds, median"
+        "fault",
+        "times",
+        "losses",
+        "noticed",
+        "started and loaded",
+        "the rest",
+        "in all",
+        "95th",
+        "worst",
+        title="seconds, median",
     )
     for kind in (*KINDS, CABLE):
         of_kind = [recovery for recovery in recoveries if recovery.kind == kind]
@@ -352,15 +397,24 @@ def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
                 [recovery.back_s for recovery in of_kind],
             )
             medians = [f"{statistics.median(column):.2f}" for column in columns]
-            table.add_row(kind, str(len(of_kind)), *medians, f"{max(columns[-1]):.2f}")
+            times, losses = str(len(of_kind)), str(sum(recovery.losses for recovery in of_kind))
+            table.add_row(kind, times, losses, *medians, f"{percentile95(columns[-1]):.2f}", f"{max(columns[-1]):.2f}")
     console.print(table)
     own = [recovery.own_s for recovery in recoveries if recovery.kind not in ("freeze", CABLE)]
     if own:
         console.print(f"recovery time beyond loading: median {statistics.median(own):.2f} s, worst {max(own):.2f} s")
-    console.print(f"{len(recoveries)} faults, {count.right} right answers")
+    whole = [recovery.back_s for recovery in recoveries]
+    if whole:
+        console.print(f"from a fault on: median {statistics.median(whole):.2f} s, 95th {percentile95(whole):.2f} s")
+    answers = count.right + len(count.wrong)
+    console.print(f"{len(recoveries)} faults, {answers} answers and {count.tokens} tokens compared")
     console.print(f"lost requests: {len(count.lost)} {count.lost[:3] if count.lost else ''}")
-    console.print(f"wrong tokens: in {count.wrong} answers")
+    console.print(f"wrong tokens: in {len(count.wrong)} answers {'; '.join(count.wrong[:10])}")
     console.print(f"left behind: {', '.join(left) or 'nothing'}")
+
+
+def percentile95(values: Sequence[float]) -> float:
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
 if __name__ == "__main__":
