@@ -25,6 +25,7 @@ from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import node_stub
 
 PORTS = range(10_000, 32_000)  # below those that the system gives to connections
+PACKET_BYTES = 1400
 _numbers = itertools.count(os.getpid() * 997)  # test processes that run side by side begin at different ports
 
 
@@ -87,7 +88,9 @@ def fake_node(identity: Identity | None, name: str = "finisher", port: int = 0) 
 def call_node(
     address: str, peer: str, identity: Identity | None, method: str = "Status", message: Message | None = None
 ) -> list[Message]:
-    """What a method answers to one message, an empty one by default. Raises grpc.aio.AioRpcError.
+    """What a method answers to one message, an empty one by default: of Watch, which does not end, the first message.
+
+    Raises grpc.aio.AioRpcError.
 
     gRPC reports INTERNAL in place of the server's status when a call ends while its message is written: then it is
     called again.
@@ -99,6 +102,8 @@ def call_node(
         async with open_channel(address, peer, identity, CHANNEL_OPTIONS) as channel:
             rpc = getattr(node_stub(channel), method)
             answer = rpc(iter([request]) if described.client_streaming else request, timeout=30)
+            if method == "Watch":
+                return [await anext(aiter(answer))]
             return [reply async for reply in answer] if described.server_streaming else [await answer]
 
     for _ in range(20):
@@ -122,7 +127,7 @@ def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCo
 class RecordingProxy:
     """A TCP proxy on a free port of loopback that records every byte. address, port: where it listens.
 
-    bytes_per_s: the rate at which it passes on what clients send; None for no limit.
+    bytes_per_s: the rate at which it passes on what clients send, all connections together; None for no limit.
     """
 
     def __init__(self, target: str, bytes_per_s: float | None = None) -> None:
@@ -133,6 +138,9 @@ class RecordingProxy:
         self.port = int(self._listener.getsockname()[1])
         self.address = f"127.0.0.1:{self.port}"
         self._lock = threading.Lock()
+        self._slow = threading.Lock()  # held while the line to the node is in use
+        self._flowing = threading.Event()
+        self._flowing.set()
         self._streams: list[bytearray] = []
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
@@ -148,6 +156,10 @@ class RecordingProxy:
         """The number of bytes that passed, in both directions together."""
         return sum(len(stream) for stream in self._streams)
 
+    def swallow(self) -> None:
+        """From now on nothing passes, in either direction, and no connection breaks."""
+        self._flowing.clear()
+
     def cut(self) -> None:
         """Breaks every connection, and goes on accepting new ones."""
         with self._lock:
@@ -160,6 +172,7 @@ class RecordingProxy:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join()
         self._listener.close()
+        self._flowing.set()
         self.cut()
         for thread in self._threads[1:]:
             thread.join()
@@ -187,10 +200,12 @@ class RecordingProxy:
 
         def run() -> None:
             with contextlib.suppress(OSError):
-                while data := source.recv(65536):
-                    stream.extend(data)
+                while data := source.recv(PACKET_BYTES if bytes_per_s else 65536):
                     if bytes_per_s:
-                        time.sleep(len(data) / bytes_per_s)
+                        with self._slow:
+                            time.sleep(len(data) / bytes_per_s)
+                    self._flowing.wait()
+                    stream.extend(data)
                     sink.sendall(data)
                 sink.shutdown(socket.SHUT_WR)
 

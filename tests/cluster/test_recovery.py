@@ -43,6 +43,27 @@ def test_time_spent_bringing_nodes_back_is_not_time_they_ran() -> None:
     assert given_up
 
 
+def test_a_node_that_runs_on_and_is_lost_again_right_after_it_is_back_counts_once() -> None:
+    """D14: one freeze may break several links, one after the other."""
+    log = LossLog(LIMITS, now_s=0)
+    counted = []
+    for wired_s in (100, 101, 102, 103, 104):
+        log.wired(wired_s)
+        log.interrupted(wired_s + 0.5)
+        counted.append(log.lost("finisher"))
+    assert counted == [False, False, False, False, True]  # the third that counts is one too many
+
+
+def test_a_process_that_ends_again_and_again_is_no_aftershock() -> None:
+    log = LossLog(LIMITS, now_s=0)
+    given_up = []
+    for wired_s in (100, 101, 102):
+        log.wired(wired_s)
+        log.interrupted(wired_s + 0.5)
+        given_up.append(log.lost("finisher", ended=True))
+    assert given_up == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [({"recovery_timeout_s": 0}, "above 0"), ({"recovery_timeout_s": math.nan}, "nan"), ({"max_losses": -1}, "-1")],

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
-from testing.links import fake_node, raw_server
+import torch
+from testing.checkpoints import tiny_config
+from testing.links import RecordingProxy, fake_node, raw_server
+from testing.nodes import node_here
+from testing.own_link import OwnLink
 from testing.processes import ENVIRONMENT, Process, mdi
 from testing.waiting import wait_for
 
+from mdi.checkpoint.manifest import Manifest, chunk_file
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import open_source
+from mdi.cluster.delivery import Delivery
+from mdi.cluster.link import PipelineSettings
 from mdi.cluster.node_client import NodeAddress, NodeClient
+from mdi.core.batch import Batch, Result, Slice, TokenSampling
+from mdi.core.errors import LinkError
+from mdi.node.settings import NodeSettings
+from mdi.rpc import node_pb2
 from mdi.rpc.authority import Authority
+from mdi.rpc.channel import spoken
 from mdi.rpc.tls import Identity
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+SLOW = 12_500.0  # bytes a second
+GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 HOLDS_THE_GIL = """
 import ctypes
 from mdi.cli.parent import end_with_parent
@@ -127,6 +149,113 @@ def test_nodes_end_with_a_starter_that_is_killed_while_they_begin(delay_s: float
     finally:
         starter.kill()
     wait_for(lambda: not any(map(_runs, nodes)), 5)
+
+
+@pytest.fixture
+def distant(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[float | None], Distant]]:
+    """Begins a pipeline of three whose finisher both others reach over a link of so many bytes a second."""
+    with ExitStack() as undo:
+
+        def begin(bytes_per_s: float | None) -> Distant:
+            folder = prepare(open_source(tiny_checkpoint), 3)
+            names = ("secondary0", "finisher")
+            here = [
+                undo.enter_context(node_here(NodeSettings(name, folder / chunk_file(name), listen="")))
+                for name in names
+            ]
+            proxy = undo.enter_context(closing(RecordingProxy(here[1], bytes_per_s)))
+            inbox = queue.SimpleQueue[Delivery]()
+            nodes = [NodeAddress("secondary0", here[0]), NodeAddress("finisher", proxy.address)]
+            settings = PipelineSettings(Manifest.read(folder).digest, n_slots=4, sequence_length=1200)
+            link = undo.enter_context(closing(OwnLink(nodes, settings, inbox.put)))
+            return Distant(proxy, link, inbox)
+
+        yield begin
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A link to nodes of which the finisher is behind a proxy, and what it has delivered."""
+
+    proxy: RecordingProxy
+    link: OwnLink
+    inbox: queue.SimpleQueue[Delivery]
+
+    def send(self, batch_id: int, n_tokens: int) -> None:
+        part = Slice(batch_id, 0, n_tokens, (GREEDY,))
+        batch = Batch(batch_id, (part,), torch.arange(n_tokens).repeat(3, 1))
+        self.link.send(batch, torch.zeros(n_tokens, tiny_config()["hidden_size"]))
+
+
+@pytest.mark.slow
+def test_what_is_being_sent_over_a_slow_link_is_not_silence(distant: Callable[[float | None], Distant]) -> None:
+    """B7: a batch that takes many heartbeats to arrive loses no node, and neither does one behind it."""
+    pipeline = distant(SLOW)
+    pipeline.send(0, 1120)
+    pipeline.send(1, 16)
+    for batch_id in range(2):
+        event = pipeline.inbox.get(timeout=120)
+        assert isinstance(event, Result), event
+        assert event.batch_id == batch_id
+    assert pipeline.inbox.empty()
+
+
+def test_a_link_that_carries_nothing_any_more_is_a_loss_with_its_reason(
+    distant: Callable[[float | None], Distant],
+) -> None:
+    """B7: also when no connection breaks."""
+    pipeline = distant(None)
+    pipeline.send(0, 16)
+    assert isinstance(pipeline.inbox.get(timeout=60), Result)
+    pipeline.proxy.swallow()
+    loss = pipeline.inbox.get(timeout=20)
+    assert isinstance(loss, LinkError)
+    assert re.fullmatch(r"node finisher was silent for 3 s|the link .*to node finisher broke: .*\w.*", str(loss))
+    assert "did it end?" not in str(loss)
+
+
+def test_a_process_that_was_frozen_does_not_take_its_own_absence_for_silence() -> None:
+    """D14: after a freeze all its timers have run out at once, and the answers are still to be read."""
+
+    async def beats() -> AsyncIterator[node_pb2.NodeStatus]:
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            yield node_pb2.NodeStatus()
+
+    async def listen() -> int:
+        heard = 0
+        async for _ in spoken(beats()):
+            heard += 1
+            asyncio.get_running_loop().call_later(0.05, time.sleep, 2.5)  # nothing of this process runs meanwhile
+        return heard
+
+    with patch("mdi.rpc.channel.SILENCE_S", 2):
+        assert asyncio.run(listen()) == 3
+
+
+def test_a_node_that_says_nothing_is_silent() -> None:
+    """D14: and the loss has that reason."""
+
+    async def beats() -> AsyncIterator[node_pb2.NodeStatus]:
+        yield node_pb2.NodeStatus()
+        await asyncio.sleep(1000)
+
+    async def listen() -> None:
+        async for _ in spoken(beats()):
+            pass
+
+    with patch("mdi.rpc.channel.SILENCE_S", 1), pytest.raises(LinkError, match="it was silent for 1 s"):
+        asyncio.run(listen())
+
+
+@pytest.mark.slow
+def test_a_slow_link_that_dies_while_it_is_full_is_a_loss(distant: Callable[[float | None], Distant]) -> None:
+    """B7: progress that has ended is none."""
+    pipeline = distant(SLOW)
+    pipeline.send(0, 1120)
+    wait_for(lambda: pipeline.proxy.passed_bytes > 40_000)
+    pipeline.proxy.swallow()
+    assert isinstance(pipeline.inbox.get(timeout=30), LinkError)
 
 
 def _nodes_of(starter: Process) -> list[psutil.Process]:

@@ -24,9 +24,11 @@ class Node(NodeServicer):
     async def Status(self, _request: object, _context: object) -> node_pb2.NodeStatus:  # noqa: N802
         return node_pb2.NodeStatus(node="finisher")
 
-    async def Batches(self, pieces: AsyncIterator[object], _context: object) -> node_pb2.BatchesReply:  # noqa: N802
+    async def Batches(  # noqa: N802
+        self, pieces: AsyncIterator[object], _context: object
+    ) -> AsyncIterator[node_pb2.BatchesReply]:
+        yield node_pb2.BatchesReply()
         assert [piece async for piece in pieces] == [BATCH, BATCH]
-        return node_pb2.BatchesReply(error="not counted")
 
     async def Results(self, _request: object, _context: object) -> AsyncIterator[node_pb2.BatchResult]:  # noqa: N802
         yield RESULT
@@ -51,7 +53,7 @@ async def calls(here: Traffic | None, there: Traffic) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = node_stub(channel, here)
         assert (await stub.Status(node_pb2.StatusRequest())).node == "finisher"
-        assert (await stub.Batches(iter([BATCH, BATCH]))).error == "not counted"
+        assert [reply async for reply in stub.Batches(iter([BATCH, BATCH]))] == [node_pb2.BatchesReply()]
         assert [result async for result in stub.Results(node_pb2.ResultsRequest(epoch=1))] == [RESULT]
         assert [piece async for piece in stub.Encode(iter([ROWS]))] == [EMBEDDINGS, EMBEDDINGS]
         await stub.Weights(iter([node_pb2.WeightsPiece(data=bytes(700))]))

@@ -6,7 +6,6 @@ Knows addresses, no processes: it reports that a node is lost, and is given all 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -225,21 +224,24 @@ class LinkEpoch:
     async def _send(self) -> None:
         try:
             await self._heartbeats[0].client.send_batches(self.outbox)
-        except LinkError:
-            self._lose_link(self._nodes[0].name)
+        except LinkError as error:
+            self._lose_link(self._nodes[0].name, error)
 
     async def _send_masks(self) -> None:
         try:
             await self._heartbeats[-1].client.send_masks(self.masks)
-        except LinkError:
-            self._lose_link(self._nodes[-1].name)
+        except LinkError as error:
+            self._lose_link(self._nodes[-1].name, error)
 
     async def _receive(self) -> None:
-        with contextlib.suppress(LinkError):
+        ended = LinkError("it ended the stream of results")
+        try:
             async for message in self._heartbeats[-1].client.results(self.number):
                 if message.epoch == self.number and not self._over:
                     self._deliver(codec.decode_result(message))
-        self._lose_link(self._nodes[-1].name)
+        except LinkError as error:
+            ended = error
+        self._lose_link(self._nodes[-1].name, ended)
 
     async def _watch(self, index: int) -> None:
         """Notices that a node is silent, was started anew, or has lost the node after it."""
@@ -251,11 +253,11 @@ class LinkEpoch:
             elif beat.answer and beat.answer.epoch != self.number:
                 self._lose(LinkError(f"node {name} was started anew", name))
             elif beat.answer and beat.answer.next_lost:
-                after, why = self._nodes[index + 1].name, beat.answer.next_error or "did it end?"
+                after, why = self._nodes[index + 1].name, beat.answer.next_error
                 self._lose(LinkError(f"the link from node {name} to node {after} broke: {why}", after))
 
-    def _lose_link(self, name: str) -> None:
-        self._lose(LinkError(f"the link to node {name} broke: did it end?", name))
+    def _lose_link(self, name: str, reason: LinkError) -> None:
+        self._lose(LinkError(f"the link to node {name} broke: {reason}", name))
 
     def _lose(self, error: LinkError) -> None:
         if not self._over:

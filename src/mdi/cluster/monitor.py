@@ -48,14 +48,19 @@ class Beat:
 
 
 class Heartbeat:
-    """Polls one node's status every second, for all who need it. Belongs to the monitor's loop, except `shown`."""
+    """Polls one node's status every second, for all who need it. Belongs to the monitor's loop, except `shown`.
+
+    A poll that is not answered in time is not missed when the node sent its status by itself meanwhile: on a slow link
+    the question waits behind the data that this side sends.
+    """
 
     def __init__(self, client: NodeClient) -> None:
         self.client = client
         self.last: Beat | None = None
         self._answered: Beat | None = None
         self._changed = asyncio.Event()  # another one each time it is set
-        self._task = asyncio.create_task(self._run())
+        self._sent: tuple[float, node_pb2.NodeStatus] | None = None  # what the node sent by itself, and when
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._listen())]
 
     async def poll(self, timeout_s: float = HEARTBEAT_S, *, wait_for_ready: bool = False) -> Beat:
         """One beat now; the next in turn follows a second later. wait_for_ready: for a connection, if there is none."""
@@ -63,7 +68,10 @@ class Heartbeat:
         try:
             answer = await self.client.status(timeout_s, wait_for_ready=wait_for_ready, diagnose=False)
         except LinkError as error:
-            failure, missed = error, (self.last.missed if self.last else 0) + 1
+            if self._sent and self._sent[0] > asked_s:
+                answer = self._sent[1]
+            else:
+                failure, missed = error, (self.last.missed if self.last else 0) + 1
         beat = self.last = Beat(asked_s, time.monotonic() - asked_s, answer, failure, missed)
         if answer:
             self._answered = beat
@@ -116,9 +124,9 @@ class Heartbeat:
         return replace(status, state="ready") if status.state == "loaded" and answer.epoch == epoch else status
 
     async def close(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
 
     async def _run(self) -> None:
@@ -132,6 +140,14 @@ class Heartbeat:
             except Exception:
                 log.exception("node %s could not be polled", self.client.node.name)
                 await asyncio.sleep(HEARTBEAT_S)
+
+    async def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(LinkError):
+                async for status in self.client.watch():
+                    if status.node == self.client.node.id:
+                        self._sent = time.monotonic(), status
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 class Monitor:

@@ -23,16 +23,17 @@ from mdi.core.tracing import Span
 from mdi.layers.rope import Grid
 from mdi.planning.hardware import Machine
 from mdi.rpc import codec, node_pb2
-from mdi.rpc.channel import CHANNEL_OPTIONS, PATIENT_OPTIONS, open_channel
+from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, spoken
 from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
 
 RPC_TIMEOUT_S = 5.0
+CONFIGURE_TIMEOUT_S = 20.0  # on a slow link it waits behind what was sent before
 MEASURE_TIMEOUT_S = 60.0  # the slowest of machines
 OPTIONS = (
     *CHANNEL_OPTIONS,
-    *PATIENT_OPTIONS,
+    *KEEPALIVE_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 500),  # a node that is back answers the next heartbeat
 )
@@ -96,9 +97,20 @@ class NodeClient:
             )
         return status
 
+    async def watch(self) -> AsyncIterator[node_pb2.NodeStatus]:
+        """The node's status, which it sends every second. Raises LinkError when it is silent, or the stream breaks."""
+        call = self._stub.Watch(node_pb2.StatusRequest())
+        try:
+            async for status in spoken(call):
+                yield status
+        except grpc.aio.AioRpcError as error:
+            raise self._error(self._no_answer(error)) from None
+        finally:
+            call.cancel()
+
     async def configure(self, request: node_pb2.ConfigureRequest) -> None:
         """Begins an epoch. Raises LinkError when the node refuses."""
-        if error := (await self._answer(self._stub.Configure(request, timeout=RPC_TIMEOUT_S))).error:
+        if error := (await self._answer(self._stub.Configure(request, timeout=CONFIGURE_TIMEOUT_S))).error:
             raise self._error(error)
 
     async def offer(self, manifest: Manifest, role: str) -> node_pb2.OfferReply:
@@ -111,6 +123,7 @@ class NodeClient:
     ) -> None:
         """Sends pieces of the chunk that was offered. sent: called after each. Passes on what `pieces` raises."""
         call = self._stub.Weights()
+        listening = asyncio.create_task(self._listen(call))
         try:
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
                 async for piece in pieces:
@@ -120,8 +133,13 @@ class NodeClient:
             reply = codec.received(await call)
         except grpc.aio.AioRpcError:
             raise self._error(f"the link to node {self.node.name} broke while it was sent its weights") from None
+        except asyncio.CancelledError:
+            if listening.done() and (silence := listening.result()):
+                raise self._error(f"node {self.node.name}: {silence}") from None
+            raise
         finally:
             call.cancel()
+            listening.cancel()
         if reply.error:
             raise self._error(f"node {self.node.name}: {reply.error}")
 
@@ -166,23 +184,48 @@ class NodeClient:
 
     async def send_batches(self, outbox: asyncio.Queue[node_pb2.BatchPiece]) -> None:
         """Sends what is put into `outbox`, until the stream breaks: then it raises LinkError."""
-        await self._send_all(self._stub.Batches(), outbox)
+        call = self._stub.Batches()
+
+        async def end() -> str:
+            async for reply in spoken(call):
+                if reply.error:
+                    return str(reply.error)
+            return ""
+
+        await self._send_all(call, outbox, end())
 
     async def send_masks(self, outbox: asyncio.Queue[node_pb2.BatchMasks]) -> None:
         """The same for the token masks of batches, to the node with the head."""
-        await self._send_all(self._stub.TokenMasks(), outbox)
+        call = self._stub.TokenMasks()
 
-    async def _send_all(self, call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[Any]) -> None:
+        async def end() -> str:
+            return str(codec.received(await call).error)
+
+        await self._send_all(call, outbox, end())
+
+    async def _send_all(self, call: Any, outbox: asyncio.Queue[Any], end: Awaitable[str]) -> None:
+        """end: of the stream, with the node's error. An idle stream of writes alone would not notice that it broke."""
         writing = asyncio.create_task(_write_all(call, outbox))
         try:
-            # an idle stream of writes alone would not notice that its node is gone
-            reply = codec.received(await call)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(self._no_answer(error)) from None
+            error = await end
+        except grpc.aio.AioRpcError as failure:
+            raise self._error(self._no_answer(failure)) from None
         finally:
             writing.cancel()
             call.cancel()
-        raise self._error(reply.error or "it ended the stream")
+        raise self._error(error or "it ended the stream")
+
+    async def _listen(self, upload: grpc.aio.StreamUnaryCall) -> str:
+        """Ends an upload to a node that has become silent; the error. Empty when the stream of its status breaks."""
+        try:
+            async for _ in spoken(self._stub.Watch(node_pb2.StatusRequest())):
+                pass
+        except grpc.aio.AioRpcError:
+            return ""
+        except LinkError as error:
+            upload.cancel()
+            return str(error)
+        return ""
 
     async def results(self, epoch: int) -> AsyncIterator[node_pb2.BatchResult]:
         """The results of an epoch as they come, until the stream ends or, with LinkError, breaks."""
@@ -217,7 +260,7 @@ class NodeClient:
         return LinkError(message, self.node.name)
 
 
-async def _write_all(call: grpc.aio.StreamUnaryCall, outbox: asyncio.Queue[Any]) -> None:
+async def _write_all(call: Any, outbox: asyncio.Queue[Any]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
         while True:
             await call.write(await outbox.get())

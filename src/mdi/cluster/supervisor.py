@@ -160,11 +160,12 @@ class Supervisor:
             if self._closing:
                 raise LinkError("the link was closed")
             lost, self._lost = self._lost, {}
-        lost |= {name: _ended(name) for name in self._launcher.dead() - lost.keys()}
+        dead = self._launcher.dead()
+        lost |= {name: _ended(name) for name in dead - lost.keys()}
         for name, error in lost.items():
             if time.monotonic() > deadline:
                 raise LinkError(f"the nodes were not back within {self._limits.recovery_timeout_s:g} s: {error}", name)
-            if self._losses.lost(name):
+            if self._losses.lost(name, ended=name in dead):
                 raise LinkError(f"{error}; the node was lost {self._limits.max_losses + 1} times in a row", name)
         return frozenset(lost.keys() & {node.name for node in self._launcher.nodes})
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
 
-TIMEOUT_S = 10.0  # a starter that is lost closes the inbox sooner
+TIMEOUT_S = 300.0  # masks may wait behind other data on a slow link; a starter that is lost closes the inbox sooner
 
 
 class MaskInbox:

@@ -19,6 +19,7 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
 from mdi.core.tracing import Recorder
 from mdi.models.stage import Stage
+from mdi.models.weights import LoadedStage
 from mdi.node.encode import Encoder, collect_rows
 from mdi.node.lifecycle import Lifecycle
 from mdi.node.settings import NodeSettings
@@ -26,7 +27,7 @@ from mdi.node.worker import Epoch, Worker
 from mdi.planning.hardware import measure_hardware
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.callers import CallerCheck
-from mdi.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, add_port, is_loopback
+from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, SERVER_OPTIONS, add_port, is_loopback
 from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import VARIABLE, Identity
 from mdi.rpc.traffic import Traffic, TrafficInterceptor
@@ -145,6 +146,11 @@ class NodeService(NodeServicer):
             status.epoch, status.next_lost, status.next_error = epoch.number, epoch.next_lost, epoch.next_error
         return status
 
+    async def Watch(self, request: node_pb2.StatusRequest, context: object) -> AsyncIterator[node_pb2.NodeStatus]:
+        while True:
+            yield await self.Status(request, context)
+            await asyncio.sleep(HEARTBEAT_S)
+
     async def Offer(self, request: node_pb2.OfferRequest, _context: object) -> node_pb2.OfferReply:
         if request.version != codec.VERSION:
             return node_pb2.OfferReply(error=_other_version(request.version))
@@ -192,10 +198,25 @@ class NodeService(NodeServicer):
         self._worker.epoch = epoch
         return node_pb2.ConfigureReply()
 
-    async def Batches(self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object) -> node_pb2.BatchesReply:
+    async def Batches(
+        self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object
+    ) -> AsyncIterator[node_pb2.BatchesReply]:
         epoch, loaded = self._worker.epoch, self._lifecycle.loaded
         if epoch is None or loaded is None:
-            return node_pb2.BatchesReply(error="is not configured")
+            yield node_pb2.BatchesReply(error="is not configured")
+            return
+        taking = asyncio.create_task(self._take_batches(epoch, loaded, pieces))
+        try:
+            while not taking.done():
+                yield node_pb2.BatchesReply()
+                await asyncio.wait([taking], timeout=HEARTBEAT_S)
+            taking.result()
+        finally:
+            taking.cancel()
+
+    async def _take_batches(
+        self, epoch: Epoch, loaded: LoadedStage, pieces: AsyncIterator[node_pb2.BatchPiece]
+    ) -> None:
         decoder = codec.BatchDecoder(loaded.config.hidden_size, loaded.dtype)
         try:
             async for piece in codec.parsed(pieces):
@@ -207,7 +228,6 @@ class NodeService(NodeServicer):
                     self._worker.put(epoch, work)
         except LinkError as error:
             self._worker.put(epoch, epoch.failure(error))
-        return node_pb2.BatchesReply()
 
     async def TokenMasks(
         self, messages: AsyncIterator[node_pb2.BatchMasks], _context: object

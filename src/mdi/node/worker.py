@@ -16,7 +16,7 @@ from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
 from mdi.node.masks import MaskInbox
 from mdi.rpc import codec, node_pb2
-from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel
+from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, spoken
 from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
@@ -45,13 +45,15 @@ class Epoch:
         self._closing = False
         self._channel: grpc.aio.Channel | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._diagnosis: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     def open(self, next_address: str, next_node: str, identity: Identity | None, traffic: Traffic) -> None:
         """Starts to send `outgoing` to the next node."""
         self._next = next_address, next_node, identity
         self._channel = open_channel(*self._next, (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
-        self._sender = asyncio.create_task(self._send(node_stub(self._channel, traffic).Batches()))
+        call = node_stub(self._channel, traffic).Batches()
+        self._sender = asyncio.create_task(self._send(call))
+        self._watcher = asyncio.create_task(self._watch(call))
 
     async def close(self) -> None:
         """Ends the stream to the next node, or the reading of `outgoing`."""
@@ -62,7 +64,7 @@ class Epoch:
             self._sender.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sender
-            await self._channel.close()
+            await self._channel.close()  # which ends the watcher, too
 
     def outcome(self, work: Work) -> list[Outgoing]:
         """Computes a batch, and makes the messages that carry what came of it. For the compute thread."""
@@ -88,22 +90,28 @@ class Epoch:
         text = str(error) if isinstance(error, MDIError) else "it could not compute a batch; its log has the details"
         return node_pb2.Failure(node=self._role, message=text)
 
-    async def _send(self, call: grpc.aio.StreamUnaryCall) -> None:
-        call.add_done_callback(self._lose_next)  # writes alone do not notice that an idle stream broke
+    async def _send(self, call: grpc.aio.StreamStreamCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while (message := await self.outgoing.get()) is not None:
                 await call.write(message)
 
-    def _lose_next(self, _call: object) -> None:
-        self.next_lost = True
-        if not self._closing:
-            self._diagnosis = asyncio.create_task(self._diagnose())
-
-    async def _diagnose(self) -> None:
+    async def _watch(self, call: grpc.aio.StreamStreamCall) -> None:
+        """Until the stream breaks: writes alone do not notice that an idle one did."""
+        try:
+            reason = "it ended the stream"
+            async for reply in spoken(call):
+                reason = reply.error or reason
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name.lower()
+        except LinkError as error:
+            reason = str(error)
+        if self._closing:
+            return
+        self.next_lost, self.next_error = True, reason
         address, name, _ = self._next
-        reason = await asyncio.to_thread(diagnose, *self._next)
-        log.error("the link to node %s at %s broke: %s", name, address, reason or "the node answers, though")
-        self.next_error = reason or ""
+        found = await asyncio.to_thread(diagnose, *self._next)
+        log.error("the link to node %s at %s broke: %s", name, address, found or f"{reason}; the node answers, though")
+        self.next_error = found or reason
 
 
 class Worker:

@@ -41,6 +41,7 @@ CALLERS = complete(
         "Results": Caller.STARTER,
         "Encode": Caller.STARTER,
         "Status": Caller.STARTER,
+        "Watch": Caller.STARTER,
         "MeasureHardware": Caller.STARTER,
         "Spans": Caller.STARTER,
         "Release": Caller.STARTER,

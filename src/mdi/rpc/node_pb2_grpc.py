@@ -50,7 +50,7 @@ class NodeStub:
                 request_serializer=mdi_dot_rpc_dot_node__pb2.ConfigureRequest.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.ConfigureReply.FromString,
                 _registered_method=True)
-        self.Batches = channel.stream_unary(
+        self.Batches = channel.stream_stream(
                 '/mdi.Node/Batches',
                 request_serializer=mdi_dot_rpc_dot_node__pb2.BatchPiece.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.BatchesReply.FromString,
@@ -72,6 +72,11 @@ class NodeStub:
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mdi.Node/Status',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/mdi.Node/Watch',
                 request_serializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
@@ -118,7 +123,7 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Batches(self, request_iterator, context):
-        """Batches from the node before. The call lasts as long as the epoch.
+        """Batches from the node before. The call lasts as long as the epoch. Replies: see BatchesReply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +152,13 @@ class NodeServicer:
 
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """The same every second, which a link that is full of data in the other direction does not delay.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -189,7 +201,7 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.ConfigureRequest.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.ConfigureReply.SerializeToString,
             ),
-            'Batches': grpc.stream_unary_rpc_method_handler(
+            'Batches': grpc.stream_stream_rpc_method_handler(
                     servicer.Batches,
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.BatchPiece.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.BatchesReply.SerializeToString,
@@ -211,6 +223,11 @@ def add_NodeServicer_to_server(servicer, server):
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.StatusRequest.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.NodeStatus.SerializeToString,
             ),
@@ -333,7 +350,7 @@ class Node:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/mdi.Node/Batches',
@@ -445,6 +462,33 @@ class Node:
             request,
             target,
             '/mdi.Node/Status',
+            mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mdi.Node/Watch',
             mdi_dot_rpc_dot_node__pb2.StatusRequest.SerializeToString,
             mdi_dot_rpc_dot_node__pb2.NodeStatus.FromString,
             options,
