@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,27 @@ def test_calls_of_tools_reach_the_template_as_in_transformers(with_tools: Path, 
         message["content"] = message["content"] or ""
     theirs = AutoTokenizer.from_pretrained(with_tools).apply_chat_template(read, **settings, return_dict=False)
     assert Tokenizer(with_tools).encode_chat(given, settings) == theirs
+
+
+JOINING = """\
+{%- for message in messages -%}
+{%- for call in message.tool_calls or [] -%}
+{{- '<|im_start|>' + call['function']['name'] + '\\n```json\\n' + call['function']['arguments'] + '\\n```' -}}
+{%- endfor -%}
+{{- message.content or '' -}}<|im_end|>
+{%- endfor -%}
+"""
+"""A chat template that joins arguments with other texts, as those of DeepSeek-R1-Distill do."""
+
+
+def test_arguments_reach_a_template_that_joins_texts_as_texts(with_tools: Path, tmp_path: Path) -> None:
+    """C24: a template that reads the arguments of calls as a text gets OpenAI's text."""
+    path = shutil.copytree(with_tools, tmp_path / "joining")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": JOINING}))
+    messages = tool_messages('{"city": "Zürich", "days": [1, 2]}')
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(messages[:3], return_dict=False)
+    assert Tokenizer(path).encode_chat(parse_messages(messages[:3])) == theirs
 
 
 def test_names_and_calls_never_become_control_tokens(with_tools: Path) -> None:

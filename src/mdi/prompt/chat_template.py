@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -58,7 +59,19 @@ class ChatTemplate:
         ]
 
     def render(self, conversation: list[dict[str, Any]], settings: TemplateSettings = MappingProxyType({})) -> str:
-        """The prompt's text, ready for the assistant's answer. Raises InputError where the template refuses."""
+        """The prompt's text, ready for the assistant's answer. Raises InputError where the template refuses.
+
+        A template that joins the arguments of calls with other texts, as DeepSeek's does, gets them as their JSON.
+        """
+        try:
+            return self._render(conversation, settings)
+        except InputError:
+            with_texts = list(map(_with_text_arguments, conversation))
+            if with_texts == conversation:
+                raise
+            return self._render(with_texts, settings)
+
+    def _render(self, conversation: list[dict[str, Any]], settings: TemplateSettings) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 conversation, chat_template=self._text, tokenize=False, add_generation_prompt=True, **settings
@@ -93,6 +106,16 @@ class ChatTemplate:
                 if WORD in text and UNREAD not in text:
                     return True
         return False
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message, with the arguments of its calls as JSON texts."""
+    calls = [dict(call, function=dict(call["function"])) for call in message.get("tool_calls") or ()]
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, str):
+            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return message | {"tool_calls": calls} if calls else message
 
 
 def read_chat_template(path: Path, tokenizer: Any) -> ChatTemplate | None:
