@@ -124,7 +124,7 @@ def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alon
     question = about(image(5, side=840))
     losses = served.status.restarts
     stream = served.engine.submit(question, GREEDY)
-    wait_for(lambda: served.engine._loop._vision._remote_busy)
+    wait_for(lambda: served.engine._loop._vision._remote_work)
     if how == "killed":
         served.end_vision()
         text = served.engine.chat("A word meanwhile.", GREEDY)

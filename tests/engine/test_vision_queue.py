@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import cast
 
 import numpy as np
@@ -32,8 +33,11 @@ class FakeRemote:
     def __init__(self) -> None:
         self.asked: list[tuple[Tensor, Callable[[Encoded], None]]] = []
 
-    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> Future[Encoded]:
         self.asked.append((rows, done))
+        future = Future[Encoded]()
+        future.add_done_callback(lambda _: self.answer(LinkError("not wanted any more")))
+        return future
 
     def answer(self, outcome: Encoded | None = None) -> None:
         rows, done = self.asked.pop(0)
@@ -158,6 +162,19 @@ def test_the_vision_node_gets_one_image_at_a_time() -> None:
     setup.remote.answer()
     assert (values(first), values(second)) == ([4.0], [8.0])
     assert [(done.request, done.digest) for done in setup.done] == [(first, bytes([1])), (second, bytes([2]))]
+
+
+def test_the_vision_node_stops_for_a_client_that_has_left() -> None:
+    """B3: and goes on with the next image."""
+    setup = Setup(remote=True)
+    first, second = setup.add(1), setup.add(2)
+    setup.queue.encode(0.0)
+    first.cancelled = True
+    setup.queue.cancel(first)
+    assert not setup.remote.asked
+    setup.queue.encode(0.0)
+    setup.remote.answer()
+    assert (values(first), values(second)) == ([], [8.0])
 
 
 def test_what_a_cancelled_request_wanted_is_kept_for_others() -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from testing.videos import endless
+from testing.videos import encoded, endless, numbered
 from testing.waiting import wait_for
 from torch import Tensor
 
 from mdi import Engine, SamplingParams
+from mdi.bench.scenario import noise
 from mdi.cluster.remote_encoder import Encoded
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import ClosedError, InputError, LinkError, MediaError, OverloadedError
@@ -224,6 +228,30 @@ def test_a_film_is_not_decoded_for_a_client_that_has_left(engine: Engine, film: 
     assert engine._preparation._memory.held_bytes == 0
 
 
+def test_all_ends_and_all_memory_is_released_however_little_there_is(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B2: many large requests share a small memory, and some leave; nobody waits for ever."""
+    chance = random.Random(0)
+    memory = engine._preparation._memory
+    monkeypatch.setattr(memory, "_limit_bytes", 300_000)
+    film = encoded(numbered(6))
+    streams = []
+    for number in range(30):
+        pictures = [noise(chance.choice((28, 84, 140)), np.random.default_rng((number, i))) for i in range(2)]
+        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+        content.append({"type": "video", "video": film, "nframes": 4, "max_pixels": 3136, "min_pixels": 784})
+        chance.shuffle(content)
+        streams.append(engine.submit([{"role": "user", "content": content}], SamplingParams(max_tokens=1)))
+        if chance.random() < 0.3:
+            streams.pop().cancel()
+    for stream in streams:
+        assert stream.completion().token_ids
+    wait_for(lambda: not engine._requests)
+    assert memory.held_bytes == 0
+    assert engine._preparation._turns._free == (os.cpu_count() or 1)
+
+
 # The vision node is away
 
 
@@ -233,8 +261,9 @@ class AwayEncoder:
     def __init__(self) -> None:
         self.asked: list[Callable[[Encoded], None]] = []
 
-    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> Future[Encoded]:
         self.asked.append(done)
+        return Future()
 
 
 def test_pictures_that_wait_for_the_vision_node_stop_no_text(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mdi.checkpoint.loader import load_source
 from mdi.checkpoint.source import open_source
 from mdi.core.errors import LinkError
+from mdi.core.tracing import Recorder
 from mdi.models.weights import LoadedStage
-from mdi.node.encode import collect_rows, rows_of
+from mdi.node.encode import Encoder, collect_rows, rows_of
 from mdi.rpc import codec, node_pb2
 
 
@@ -62,3 +66,34 @@ def test_bytes_that_do_not_fit_their_grid_are_refused(
     t, h, w = grid
     assert len(rows) == t * h * w > 0
     assert h % 2 == w % 2 == 0
+
+
+def test_an_image_that_is_not_wanted_any_more_is_not_encoded_to_its_end(
+    loaded: LoadedStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B3: the next one does not wait for it."""
+    steps = 0
+    begun = threading.Event()
+
+    def endless(rows: Tensor, grid: tuple[int, int, int]) -> Iterator[None]:
+        nonlocal steps
+        while True:
+            steps += 1
+            begun.set()
+            yield
+
+    monkeypatch.setattr(loaded.vision, "encode_steps", endless)
+
+    async def leave() -> None:
+        encoder = Encoder(Recorder())
+        running = asyncio.create_task(encoder.encode(loaded, (1, 2, 2), bytearray(4 * 1176 * 4)))
+        await asyncio.to_thread(begun.wait)
+        running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled()
+        assert not encoder._one_by_one.locked()
+
+    asyncio.run(leave())
+    before = steps
+    time.sleep(0.05)
+    assert steps == before

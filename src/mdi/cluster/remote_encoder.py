@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 from torch import Tensor
@@ -54,21 +55,29 @@ class RemoteEncoder:
         self._reason = ""
         self._heartbeat: Heartbeat = monitor.loop.call(monitor.watch(node))
 
-    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> None:
+    def encode(self, rows: Tensor, grid: Grid, arrived_s: float, done: Callable[[Encoded], None]) -> Future[Encoded]:
         """Begins to encode an image or video. rows: float32 [patches, patch_elements]; arrived_s: when its request
         arrived, on the monotonic clock; done: called with the outcome, in the monitor's thread.
+
+        Returns what the caller can cancel.
         """
 
-        async def work() -> None:
+        async def work() -> Encoded:
             try:
-                done(await self._encode(await asyncio.to_thread(rows.to, self._dtype), grid, arrived_s))
+                return await self._encode(await asyncio.to_thread(rows.to, self._dtype), grid, arrived_s)
             except MDIError as error:
-                done(error)
+                return error
             except Exception:
                 log.exception("an image could not be encoded")
-                done(LinkError("an image could not be encoded; the server's log has the details", self._node.name))
+                return LinkError("an image could not be encoded; the server's log has the details", self._node.name)
 
-        self._monitor.loop.begin(work())
+        def end(future: Future[Encoded]) -> None:
+            unwanted = LinkError("the image is not wanted any more", self._node.name)
+            done(unwanted if future.cancelled() else future.result())
+
+        future = self._monitor.loop.begin(work())
+        future.add_done_callback(end)
+        return future
 
     def status(self) -> NodeStatus:
         """What was last heard of the node."""

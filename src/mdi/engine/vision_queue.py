@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class VisionQueue:
         self._post = post
         self._waiting: deque[Request] = deque()
         self._parts: Generator[None, None, Tensor] | None = None  # of the image that is encoded on this node
-        self._remote_busy = False
+        self._remote_work: Future[Encoded] | None = None  # what the vision node is encoding
 
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue, unless all its media are in the cache."""
@@ -54,9 +55,11 @@ class VisionQueue:
             self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Stops encoding for this request, on this node."""
+        """Stops encoding for this request."""
         if self._waiting and self._waiting[0] is request:
             self._parts = None
+            if self._remote_work:
+                self._remote_work.cancel()
 
     def encode(self, seconds: float) -> bool:
         """Encodes for so long, but at least one part of an image; False when there is nothing to encode here."""
@@ -78,7 +81,7 @@ class VisionQueue:
 
     def take(self, done: EncodeDone) -> None:
         """Keeps what the vision node has encoded, and lets it encode the next."""
-        self._remote_busy = False
+        self._remote_work = None
         if isinstance(done.outcome, Tensor):
             self._keep(done.request, done.digest, done.outcome)
 
@@ -91,7 +94,7 @@ class VisionQueue:
 
     def _next_parts(self) -> Generator[None, None, Tensor] | None:
         """The encoding of the next image that the cache does not have; None when there is none, or it is remote."""
-        while self._waiting and not self._remote_busy:
+        while self._waiting and not self._remote_work:
             request = self._waiting[0]
             if request.encoded or request.cancelled:
                 self._waiting.popleft()
@@ -113,8 +116,7 @@ class VisionQueue:
 
     def _encode_remotely(self, remote: RemoteEncoder, request: Request) -> None:
         patches = request.next_media.patches
-        self._remote_busy = True
-        remote.encode(
+        self._remote_work = remote.encode(
             torch.from_numpy(patches.rows),
             patches.grid,
             request.arrived_s,

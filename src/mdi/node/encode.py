@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Generator
 
 import torch
@@ -25,15 +26,25 @@ class Encoder:
         self._one_by_one = asyncio.Lock()
 
     async def encode(self, loaded: LoadedStage, grid: Grid, data: bytearray) -> Tensor:
-        """Embeddings, [tokens, hidden_size]. Raises LinkError for bytes that do not fit the grid."""
+        """Embeddings, [tokens, hidden_size]. Cancelled, it ends after a part of the work.
+
+        Raises LinkError for bytes that do not fit the grid.
+        """
         rows = rows_of(loaded, grid, data)
         async with self._one_by_one:
-            return await asyncio.to_thread(self._encode, loaded, rows, grid)
+            abandoned = threading.Event()
+            work = asyncio.ensure_future(asyncio.to_thread(self._encode, loaded, rows, grid, abandoned))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                abandoned.set()
+                await asyncio.wait([work])
+                raise
 
-    def _encode(self, loaded: LoadedStage, rows: Tensor, grid: Grid) -> Tensor:
+    def _encode(self, loaded: LoadedStage, rows: Tensor, grid: Grid, abandoned: threading.Event) -> Tensor:
         assert loaded.vision is not None
         with self.busy, self._recorder.span("encode"), torch.inference_mode():
-            return _result(loaded.vision.encode_steps(rows, grid))
+            return _result(loaded.vision.encode_steps(rows, grid), abandoned)
 
 
 async def collect_rows(pieces: AsyncIterator[node_pb2.EncodePiece]) -> tuple[str, Grid, bytearray]:
@@ -65,10 +76,11 @@ def _grid(piece: node_pb2.EncodePiece) -> Grid:
     return t, h, w
 
 
-def _result(steps: Generator[None, None, Tensor]) -> Tensor:
-    """What a generator returns at its end."""
-    while True:
+def _result(steps: Generator[None, None, Tensor], abandoned: threading.Event) -> Tensor:
+    """What a generator returns at its end. Raises LinkError when it is abandoned before."""
+    while not abandoned.is_set():
         try:
             next(steps)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
+    raise LinkError("the image is not wanted any more")
