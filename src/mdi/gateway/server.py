@@ -32,6 +32,7 @@ HEADERS = [
 ]
 KEEP_ALIVE_S = 75  # longer than the pools of clients keep idle connections
 BACKLOG = 256
+FOR_EVER_S = 1e9  # uvicorn takes whole numbers only
 SWEEP_S = 0.5
 LAST_STALL_S = 3.0  # stall_timeout_s during a shutdown
 LAST_EVENTS_S = 2.0  # for sending the errors of requests that the shutdown ended
@@ -90,6 +91,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: GatewayConfig) -> None:
+        self._drain_s = min(config.drain_timeout_s, FOR_EVER_S)
         limit = ConnectionLimit(min(config.max_connections, raise_open_files() // 2))
         super().__init__(
             uvicorn.Config(
@@ -101,7 +103,7 @@ class Server(uvicorn.Server):
                 headers=HEADERS,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(config.drain_timeout_s + 2 * LAST_EVENTS_S),
+                timeout_graceful_shutdown=math.ceil(self._drain_s + 2 * LAST_EVENTS_S),
             )
         )
         self._limits = config
@@ -141,7 +143,7 @@ class Server(uvicorn.Server):
 
     async def _end_requests(self) -> None:
         """Ends requests that are still running when the time for them is over."""
-        await asyncio.sleep(self._limits.drain_timeout_s)
+        await asyncio.sleep(self._drain_s)
         self._answers.close()
         await asyncio.sleep(LAST_EVENTS_S)
         for connection in self._connections:

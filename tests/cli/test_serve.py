@@ -1,0 +1,76 @@
+"""`mdi serve`: its options become the settings of the server."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from testing.fakes import FakeEngine
+
+from mdi.cli.app import main
+from mdi.cli.options import EngineOptions
+from mdi.core.config import MEBIBYTE, GatewayConfig
+from mdi.gateway import server
+from mdi.gateway.app import create_app
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewayConfig]:
+    """The settings of the servers that a test starts; none of them serves."""
+    configs = list[GatewayConfig]()
+
+    def serve(_engine: Any, _bound: socket.socket, config: GatewayConfig) -> None:
+        configs.append(config)
+
+    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr(server, "raise_open_files", lambda: 1024)
+    monkeypatch.setattr(EngineOptions, "start", lambda *_, **__: nullcontext(FakeEngine()))
+    return configs
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["mdi", "serve", "bundled", "--port", "0", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]) -> None:
+    options = "--allow-host a --allow-host b --allow-origin https://c.example --max-body-mb 1 --max-upload-mb 2"
+    assert run(monkeypatch, *options.split(), *["--drain-timeout", "3", "--strict-requests", "--api-key", "k"]) == 0
+    assert served == [
+        GatewayConfig(
+            allow_hosts=("a", "b"),
+            allow_origins=("https://c.example",),
+            max_body_bytes=MEBIBYTE,
+            max_upload_bytes=2 * MEBIBYTE,
+            drain_timeout_s=3,
+            strict_requests=True,
+            api_key="k",
+        )
+    ]
+
+
+def test_without_options_the_settings_are_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]
+) -> None:
+    monkeypatch.delenv("MDI_API_KEY", raising=False)
+    assert run(monkeypatch) == 0
+    assert served == [GatewayConfig()]
+
+
+def test_a_drain_may_take_any_time(monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]) -> None:
+    assert run(monkeypatch, "--drain-timeout", "inf") == 0
+    server.Server(create_app(FakeEngine()), served[0])
+    assert run(monkeypatch, "--drain-timeout", "nan") == 2
+
+
+def test_a_wrong_setting_is_found_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--allow-origin", "chat.example.com") == 2
+    assert "an origin is like https://chat.example.com:8080" in " ".join(capsys.readouterr().err.split())
+    assert served == []
