@@ -27,9 +27,9 @@ def test_attention_in_blocks_is_attention(
 def test_causal_masks_are_windows_of_one_table() -> None:
     masks = CausalMasks(32, torch.float32, torch.device("cpu"))
     for start in (0, 1, 7, 24):
-        for length in (1, 3, 8):
-            view = masks.view(start, length)
-            allowed = torch.arange(start + length) <= torch.arange(start, start + length)[:, None]
+        for length, keys in ((1, start + 1), (3, start + 3), (8, 128)):
+            view = masks.view(start, length, keys)
+            allowed = torch.arange(keys) <= torch.arange(start, start + length)[:, None]
             assert torch.equal(view == 0, allowed)
             assert torch.isneginf(view[~allowed]).all()
             assert view.untyped_storage().data_ptr() == masks.table.untyped_storage().data_ptr()

@@ -7,6 +7,7 @@ operators are missing or give other numbers, the plain product is used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import cast
@@ -17,15 +18,24 @@ from torch.nn import functional
 
 from mdi.core.tensors import GetTensor
 
+log = logging.getLogger(__name__)
+
+ROW_STEPS = (1, 2, 4, 8)  # more rows in place of one would cost more than equal bits are worth
+TRIED_TIMES = (1, 2, 3, 5, 6, 7, 9, 11, 13, 17, 25)
+TRIED_SHAPE = (128, 512)  # outputs, inputs: on the machines measured, what is computed otherwise depends on neither
 PACKED_ROWS = 16  # the blocked layout is chosen for so many rows: what decode steps bring
 
 
 class Linear:
-    """y = x W^T + b, with the weight as it is stored: [out, in]."""
+    """y = x W^T + b, with the weight as it is stored: [out, in].
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    row_step: rows are filled up with zeros to a multiple, so that the bits of a row do not depend on their number.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, row_step: int = 1) -> None:
         self.weight = weight
         self.bias = bias
+        self.row_step = row_step
 
     @staticmethod
     def load(get: GetTensor, outputs: Mapping[str, int], *inputs: int, bias: bool = False) -> Linear:
@@ -40,34 +50,76 @@ class Linear:
             if bias:
                 biases.append(get(f"{name}.bias", (size,)))
         weight = _joined(weights)
-        packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _packing_works()
-        return (PackedLinear if packed else Linear)(weight, _joined(biases) if bias else None)
+        on_cpu = weight.device.type == "cpu"
+        kind = PackedLinear if on_cpu and weight.dtype == torch.bfloat16 and _packing_works() else Linear
+        step = row_step(kind, weight.dtype, torch.get_num_threads()) if on_cpu else 1
+        return kind(weight, _joined(biases) if bias else None, step)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]."""
-        return functional.linear(x, self.weight, self.bias)
+        missing = -len(x) % self.row_step
+        return self._product(_filled(x, missing))[: len(x)] if missing else self._product(x)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, in one pass where the layout can. residual: [rows, out]; left as it is."""
+        missing = -len(x) % self.row_step
+        if missing:
+            return self._sum(_filled(residual, missing), _filled(x, missing))[: len(x)]
+        return self._sum(residual, x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def _sum(self, residual: Tensor, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias).add_(residual)
 
 
 class PackedLinear(Linear):
     """`Linear` with a bfloat16 weight in oneDNN's blocked layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)), bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, row_step: int = 1) -> None:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        super().__init__(cast(Tensor, reordered), bias, row_step)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+    def _sum(self, residual: Tensor, x: Tensor) -> Tensor:
         fused = torch.ops.mkldnn._linear_pointwise.binary
         return cast(Tensor, fused(x, residual, self.weight, self.bias, "add"))
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _filled(x: Tensor, missing: int) -> Tensor:
+    return functional.pad(x, (0, 0, 0, missing))
+
+
+@cache
+def row_step(kind: type[Linear], dtype: torch.dtype, n_threads: int) -> int:  # noqa: ARG001
+    """The smallest step such that a product of any multiple of it gives a row the same bits.
+
+    Libraries compute few rows, or the last rows that a thread gets, otherwise than many. Tried with this machine's CPU
+    and so many threads, once for a process. 1 where there is no such step, which is logged.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, x, residual = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in (TRIED_SHAPE, (128, TRIED_SHAPE[1]), (128, 128))
+    )
+    linear = kind(weight)
+    product, total = linear._product(x), linear._sum(residual, x)
+
+    def agrees(rows: int) -> bool:
+        added = linear._sum(residual[:rows], x[:rows])
+        return torch.equal(linear._product(x[:rows]), product[:rows]) and torch.equal(added, total[:rows])
+
+    for step in ROW_STEPS:
+        if all(agrees(min(step * times, 128)) for times in TRIED_TIMES):
+            return step
+    log.warning("products in %s round by the number of rows here: a replay may give another text", dtype)
+    return 1
 
 
 @cache

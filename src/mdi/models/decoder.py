@@ -94,7 +94,7 @@ class DecoderLayer:
         rotated = qkv[:, :n_rotated]
         rotation(rotated, out=rotated)
         keys_values = qkv[:, config.n_heads :].view(len(x), 2, config.n_kv_heads, config.head_dim)
-        cache[layout.slots, layout.cache_rows] = keys_values
+        layout.write(cache, keys_values)
         return attend(qkv[:, : config.n_heads], cache, layout)
 
 

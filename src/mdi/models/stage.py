@@ -11,7 +11,7 @@ from torch import Tensor
 from mdi.core.batch import Batch, Result, Visual
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
-from mdi.layers.attention import CausalMasks, Layout
+from mdi.layers.attention import CausalMasks, Layout, rows_agree
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
@@ -53,7 +53,8 @@ class Stage:
             dtype=dtype,
             device=device,
         )
-        self._masks = CausalMasks(sequence_length, dtype, device)
+        singly = device.type == "cpu" and not rows_agree(config.n_heads, config.n_kv_heads, config.head_dim, dtype)
+        self._masks = CausalMasks(sequence_length, dtype, device, singly=singly)
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
         """Token embeddings, with those of media in place of the placeholders.
@@ -75,7 +76,7 @@ class Stage:
     def sample(self, batch: Batch, hidden: Tensor) -> Result:
         """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
         with self.working("sample"):
-            logits = self._decoder.logits(hidden[batch.sampled_rows])
+            logits = self._decoder.logits(hidden[batch.sampled_rows]) if batch.samplings else hidden[:0]
             overflowed = _overflowed(batch, hidden, logits)
             return Result(batch.id, sample(logits.nan_to_num() if overflowed else logits, batch.samplings), overflowed)
 
