@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -58,8 +59,7 @@ def stage_of(shape: str, dtype: torch.dtype) -> Stage:
 
     def weight(name: str, size: tuple[int, ...], _dtype: str | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        scale = float(size[-1]) ** -0.5
-        return (torch.randn(size, generator=generator) * scale + ("norm" in name)).to(dtype)
+        return (torch.randn(size, generator=generator) / math.sqrt(size[-1]) + ("norm" in name)).to(dtype)
 
     loaded = load_stage(config, StageSpec.everything(config), dtype, CPU, weight)
     return Stage(loaded, n_slots=N_SLOTS, sequence_length=LENGTH + 1)
