@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing.checkpoints import tiny_config
+from testing.small_tokenizers import byte_fallback_tokenizer, write_tokenizer
 from transformers import AutoTokenizer
 
 from mdi.checkpoint.random_weights import write_random_checkpoint
@@ -65,6 +66,12 @@ def test_special_tokens_stand_for_their_names(tokenizer: Tokenizer) -> None:
     [token_id] = tokenizer.backend.encode("<|im_end|>", add_special_tokens=False).ids
     assert tokenizer.token_bytes(token_id) == b"<|im_end|>"
     assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_byte_tokens_and_marked_spaces_stand_for_bytes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, byte_fallback_tokenizer(), "{{ messages }}"))
+    ids = tokenizer.encode("the 日")
+    assert b"".join(map(tokenizer.token_bytes, ids)) == " the 日".encode()
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,6 +23,7 @@ from mdi.models.stage import Stage
 from mdi.planning.plan import make_plan
 from mdi.prompt.builder import Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
+from mdi.prompt.vocabulary import check_vocabulary
 
 CHUNK = 512
 GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
@@ -81,7 +82,9 @@ def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int)
     config = source.model_config
     spec, video = media_specs(source)
     room = config.max_positions - max_tokens
-    builder = PromptBuilder(config, Tokenizer(source.path), spec, ANY_FILE, room, video)
+    tokenizer = Tokenizer(source.path)
+    check_vocabulary(tokenizer.backend, config)
+    builder = PromptBuilder(config, tokenizer, spec, ANY_FILE, room, video)
     return builder.build(messages)
 
 
