@@ -267,6 +267,15 @@ def test_unknown_fields_fill_neither_the_log_nor_the_header(
     assert max(len(record.getMessage()) for record in caplog.records) < 500
 
 
+@pytest.mark.parametrize("name", ["", " ", ",", "\r\nx: y", "é\u2028", "\x00", "%"])
+def test_a_header_lists_any_name(lenient: FakeServer, name: str) -> None:
+    """C23: also where it is the last of several, and where a header could not hold it."""
+    for fields, n_names in (({name: 1}, 1), ({"other": None, name: None}, 2)):
+        answer = lenient.post("/v1/chat/completions", json=CHAT | fields)
+        assert answer.status_code == 200
+        assert len(answer.headers["x-mdi-ignored-fields"].split(", ")) == n_names
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

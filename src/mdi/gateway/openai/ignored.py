@@ -28,8 +28,8 @@ class IgnoredFields:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The header that lists their names, percent-encoded; none without such fields."""
-        names = [quote(name, safe="[]._-", errors="replace") for name in self._names]
+        """The header that lists their names, percent-encoded, "" for the empty one; none without such fields."""
+        names = [quote(name, safe="[]._-", errors="replace") or '""' for name in self._names]
         if len(names) > MAX_LISTED:
             names[MAX_LISTED:] = ["..."]
         return {HEADER: ", ".join(names)} if names else {}
