@@ -197,10 +197,11 @@ class RecordingProxy:
 
     def _copy(self, source: socket.socket, sink: socket.socket, bytes_per_s: float | None) -> None:
         stream = bytearray()
+        n_bytes = min(65536, max(PACKET_BYTES, int((bytes_per_s or 1e9) / 50)))  # some 20 ms each
 
         def run() -> None:
             with contextlib.suppress(OSError):
-                while data := source.recv(PACKET_BYTES if bytes_per_s else 65536):
+                while data := source.recv(n_bytes):
                     if bytes_per_s:
                         with self._slow:
                             time.sleep(len(data) / bytes_per_s)

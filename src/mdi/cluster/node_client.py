@@ -122,7 +122,7 @@ class NodeClient:
         self, pieces: AsyncIterator[node_pb2.WeightsPiece], sent: Callable[[node_pb2.WeightsPiece], None]
     ) -> None:
         """Sends pieces of the chunk that was offered. sent: called after each. Passes on what `pieces` raises."""
-        call = self._stub.Weights()
+        call, broke = self._stub.Weights(), f"the link to node {self.node.name} broke"
         listening = asyncio.create_task(self._listen(call))
         try:
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reply says why
@@ -132,10 +132,10 @@ class NodeClient:
                 await call.done_writing()
             reply = codec.received(await call)
         except grpc.aio.AioRpcError:
-            raise self._error(f"the link to node {self.node.name} broke while it was sent its weights") from None
+            raise self._error(f"{broke} while it was sent its weights") from None
         except asyncio.CancelledError:
             if listening.done() and (silence := listening.result()):
-                raise self._error(f"node {self.node.name}: {silence}") from None
+                raise self._error(f"{broke} while it was sent its weights: {silence}") from None
             raise
         finally:
             call.cancel()
@@ -155,8 +155,8 @@ class NodeClient:
                 if codec.received(piece).error:
                     raise self._error(piece.error)
                 data += piece.data
-        except grpc.aio.AioRpcError:
-            raise self._error("the link broke: did it end?") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._error(self._no_answer(error)) from None
         finally:
             call.cancel()
         if not data or len(data) % (width * rows.itemsize):
