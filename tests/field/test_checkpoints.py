@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.generation import end_ids
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.processing import media_specs
+from mdi.checkpoint.published import PUBLISHED
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.safetensors import INDEX, SINGLE
 from mdi.checkpoint.source import open_source
+from mdi.cli import app as cli
 from mdi.core.errors import CheckpointError
 from mdi.media import image_patches
 from mdi.models.decoder import EMBEDDING, LM_HEAD
@@ -34,7 +38,7 @@ from mdi.models.registry import read_config
 CONFIG, GENERATION, IMAGES = "config.json", "generation_config.json", "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-QUESTION = "What is this?"
+QUESTION = "What is at hand?"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2\n"
 
 Weights = dict[str, torch.Tensor]
@@ -326,6 +330,12 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(file: str, text_model
     assert "the tokenizer has the token '<new 272>' with id 272, but the model has 272 tokens" in message
 
 
+def test_a_letter_that_is_declared_special_stays_in_the_text(text_model: Path) -> None:
+    """B1, its brothers: a padding token that is a token of plain text as well."""
+    change(text_model, "tokenizer_config.json", pad_token="a")
+    assert our_answer(text_model) == Oracle(text_model).answer(QUESTION)
+
+
 def with_dtype(path: Path, dtype: torch.dtype, **entries: Any) -> None:
     change(path, CONFIG, torch_dtype=..., **entries)
     change_weights(path, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
@@ -449,9 +459,32 @@ def test_damaged_weights_are_named_with_the_remedy(damage: str, vision_model: Pa
     assert "again" in message
 
 
+@pytest.mark.parametrize("command", ["ask", "serve", "prepare", "plan"])
+@pytest.mark.parametrize("file", [CONFIG, SINGLE, "tokenizer.json", GENERATION, IMAGES])
+def test_every_command_says_it_in_one_line_with_exit_status_2(
+    command: str,
+    file: str,
+    vision_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """C3: as a user sees it. Chunks are made of config.json and weights alone."""
+    (vision_model / file).write_text(POINTER)
+    arguments = {"ask": [QUESTION], "serve": ["--port", "0"], "prepare": ["--n-nodes", "2"], "plan": []}[command]
+    monkeypatch.setattr(sys, "argv", ["mdi", command, str(vision_model), *arguments])
+    if command in ("prepare", "plan") and file not in (CONFIG, SINGLE):
+        with suppress(SystemExit):
+            cli.main()
+        assert "error" not in capfd.readouterr().err
+        return
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    [line] = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {file} is a Git LFS pointer, not the file itself: run `git lfs pull` in")
+
+
 def test_a_published_config_reads_as_in_transformers() -> None:
     """Whatever is checked: the models that people have are read."""
-    from mdi.checkpoint.published import PUBLISHED
-
     for config in PUBLISHED.values():
         assert read_config(config).n_layers == config["num_hidden_layers"]

@@ -172,6 +172,9 @@ def _sharded(index: Path) -> dict[Path, list[str]]:
     indexed: dict[str, set[str]] = {}
     for name, file in _weight_map(index).items():
         indexed.setdefault(file, set()).add(name)
+    for file in indexed:
+        if not (index.parent / file).exists():
+            raise CheckpointError(f"{index.parent.name} lacks {file} of {index.name}: is the download complete?")
     stored = {index.parent / file: _names_in(index.parent / file) for file in sorted(indexed)}
     for path, names in stored.items():
         if differing := indexed[path.name].symmetric_difference(names):
