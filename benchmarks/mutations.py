@@ -73,7 +73,9 @@ def run(folders: list[Path], count: int, first: int, check: Callable[[Path, Muta
                 kinds[check(path, mutation).kind] += 1
             except Exception as error:  # a finding, whatever it is
                 kinds["wrong"] += 1
-                found.append(f"{folder.name} {mutation.file}: {mutation.what}\n  {type(error).__name__}: {error}")
+                found.append(
+                    f"{folder.name} {mutation.file}: {mutation.what!a}\n  {type(error).__name__}: {str(error)[:500]!a}"
+                )
                 print(found[-1], flush=True)
 
     attempt()

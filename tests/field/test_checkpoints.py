@@ -433,6 +433,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another encoding": lambda path: path.write_bytes('{"größe": 1}'.encode("latin-1")),
     "not a number": lambda path: path.write_text('{"a": NaN}'),
     "nested": lambda path: path.write_text("[" * 10**5 + "]" * 10**5),
+    "half a character": lambda path: path.write_text('{"a": "\\ud800"}'),
     "a long number": lambda path: path.write_text(f'{{"a": 1{"0" * 5000}}}'),
     "a folder": make_folder,
     "a dangling link": make_dangling,

@@ -23,6 +23,8 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        if rb"\ud" in data.lower():  # perhaps half of a surrogate pair, which is no text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
