@@ -330,12 +330,6 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(file: str, text_model
     assert "the tokenizer has the token '<new 272>' with id 272, but the model has 272 tokens" in message
 
 
-def test_a_letter_that_is_declared_special_stays_in_the_text(text_model: Path) -> None:
-    """B1, its brothers: a padding token that is a token of plain text as well."""
-    change(text_model, "tokenizer_config.json", pad_token="a")
-    assert our_answer(text_model) == Oracle(text_model).answer(QUESTION)
-
-
 def with_dtype(path: Path, dtype: torch.dtype, **entries: Any) -> None:
     change(path, CONFIG, torch_dtype=..., **entries)
     change_weights(path, lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()})
