@@ -65,9 +65,10 @@ def test_a_kernel_is_taken_flat() -> None:
     assert torch.allclose(product(x), x @ loaded["kernel.weight"].view(16, 40).T, atol=1e-5)
 
 
-def test_bfloat16_is_packed_where_the_operators_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = load(tensors(torch.bfloat16), {"k": 8}, 40)
-    assert isinstance(packed, PackedLinear) == linear._packing_works()
-    assert not isinstance(load(tensors(torch.float32), {"k": 8}, 40), PackedLinear)
-    monkeypatch.setattr(linear, "_packing_works", lambda: False)
-    assert not isinstance(load(tensors(torch.bfloat16), {"k": 8}, 40), PackedLinear)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_packed_where_the_operators_work(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = load(tensors(dtype), {"k": 8}, 40)
+    assert isinstance(packed, PackedLinear) == linear._packing_works(dtype)
+    assert not isinstance(load(tensors(torch.float16), {"k": 8}, 40), PackedLinear)
+    monkeypatch.setattr(linear, "_packing_works", lambda _: False)
+    assert not isinstance(load(tensors(dtype), {"k": 8}, 40), PackedLinear)

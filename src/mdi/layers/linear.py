@@ -1,8 +1,9 @@
 """Matrix products, with weights in the layout that is fastest on their device.
 
-On CPUs a bfloat16 weight is reordered once into oneDNN's blocked layout: one row then reads 1.3 to 2 times as many
-bytes a second as through `torch.nn.functional.linear`, and many rows are no slower (docs/performance.md). Where the
-operators are missing or give other numbers, the plain product is used.
+On CPUs a bfloat16 or float32 weight is reordered once into oneDNN's blocked layout: few rows then read up to 3 times as
+many bytes a second as through `torch.nn.functional.linear`, many rows are no slower, and a float32 row has the same bits
+whatever their number (docs/decisions.md). Where the operators are missing or give other numbers, the plain product is
+used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 ROW_STEPS = (1, 2, 4, 8)  # more rows in place of one would cost more than equal bits are worth
 TRIED_TIMES = (1, 2, 3, 5, 6, 7, 9, 11, 13, 17, 25)
 TRIED_SHAPE = (128, 512)  # outputs, inputs: on the machines measured, what is computed otherwise depends on neither
+PACKED_DTYPES = {torch.bfloat16: 0.25, torch.float32: 1e-4}  # and how far a product near 50 may be from the plain one
 PACKED_ROWS = 16  # the blocked layout is chosen for so many rows: what decode steps bring
 
 
@@ -51,7 +53,7 @@ class Linear:
                 biases.append(get(f"{name}.bias", (size,)))
         weight = _joined(weights)
         on_cpu = weight.device.type == "cpu"
-        kind = PackedLinear if on_cpu and weight.dtype == torch.bfloat16 and _packing_works() else Linear
+        kind = PackedLinear if on_cpu and _packing_works(weight.dtype) else Linear
         step = row_step(kind, weight.dtype, torch.get_num_threads()) if on_cpu else 1
         return kind(weight, _joined(biases) if bias else None, step)
 
@@ -75,7 +77,7 @@ class Linear:
 
 
 class PackedLinear(Linear):
-    """`Linear` with a bfloat16 weight in oneDNN's blocked layout."""
+    """`Linear` with its weight in oneDNN's blocked layout: bfloat16 or float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, row_step: int = 1) -> None:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
@@ -123,15 +125,16 @@ def row_step(kind: type[Linear], dtype: torch.dtype, n_threads: int) -> int:  # 
 
 
 @cache
-def _packing_works() -> bool:
-    """Tries the oneDNN operators on a small product and compares with the plain one."""
+def _packing_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has this dtype here: its operators are tried on a small product against the plain one."""
+    if dtype not in PACKED_DTYPES:
+        return False
     try:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(32, 64, generator=generator).bfloat16()
-        x = torch.randn(3, 64, generator=generator).bfloat16()
+        generator, near = torch.Generator().manual_seed(0), PACKED_DTYPES[dtype]
+        weight, x = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (32, 3))
         packed, plain = PackedLinear(weight), functional.linear(x, weight)
         once = packed(x)
         twice = packed.add_to(once, x)
-        return torch.allclose(once, plain, atol=0.25) and torch.allclose(twice, plain + plain, atol=0.5)
+        return torch.allclose(once, plain, atol=near) and torch.allclose(twice, plain + plain, atol=2 * near)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
