@@ -1,9 +1,9 @@
 """Matrix products, with weights in the layout that is fastest on their device.
 
 On CPUs a bfloat16 or float32 weight is reordered once into oneDNN's blocked layout: few rows then read up to 3 times as
-many bytes a second as through `torch.nn.functional.linear`, many rows are no slower, and a float32 row has the same bits
-whatever their number (docs/decisions.md). Where the operators are missing or give other numbers, the plain product is
-used.
+many bytes a second as through `torch.nn.functional.linear`, many rows are no slower, and a float32 row has the same
+bits whatever their number (docs/decisions.md). Where the operators are missing or give other numbers, the plain product
+is used.
 """
 
 from __future__ import annotations
