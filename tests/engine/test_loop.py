@@ -19,9 +19,9 @@ from testing.fakes import FakeLink, FakeStage
 from testing.waiting import wait_for
 from tokenizers import Tokenizer
 
-from mdi.core.batch import Batch
-from mdi.core.errors import ClosedError, LinkError
-from mdi.core.outputs import Completion
+from mdi.core.batch import Batch, Token
+from mdi.core.errors import ClosedError, LinkError, MDIError
+from mdi.core.outputs import Completion, Piece
 from mdi.core.outputs import Sample as OneSample
 from mdi.core.sampling import SamplingParams
 from mdi.engine.embedding_cache import EmbeddingCache
@@ -286,6 +286,27 @@ def test_closing_while_nodes_are_away_fails_what_runs(make_world: Callable[..., 
     with pytest.raises(ClosedError):
         list(request.stream)
     assert world.loop.recovery.failed_requests == 0
+
+
+def test_an_answer_that_cannot_be_read_ends_its_own_request_only(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Sample.append
+
+    def broken(sequence: Sample, drawn: Sequence[Token]) -> Piece | None:
+        if sequence.request.sampling.seed == 6 and len(sequence.generated) == 3:
+            raise RuntimeError("no such byte")
+        return append(sequence, drawn)
+
+    monkeypatch.setattr(Sample, "append", broken)
+    world = make_world()
+    good = world.submit(text("abc"), WARM)
+    bad = world.submit(text("abc"), WARM.model_copy(update={"seed": 6, "n": 2}))
+    with pytest.raises(MDIError, match="server's log"):
+        bad.stream.completion()
+    assert good.stream.completion().samples[0].finish_reason
+    assert world.loop.error is None
+    wait_for(lambda: world.scheduler.running == 0 and len(world.ended) == 2)
 
 
 class SlowStage(FakeStage):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from mdi.cluster.delivery import Delivery, GaveUp, Link, Rewired
-from mdi.core.batch import Batch, Result
+from mdi.core.batch import Batch, Result, Token
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import ClosedError, LinkError, MDIError, NumbersError
 from mdi.core.status import RecoveryStatus
@@ -203,10 +203,21 @@ class StepLoop:
             drawn = tuple(islice(tokens, len(part.samplings)))
             if sequence.slot is None:
                 continue  # its request was dropped
-            if drawn and (piece := sequence.append(drawn)):
-                sequence.request.stream.put(piece)
-            if sequence.finished or sequence.request.cancelled:
+            if drawn:
+                self._append(sequence, drawn)
+            if sequence.slot is not None and (sequence.finished or sequence.request.cancelled):
                 self._remove(sequence)
+
+    def _append(self, sequence: Sequence, drawn: tuple[Token, ...]) -> None:
+        """Adds tokens to an answer. An error that nobody foresaw ends this request, and no other."""
+        request = sequence.request
+        try:
+            if piece := sequence.append(drawn):
+                request.stream.put(piece)
+        except Exception:
+            log.exception("the tokens of an answer could not be read")
+            request.error = MDIError("the tokens of the answer could not be read; the server's log has the details")
+            self._cancel(request)
 
     def _drop_overflowed(self, sequences: list[Sequence]) -> None:
         """Cancels the requests of sequences that no answer follows from. Nothing takes over what their slots hold."""
