@@ -108,7 +108,7 @@ def test_the_demo_answers_and_draws_its_answers(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("ask", "CHECKPOINT", "x", "--image", "/no/such.png"), "no file"),
-        (("ask", "CHECKPOINT", "x", "--max-tokens", "-1"), "max_tokens"),
+        (("ask", "CHECKPOINT", "x", "--max-tokens", "-2"), "max_tokens"),
         (("ask", "CHECKPOINT", "x", "--temperature", "nan"), "temperature"),
         (("ask", "CHECKPOINT", "FILE:/no/such.txt"), "no file"),
         (("ask", "CHECKPOINT", "x" * 300, "--sequence-length", "200"), "sequence length"),

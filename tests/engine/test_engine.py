@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from testing.checkpoints import tiny_config, tiny_text_config
 from testing.processes import node_processes
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.prepare import prepare
@@ -240,7 +241,7 @@ def test_an_engine_is_ready_idle_or_busy_and_not_when_closed(tiny_checkpoint: Pa
             break
         assert engine.ready(30)
         assert not engine.ready(0)
-        assert not engine._requests
+        wait_for(lambda: not engine._requests)
     assert not engine.ready(30)
 
 

@@ -297,7 +297,6 @@ def test_the_towers_own_base_of_frequencies_is_used(vision_model: Path, picture:
         ({"video_token_id": 262}, "image_token_id and video_token_id are both 262"),
         ({"image_token_id": 263, "video_token_id": 262}, "image_token_id is 263, but the tokenizer has .* with id 262"),
         ({"image_token_id": -1}, "image_token_id should be greater than or equal to 0"),
-        ({"eos_token_id": 272}, "eos_token_id is 272, but the model has 272 tokens"),
         ({"torch_dtype": "bf16"}, "dtype 'bf16' is not supported"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2', but Qwen2VLForConditionalGeneration has 'qwen2_vl'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints are not supported"),
@@ -364,6 +363,15 @@ def test_wrong_end_tokens_are_refused_with_the_files_name(value: Any, text_model
     """C22: an id is a whole number, and a token of the model."""
     change(text_model, GENERATION, eos_token_id=value)
     assert refusal(text_model).startswith(f"{GENERATION}: eos_token_id")
+
+
+def test_an_end_token_of_config_json_is_checked_where_it_counts(text_model: Path) -> None:
+    """B1: other than tokens that nothing uses."""
+    change(text_model, CONFIG, eos_token_id=272, bos_token_id=272)
+    with Engine(text_model):  # generation_config.json has others
+        pass
+    change(text_model, GENERATION, eos_token_id=None)
+    assert refusal(text_model).startswith(f"{CONFIG}: eos_token_id is 272, but the model has 272 tokens")
 
 
 @pytest.mark.parametrize("value", [258, [256], [256, 258]])

@@ -24,6 +24,8 @@ def qwen2_vl_config(**text: Any) -> Qwen2VLConfig:
     return Qwen2VLConfig(
         text_config={
             "vocab_size": 256,
+            "bos_token_id": None,
+            "eos_token_id": None,
             "hidden_size": 96,
             "intermediate_size": 160,
             "num_hidden_layers": 6,

@@ -46,10 +46,9 @@ NEUTRAL: dict[str, Any] = {
 """Settings of transformers' `generate` that change an answer and are not computed here, with the value that is off."""
 
 
-class IdEntries(Entries):
-    """The special tokens that generation_config.json and config.json name."""
+class EndEntries(Entries):
+    """The tokens that end an answer, as generation_config.json and config.json name them."""
 
-    bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
 
 
@@ -102,8 +101,8 @@ def end_ids(source: Source) -> frozenset[int]:
         ("config.json", source.config.get("text_config") or {}),
     ]
     for file, part in parts:
-        entries = IdEntries.read(part, file)
-        check_ids(entries, source.model_config.vocab_size, file)
+        entries = EndEntries.read(part, file)
         if entries.eos_token_id is not None:
+            check_ids(entries, source.model_config.vocab_size, file)
             return frozenset(entries.eos_token_id)
     return frozenset()

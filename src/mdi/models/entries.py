@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mdi.core.entries import Entries, TokenId, TokenIds
+from mdi.core.entries import Entries, TokenId
 
 CONFIG = "config.json"
 
@@ -65,8 +65,6 @@ class DecoderEntries(Entries):
     sliding_window: int | None = 4096
     max_window_layers: int = 28
     layer_types: list[str] | None = None
-    bos_token_id: TokenIds = None
-    eos_token_id: TokenIds = None
     pad_token_id: Annotated[int, Field(ge=-1, le=2**24)] | None = None
 
     @property
