@@ -172,6 +172,7 @@ def test_a_server_of_three_nodes_answers_and_ends_with_its_nodes(checkpoint: Pat
         wait_until_gone(nodes)
 
 
+@pytest.mark.slow
 def test_no_node_outlives_a_server_killed_with_sigkill(checkpoint: Path) -> None:
     with serving(checkpoint, "--n-nodes", "3", environment=ENVIRONMENT) as (process, _url):
         nodes = psutil.Process(process.pid).children(recursive=True)
@@ -202,6 +203,7 @@ def test_a_server_brings_a_killed_node_back_and_answers_as_before(checkpoint: Pa
         assert (shown["recoveries"], shown["failed_requests"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_server_told_to_end_brings_a_node_back_to_finish_what_runs(checkpoint: Path) -> None:
     question = {"prompt": "x", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": True}
     with serving(checkpoint, "--n-nodes", "2", environment=ENVIRONMENT) as (process, url):
@@ -215,6 +217,7 @@ def test_a_server_told_to_end_brings_a_node_back_to_finish_what_runs(checkpoint:
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_server_whose_node_does_not_come_back_in_time_says_so(checkpoint: Path) -> None:
     options = ("--n-nodes", "2", "--recovery-timeout", "0.05")
     with serving(checkpoint, *options, environment=ENVIRONMENT) as (process, url):

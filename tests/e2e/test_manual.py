@@ -92,6 +92,7 @@ def test_the_same_in_the_clear_and_the_other_way_round(plain: ManualCluster, che
     assert answer(starter) == alone
 
 
+@pytest.mark.slow
 def test_a_node_that_is_started_again_joins_a_running_server(encrypted: ManualCluster, checkpoint: Path) -> None:
     question = {"prompt": "x", "max_tokens": 40, "temperature": 1, "seed": 3}
     encrypted.start_all()
@@ -107,6 +108,7 @@ def test_a_node_that_is_started_again_joins_a_running_server(encrypted: ManualCl
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_the_link_between_two_nodes_says_why_it_broke(
     encrypted: ManualCluster, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoint: Path, tmp_path: Path) -> None:
     environment = {**ENCRYPTED, "TMPDIR": str(tmp_path)}
     with serving(checkpoint, "--n-nodes", "3", environment=environment) as (process, url):

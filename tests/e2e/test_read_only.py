@@ -41,6 +41,7 @@ def answer(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_several_nodes_serve_it_from_chunks_in_the_cache(snapshot: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     with read_only(tmp_path / "store"):

@@ -275,6 +275,7 @@ def test_chunks_of_another_dtype_or_plan_are_written_beside_those_that_are_there
     assert len(list((path / "chunks").iterdir())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_process_left")
 def test_weights_overwritten_in_place_are_the_ones_that_answer(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -300,6 +301,7 @@ def test_weights_overwritten_in_place_are_the_ones_that_answer(
     assert message.endswith("chunks/3nodes are made of other weights than are there now: preparing them again")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_process_left")
 def test_the_nodes_of_a_running_server_restart_from_the_weights_it_began_with(
     tiny_checkpoint: Path, tmp_path: Path
