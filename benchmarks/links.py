@@ -103,7 +103,10 @@ def measure(rounds: int) -> list[Row]:
         for name in ("starter", "finisher"):
             (folder / name).mkdir()
             authority.issue(name).save(folder / name)
-        config = tiny_config(hidden_size=WIDTH, num_attention_heads=12, num_key_value_heads=2, num_hidden_layers=2)
+        rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+        config = tiny_config(
+            hidden_size=WIDTH, num_attention_heads=12, num_key_value_heads=2, num_hidden_layers=2, rope_scaling=rope
+        )
         path = write_random_checkpoint(folder / "wide", config, dtype="bfloat16")
         prepare(open_source(path), 2)
         ports = _start_peer(folder, stack)

@@ -128,7 +128,8 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
         process(drain_timeout_s=300) as (server, url),
         httpx.stream("POST", f"{url}/generate", json={"prompt": "x", "stream": True}, timeout=LONG_WAIT_S) as stream,
     ):
-        assert "so far" in next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: the connection closes with it
+        assert "so far" in next(lines)
         server.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             server.wait(1)

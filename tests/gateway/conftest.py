@@ -63,11 +63,11 @@ class Server(Generic[E]):
         return httpx.post(self.url + path, headers=headers, timeout=60, verify=False, **request)
 
     def events(self, path: str, **body: Any) -> list[Any]:
-        """The events of a stream, parsed; [DONE] as it is."""
+        """The events of a stream, parsed; [DONE] as it is. Comments, which a slow machine may bring, are left out."""
         answer = self.post(path, json={**body, "stream": True})
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in answer.text.strip().split("\n\n")]
+        lines = [line.removeprefix("data: ") for line in answer.text.strip().split("\n\n") if line[0] != ":"]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 

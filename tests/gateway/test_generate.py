@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -49,9 +48,9 @@ def test_answers_are_lists_of_samples(real: RealServer, picture: str) -> None:
 def test_a_stream_has_the_text_of_the_whole_answer(real: RealServer) -> None:
     request = {"prompt": "Hi", "max_tokens": 5, "temperature": 0}
     whole = real.post("/generate", json=request).json()["samples"][0]
-    lines = real.post("/generate", json={**request, "stream": True}).text.strip().split("\n\n")
-    assert lines[-1] == "data: [DONE]"
-    assert "".join(json.loads(line.removeprefix("data: "))["text"] for line in lines[:-1]) == whole
+    *events, end = real.events("/generate", **request)
+    assert end == "[DONE]"
+    assert "".join(event["text"] for event in events) == whole
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_its_own_name(real: RealServer) -> None:
