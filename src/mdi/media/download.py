@@ -7,9 +7,7 @@ import queue
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -20,7 +18,7 @@ import httpx
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.policy import allows_address, check_size, shortened
-from mdi.media.work import Work
+from mdi.media.work import Deadline, Work
 
 MAX_REDIRECTS = 3
 POLL_S = 0.25  # how soon a download notices that its request is cancelled
@@ -37,7 +35,7 @@ def download(source: str, policy: MediaPolicy, work: Work) -> bytes:
         raise MediaError("nothing is downloaded here; send a data: URL")
     url = _parsed(source)
     name = repr(shortened(f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"))
-    deadline = _Deadline(time.monotonic() + policy.fetch_timeout_s, work)
+    deadline = Deadline.after(policy.fetch_timeout_s, work)
     try:
         for _ in range(1 + MAX_REDIRECTS):
             answer = _request(url, name, policy, deadline)
@@ -68,7 +66,7 @@ def _port(url: httpx.URL) -> int:
     return default if url.port is None else url.port
 
 
-def _request(url: httpx.URL, name: str, policy: MediaPolicy, deadline: _Deadline) -> bytes | httpx.URL:
+def _request(url: httpx.URL, name: str, policy: MediaPolicy, deadline: Deadline) -> bytes | httpx.URL:
     """One GET to a checked address: the body, or where it redirects to."""
     network = _PinnedNetwork(_checked_addresses(url, policy, deadline), deadline)
     target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
@@ -106,7 +104,7 @@ def _read_body(chunks: Iterable[bytes], announced_bytes: int, policy: MediaPolic
     return bytes(body)
 
 
-def _checked_addresses(url: httpx.URL, policy: MediaPolicy, deadline: _Deadline) -> Sequence[str]:
+def _checked_addresses(url: httpx.URL, policy: MediaPolicy, deadline: Deadline) -> Sequence[str]:
     """The host's addresses, looked up once. Raises MediaError when the policy refuses one of them."""
     addresses = _resolve(url.raw_host.decode("ascii"), _port(url), deadline)
     if not addresses or not all(allows_address(policy, address) for address in addresses):
@@ -114,7 +112,7 @@ def _checked_addresses(url: httpx.URL, policy: MediaPolicy, deadline: _Deadline)
     return addresses
 
 
-def _resolve(host: str, port: int, deadline: _Deadline) -> Sequence[str]:
+def _resolve(host: str, port: int, deadline: Deadline) -> Sequence[str]:
     """The host's IP addresses, if any. `getaddrinfo` has no time limit, so a thread waits for it."""
     answers: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
@@ -127,7 +125,7 @@ def _resolve(host: str, port: int, deadline: _Deadline) -> Sequence[str]:
 
     threading.Thread(target=look_up, name="media-resolver", daemon=True).start()
     try:
-        return answers.get(timeout=deadline.left_s())
+        return answers.get(timeout=_left_s(deadline))
     except queue.Empty:
         raise httpcore.ConnectTimeout("name lookup") from None
 
@@ -137,23 +135,13 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-@dataclass(frozen=True)
-class _Deadline:
-    """When a download must be over, on the monotonic clock. Every wait lasts at most the seconds left.
-
-    work: of the request; what it waits for memory is not counted.
-    """
-
-    at_s: float
-    work: Work
-
-    def left_s(self) -> float:
-        """Raises AbandonedError when the request is cancelled."""
-        self.work.check()
-        left_s = self.at_s + self.work.waited_s - time.monotonic()
-        if left_s <= 0:
-            raise httpcore.ReadTimeout("deadline")
-        return left_s
+def _left_s(deadline: Deadline) -> float:
+    """The longest that a wait may last. Raises httpcore.ReadTimeout when none is left, AbandonedError after a cancel."""
+    deadline.work.check()
+    left_s = deadline.left_s
+    if left_s <= 0:
+        raise httpcore.ReadTimeout("deadline")
+    return left_s
 
 
 class _PinnedNetwork(httpcore.NetworkBackend):
@@ -162,7 +150,7 @@ class _PinnedNetwork(httpcore.NetworkBackend):
     The URL keeps its host: the Host header, SNI and the certificate check use the name that the user gave.
     """
 
-    def __init__(self, addresses: Sequence[str], deadline: _Deadline) -> None:
+    def __init__(self, addresses: Sequence[str], deadline: Deadline) -> None:
         self._addresses = addresses
         self._deadline = deadline
         self._backend = httpcore.SyncBackend()
@@ -177,12 +165,12 @@ class _PinnedNetwork(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         *others, last = self._addresses
         for tried, address in enumerate(others):
-            share_s = self._deadline.left_s() / (len(self._addresses) - tried)
+            share_s = _left_s(self._deadline) / (len(self._addresses) - tried)
             try:
                 return self._connect(address, port, share_s, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
-        return self._connect(last, port, self._deadline.left_s(), local_address, socket_options)
+        return self._connect(last, port, _left_s(self._deadline), local_address, socket_options)
 
     def _connect(self, address: str, port: int, timeout_s: float, *options: Any) -> httpcore.NetworkStream:
         return _TimedStream(self._backend.connect_tcp(address, port, timeout_s, *options), self._deadline)
@@ -191,20 +179,20 @@ class _PinnedNetwork(httpcore.NetworkBackend):
 class _TimedStream(httpcore.NetworkStream):
     """A connection whose every wait ends at the deadline, however slowly the server sends."""
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: _Deadline) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, deadline: Deadline) -> None:
         self._stream = stream
         self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
         while True:
-            left_s = self._deadline.left_s()
+            left_s = _left_s(self._deadline)
             try:
                 return self._stream.read(max_bytes, min(left_s, POLL_S))
             except httpcore.ReadTimeout:
                 continue
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        self._stream.write(buffer, self._deadline.left_s())
+        self._stream.write(buffer, _left_s(self._deadline))
 
     def close(self) -> None:
         self._stream.close()
@@ -215,7 +203,7 @@ class _TimedStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ARG002
     ) -> httpcore.NetworkStream:
-        stream = self._stream.start_tls(ssl_context, server_hostname, self._deadline.left_s())
+        stream = self._stream.start_tls(ssl_context, server_hostname, _left_s(self._deadline))
         return _TimedStream(stream, self._deadline)
 
     def get_extra_info(self, info: str) -> Any:

@@ -109,7 +109,7 @@ def _decode_data_url(url: str, policy: MediaPolicy, work: Work) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
         raise MediaError("a data: URL needs a comma before its data, as in data:image/png;base64,iVBOR...")
-    check_size(policy, len(body) // 4)  # before any copy: nobody spends more than 4 characters on a byte
+    check_size(policy, len(body) // 4)  # before any copy: a byte takes 4 characters at most
     work.reserve(len(body))
     if not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)

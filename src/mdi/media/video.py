@@ -16,9 +16,9 @@ from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, video_patches
 from mdi.media.policy import for_video
-from mdi.media.video_file import Deadline, VideoFile, resize
+from mdi.media.video_file import VideoFile, check_time, resize
 from mdi.media.video_spec import FRAME_FACTOR, VideoSpec
-from mdi.media.work import Work
+from mdi.media.work import Deadline, Work
 
 CUTTING_BYTES = 18  # for a pixel of a frame: RGB twice, and a row's three floats
 
@@ -85,7 +85,7 @@ def _from_stills(
     def frames() -> list[Image.Image]:
         resized = [resize(first, height, width)]
         for index in range(1, len(sources)):
-            deadline.check()
+            check_time(deadline)
             with deadline.work.temporary():
                 image = _still(sources, index, policy, deadline.work)
                 _check_same_size(first, image, index)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mdi.core.errors import MediaError
 from mdi.media.image import on_white
 from mdi.media.known import VIDEO, known_as, known_image
 from mdi.media.video_spec import frame_indices
-from mdi.media.work import Work
+from mdi.media.work import Deadline
 
 DEMUXERS = ("mov", "matroska", "avi", "mpegts", "gif")  # FFmpeg's names: mov is MP4 as well, matroska is WebM
 DECODERS = (  # FFmpeg's names, of the codecs in use on the web, in phones and in cameras
@@ -51,25 +50,6 @@ class Measures:
     fps: float
     height: int
     width: int
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """When the work on a video must be over, on the monotonic clock. What it waits for others is not counted."""
-
-    at_s: float
-    limit_s: float
-    work: Work
-
-    @classmethod
-    def after(cls, limit_s: float, work: Work) -> Deadline:
-        return cls(time.monotonic() + limit_s - work.waited_s, limit_s, work)
-
-    def check(self) -> None:
-        """Raises MediaError when the time is over, AbandonedError when the request is cancelled."""
-        self.work.between_steps()
-        if time.monotonic() > self.at_s + self.work.waited_s:
-            raise _refusal(f"reading the video took longer than {self.limit_s:g} seconds")
 
 
 @dataclass(frozen=True)
@@ -144,10 +124,17 @@ class VideoFile:
     def _packets(self, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
         """All whole ones from the first key frame on; None is the end, which flushes the decoder."""
         for packet in dropwhile(lambda packet: not packet.is_keyframe, _readable(stream)):
-            self.deadline.check()
+            check_time(self.deadline)
             if packet.size and not packet.is_corrupt:
                 yield packet
         yield None
+
+
+def check_time(deadline: Deadline) -> None:
+    """Raises MediaError when the time for a video is over, AbandonedError when its request is cancelled."""
+    deadline.work.between_steps()
+    if deadline.left_s < 0:
+        raise _refusal(f"reading the video took longer than {deadline.limit_s:g} seconds")
 
 
 def _readable(stream: VideoStream) -> Iterator[Packet[VideoStream]]:

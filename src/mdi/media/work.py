@@ -33,7 +33,7 @@ class Turns:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for a turn."""
+        """Whether a thread waits for a turn."""
         return bool(self._waiting)
 
     def take(self) -> None:
@@ -57,7 +57,8 @@ class Turns:
 class Memory:
     """Bytes that the media of all requests may take together. One item above the limit is let through alone.
 
-    Who holds memory for the longest never waits for more: so somebody always comes to an end and releases memory.
+    The owner that has held memory for the longest never waits for more, so there is always one that ends and releases
+    its memory.
     """
 
     def __init__(self, limit_bytes: float = math.inf) -> None:
@@ -189,3 +190,21 @@ class Work:
         finally:
             if had_turn:
                 self._take_turn()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a part of a request's work must be over, on the monotonic clock. What it waits for others is not counted."""
+
+    at_s: float
+    limit_s: float
+    work: Work
+
+    @classmethod
+    def after(cls, limit_s: float, work: Work) -> Deadline:
+        return cls(time.monotonic() + limit_s - work.waited_s, limit_s, work)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then; 0 or less when the time is over."""
+        return self.at_s + self.work.waited_s - time.monotonic()
