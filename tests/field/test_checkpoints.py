@@ -112,6 +112,15 @@ def refusal(path: Path) -> str:
     return str(refused.value)
 
 
+def assert_cut_as_in_transformers(picture: Image.Image, path: Path) -> None:
+    theirs = Oracle(path).features(picture)
+    spec, _ = media_specs(open_source(path))
+    assert spec is not None
+    ours = image_patches(picture, spec)
+    assert [list(ours.grid)] == theirs["image_grid_thw"].tolist()
+    np.testing.assert_array_max_ulp(ours.rows, theirs["pixel_values"].numpy(), maxulp=1)
+
+
 def test_settings_of_transformers_5_are_read_and_win(vision_model: Path, picture: Image.Image) -> None:
     """A2: `processor_config.json` alone, and beside an older `preprocessor_config.json`."""
     old = json.loads((vision_model / IMAGES).read_text())
@@ -119,12 +128,7 @@ def test_settings_of_transformers_5_are_read_and_win(vision_model: Path, picture
     del nested["min_pixels"], nested["max_pixels"]
     (vision_model / PROCESSOR).write_text(json.dumps({"image_processor": nested}))
     for _ in range(2):
-        features = Oracle(vision_model).features(picture)
-        spec, _videos = media_specs(open_source(vision_model))
-        assert spec is not None
-        ours = image_patches(picture, spec)
-        assert [list(ours.grid)] == features["image_grid_thw"].tolist()
-        np.testing.assert_array_max_ulp(ours.rows, features["pixel_values"].numpy(), maxulp=1)
+        assert_cut_as_in_transformers(picture, vision_model)
         (vision_model / IMAGES).unlink(missing_ok=True)
     assert our_answer(vision_model, picture) == Oracle(vision_model).answer(QUESTION, picture)
 
@@ -148,12 +152,7 @@ def test_pictures_are_scaled_as_in_transformers(
 ) -> None:
     """A2, its brothers: every setting is followed."""
     change(vision_model, IMAGES, **settings)
-    theirs = Oracle(vision_model).features(picture)
-    spec, _ = media_specs(open_source(vision_model))
-    assert spec is not None
-    ours = image_patches(picture, spec)
-    assert [list(ours.grid)] == theirs["image_grid_thw"].tolist()
-    np.testing.assert_array_max_ulp(ours.rows, theirs["pixel_values"].numpy(), maxulp=1)
+    assert_cut_as_in_transformers(picture, vision_model)
 
 
 def test_one_file_of_weights_goes_before_an_index_beside_it(text_model: Path, caplog: pytest.LogCaptureFixture) -> None:

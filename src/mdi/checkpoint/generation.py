@@ -10,6 +10,7 @@ from mdi.checkpoint.source import Source
 from mdi.core.entries import Entries, TokenIds, check_ids
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.sampling import SamplingParams
+from mdi.models.entries import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -97,8 +98,8 @@ def end_ids(source: Source) -> frozenset[int]:
     """
     parts = [
         (GENERATION_CONFIG, read_json(source.path / GENERATION_CONFIG, optional=True)),
-        ("config.json", source.config),
-        ("config.json", source.config.get("text_config") or {}),
+        (CONFIG, source.config),
+        (CONFIG, source.config.get("text_config") or {}),
     ]
     for file, part in parts:
         entries = EndEntries.read(part, file)

@@ -27,11 +27,12 @@ def media_specs(
     vision = source.model_config.vision
     if vision is None:
         return None, VideoSpec()
-    images, videos = patch_spec(source.path, vision), video_spec(source.path, vision)
+    images = _patch_spec(source.path, vision)
+    videos = _video_spec(source.path, vision, images)
     return images.with_pixels(min_pixels, max_pixels), videos.with_options(max_pixels=max_pixels)
 
 
-def patch_spec(path: Path, vision: VisionConfig) -> PatchSpec:
+def _patch_spec(path: Path, vision: VisionConfig) -> PatchSpec:
     """How the images of a tower are cut: from processor_config.json, else preprocessor_config.json."""
     settings, file, part = _settings(path, "image_processor", IMAGES)
     spec = PatchSpec.from_hf(settings, file, part)
@@ -39,11 +40,11 @@ def patch_spec(path: Path, vision: VisionConfig) -> PatchSpec:
     return spec
 
 
-def video_spec(path: Path, vision: VisionConfig) -> VideoSpec:
+def _video_spec(path: Path, vision: VisionConfig, images: PatchSpec) -> VideoSpec:
     """How the videos of a tower are sampled: from processor_config.json, else video_preprocessor_config.json."""
     settings, file, part = _settings(path, "video_processor", VIDEOS)
     if settings:  # frames are scaled and cut as images are
-        cut, images = PatchSpec.from_hf(settings, file, part), patch_spec(path, vision)
+        cut = PatchSpec.from_hf(settings, file, part)
         _check_cut(cut, vision, file)
         for name in ("image_mean", "image_std", "rescale_factor"):
             frames, stills = getattr(cut, name), getattr(images, name)

@@ -42,6 +42,8 @@ class SafetensorsSource:
         """Raises CheckpointError when the folder is no checkpoint of a supported architecture."""
         source = cls(path, read_json(path / CONFIG))
         source._check_names()
+        if source._single and (path / INDEX).exists():
+            log.warning("%s has %s and %s: the first is used, as in transformers", path.name, SINGLE, INDEX)
         return replace(source, config=source._settled())
 
     @cached_property
@@ -95,13 +97,10 @@ class SafetensorsSource:
                 places[on_hub] = (path, name)
         return places
 
-    @cached_property
+    @property
     def _single(self) -> bool:
         """Whether the weights are in one file. It goes before an index beside it, as in transformers."""
-        single, index = self.path / SINGLE, self.path / INDEX
-        if single.exists() and index.exists():
-            log.warning("%s has %s and %s: the first is used, as in transformers", self.path.name, SINGLE, INDEX)
-        return single.exists() or not index.exists()
+        return (self.path / SINGLE).exists() or not (self.path / INDEX).exists()
 
     @cached_property
     def _stored(self) -> dict[Path, list[str]]:

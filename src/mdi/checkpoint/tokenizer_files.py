@@ -1,4 +1,4 @@
-"""The files that a checkpoint's tokenizer is made of."""
+"""The files that a checkpoint's tokenizer is made of, its chat template in Jinja apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from mdi.checkpoint.json_file import read_file, read_json
 TOKENIZER = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"  # what older checkpoints have in its place
 OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
-TEMPLATE = "chat_template.jinja"
 
 
 def check_tokenizer_files(path: Path) -> None:
@@ -21,5 +20,4 @@ def check_tokenizer_files(path: Path) -> None:
     read_json(path / TOKENIZER, optional=in_parts)
     for name in (VOCABULARY, *OTHERS):
         read_json(path / name, optional=True)
-    for name in (MERGES, TEMPLATE):
-        read_file(path / name, optional=True)
+    read_file(path / MERGES, optional=True)

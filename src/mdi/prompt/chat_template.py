@@ -14,14 +14,16 @@ from typing import Any
 import jinja2
 
 from mdi.checkpoint.json_file import read_file, read_json
+from mdi.checkpoint.processing import PROCESSOR
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.messages import Message, Part, TextPart
 from mdi.core.template_settings import TemplateSettings
+from mdi.models.entries import CONFIG
 
 Content = str | list[dict[str, str]]
 
 JINJA, LEGACY, NAMED = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
-PROCESSOR_CONFIG, TOKENIZER_CONFIG = "processor_config.json", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPUTING = ("striptags", "unescape", "%c")  # operations that write characters which are in no text
 WORD, UNREAD = "probeword", "unread-field"  # in conversations that are rendered to see what a template reads
 
@@ -123,7 +125,7 @@ def read_chat_template(path: Path, tokenizer: Any) -> ChatTemplate | None:
 
     Raises CheckpointError, naming the file, for templates that are damaged or contradict each other.
     """
-    found = _processor_template(path) if "vision_config" in read_json(path / "config.json", optional=True) else None
+    found = _processor_template(path) if "vision_config" in read_json(path / CONFIG, optional=True) else None
     if found is None and tokenizer.chat_template is not None:
         stored = (name for name in (JINJA, NAMED) if (path / name).exists())
         found = tokenizer.chat_template, next(stored, TOKENIZER_CONFIG)
@@ -147,9 +149,9 @@ def _processor_template(path: Path) -> tuple[Any, str] | None:
     legacy = read_json(path / LEGACY, optional=True)
     if named and legacy:
         raise CheckpointError(f"{LEGACY} and the folder {NAMED} contradict each other: remove one of them")
-    template = read_json(path / PROCESSOR_CONFIG, optional=True).get("chat_template")
+    template = read_json(path / PROCESSOR, optional=True).get("chat_template")
     if template is not None:
-        return template, PROCESSOR_CONFIG
+        return template, PROCESSOR
     if legacy:
         return legacy.get("chat_template"), LEGACY
     if (path / JINJA).exists():
