@@ -27,16 +27,10 @@ def read(text: bytes) -> Any:
     return asyncio.run(read_json(text, "the body"))
 
 
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    with serving(FakeEngine()) as server:
-        yield server
-
-
 @pytest.fixture
-def server(shared: FakeServer) -> FakeServer:
-    shared.engine.reset()
-    return shared
+def server(lenient: FakeServer) -> FakeServer:
+    lenient.engine.reset()
+    return lenient
 
 
 @pytest.mark.parametrize(

@@ -108,11 +108,11 @@ StopStrings = Annotated[
         json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
     ),
 ]
-TokenId = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+TOKEN_ID_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
 TokenIdList = Annotated[
     Sequence[Integer],
     AfterValidator(_token_ids),
-    WithJsonSchema({"type": "array", "items": TokenId, "maxItems": MAX_STOP_TOKENS}),
+    WithJsonSchema({"type": "array", "items": TOKEN_ID_SCHEMA, "maxItems": MAX_STOP_TOKENS}),
 ]
 Biases = Annotated[
     Mapping[int, Number],

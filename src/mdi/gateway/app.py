@@ -13,6 +13,7 @@ from mdi.gateway.middleware.api_key import ApiKey
 from mdi.gateway.middleware.body_limit import BodyLimit
 from mdi.gateway.middleware.foreign_pages import ForeignPages
 from mdi.gateway.middleware.head import HeadAsGet
+from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.streaming import Answers
 
 
@@ -47,7 +48,7 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
             allow_headers=("*",),
             allow_credentials=True,
             allow_private_network=True,
-            expose_headers=("Retry-After", "X-MDI-Ignored-Fields"),
+            expose_headers=("Retry-After", HEADER),
         )
     if config.api_key is None:
         app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from mdi.gateway import answer_types as types
 from mdi.gateway.generate import MultimodalRequest, TextRequest
 from mdi.gateway.middleware.api_key import OPEN_PATHS
+from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.schemas import ChatRequest, CompletionRequest
 from mdi.gateway.uploads import UPLOAD_FIELDS
 
@@ -21,7 +22,7 @@ REF = "#/components/schemas/{model}"
 
 
 @dataclass(frozen=True)
-class Answers:
+class RouteAnswers:
     """What a route answers: the JSON, that of the events of its stream, and other answers by their status.
 
     asked: the JSON that it reads.
@@ -34,15 +35,15 @@ class Answers:
 
 
 ANSWERS = {
-    "/generate": Answers(types.Samples, types.SampleEvent, TextRequest),
-    "/generate/multimodal": Answers(types.Samples, types.SampleEvent, MultimodalRequest),
-    "/v1/chat/completions": Answers(types.ChatCompletion, types.ChatCompletionChunk, ChatRequest),
-    "/v1/completions": Answers(types.TextCompletion, types.TextCompletionChunk, CompletionRequest),
-    "/v1/models": Answers(types.ModelList),
-    "/v1/models/{name}": Answers(types.Model),
-    "/v1/nodes": Answers(types.Nodes),
-    "/health": Answers(types.Health, others={503: types.Unready}),
-    "/health/ready": Answers(types.Ready, others={503: types.Unready}),
+    "/generate": RouteAnswers(types.Samples, types.SampleEvent, TextRequest),
+    "/generate/multimodal": RouteAnswers(types.Samples, types.SampleEvent, MultimodalRequest),
+    "/v1/chat/completions": RouteAnswers(types.ChatCompletion, types.ChatCompletionChunk, ChatRequest),
+    "/v1/completions": RouteAnswers(types.TextCompletion, types.TextCompletionChunk, CompletionRequest),
+    "/v1/models": RouteAnswers(types.ModelList),
+    "/v1/models/{name}": RouteAnswers(types.Model),
+    "/v1/nodes": RouteAnswers(types.Nodes),
+    "/health": RouteAnswers(types.Health, others={503: types.Unready}),
+    "/health/ready": RouteAnswers(types.Ready, others={503: types.Unready}),
 }
 
 CAUSES = {
@@ -129,7 +130,7 @@ def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
     if openai and asks:
         text = {"type": "string"}
         names = {"description": "Names of the request's unknown fields, which were ignored.", "schema": text}
-        responses["200"]["headers"] = {"x-mdi-ignored-fields": names}
+        responses["200"]["headers"] = {HEADER: names}
     statuses = {*OF_EVERY_ROUTE, *(OF_QUESTIONS if asks else ()), *((404,) if "{" in path or (openai and asks) else ())}
     if path in OPEN_PATHS:
         statuses.discard(401)
