@@ -78,8 +78,6 @@ class Engine:
         self._end_ids = end_ids(source)
         self._vocab_size = source.model_config.vocab_size
         self._tokenizer = Tokenizer(path)
-        added = self._tokenizer.backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(index for index, token in added.items() if token.special)
         check_vocabulary(self._tokenizer.backend, source.model_config)
         self._media_specs = media_specs(source, config.limits.min_pixels, config.limits.max_pixels)
         self._requests: set[Request] = set()
@@ -136,9 +134,7 @@ class Engine:
 
         skip_special_tokens: none for special tokens, as in a text without them.
         """
-        if skip_special_tokens and token_id in self._special_ids:
-            return b""
-        return self._tokenizer.token_bytes(token_id)
+        return self._tokenizer.token_bytes(token_id, skip_special_tokens=skip_special_tokens)
 
     def nodes(self) -> list[NodeStatus]:
         """The last known status of every node, in pipeline order."""

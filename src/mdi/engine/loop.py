@@ -209,7 +209,7 @@ class StepLoop:
                 self._remove(sequence)
 
     def _append(self, sequence: Sequence, drawn: tuple[Token, ...]) -> None:
-        """Adds tokens to an answer. An error that nobody foresaw ends this request, and no other."""
+        """Adds tokens to an answer. An unexpected error ends this request, and no other."""
         request = sequence.request
         try:
             if piece := sequence.append(drawn):

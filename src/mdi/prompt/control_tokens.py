@@ -186,7 +186,7 @@ def _rename(model: dict[str, Any], aliases: dict[str, str]) -> str | None:
 
 
 def _secret_name() -> str:
-    """A name that nobody writes by chance or on purpose; no letter or digit at its ends, as control tokens have."""
+    """A name that no text holds by chance or on purpose; no letter or digit at its ends, as control tokens have."""
     return f"\ue000{secrets.token_hex(8)}\ue001"
 
 

@@ -38,14 +38,19 @@ class Tokenizer:
             self.backend, template.literals if template else [], computes=bool(template and template.computes)
         )
         self._pieces = Pieces(self.backend)
+        added = self.backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id."""
-        return self._pieces.bytes_of(token_id)
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id.
+
+        skip_special_tokens: none for special tokens, as in a text without them.
+        """
+        return b"" if skip_special_tokens and token_id in self._special_ids else self._pieces.bytes_of(token_id)
 
     def least_tokens(self, text: str, enough: int) -> int:
         """A number of tokens that this text does not fall short of, found without tokenising it. See `Pieces`."""
