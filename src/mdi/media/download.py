@@ -136,7 +136,7 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 def _left_s(deadline: Deadline) -> float:
-    """The longest that a wait may last. Raises httpcore.ReadTimeout when none is left, AbandonedError after a cancel."""
+    """The longest that a wait may last. Raises httpcore.ReadTimeout when none is left; AbandonedError: see `check`."""
     deadline.work.check()
     left_s = deadline.left_s
     if left_s <= 0:
