@@ -1,0 +1,61 @@
+"""How weights are quantised: the formats, a quantised weight, and which parts of a model have which format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # names of formats need no torch, which takes seconds to import
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """One format of quantised weights.
+
+    bits: of a weight. group: inputs of one output that share a scale; None is all of them.
+    activation_group: inputs that share a scale when activations are quantised to int8, row by row.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    activation_group: int
+
+
+INT8 = Quantization("int8", 8, None, 64)
+INT4 = Quantization("int4", 4, 32, 32)
+QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT4)}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A quantised matrix [outputs, inputs]: weight = (value - zero) * scale.
+
+    values: int8 [outputs, inputs]; for 4 bits uint8 [outputs, inputs / 2], input 2i in the low half of byte i.
+    scales: [outputs, groups], float32 for 8 bits, float16 for 4.
+    zeros: uint8 [outputs, groups] for 4 bits; None is 8 everywhere for 4 bits, and 0 for 8 bits.
+    """
+
+    quantization: Quantization
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        outputs, columns = self.values.shape
+        return outputs, columns * (8 // self.quantization.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQuantization:
+    """The names of the formats of a model's parts: decoder layers, LM head, vision tower. None: not quantised."""
+
+    layers: str | None = None
+    head: str | None = None
+    vision: str | None = None
+
+
+UNQUANTIZED = ModelQuantization()
