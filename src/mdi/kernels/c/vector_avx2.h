@@ -1,0 +1,74 @@
+// Vectors of 8 floats: AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#define LANES 8
+typedef __m256 vfloat;
+typedef __m256i vint;
+
+INLINE vfloat vf_zero(void) { return _mm256_setzero_ps(); }
+INLINE vfloat vf_set1(float value) { return _mm256_set1_ps(value); }
+INLINE vfloat vf_load(const float *from) { return _mm256_loadu_ps(from); }
+INLINE void vf_store(float *to, vfloat value) { _mm256_storeu_ps(to, value); }
+
+INLINE vfloat vf_add(vfloat a, vfloat b) { return _mm256_add_ps(a, b); }
+INLINE vfloat vf_sub(vfloat a, vfloat b) { return _mm256_sub_ps(a, b); }
+INLINE vfloat vf_mul(vfloat a, vfloat b) { return _mm256_mul_ps(a, b); }
+INLINE vfloat vf_div(vfloat a, vfloat b) { return _mm256_div_ps(a, b); }
+INLINE vfloat vf_fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vfloat vf_max(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
+INLINE vfloat vf_min(vfloat a, vfloat b) { return _mm256_min_ps(a, b); }
+INLINE vfloat vf_abs(vfloat a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vfloat vf_sqrt(vfloat a) { return _mm256_sqrt_ps(a); }
+
+INLINE vint vi_zero(void) { return _mm256_setzero_si256(); }
+INLINE vint vi_set1(int32_t value) { return _mm256_set1_epi32(value); }
+INLINE vint vi_add(vint a, vint b) { return _mm256_add_epi32(a, b); }
+INLINE vint vi_sub(vint a, vint b) { return _mm256_sub_epi32(a, b); }
+INLINE vint vi_halve(vint a) { return _mm256_srai_epi32(a, 1); }
+INLINE vint vi_round(vfloat a) { return _mm256_cvtps_epi32(a); }
+INLINE vfloat vi_to_float(vint a) { return _mm256_cvtepi32_ps(a); }
+INLINE vfloat vf_power2(vint n) {  // -126 <= n <= 127
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
+INLINE float vf_sum(vfloat a) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE float vf_largest(vfloat a) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+INLINE vfloat vf_load_bf16(const uint16_t *from) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+INLINE void vf_store_bf16(uint16_t *to, vfloat value) {
+    __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+    __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, is_nan);
+    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+    _mm_storeu_si128((__m128i *)to, packed);
+}
+
+INLINE vfloat vf_load_f16(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+
+INLINE void vf_store_f16(uint16_t *to, vfloat value) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// LANES int8 values, saturated.
+INLINE void vi_store_int8(int8_t *to, vint a) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(words, words));
+}
