@@ -1,0 +1,10 @@
+// Memory in huge pages, for packed weights.
+#ifndef MDI_MEMORY_H
+#define MDI_MEMORY_H
+#include <stddef.h>
+
+// Zeroed memory that begins at a multiple of 2 MiB and may lie in huge pages; NULL where there is none.
+void *mdi_allocate(size_t size);
+void mdi_free(void *memory, size_t size);
+
+#endif

@@ -1,0 +1,93 @@
+"""The library of kernels: found, checked and loaded once a process, with the fastest instruction set of this CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdi.core.errors import ConfigError
+from mdi.kernels import build
+
+VARIABLE = "MDI_CPU"
+REMEDY = "run `python -m mdi.kernels.build`"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library and the instruction set (`isa`) whose kernels are used."""
+
+    isa: str
+    path: Path
+    code: ctypes.CDLL
+
+    def kernel(self, name: str, *arguments: type[Any], result: type[Any] | None = None) -> Callable[..., Any]:
+        """A kernel of the instruction set, declared: `mdi_{isa}_{name}`. The GIL is free while it runs."""
+        return declared(self.code, f"mdi_{self.isa}_{name}", arguments, result)
+
+    def shared(self, name: str, *arguments: type[Any], result: type[Any] | None = None) -> Callable[..., Any]:
+        """A function that all instruction sets share: `mdi_{name}`."""
+        return declared(self.code, f"mdi_{name}", arguments, result)
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library of this process; None, with one line in the log, where there is none that works.
+
+    Raises ConfigError if MDI_CPU names an instruction set that is unknown or that this machine cannot run.
+    """
+    try:
+        return load(build.LIBRARY)
+    except UnusableError as error:
+        log.warning("kernels: %s; torch computes instead, more slowly: %s", error, REMEDY)
+        return None
+
+
+class UnusableError(Exception):
+    """The library is missing, damaged, or built for another machine or of other sources."""
+
+
+def load(path: Path) -> Library:
+    """Loads the library at `path`. Raises UnusableError and ConfigError."""
+    if not path.exists():
+        raise UnusableError(f"{path.name} is not built")
+    try:
+        code = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnusableError(f"{path.name} cannot be loaded ({error})") from error
+    if text(code, "sources") != build.digest():
+        raise UnusableError(f"{path.name} was built of other sources")
+    runs = declared(code, "mdi_cpu_runs", (ctypes.c_char_p,), ctypes.c_int)
+    built = text(code, "instruction_sets").split()
+    return Library(chosen([isa for isa in built if runs(isa.encode())]), path, code)
+
+
+def chosen(possible: list[str]) -> str:
+    """The fastest of the possible instruction sets, or the one that MDI_CPU names."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return possible[-1]
+    if wanted not in possible:
+        raise ConfigError(f"{VARIABLE}={wanted}: this machine and library have {', '.join(possible)}")
+    return wanted
+
+
+def text(code: ctypes.CDLL, name: str) -> str:
+    value: bytes = declared(code, f"mdi_{name}", (), ctypes.c_char_p)()
+    return value.decode()
+
+
+def declared(
+    code: ctypes.CDLL, name: str, arguments: tuple[type[Any], ...], result: type[Any] | None
+) -> Callable[..., Any]:
+    function = getattr(code, name)
+    function.argtypes = arguments
+    function.restype = result
+    return function  # type: ignore[no-any-return]
