@@ -1,7 +1,6 @@
 // Vectors of floats of one instruction set, under the same names in each: kernels above them are written once.
 //
-// Every source is compiled once an instruction set, with -DMDI_ISA=NAME and that set's compiler flags. LANES is the
-// number of floats in a vector. Contraction must be off (-ffp-contract=off): only vf_fma fuses.
+// LANES is the number of floats in a vector. Contraction must be off (-ffp-contract=off): only vf_fma fuses.
 //
 //   vf_zero vf_set1 vf_load vf_store            float32 in memory (unaligned)
 //   vf_load_bf16 vf_store_bf16 vf_load_f16 ...  converted; stores round to nearest even and keep NaN
@@ -17,24 +16,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MDI_JOIN_(a, b) a##b
-#define MDI_JOIN(a, b) MDI_JOIN_(a, b)
-#define MDI_KERNEL_(isa, name) mdi_##isa##_##name
-#define MDI_KERNEL(isa, name) MDI_KERNEL_(isa, name)
+#include "kernel.h"
 
-// The exported name of a function of this instruction set: KERNEL(product) is mdi_avx2_product.
-#define KERNEL(name) MDI_KERNEL(MDI_ISA, name)
-#define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
-
-#define MDI_IS_scalar 0
-#define MDI_IS_avx2 1
-#define MDI_IS_avx2vnni 2
-#define MDI_IS_avx512 3
-#define MDI_IS_amx 4
-#define MDI_IS_neon 5
-#define MDI_IS_neonbf16 6
-#define ISA MDI_JOIN(MDI_IS_, MDI_ISA)
 
 // Types of tensors, as kernels are given them.
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -88,12 +72,8 @@ INLINE void store_as(void *to, long index, float value, int dtype) {
     else ((uint16_t *)to)[index] = dtype == BFLOAT16 ? to_bf16(value) : to_f16(value);
 }
 
-#if ISA == MDI_IS_avx2 || ISA == MDI_IS_avx2vnni
+#if defined(__AVX2__) && !defined(MDI_SCALAR)
 #include "vector_avx2.h"
-#elif ISA == MDI_IS_avx512 || ISA == MDI_IS_amx
-#include "vector_avx512.h"
-#elif ISA == MDI_IS_neon || ISA == MDI_IS_neonbf16
-#include "vector_neon.h"
 #else
 #include "vector_scalar.h"
 #endif
