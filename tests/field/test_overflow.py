@@ -17,6 +17,7 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.batch import Batch, Slice, TokenSampling
 from mdi.core.errors import NumbersError
+from mdi.core.tensors import Unquantized
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
@@ -99,7 +100,9 @@ def loaded(folder: Path) -> Stage:
     config = read_config(tiny_config(tie_word_embeddings=False))
     weights = load_file(folder / "model.safetensors")
     spec = StageSpec.everything(config)
-    made = load_stage(config, spec, torch.float16, torch.device("cpu"), lambda name, *_: weights[name].clone())
+    made = load_stage(
+        config, spec, torch.device("cpu"), Unquantized(lambda name, *_: weights[name].clone(), torch.float16)
+    )
     return Stage(made, n_slots=2, sequence_length=300)
 
 

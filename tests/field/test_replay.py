@@ -13,6 +13,7 @@ from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.core.batch import Batch, Copy, Slice, TokenSampling
+from mdi.core.tensors import Unquantized
 from mdi.layers.attention import CausalMasks, _attend_block, rows_agree
 from mdi.layers.kv_cache import WINDOW
 from mdi.layers.linear import ROW_STEPS, Linear
@@ -62,7 +63,7 @@ def stage_of(shape: str, dtype: torch.dtype) -> Stage:
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
         return (torch.randn(size, generator=generator) / math.sqrt(size[-1]) + ("norm" in name)).to(dtype)
 
-    loaded = load_stage(config, StageSpec.everything(config), dtype, CPU, weight)
+    loaded = load_stage(config, StageSpec.everything(config), CPU, Unquantized(weight, dtype))
     return Stage(loaded, n_slots=N_SLOTS, sequence_length=LENGTH + 1)
 
 
@@ -149,7 +150,7 @@ def test_products_round_alike_for_every_number_of_rows(
     generator = torch.Generator().manual_seed(0)
     weights = {"a.weight": (outputs, inputs), "a.bias": (outputs,)}
     made = {name: torch.randn(size, generator=generator).to(dtype) for name, size in weights.items()}
-    linear = Linear.load(lambda name, *_: made[name], {"a": outputs}, inputs, bias=bias)
+    linear = Linear.load(Unquantized(lambda name, *_: made[name], dtype), {"a": outputs}, inputs, bias=bias)
     x, residual = torch.randn(200, inputs).to(dtype), torch.randn(200, outputs).to(dtype)
     product, total = linear(x), linear.add_to(residual, x)
     for n_rows in [*range(1, 20), 33, 64, 127, 199]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.tensors import Unquantized
 from mdi.layers import linear
 from mdi.layers.linear import Linear, PackedLinear
 
@@ -29,7 +30,7 @@ def load(loaded: dict[str, Tensor], outputs: dict[str, int], *inputs: int, bias:
         assert loaded[name].shape == shape
         return loaded[name]
 
-    return Linear.load(get, outputs, *inputs, bias=bias)
+    return Linear.load(Unquantized(get, loaded["q.weight"].dtype), outputs, *inputs, bias=bias)
 
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.dtypes import parse_dtype
+from mdi.core.tensors import Unquantized
 from mdi.layers.norm import LayerNorm, RMSNorm
 
 
@@ -15,7 +16,7 @@ def get(name: str, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["float32", None])
 def test_a_root_mean_square_norm_keeps_the_dtype_of_its_input(dtype: str | None) -> None:
-    norm = RMSNorm(get, "norm", 64, 1e-6, dtype)
+    norm = RMSNorm(Unquantized(get, torch.bfloat16), "norm", 64, 1e-6, dtype)
     assert norm.weight.dtype == parse_dtype(dtype or "bfloat16")
     x = torch.randn(5, 64).bfloat16()
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
@@ -24,7 +25,7 @@ def test_a_root_mean_square_norm_keeps_the_dtype_of_its_input(dtype: str | None)
 
 
 def test_a_layer_norm_has_mean_and_spread_of_its_weight_and_bias() -> None:
-    norm = LayerNorm(get, "norm", 64, 1e-6)
+    norm = LayerNorm(Unquantized(get, torch.bfloat16), "norm", 64, 1e-6)
     x = torch.randn(5, 64).bfloat16()
     centred = x.double() - x.double().mean(-1, keepdim=True)
     exact = centred / centred.pow(2).mean(-1, keepdim=True).sqrt() * norm.weight.double() + norm.bias.double()

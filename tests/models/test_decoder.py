@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mdi.core.batch import Slice
 from mdi.core.reduce import Reduce, alone
+from mdi.core.tensors import Unquantized
 from mdi.layers.attention import CausalMasks, Layout
 from mdi.layers.kv_cache import WINDOW
 from mdi.layers.rope import DecoderRope, text_positions
@@ -52,11 +53,11 @@ def hidden() -> Tensor:
 
 
 def test_two_ranks_with_half_of_the_weights_each_give_the_layer_of_one(hidden: Tensor) -> None:
-    expected = outputs(CONFIG, DecoderLayer(CONFIG, weight), hidden, alone)
+    expected = outputs(CONFIG, DecoderLayer(CONFIG, Unquantized(weight, torch.float32)), hidden, alone)
     together = _Sum(2)
 
     def rank(index: int) -> Tensor:
-        layer = DecoderLayer(HALF, lambda name, shape, _dtype=None: part_of(index, name, shape))
+        layer = DecoderLayer(HALF, Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32))
         return outputs(HALF, layer, hidden, lambda partial: together.add(index, partial))
 
     with ThreadPoolExecutor(2) as pool:
@@ -87,7 +88,7 @@ class _Sum:
 
 def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> None:
     before = hidden.clone()
-    layer = DecoderLayer(CONFIG, weight)
+    layer = DecoderLayer(CONFIG, Unquantized(weight, torch.float32))
     expected = outputs(CONFIG, layer, hidden, alone)
     assert torch.allclose(outputs(CONFIG, layer, hidden, lambda partial: partial), expected, atol=1e-6)
     assert torch.equal(hidden, before)

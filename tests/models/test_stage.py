@@ -11,6 +11,7 @@ from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
+from mdi.core.tensors import Unquantized
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
@@ -30,7 +31,7 @@ def weight(name: str, shape: tuple[int, ...], _dtype: str | None = None) -> Tens
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    loaded = load_stage(CONFIG, StageSpec.everything(CONFIG), torch.float32, torch.device("cpu"), weight)
+    loaded = load_stage(CONFIG, StageSpec.everything(CONFIG), torch.device("cpu"), Unquantized(weight, torch.float32))
     return Stage(loaded, n_slots=2, sequence_length=64)
 
 

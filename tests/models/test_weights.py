@@ -9,8 +9,9 @@ import torch
 from testing.checkpoints import tiny_config, tiny_text_config
 from torch import Tensor
 
-from mdi.core.errors import CheckpointError
-from mdi.core.tensors import Specs, TensorSpec, total_bytes
+from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.quantization import ModelQuantization
+from mdi.core.tensors import Specs, TensorSpec, Unquantized, stored_specs, total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, FINAL_NORM, LM_HEAD
 from mdi.models.registry import read_config
@@ -38,7 +39,7 @@ def loaded(config: ModelConfig, spec: StageSpec) -> list[tuple[str, TensorSpec]]
         got.append((name, TensorSpec(shape, dtype or "bfloat16")))
         return torch.zeros(shape)
 
-    load_stage(config, spec, torch.float32, torch.device("cpu"), get)
+    load_stage(config, spec, torch.device("cpu"), Unquantized(get, torch.float32))
     return got
 
 
@@ -74,6 +75,54 @@ def test_a_stage_of_two_dtypes_counts_the_bytes_of_each() -> None:
     assert summaries[1].size_bytes == summaries[0].size_bytes + extra
     assert summaries[1].step_bytes == summaries[0].step_bytes + extra
     assert summaries[1].parameters == summaries[0].parameters
+
+
+QUANTIZED = ModelQuantization(layers="int4", head="int8", vision="int8")
+
+
+def test_a_quantised_stage_counts_the_bytes_of_values_and_scales_and_the_parameters_of_before() -> None:
+    stage = StageSpec.everything(VISION)
+    plain, specs = stage_specs(VISION, stage, "bfloat16"), stage_specs(VISION, stage, "bfloat16", QUANTIZED)
+    assert specs["model.layers.0.mlp.up_proj.weight"] == TensorSpec((128, 64), "int4")
+    assert specs["visual.blocks.0.mlp.fc1.weight"].dtype == specs[LM_HEAD].dtype == "int8"
+    assert specs[EMBEDDING] == plain[EMBEDDING]  # rows are looked up in it as before
+    stored = stored_specs({name: specs[name] for name in ("model.layers.0.mlp.up_proj.weight", LM_HEAD)})
+    assert stored == {
+        "model.layers.0.mlp.up_proj.weight": TensorSpec((128, 32), "U8"),
+        "model.layers.0.mlp.up_proj.weight_scale": TensorSpec((128, 2), "float16"),
+        LM_HEAD: TensorSpec((272, 64), "I8"),
+        "lm_head.weight_scale": TensorSpec((272, 1), "float32"),
+    }
+    assert total_bytes(stored_specs(specs).values()) == total_bytes(specs.values())
+    assert total_size(specs.values()) - specs[LM_HEAD].size == total_size(plain.values())
+
+
+def test_a_tied_head_that_is_not_quantised_stays_the_embedding() -> None:
+    head = StageSpec(5, 6, head=True)
+    specs = stage_specs(TEXT, head, "float32", ModelQuantization(layers="int8"))
+    assert (EMBEDDING in specs, LM_HEAD in specs) == (True, False)
+
+
+def test_a_matrix_whose_groups_would_not_cover_its_rows_is_not_quantised() -> None:
+    odd = replace(TEXT, intermediate_size=72)
+    specs = stage_specs(odd, StageSpec(0, 1), "float32", ModelQuantization(layers="int4"))
+    dtypes = {name.split(".")[-2]: spec.dtype for name, spec in specs.items() if "proj" in name and "bias" not in name}
+    assert dtypes.pop("down_proj") == "float32"  # its inputs are 72
+    assert set(dtypes.values()) == {"int4"}
+    narrow = replace(TEXT, hidden_size=72, n_heads=2, head_dim=36)
+    assert LM_HEAD not in stage_specs(narrow, StageSpec(5, 6, head=True), "float32", ModelQuantization(head="int4"))
+
+
+def test_a_matrix_that_is_kept_is_not_quantised() -> None:
+    kept = "model.layers.0.self_attn.q_proj.weight"
+    specs = stage_specs(TEXT, StageSpec(0, 1), "float32", ModelQuantization(layers="int8", kept=(kept,)))
+    assert specs[kept].dtype == "float32"
+    assert specs["model.layers.0.self_attn.k_proj.weight"].dtype == "int8"
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'int3' is unknown: use one of int8, int4"):
+        ModelQuantization(layers="int3")
 
 
 def test_a_dtype_that_models_are_not_computed_in_is_refused() -> None:

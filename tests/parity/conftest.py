@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from mdi.core.tensors import Unquantized
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
 from mdi.models.stage import Stage
@@ -87,6 +88,6 @@ def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32
     for first, last in pairwise(cuts):
         ends = {"embedding": first == 0, "vision": first == 0, "head": last == config.n_layers}
         spec = StageSpec(first, last, **ends)
-        loaded = load_stage(config, spec, dtype, torch.device("cpu"), lambda name, _shape, _dtype=None: weights[name])
+        loaded = load_stage(config, spec, torch.device("cpu"), Unquantized(lambda name, *_: weights[name], dtype))
         stages.append(Stage(loaded, n_slots=n_slots, sequence_length=512))
     return stages

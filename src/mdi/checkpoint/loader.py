@@ -6,7 +6,9 @@ copies is not resident twice. The embedding stays mapped, and only rows that wer
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,19 @@ from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.prepare import check_tensors, chunk_metadata
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
-from mdi.core.tensors import Specs, TensorSpec, total_bytes
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.tensors import Specs, TensorSpec, scale_name, stored_specs, total_bytes
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, Decoder
 from mdi.models.registry import read_config
 from mdi.models.weights import LoadedStage, load_stage, stage_specs
 from mdi.planning.plan import make_plan
 
-Read = Callable[[str], Tensor]
-"""Reads a tensor of a file by its name."""
+log = logging.getLogger(__name__)
 
 
 def load_chunk(
@@ -56,12 +59,13 @@ def load_chunk(
             f"{path.name} was prepared in {manifest.dtype}, not {dtype}: run `mdi prepare --dtype {dtype}`"
         )
     config = read_config(manifest.config)
-    specs = stage_specs(config, entry.spec, manifest.dtype)
+    specs = stage_specs(config, entry.spec, manifest.dtype, manifest.quantization)
     count = counter(progress, "loading", entry.size_bytes + total_bytes(specs.values()))
-    _check_chunk(path, entry, manifest, specs, count)
+    _check_chunk(path, entry, manifest, stored_specs(specs), count)
     if verified:
         verified(manifest, entry)
-    return _load(config, entry.spec, manifest.dtype, device, lambda name: _mapped(path, name), count)
+    get = _Load(_Chunk(path), specs, parse_dtype(manifest.dtype), parse_device(device), count)
+    return _loaded(config, entry.spec, get, manifest.quantization)
 
 
 def load_source(
@@ -69,20 +73,27 @@ def load_source(
     spec: StageSpec | None = None,
     *,
     dtype: str | None = None,
+    quantization: ModelQuantization = UNQUANTIZED,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is the whole model.
+    """A stage from a checkpoint without chunks, cast to `dtype`, quantised where asked. spec: None is the whole model.
 
-    Raises CheckpointError for a tensor that is missing or has another shape.
+    Raises CheckpointError for a tensor that is missing, has another shape or cannot be quantised.
     """
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
-    specs = stage_specs(config, spec, dtype)
-    check_tensors(source, specs)
-    count = counter(progress, "loading", total_bytes(specs.values()))
-    return _load(config, spec, dtype, device, source.tensor, count)
+    weights, place = RoundedWeights(source), parse_device(device)
+    check_tensors(source, stage_specs(config, spec, dtype, quantization))
+    while True:
+        specs = stage_specs(config, spec, dtype, quantization)
+        count = counter(progress, "loading", total_bytes(specs.values()))
+        try:
+            return _loaded(config, spec, _Load(weights, specs, parse_dtype(dtype), place, count), quantization)
+        except UnfitError as error:
+            log.warning("%s; it stays in %s", error, dtype)
+            quantization = replace(quantization, kept=(*quantization.kept, error.name))
 
 
 def parse_device(name: str) -> torch.device:
@@ -95,23 +106,52 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _load(
-    config: ModelConfig, spec: StageSpec, dtype_name: str, device_name: str, read: Read, count: Callable[[int], None]
-) -> LoadedStage:
-    dtype, device = parse_dtype(dtype_name), parse_device(device_name)
+@dataclass(frozen=True)
+class _Load:
+    """A `GetTensor` that reads a stage's weights. count: called with bytes."""
 
-    def get(name: str, _shape: tuple[int, ...], own_dtype: str | None = None) -> Tensor:
-        tensor = read(name).to(device, parse_dtype(own_dtype) if own_dtype else dtype)
-        count(tensor.nbytes)
+    weights: Weights
+    specs: Specs
+    dtype: torch.dtype
+    device: torch.device
+    count: Callable[[int], None]
+
+    def __call__(self, name: str, _shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
+        tensor = self.weights.tensor(name).to(self.device, parse_dtype(dtype) if dtype else self.dtype)
+        self.count(tensor.nbytes)
         return tensor
 
-    loaded = load_stage(config, spec, dtype, device, get)
-    if device.type == "cpu":
-        _release_rows(loaded.decoder, read)
+    def matrix(self, name: str, shape: tuple[int, ...], /) -> Tensor | QuantizedTensor:
+        spec = self.specs[name]
+        if spec.quantization is None:
+            return self(name, shape)
+        read = self.weights.quantized(name, spec.quantization)
+        self.count(spec.size_bytes)
+        return replace(read, values=read.values.to(self.device), scales=read.scales.to(self.device))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The weights of a chunk, mapped one by one."""
+
+    path: Path
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
+        return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)))
+
+
+def _loaded(config: ModelConfig, spec: StageSpec, get: _Load, quantization: ModelQuantization) -> LoadedStage:
+    loaded = load_stage(config, spec, get.device, get, quantization)
+    if get.device.type == "cpu":
+        _release_rows(loaded.decoder, get.weights.tensor)
     return loaded
 
 
-def _release_rows(decoder: Decoder, read: Read) -> None:
+def _release_rows(decoder: Decoder, read: Callable[[str], Tensor]) -> None:
     """Maps the embedding anew where packing a tied head has read all its rows, so that none is resident."""
     if decoder.embedding is None or decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
         return
@@ -153,8 +193,3 @@ def _read_header(path: Path) -> tuple[dict[str, str] | None, Specs]:
 
 def _spec(entry: Any) -> TensorSpec:
     return TensorSpec(tuple(entry.get_shape()), DTYPES.get(entry.get_dtype(), entry.get_dtype()))
-
-
-def _mapped(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]

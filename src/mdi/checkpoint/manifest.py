@@ -1,4 +1,4 @@
-"""The description of a folder of chunks, a JSON file: plan, dtype, checksums and what they were made of."""
+"""The description of a folder of chunks, a JSON file: plan, numeric types, checksums, what they were made of."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.fingerprint import SourceFile
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.quantization import ModelQuantization
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
 from mdi.planning.plan import VISION, Plan
@@ -49,9 +50,10 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     model: str
     dtype: str
+    quantization: ModelQuantization
     plan_hash: str
     config: dict[str, Any]
     source: tuple[SourceFile, ...]
@@ -65,7 +67,7 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Identifies plan, dtype and the bytes of every chunk: what nodes compare (sha256, hexadecimal)."""
+        """Identifies plan, numeric types and the bytes of every chunk: what nodes compare (sha256, hexadecimal)."""
         return hashlib.sha256(self.model_dump_json(exclude={"source"}).encode()).hexdigest()
 
     def chunk(self, file: str) -> ChunkEntry:
@@ -99,7 +101,7 @@ class Manifest(BaseModel):
         """A manifest from its JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
         try:
             manifest = cls.model_validate_json(text)
-            expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype)
+            expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype, manifest.quantization)
         except (ValidationError, ConfigError, CheckpointError):
             expected = None
         if expected is None or expected != manifest.plan_hash:
@@ -107,7 +109,7 @@ class Manifest(BaseModel):
         return manifest
 
 
-def plan_hash(config: ModelConfig, plan: Plan, dtype: str) -> str:
-    """The sha256 of model, plan and dtype, hexadecimal, equal for all chunks that work together."""
-    text = json.dumps([repr(config), [repr(stage) for stage in plan.roles.values()], dtype])
+def plan_hash(config: ModelConfig, plan: Plan, dtype: str, quantization: ModelQuantization) -> str:
+    """The sha256 of model, plan, dtype and quantisation, hexadecimal, equal for all chunks that work together."""
+    text = json.dumps([repr(config), [repr(stage) for stage in plan.roles.values()], dtype, repr(quantization)])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
@@ -15,11 +16,14 @@ from mdi.checkpoint.fingerprint import Fingerprint
 from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
+from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, stored_tensors
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
-from mdi.core.tensors import ITEM_BYTES, Specs, total_bytes
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.tensors import Specs, stored_specs, total_bytes
 from mdi.models.weights import stage_specs
 from mdi.planning.plan import Plan, make_plan
 
@@ -53,6 +57,8 @@ def prepare(
     n_nodes: int,
     *,
     dtype: str | None = None,
+    quantization: ModelQuantization = UNQUANTIZED,
+    weights: Weights | None = None,
     layers: Sequence[int] | None = None,
     vision_node: bool = False,
     progress: Progress | None = None,
@@ -60,14 +66,17 @@ def prepare(
     """Writes the chunks to their usual place, replacing those that are there, and returns their folder.
 
     That is `chunks/{n}nodes` in the checkpoint's folder, or an entry of the cache where the folder cannot be written.
-    dtype: the checkpoint's own if None. layers: per node, overriding the plan. vision_node: one chunk more has the
+    dtype: the checkpoint's own if None. weights: the checkpoint's, rounded to the formats of the quantisation, if None.
+    layers: per node, overriding the plan. vision_node: one chunk more has the
     vision tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor.
     Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
     impossible split.
     """
     plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
     folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
-    _write(folder, source, plan, dtype or source.model_config.dtype, Fingerprint(source, progress), progress)
+    dtype = dtype or source.model_config.dtype
+    contents = _Contents(source, plan, dtype, quantization, weights or RoundedWeights(source))
+    _write(folder, contents, Fingerprint(source, progress), progress)
     return folder
 
 
@@ -76,20 +85,22 @@ def prepared(
     n_nodes: int,
     *,
     dtype: str | None = None,
+    quantization: ModelQuantization | None = None,
     layers: Sequence[int] | None = None,
     vision_node: bool = False,
     measure: Callable[[], Sequence[int] | None] | None = None,
     progress: Progress | None = None,
 ) -> Chunks:
-    """Finds the chunks of this checkpoint, or writes them: beside those of other layers or dtype, over outdated ones.
+    """Finds the chunks of this checkpoint, or writes them: beside those of another kind, over outdated ones.
 
-    dtype, layers: None takes what is in the usual place. measure: called for the layers when chunks are written and
-    `layers` is None. See `prepare` for the rest.
+    dtype, quantization, layers: None takes what is in the usual place. measure: called for the layers when
+    chunks are written and `layers` is None. See `prepare` for the rest.
     """
     config = source.model_config
     plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
-    search = _Search(Fingerprint(source, progress), n_nodes, vision_node, dtype, plan.layers if layers else None)
-    details = "-".join([_usual_name(n_nodes, vision_node), dtype or config.dtype, *map(str, layers or ())])
+    kind = _Kind(n_nodes, vision_node, dtype, quantization, plan.layers if layers else None)
+    search = _Search(Fingerprint(source, progress), kind)
+    details = kind.details(config.dtype)
     while True:
         for name in search.names(details):
             for folder in _folders(source, name):
@@ -100,22 +111,47 @@ def prepared(
             plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
         folder = search.free([_folders(source, name)[-1] for name in search.names(details)])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
-            _write(folder, source, plan, dtype or config.dtype, search.fingerprint, progress)
+            rounded = RoundedWeights(source)
+            contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, rounded)
+            _write(folder, contents, search.fingerprint, progress)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The kind of chunks that is wanted. dtype, quantization, layers: any if None."""
+
+    n_nodes: int
+    vision_node: bool
+    dtype: str | None
+    quantization: ModelQuantization | None
+    layers: tuple[int, ...] | None
+
+    def fits(self, manifest: Manifest) -> bool:
+        plan = manifest.plan
+        return (
+            (plan.n_nodes, plan.vision is not None) == (self.n_nodes, self.vision_node)
+            and self.dtype in (None, manifest.dtype)
+            and self.quantization in (None, replace(manifest.quantization, kept=()))
+            and self.layers in (None, plan.layers)
+        )
+
+    def details(self, dtype: str) -> str:
+        """The name of a folder for this kind alone. dtype: where none is wanted."""
+        formats = re.findall(r"\w+", str(self.quantization)) if self.quantization else []
+        usual = _usual_name(self.n_nodes, self.vision_node)
+        return "-".join([usual, self.dtype or dtype, *formats, *map(str, self.layers or ())])
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The chunks that are wanted. dtype, layers: any if None."""
+    """Chunks of a kind, made of a checkpoint's weights as they are now."""
 
     fingerprint: Fingerprint
-    n_nodes: int
-    vision_node: bool
-    dtype: str | None
-    layers: tuple[int, ...] | None
+    kind: _Kind
 
     def names(self, details: str) -> Iterator[str]:
         """Names of folders that may have them, in order. The last one is only for this content of the checkpoint."""
-        yield _usual_name(self.n_nodes, self.vision_node)
+        yield _usual_name(self.kind.n_nodes, self.kind.vision_node)
         yield details
         yield f"{details}-{_short(repr([file.sha256 for file in self.fingerprint.record()]))}"
 
@@ -125,7 +161,8 @@ class _Search:
             hold = Hold(folder)
         except OSError:
             return None
-        if (manifest := _manifest(folder)) is None or not self._fits(manifest):
+        manifest = _manifest(folder)
+        if not (manifest and self.kind.fits(manifest) and self.fingerprint.matches(manifest.source)):
             hold.close()
             return None
         if manifest.source != (files := self.fingerprint.record()):
@@ -146,15 +183,6 @@ class _Search:
                 log.warning("the chunks in %s are %s: preparing them again", folder, why)
                 return folder
         raise FolderInUseError(f"{str(folders[-1])!r} is damaged and in use by a running server: stop it first")
-
-    def _fits(self, manifest: Manifest) -> bool:
-        plan = manifest.plan
-        return (
-            (plan.n_nodes, plan.vision is not None) == (self.n_nodes, self.vision_node)
-            and self.dtype in (None, manifest.dtype)
-            and self.layers in (None, plan.layers)
-            and self.fingerprint.matches(manifest.source)
-        )
 
 
 def _manifest(folder: Path) -> Manifest | None:
@@ -181,30 +209,62 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write(
-    folder: Path, source: Source, plan: Plan, dtype: str, fingerprint: Fingerprint, progress: Progress | None
-) -> None:
-    config = source.model_config
-    specs = [stage_specs(config, spec, dtype) for spec in plan.roles.values()]
-    for stage in specs:
-        check_tensors(source, stage)
-    total = sum(total_bytes(stage.values()) for stage in specs)
+@dataclass(frozen=True)
+class _Contents:
+    """What chunks are to hold."""
+
+    source: Source
+    plan: Plan
+    dtype: str
+    quantization: ModelQuantization
+    weights: Weights
+
+    def specs(self) -> dict[str, Specs]:
+        """The tensors of every role's chunk."""
+        config = self.source.model_config
+        return {
+            role: stage_specs(config, spec, self.dtype, self.quantization) for role, spec in self.plan.roles.items()
+        }
+
+    def keeping(self, name: str) -> _Contents:
+        """The same with one matrix more that is not quantised."""
+        kept = (*self.quantization.kept, name)
+        return replace(self, quantization=replace(self.quantization, kept=kept))
+
+
+def _write(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress: Progress | None) -> None:
+    """Begins again, which is rare, without the quantisation of a matrix that turns out not to have one."""
+    for stage in contents.specs().values():
+        check_tensors(contents.source, stage)
+    while True:
+        try:
+            return _write_all(folder, contents, fingerprint, progress)
+        except UnfitError as error:
+            log.warning("%s; it stays in %s", error, contents.dtype)
+            contents = contents.keeping(error.name)
+
+
+def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress: Progress | None) -> None:
+    source, plan, specs = contents.source, contents.plan, contents.specs()
+    total = sum(total_bytes(stage.values()) for stage in specs.values())
     count = counter(progress, "preparing chunks", total)
-    identity = plan_hash(config, plan, dtype)
+    identity = plan_hash(source.model_config, plan, contents.dtype, contents.quantization)
     if folder.parent == default_cache_folder():
         cache = Cache.open()
         cache.check()
         cache.make_room(total)
     with new_folder(folder, total, "the chunks") as unfinished:
         chunks = []
-        for (role, spec), stage in zip(plan.roles.items(), specs, strict=True):
+        for role, spec in plan.roles.items():
             file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
-            sha256, size = write_safetensors(file, stage, source.tensor, metadata, count)
+            tensors = stored_tensors(contents.weights, specs[role])
+            sha256, size = write_safetensors(file, stored_specs(specs[role]), tensors, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
         manifest = Manifest(
             model=source.path.resolve().name,
-            dtype=dtype,
+            dtype=contents.dtype,
+            quantization=contents.quantization,
             plan_hash=identity,
             config=source.config,
             source=fingerprint.record(),
@@ -223,10 +283,10 @@ def chunk_metadata(role: str, identity: str) -> dict[str, str]:
 def check_tensors(source: Source, specs: Specs) -> None:
     """Raises CheckpointError, naming it, for a tensor that is missing, misshapen or quantised."""
     for name, spec in specs.items():
-        if (found := source.spec(name)).shape != spec.shape:
+        if (found := source.spec(source_name(source, name))).shape != spec.shape:
             sizes = f"shape {list(found.shape)}, but config.json asks for {list(spec.shape)}"
             raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
-        if found.dtype not in ITEM_BYTES:
+        if found.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"the tensor {name} is stored as {found.dtype}: quantised checkpoints are not supported"
             )

@@ -142,7 +142,7 @@ def _write_weights(
     files = [f"model-{index:05}-of-{shards:05}.safetensors" for index in range(1, shards + 1)]
     weight_map: dict[str, str] = {}
     for file, part in zip([SINGLE] if shards == 1 else files, _split(specs, shards), strict=True):
-        write_safetensors(path / file, part, lambda name: random.draw(name, specs[name]), {"format": "pt"}, count)
+        write_safetensors(path / file, part, (random.draw(name, part[name]) for name in part), {"format": "pt"}, count)
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
         size = total_bytes(specs.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,30 +17,33 @@ from torch import Tensor
 
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.core.dtypes import parse_dtype
-from mdi.core.tensors import Specs
+from mdi.core.tensors import Specs, TensorSpec
 
 CODES = {name: code for code, name in DTYPES.items()}
+INTEGERS = ("I8", "U8")
 ALIGNMENT = 64
 
 
 def write_safetensors(
     path: Path,
     specs: Specs,
-    get: Callable[[str], Tensor],
+    tensors: Iterable[Tensor],
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[str, int]:
-    """Writes tensors in the order of `specs`, each cast to its dtype, and keeps one at a time in memory.
+    """Writes tensors, each cast to its dtype, and keeps one at a time in memory.
 
-    get: reads or makes the tensor of a name. progress: called with the bytes of each tensor written.
+    specs: as the file stores them. tensors: in that order, each read or made when it is asked for.
+    progress: called with the bytes of each tensor written.
     Returns the sha256 (hexadecimal) and size in bytes.
     """
     digest, header = hashlib.sha256(), _header(specs, metadata)
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
-        for name, spec in specs.items():
-            data = get(name).to(parse_dtype(spec.dtype)).contiguous().flatten().view(torch.uint8).numpy().data
+        made = iter(tensors)
+        for spec in specs.values():
+            data = _cast(next(made), spec).contiguous().flatten().view(torch.uint8).numpy().data
             file.write(data)
             digest.update(data)
             progress(data.nbytes)
@@ -48,12 +51,16 @@ def write_safetensors(
         return digest.hexdigest(), file.tell()
 
 
+def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    return tensor if spec.dtype in INTEGERS else tensor.to(parse_dtype(spec.dtype))
+
+
 def _header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, spec in specs.items():
         end = offset + spec.size_bytes
-        entries[name] = {"dtype": CODES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
+        entries[name] = {"dtype": CODES.get(spec.dtype, spec.dtype), "shape": spec.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

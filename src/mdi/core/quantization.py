@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mdi.core.errors import ConfigError
+
 if TYPE_CHECKING:  # names of formats need no torch, which takes seconds to import
     from torch import Tensor
 
@@ -25,6 +27,9 @@ class Quantization:
 
 INT8 = Quantization("int8", 8, None, 64)
 INT4 = Quantization("int4", 4, 32, 32)
+NONE = "none"
+"""What options and messages call no quantisation."""
+
 QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT4)}
 
 
@@ -51,11 +56,28 @@ class QuantizedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelQuantization:
-    """The names of the formats of a model's parts: decoder layers, LM head, vision tower. None: not quantised."""
+    """The names of the formats of a model's parts: decoder layers, LM head, vision tower. None: not quantised.
+
+    kept: names of matrices that are not quantised, whatever their part: no scales describe them.
+    Raises ConfigError for an unknown format.
+    """
 
     layers: str | None = None
     head: str | None = None
     vision: str | None = None
+    kept: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.layers, self.head, self.vision):
+            if name is not None and name not in QUANTIZATIONS:
+                raise ConfigError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
+
+    def __str__(self) -> str:
+        """Like `int4 (head int8, vision int8)`: the layers' format, and those of other parts where they differ."""
+        head = [f"head {self.head or NONE}"] if self.head != self.layers else []
+        vision = [f"vision {self.vision}"] if self.vision else []
+        others = ", ".join(head + vision)
+        return (self.layers or NONE) + (f" ({others})" if others else "")
 
 
 UNQUANTIZED = ModelQuantization()

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.quantization import QuantizedTensor
 from mdi.core.tensors import GetTensor
+from mdi.layers.quantize import dequantize
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Linear:
         """
         weights, biases = list[Tensor](), list[Tensor]()
         for name, size in outputs.items():
-            weights.append(get(f"{name}.weight", (size, *inputs)).flatten(1))
+            weights.append(_dense(get.matrix(f"{name}.weight", (size, *inputs)), get.dtype))
             if bias:
                 biases.append(get(f"{name}.bias", (size,)))
         weight = _joined(weights)
@@ -89,6 +91,10 @@ class PackedLinear(Linear):
     def _sum(self, residual: Tensor, x: Tensor) -> Tensor:
         fused = torch.ops.mkldnn._linear_pointwise.binary
         return cast(Tensor, fused(x, residual, self.weight, self.bias, "add"))
+
+
+def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.flatten(1)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

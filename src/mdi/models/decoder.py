@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.reduce import Reduce, alone
-from mdi.core.tensors import GetTensor, within
+from mdi.core.tensors import GetTensor, Unquantized, within
 from mdi.layers.attention import Layout, attend
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.linear import Linear
@@ -21,21 +21,24 @@ from mdi.models.config import ModelConfig, StageSpec
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+LAYERS = "model.layers."
 
 
 class Decoder:
     """A stage's layers, with the token embedding before them and the LM head after them where the spec says so."""
 
-    def __init__(self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor) -> None:
-        """embedding: [vocab_size, hidden_size], where the stage has it."""
+    def __init__(
+        self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor, *, tied_head: bool
+    ) -> None:
+        """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
         self.embedding = embedding
-        self.layers = [DecoderLayer(config, within(f"model.layers.{layer}.", get)) for layer in spec.layers]
+        self.layers = [DecoderLayer(config, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
         self.norm = self.lm_head = None
         if spec.head:
             self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
-            head = stem(EMBEDDING if config.tied_embeddings else LM_HEAD)
-            shared = embedding if config.tied_embeddings else None
-            get_head = get if shared is None else lambda _name, _shape, _dtype=None: shared
+            shared = embedding if tied_head else None
+            get_head = get if shared is None else Unquantized(lambda *_: shared, get.dtype)
+            head = stem(EMBEDDING if tied_head else LM_HEAD)
             self.lm_head = Linear.load(get_head, {head: config.vocab_size}, config.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from mdi.core.dtypes import parse_dtype
+from mdi.core.quantization import QUANTIZATIONS, UNQUANTIZED, ModelQuantization, Quantization
 from mdi.core.tensors import GetTensor, Specs, TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
-from mdi.models.decoder import EMBEDDING, Decoder
+from mdi.models.decoder import EMBEDDING, LAYERS, LM_HEAD, Decoder
 from mdi.models.registry import VisionTower, family_of
 
 
@@ -25,35 +27,76 @@ class LoadedStage:
     device: torch.device
     decoder: Decoder
     vision: VisionTower | None
+    quantization: ModelQuantization = UNQUANTIZED
 
 
 def load_stage(
-    config: ModelConfig, spec: StageSpec, dtype: torch.dtype, device: torch.device, get: GetTensor
+    config: ModelConfig,
+    spec: StageSpec,
+    device: torch.device,
+    get: GetTensor,
+    quantization: ModelQuantization = UNQUANTIZED,
 ) -> LoadedStage:
     """A stage made of the tensors that `get` gives, got in the order that data flows through them."""
     embedding = get(EMBEDDING, (config.vocab_size, config.hidden_size)) if spec.embedding else None
     tower = family_of(config.architecture).vision_tower
     vision = tower(config.vision, get) if spec.vision and tower and config.vision else None
-    return LoadedStage(config, spec, dtype, device, Decoder(config, spec, embedding, get), vision)
+    decoder = Decoder(config, spec, embedding, get, tied_head=has_tied_head(config, quantization))
+    return LoadedStage(config, spec, get.dtype, device, decoder, vision, quantization)
 
 
-def stage_specs(config: ModelConfig, spec: StageSpec, dtype: str) -> Specs:
+def has_tied_head(config: ModelConfig, quantization: ModelQuantization) -> bool:
+    """Whether the head's matrix is the embedding's: a quantised head is another one."""
+    return config.tied_embeddings and format_of(LM_HEAD, config.hidden_size, quantization) is None
+
+
+def stage_specs(
+    config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization = UNQUANTIZED
+) -> Specs:
     """Every tensor of a stage that is computed in `dtype`: exactly these, nothing missing, nothing left over.
 
-    With tied embeddings a head's matrix is stored under the embedding's name, in the first and in the last chunk.
+    A quantised matrix has its format in place of a dtype. With tied embeddings a head's matrix is stored under the
+    embedding's name, in the first and in the last chunk, unless it is quantised.
     Raises CheckpointError for a dtype that models are not computed in.
     """
-    return dict(_declared(config, spec, dtype))
+    return dict(_declared(config, spec, dtype, quantization))
+
+
+def format_of(name: str, inputs: int, quantization: ModelQuantization) -> Quantization | None:
+    """The format of a matrix; None where it is not quantised: groups cover whole rows only."""
+    asked = QUANTIZATIONS.get(_part_format(name, quantization) or "")
+    if asked is None or name in quantization.kept or inputs % (asked.group or 1):
+        return None
+    return asked
+
+
+def _part_format(name: str, quantization: ModelQuantization) -> str | None:
+    if name == EMBEDDING:
+        return None
+    if name == LM_HEAD:
+        return quantization.head
+    return quantization.layers if name.startswith(LAYERS) else quantization.vision
 
 
 @lru_cache(maxsize=256)
-def _declared(config: ModelConfig, spec: StageSpec, dtype: str) -> Specs:
+def _declared(config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization) -> Specs:
     """Loads a stage of tensors without contents (torch's device "meta"), and keeps what it is loaded with."""
-    specs: Specs = {}
+    declare = _Declare(parse_dtype(dtype), dtype, quantization)
+    load_stage(config, spec, torch.device("meta"), declare, quantization)
+    return declare.specs
 
-    def declare(name: str, shape: tuple[int, ...], own_dtype: str | None = None) -> Tensor:
-        specs[name] = TensorSpec(shape, own_dtype or dtype)
+
+@dataclass(frozen=True)
+class _Declare:
+    dtype: torch.dtype
+    dtype_name: str
+    quantization: ModelQuantization
+    specs: Specs = field(default_factory=dict)
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
+        self.specs[name] = TensorSpec(shape, dtype or self.dtype_name)
         return torch.empty(shape, device="meta")
 
-    load_stage(config, spec, parse_dtype(dtype), torch.device("meta"), declare)
-    return specs
+    def matrix(self, name: str, shape: tuple[int, ...], /) -> Tensor:
+        quantization = format_of(name, prod(shape[1:]), self.quantization)
+        return self(name, shape, quantization.name if quantization else None)

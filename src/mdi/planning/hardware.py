@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from mdi.core.dtypes import parse_dtype
+from mdi.core.tensors import Unquantized
 from mdi.layers.linear import Linear
 
 FILE_NAME = "speed.json"
@@ -64,10 +65,8 @@ def measure_speed(device: str, dtype: str) -> tuple[float, float]:
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
 
-    def weight(_name: str, shape: tuple[int, ...], _dtype: str | None = None) -> torch.Tensor:
-        return torch.full(shape, 0.01, dtype=kind, device=place)
-
-    layers = [Linear.load(weight, {"weight": WIDTH}, WIDTH) for _ in range(count)]
+    weights = Unquantized(lambda _name, shape, _dtype: torch.full(shape, 0.01, dtype=kind, device=place), kind)
+    layers = [Linear.load(weights, {"weight": WIDTH}, WIDTH) for _ in range(count)]
     one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))
 
     def read() -> None:

@@ -1,0 +1,71 @@
+"""What stages and chunks are made of: the weights of a checkpoint, quantised where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mdi.checkpoint.source import Source
+from mdi.core.errors import CheckpointError
+from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.tensors import Specs
+from mdi.layers.quantize import NotFiniteError, ScaleError, quantize
+from mdi.models.decoder import EMBEDDING, LM_HEAD
+
+
+class Weights(Protocol):
+    """Weights by the names that they have on the hub, read or made one at a time."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One that is not quantised. Raises CheckpointError for one that is not there."""
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
+        """A matrix in a format. Raises CheckpointError for numbers that no format has, UnfitError for its scales."""
+
+
+class UnfitError(CheckpointError):
+    """A matrix whose numbers the scales of a format cannot describe: it is kept as it is."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"the tensor {name} cannot be quantised: {cause}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """A checkpoint's weights, rounded to the nearest that a format has."""
+
+    source: Source
+
+    def tensor(self, name: str) -> Tensor:
+        return self.source.tensor(source_name(self.source, name))
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
+        try:
+            return quantize(self.tensor(name), quantization)
+        except NotFiniteError as error:
+            raise CheckpointError(
+                f"the tensor {name} cannot be quantised: {error}; download or convert the checkpoint again"
+            ) from None
+        except ScaleError as error:
+            raise UnfitError(name, str(error)) from None
+
+
+def source_name(source: Source, name: str) -> str:
+    """Under which name a checkpoint has a weight: a tied head that is quantised is its embedding."""
+    return EMBEDDING if name == LM_HEAD and source.model_config.tied_embeddings else name
+
+
+def stored_tensors(weights: Weights, specs: Specs) -> Iterator[Tensor]:
+    """The tensors of `stored_specs(specs)`, in their order, each made when it is asked for."""
+    for name, spec in specs.items():
+        if spec.quantization:
+            made = weights.quantized(name, spec.quantization)
+            yield made.values
+            yield made.scales
+            del made  # before the next one is made
+        else:
+            yield weights.tensor(name)
