@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
-from mdi.core.batch import Batch, Result, Token, TokenSampling, Visual
+from mdi.core.batch import Batch, Copy, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
@@ -246,8 +246,11 @@ class FakeLink:
 
     def _compute(self, batch: Batch, hidden: Tensor) -> Result | GaveUp:
         tokens, first = [], 0
-        for copy in batch.copies:
-            self._caches[copy.target] = self._caches[copy.source][: copy.length]
+        for edit in batch.edits:
+            if isinstance(edit, Copy):
+                self._caches[edit.target] = self._caches[edit.source][: edit.length]
+            else:
+                del self._caches.setdefault(edit.slot, [])[edit.kept :]
         for part in batch.slices:
             cache = self._caches.setdefault(part.slot, [])
             if part.start > len(cache):

@@ -47,7 +47,9 @@ class World:
     """A loop over fake nodes, with three slots and batches of five tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stage: FakeStage | None = None, **link: Any) -> None:
-        self.scheduler: Scheduler[Sample] = Scheduler(n_slots=N_SLOTS, token_budget=5, max_in_flight=3)
+        self.scheduler: Scheduler[Sample] = Scheduler(
+            n_slots=N_SLOTS, cache_tokens=N_SLOTS * LENGTH, token_budget=5, max_in_flight=3
+        )
         self.ended: list[Request] = []
         self._tokenizer = tokenizer
         self.inbox: Inbox = queue.SimpleQueue()

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from mdi.core.batch import Copy, Slice, Token, Visual
+from mdi.core.batch import Copy, Release, Slice, Token, Visual
 from mdi.core.sampling import SamplingParams
 from mdi.engine.packing import pack
 from mdi.engine.scheduler import ScheduledSlice
@@ -47,9 +47,9 @@ def embed(token_ids: Tensor, visuals: list[Visual]) -> Tensor:
 def test_slices_stand_one_after_the_other() -> None:
     words, picture = sequence_of(WORDS, 4, 7), sequence_of(PICTURE, 2)
     scheduled = [ScheduledSlice(words, 3, 1, samples=True), ScheduledSlice(picture, 0, 5, samples=False)]
-    copies = (Copy(1, 2, 3),)
-    batch, hidden = pack(9, scheduled, copies, embed)
-    assert (batch.id, batch.copies) == (9, copies)
+    edits = (Copy(1, 2, 3), Release(1, 0))
+    batch, hidden = pack(9, scheduled, edits, embed)
+    assert (batch.id, batch.edits) == (9, edits)
     assert batch.slices == (Slice(4, 3, 1, (words.sampling(),)), Slice(2, 0, 5, ()))
     assert hidden.flatten().tolist() == [7, 65, 66, 100, 101, 102]
     expected = torch.cat((torch.full((3, 1), 3), PICTURE.positions[:, :5]), dim=1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
+from mdi.core.batch import Copy, Release
 from mdi.engine.scheduler import ScheduledSlice, Scheduler
+from mdi.engine.slots import BLOCK
+
+MUCH = 10**6  # tokens: as if memory were endless
 
 
 @dataclass(eq=False)
@@ -18,7 +22,8 @@ class FakeSequence:
     slot: int | None = None
     computed: int = 0
     in_flight: bool = False
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
+    arrival: int = 0
     blocked: bool = False
 
     @property
@@ -34,6 +39,15 @@ class FakeSequence:
         return self.prompt + self.drawn - self.computed
 
 
+@dataclass(eq=False)
+class SharedPrefix(FakeSequence):
+    keys: list[int] = field(default_factory=list)
+
+    @property
+    def prefix_keys(self) -> list[int]:
+        return self.keys
+
+
 def finish(scheduler: Scheduler[FakeSequence], work: list[ScheduledSlice[FakeSequence]]) -> None:
     scheduler.finish(work)
     for item in work:
@@ -43,7 +57,7 @@ def finish(scheduler: Scheduler[FakeSequence], work: list[ScheduledSlice[FakeSeq
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_of_the_token_budget() -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, cache_tokens=MUCH, token_budget=8, max_in_flight=1)
     scheduler.add([FakeSequence(prompt=20, answer=2)])
     seen = []
     while work := scheduler.schedule():
@@ -53,7 +67,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_token_budget() -> None:
 
 
 def test_decode_goes_first_and_a_prefill_chunk_fills_the_rest() -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, token_budget=8, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, cache_tokens=MUCH, token_budget=8, max_in_flight=1)
     short, long = FakeSequence(prompt=3, answer=9), FakeSequence(prompt=30, answer=1)
     scheduler.add([short])
     finish(scheduler, scheduler.schedule())
@@ -63,7 +77,7 @@ def test_decode_goes_first_and_a_prefill_chunk_fills_the_rest() -> None:
 
 
 def test_prompts_take_little_of_a_batch_while_others_decode() -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, token_budget=32, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=3, cache_tokens=MUCH, token_budget=32, max_in_flight=1)
     scheduler.prefill_budget = 4
     scheduler.add([FakeSequence(prompt=3, answer=3)])
     finish(scheduler, scheduler.schedule())
@@ -78,7 +92,7 @@ def test_prompts_take_little_of_a_batch_while_others_decode() -> None:
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     """Nor the long one for ever: prompts take turns."""
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, token_budget=8, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, cache_tokens=MUCH, token_budget=8, max_in_flight=1)
     long = FakeSequence(prompt=80, answer=1)
     scheduler.add([long])
     finish(scheduler, scheduler.schedule())
@@ -94,7 +108,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 
 
 def test_sequences_wait_for_a_slot_in_order_of_arrival() -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=1, token_budget=8, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=1, cache_tokens=MUCH, token_budget=8, max_in_flight=1)
     first, second = FakeSequence(prompt=2, answer=1), FakeSequence(prompt=2, answer=1)
     scheduler.add([first, second])
     work = scheduler.schedule()
@@ -105,7 +119,7 @@ def test_sequences_wait_for_a_slot_in_order_of_arrival() -> None:
 
 
 def test_a_sequence_is_in_one_batch_at_a_time() -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=3)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, cache_tokens=MUCH, token_budget=8, max_in_flight=3)
     scheduler.add([FakeSequence(prompt=20, answer=1)])
     assert scheduler.schedule()
     assert scheduler.schedule() == []
@@ -113,7 +127,7 @@ def test_a_sequence_is_in_one_batch_at_a_time() -> None:
 
 @pytest.mark.parametrize(("n_nodes", "n_sequences"), [(2, 2), (3, 3), (3, 8), (5, 7)])
 def test_every_node_has_work_when_there_are_as_many_sequences_as_nodes(n_nodes: int, n_sequences: int) -> None:
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, token_budget=64, max_in_flight=n_nodes)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=8, cache_tokens=MUCH, token_budget=64, max_in_flight=n_nodes)
     scheduler.add([FakeSequence(prompt=1, answer=99) for _ in range(n_sequences)])
     finish(scheduler, scheduler.schedule())  # all are prefilled by one batch
     batches = [scheduler.schedule() for _ in range(n_nodes)]
@@ -124,7 +138,7 @@ def test_every_node_has_work_when_there_are_as_many_sequences_as_nodes(n_nodes: 
 
 def test_sequences_wait_for_their_pictures_outside_the_slots_and_delay_no_other() -> None:
     """D3: however many of them there are."""
-    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, token_budget=8, max_in_flight=1)
+    scheduler: Scheduler[FakeSequence] = Scheduler(n_slots=2, cache_tokens=MUCH, token_budget=8, max_in_flight=1)
     blind = [FakeSequence(prompt=4, answer=1, blocked=True) for _ in range(5)]
     plain = FakeSequence(prompt=4, answer=1)
     scheduler.add([*blind, plain])
@@ -137,14 +151,84 @@ def test_sequences_wait_for_their_pictures_outside_the_slots_and_delay_no_other(
     assert [item.sequence for item in scheduler.schedule()] == [blind[1]]
 
 
+def little_memory(n_blocks: int, max_in_flight: int = 1) -> Scheduler[FakeSequence]:
+    return Scheduler(n_slots=4, cache_tokens=n_blocks * BLOCK, token_budget=512, max_in_flight=max_in_flight)
+
+
+def test_sequences_come_in_as_their_prompts_fit_and_none_passes_another() -> None:
+    scheduler = little_memory(8)
+    first, large, small = FakeSequence(4 * BLOCK, 2), FakeSequence(4 * BLOCK, 1), FakeSequence(3, 1)
+    scheduler.add([first, large, small])
+    assert [item.sequence for item in scheduler.schedule()] == [first]  # it may grow yet: no block is left for it
+    assert scheduler.waiting == 2
+
+
+def test_all_that_fit_run_at_once() -> None:
+    """Together four times as much could come of them as there is memory."""
+    scheduler = little_memory(16)
+    sequences = [FakeSequence(prompt=2 * BLOCK, answer=14 * BLOCK) for _ in range(4)]
+    scheduler.add(sequences)
+    assert [item.sequence for item in scheduler.schedule()] == sequences
+
+
+def test_without_memory_the_youngest_makes_room_and_comes_again_in_its_turn() -> None:
+    scheduler = little_memory(7)
+    old, young, last = FakeSequence(BLOCK - 1, 4 * BLOCK), FakeSequence(3 * BLOCK + 5, 2 * BLOCK), FakeSequence(1, 1)
+    scheduler.add([old, young])
+    finish(scheduler, scheduler.schedule())
+    assert scheduler.running == 2
+    while young.slot is not None:
+        finish(scheduler, scheduler.schedule())
+    assert old.computed == 2 * BLOCK + 1
+    assert scheduler.take_edits() == (Release(1, 4 * BLOCK),)  # what it can keep of it, it does
+    scheduler.add([last])
+    order = []
+    while work := scheduler.schedule():
+        finish(scheduler, work)
+        order += [item.sequence for item in work if item.sequence not in order]
+    assert order == [old, young, last]
+    assert (scheduler.preemptions, old.drawn, young.drawn, last.drawn) == (1, 4 * BLOCK, 2 * BLOCK, 1)
+
+
+def test_a_sequence_in_flight_keeps_its_memory() -> None:
+    scheduler = little_memory(4, max_in_flight=2)
+    old, young = FakeSequence(BLOCK, 2 * BLOCK), FakeSequence(2 * BLOCK - 1, BLOCK)
+    scheduler.add([old])
+    finish(scheduler, scheduler.schedule())
+    scheduler.add([young])
+    flying = [scheduler.schedule(), scheduler.schedule()]
+    for _ in range(20 * BLOCK):
+        assert all(item.sequence.slot is not None for batch in flying for item in batch)
+        if work := scheduler.schedule():
+            flying.append(work)
+        elif flying:
+            finish(scheduler, flying.pop(0))
+    assert (scheduler.preemptions, old.drawn, young.drawn) == (1, 2 * BLOCK, BLOCK)
+
+
+def test_a_copy_counts_its_tokens() -> None:
+    scheduler = little_memory(5)
+    keys = list(range(2 * BLOCK))
+    first, second, third = (SharedPrefix(2 * BLOCK, 1, keys=keys) for _ in range(3))
+    scheduler.add([first])
+    scheduler.finish(scheduler.schedule())
+    scheduler.add([second, third])
+    assert scheduler.schedule()
+    assert scheduler.take_edits() == (Copy(0, 1, 2 * BLOCK - 1),)
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_loads_compute_every_token_once_in_order_and_end(seed: int) -> None:
     rng = random.Random(seed)
-    n_nodes, n_slots = rng.randint(1, 5), rng.randint(1, 6)
+    n_nodes, n_slots, n_blocks = rng.randint(1, 5), rng.randint(1, 6), rng.randint(3, 12)
     scheduler: Scheduler[FakeSequence] = Scheduler(
-        n_slots=n_slots, token_budget=rng.randint(n_slots, 40), max_in_flight=n_nodes
+        n_slots=n_slots,
+        cache_tokens=n_blocks * BLOCK,
+        token_budget=rng.randint(n_slots, 200),
+        max_in_flight=n_nodes,
     )
-    sequences = [FakeSequence(rng.randint(1, 90), rng.randint(1, 12)) for _ in range(25)]
+    sequences = [FakeSequence(rng.randint(1, 2 * BLOCK), rng.randint(1, BLOCK)) for _ in range(25)]
     pending, flying = list(sequences), list[list[ScheduledSlice[FakeSequence]]]()
     for _ in range(10_000):
         arrivals = [pending.pop() for _ in range(min(len(pending), rng.randint(0, 2)))]

@@ -83,16 +83,27 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Gives back the memory of a slot's cache behind its first `kept` tokens."""
+
+    slot: int
+    kept: int
+
+
+CacheEdit = Copy | Release
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One pipeline step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w).
 
-    copies: done first, one after the other.
+    edits: of the KV cache, done first, one after the other.
     """
 
     id: int
     slices: tuple[Slice, ...]
     positions: Tensor
-    copies: tuple[Copy, ...] = ()
+    edits: tuple[CacheEdit, ...] = ()
 
     @property
     def n_tokens(self) -> int:

@@ -205,7 +205,7 @@ class Engine:
     def _start_loop(self, config: EngineConfig) -> StepLoop:
         cluster, cache = self._cluster, config.cache
         scheduler: Scheduler[Sequence] = Scheduler(
-            n_slots=cache.max_sequences, token_budget=TOKEN_BUDGET, max_in_flight=cluster.n_nodes
+            n_slots=cache.max_sequences, cache_tokens=10**9, token_budget=TOKEN_BUDGET, max_in_flight=cluster.n_nodes
         )
         embeddings = EmbeddingCache(cache.vision_cache_bytes)
         vision = VisionQueue(cluster.stage, embeddings, cluster.encoder, self._inbox.put)

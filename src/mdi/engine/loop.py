@@ -119,8 +119,8 @@ class StepLoop:
         return bool(scheduled)
 
     def _run_batch(self, scheduled: list[ScheduledSlice[Sequence]]) -> None:
-        copies = self._scheduler.take_copies()
-        batch, hidden = pack(next(self._batch_ids), scheduled, copies, self._stage.embed)
+        edits = self._scheduler.take_edits()
+        batch, hidden = pack(next(self._batch_ids), scheduled, edits, self._stage.embed)
         self._in_flight[batch.id] = (batch, scheduled)
         started_s = time.perf_counter()
         out = self._stage.run(batch, hidden)
@@ -199,7 +199,7 @@ class StepLoop:
         for item, part in zip(scheduled, batch.slices, strict=True):
             sequence = item.sequence
             if sequence.index == 0:
-                sequence.request.stream.cached_tokens = sequence.cached_tokens
+                sequence.request.stream.cached_tokens = sequence.cached_tokens or 0
             drawn = tuple(islice(tokens, len(part.samplings)))
             if sequence.slot is None:
                 continue  # its request was dropped

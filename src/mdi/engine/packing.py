@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Copy, Slice, Visual
+from mdi.core.batch import Batch, CacheEdit, Slice, Visual
 from mdi.engine.scheduler import ScheduledSlice
 from mdi.engine.sequence import Sequence
 
@@ -15,7 +15,7 @@ Embed = Callable[[Tensor, list[Visual]], Tensor]
 
 
 def pack(
-    batch_id: int, scheduled: Iterable[ScheduledSlice[Sequence]], copies: tuple[Copy, ...], embed: Embed
+    batch_id: int, scheduled: Iterable[ScheduledSlice[Sequence]], edits: tuple[CacheEdit, ...], embed: Embed
 ) -> tuple[Batch, Tensor]:
     """The batch of these slices, and its embeddings: [tokens, hidden_size]."""
     slices, positions, token_ids, visuals = list[Slice](), list[Tensor](), list[int](), list[Visual]()
@@ -26,7 +26,7 @@ def pack(
         positions.append(_positions(sequence, start, end))
         visuals += _visuals(sequence, start, end, row=len(token_ids))
         token_ids += sequence.token_ids(start, end)
-    return Batch(batch_id, tuple(slices), torch.cat(positions, dim=1), copies), embed(torch.tensor(token_ids), visuals)
+    return Batch(batch_id, tuple(slices), torch.cat(positions, dim=1), edits), embed(torch.tensor(token_ids), visuals)
 
 
 def _positions(sequence: Sequence, start: int, end: int) -> Tensor:

@@ -93,8 +93,8 @@ TokenMask = Callable[["Sequence"], bytes | None]
 class Sequence:
     """Sample `index` of a request.
 
-    end_ids: tokens that end it. finished: its answer is complete. in_flight: see `scheduler.Schedulable`. slot,
-    computed, cached_tokens, prefix_keys: see `slots.Cached`.
+    end_ids: tokens that end it. finished: its answer is complete. in_flight, arrival: see `scheduler.Schedulable`.
+    slot, computed, cached_tokens, prefix_keys: see `slots.Cached`.
     """
 
     request: Request
@@ -106,7 +106,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
+    arrival: int = 0
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)

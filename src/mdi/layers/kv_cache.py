@@ -1,14 +1,20 @@
 """Keys and values of every slot, one tensor for each layer, written in place. Knows no sequences: slots are rows.
 
-On CPUs the operating system gives memory page by page when it is first written: a cache takes what its sequences fill.
+On CPUs a slot takes memory as its rows are written, and gives it back: the cache is mapped memory, which the operating
+system fills page by page. On other devices it is allocated whole.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Copy
+from mdi.core.batch import CacheEdit, Copy
+from mdi.core.errors import ConfigError
 
 WINDOW = 128
 """Rows of a slot that are read together. Where one is read before it is written, it holds zeros or an older token."""
@@ -19,10 +25,15 @@ def window_end(length: int) -> int:
     return -(-length // WINDOW) * WINDOW
 
 
+def cache_bytes(n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one token in the cache of one layer."""
+    return 2 * n_kv_heads * head_dim * dtype.itemsize
+
+
 class KVCache:
     """`layers[i]`: [n_slots, rows, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer.
 
-    rows: sequence_length, filled up to whole windows.
+    rows: sequence_length, filled up to whole windows. Raises ConfigError when there is no memory for it.
     """
 
     def __init__(
@@ -37,12 +48,56 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (n_slots, window_end(sequence_length), 2, n_kv_heads, head_dim)
-        self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self._rows = [SlotRows(shape, dtype, device) for _ in range(n_layers)]
+        self.layers: list[Tensor] = [rows.tensor for rows in self._rows]
         self.n_slots = n_slots
         self.sequence_length = sequence_length
 
-    def copy(self, copy: Copy) -> None:
-        """Copies the prefix of one slot to another, and writes zeros behind it, up to the end of a window."""
+    def apply(self, edit: CacheEdit) -> None:
+        """Copies the prefix of one slot to another, or gives back the memory of a slot's last rows.
+
+        Behind a copy stand zeros, up to the end of a window.
+        """
+        if not isinstance(edit, Copy):
+            for rows in self._rows:
+                rows.release(edit.slot, edit.kept)
+            return
         for layer in self.layers:
-            layer[copy.target, : copy.length] = layer[copy.source, : copy.length]
-            layer[copy.target, copy.length : window_end(copy.length)] = 0
+            layer[edit.target, : edit.length] = layer[edit.source, : edit.length]
+            layer[edit.target, edit.length : window_end(edit.length)] = 0
+
+
+class SlotRows:
+    """A tensor of [n_slots, rows, ...] whose last rows of a slot can be released: then they hold zeros, or old values.
+
+    Only written rows take memory, on CPUs. Raises ConfigError when there is no memory for it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        n_slots, self._n_rows = shape[:2]
+        self._row_bytes = math.prod(shape[2:]) * dtype.itemsize
+        self._memory: mmap.mmap | None = None
+        size_bytes = n_slots * self._n_rows * self._row_bytes
+        if device.type != "cpu" or not size_bytes:
+            self.tensor = torch.empty(shape, dtype=dtype, device=device)
+            return
+        try:
+            self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise ConfigError(
+                f"the system refuses {size_bytes / 1e9:.1f} GB for one layer's KV cache ({error.strerror}): "
+                "serve fewer or shorter sequences (--max-sequences, --sequence-length)"
+            ) from None
+        with suppress(AttributeError, OSError):  # a huge page would be resident for the first of its rows
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.tensor = torch.frombuffer(self._memory, dtype=dtype).view(shape)
+
+    def release(self, slot: int, kept: int) -> None:
+        """Gives back the whole pages behind the first `kept` rows of a slot. Does nothing on devices without pages."""
+        if self._memory is None:
+            return
+        start = (slot * self._n_rows + kept) * self._row_bytes
+        end = (slot + 1) * self._n_rows * self._row_bytes
+        start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)

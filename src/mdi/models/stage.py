@@ -93,8 +93,8 @@ class Stage:
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
         """The stage's layers alone: [tokens, hidden_size] -> [tokens, hidden_size]."""
-        for copy in batch.copies:
-            self._cache.copy(copy)
+        for edit in batch.edits:
+            self._cache.apply(edit)
         layout = Layout.of(batch.slices, self._masks, self.device)
         rotation = self._rope(batch.positions.to(self.device))
         return self._decoder.forward(hidden.to(self.device), rotation, self._cache, layout, self._reduce)

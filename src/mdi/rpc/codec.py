@@ -13,7 +13,18 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
-from mdi.core.batch import MASK_ELSEWHERE, Batch, Copy, LogitAdjustment, Result, Slice, Token, TokenSampling
+from mdi.core.batch import (
+    MASK_ELSEWHERE,
+    Batch,
+    CacheEdit,
+    Copy,
+    LogitAdjustment,
+    Release,
+    Result,
+    Slice,
+    Token,
+    TokenSampling,
+)
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span, SpanName
@@ -21,7 +32,7 @@ from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
 
-VERSION = 8
+VERSION = 9
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 OTHER_VERSION = "bytes arrived that are no message of this version of mdi: use one version everywhere"
@@ -50,7 +61,7 @@ def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.
         positions=batch.positions.flatten().tolist(),
         dtype=dtype_name(hidden.dtype),
         width=hidden.shape[1],
-        copies=[node_pb2.Copy(source=copy.source, target=copy.target, length=copy.length) for copy in batch.copies],
+        edits=map(_encode_edit, batch.edits),
     )
     left = hidden.nbytes
     for data in pieces(hidden):
@@ -114,8 +125,8 @@ class BatchDecoder:
         self._header, self._data = None, bytearray()
         positions = torch.tensor(header.positions, dtype=torch.int64).view(3, self._n_tokens)
         hidden = torch.frombuffer(data, dtype=self._dtype).view(self._n_tokens, self._width)
-        copies = tuple(Copy(copy.source, copy.target, copy.length) for copy in header.copies)
-        return Batch(self._batch_id, tuple(map(_decode_slice, header.slices)), positions, copies), hidden
+        slices, edits = tuple(map(_decode_slice, header.slices)), tuple(map(_decode_edit, header.edits))
+        return Batch(self._batch_id, slices, positions, edits), hidden
 
     def _checked(self, header: node_pb2.BatchHeader) -> int:
         """The number of tokens. Does not decode the slices yet: a header can announce many without any data."""
@@ -185,6 +196,18 @@ def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float
         Span(cast(SpanName, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
         for span in message.spans
     ]
+
+
+def _encode_edit(edit: CacheEdit) -> node_pb2.CacheEdit:
+    if isinstance(edit, Copy):
+        return node_pb2.CacheEdit(copy=node_pb2.Copy(source=edit.source, target=edit.target, length=edit.length))
+    return node_pb2.CacheEdit(release=node_pb2.SlotRelease(slot=edit.slot, kept=edit.kept))
+
+
+def _decode_edit(message: node_pb2.CacheEdit) -> CacheEdit:
+    if message.HasField("copy"):
+        return Copy(message.copy.source, message.copy.target, message.copy.length)
+    return Release(message.release.slot, message.release.kept)
 
 
 def _encode_slice(part: Slice) -> node_pb2.Slice:

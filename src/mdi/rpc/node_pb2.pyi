@@ -71,19 +71,35 @@ class Copy(_message.Message):
     length: int
     def __init__(self, source: _Optional[int] = ..., target: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
+class SlotRelease(_message.Message):
+    __slots__ = ("slot", "kept")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    kept: int
+    def __init__(self, slot: _Optional[int] = ..., kept: _Optional[int] = ...) -> None: ...
+
+class CacheEdit(_message.Message):
+    __slots__ = ("copy", "release")
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    copy: Copy
+    release: SlotRelease
+    def __init__(self, copy: _Optional[_Union[Copy, _Mapping]] = ..., release: _Optional[_Union[SlotRelease, _Mapping]] = ...) -> None: ...
+
 class BatchHeader(_message.Message):
-    __slots__ = ("slices", "positions", "dtype", "width", "copies")
+    __slots__ = ("slices", "positions", "dtype", "width", "edits")
     SLICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
-    COPIES_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
     slices: _containers.RepeatedCompositeFieldContainer[Slice]
     positions: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     width: int
-    copies: _containers.RepeatedCompositeFieldContainer[Copy]
-    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
+    edits: _containers.RepeatedCompositeFieldContainer[CacheEdit]
+    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ...) -> None: ...
 
 class BatchPiece(_message.Message):
     __slots__ = ("epoch", "batch_id", "header", "data", "last", "failure")
