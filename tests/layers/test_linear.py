@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.errors import CheckpointError
 from mdi.core.tensors import Unquantized
+from mdi.kernels.library import library
 from mdi.layers import linear
 from mdi.layers.linear import Linear, PackedLinear
 
@@ -25,12 +27,14 @@ def tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in WEIGHTS.items()}
 
 
-def load(loaded: dict[str, Tensor], outputs: dict[str, int], *inputs: int, bias: bool = False) -> Linear:
+def load(
+    loaded: dict[str, Tensor], outputs: dict[str, int], *inputs: int, bias: bool = False, activation: str = "none"
+) -> Linear:
     def get(name: str, shape: tuple[int, ...], _dtype: str | None = None) -> Tensor:
         assert loaded[name].shape == shape
         return loaded[name]
 
-    return Linear.load(Unquantized(get, loaded["q.weight"].dtype), outputs, *inputs, bias=bias)
+    return Linear.load(Unquantized(get, loaded["q.weight"].dtype), outputs, *inputs, bias=bias, activation=activation)
 
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
@@ -66,10 +70,24 @@ def test_a_kernel_is_taken_flat() -> None:
     assert torch.allclose(product(x), x @ loaded["kernel.weight"].view(16, 40).T, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weights_are_packed_where_the_operators_work(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = load(tensors(dtype), {"k": 8}, 40)
-    assert isinstance(packed, PackedLinear) == linear._packing_works(dtype)
-    assert not isinstance(load(tensors(torch.float16), {"k": 8}, 40), PackedLinear)
-    monkeypatch.setattr(linear, "_packing_works", lambda _: False)
-    assert not isinstance(load(tensors(dtype), {"k": 8}, 40), PackedLinear)
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu", "swiglu"])
+def test_both_layouts_have_the_same_activations(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, x = tensors(torch.float32), torch.randn(3, 40)
+    made = load(loaded, {"q": 24, "k": 8}, 40, bias=True, activation=activation)
+    residual = torch.randn_like(made(x))
+    monkeypatch.setattr(linear, "library", lambda: None)
+    plain = load(loaded, {"q": 24, "k": 8}, 40, bias=True, activation=activation)
+    assert isinstance(made, PackedLinear) == (library() is not None)
+    assert not isinstance(plain, PackedLinear)
+    assert torch.allclose(made(x), plain(x), atol=1e-5)
+    assert torch.allclose(made.add_to(residual, x), plain.add_to(residual, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_weight_with_nan_is_refused_by_name(dtype: torch.dtype) -> None:
+    if library() is None:
+        pytest.skip("no library of kernels: torch multiplies, and the answer fails for its numbers")
+    loaded = tensors(dtype)
+    loaded["k.weight"][7, 39] = torch.nan
+    with pytest.raises(CheckpointError, match=r"q\.weight, k\.weight: it has numbers that are NaN"):
+        load(loaded, {"q": 24, "k": 8}, 40)

@@ -77,15 +77,15 @@ class DecoderLayer:
             self.k_norm = RMSNorm(get, "self_attn.k_norm", config.head_dim, eps, norm_dtype)
         self.out = Linear.load(get, {"self_attn.o_proj": hidden}, config.q_size)
         self.mlp_norm = RMSNorm(get, "post_attention_layernorm", hidden, eps, norm_dtype)
-        self.gate_up = Linear.load(get, {"mlp.gate_proj": inner, "mlp.up_proj": inner}, hidden)
+        gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+        self.gate_up = Linear.load(get, gate_up, hidden, activation="swiglu")
         self.down = Linear.load(get, {"mlp.down_proj": hidden}, inner)
 
     def forward(self, hidden: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, reduce: Reduce) -> Tensor:
         """hidden: [tokens, hidden_size]; cache: this layer's slots."""
         attention = self._attention(self.input_norm(hidden), rotation, cache, layout)
         hidden = _add_product(hidden, self.out, attention, reduce)
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        return _add_product(hidden, self.down, functional.silu(gate).mul_(up), reduce)
+        return _add_product(hidden, self.down, self.gate_up(self.mlp_norm(hidden)), reduce)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout) -> Tensor:
         config = self.config

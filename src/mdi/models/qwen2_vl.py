@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mdi.core.tensors import GetTensor, within
 from mdi.layers.attention import attend_fully
@@ -24,7 +23,6 @@ from mdi.models.entries import CONFIG, VisionEntries, rope_entries
 LAYER_NORM_EPS = 1e-6
 ENCODE_ROWS = 512  # patches in one product: more are no faster (docs/performance.md)
 ROTATED_ROWS = 128  # patches rotated at once: their float32 copies stay in the processor's cache
-QUICK_GELU = 1.702
 DEFAULT_VISION_THETA = 10000.0
 DEFAULTS = DecoderDefaults(  # transformers' Qwen2VLTextConfig
     rope_theta=1e6, rms_eps=1e-5, n_kv_heads=8, sliding_from=80, mrope_sections=(16, 24, 24)
@@ -84,7 +82,7 @@ class VisionTransformer:
         self.blocks = [VisionBlock(config, within(f"blocks.{index}.", get)) for index in range(config.depth)]
         self.merger_norm = LayerNorm(get, "merger.ln_q", config.width, LAYER_NORM_EPS)
         self.merger = (
-            Linear.load(get, {"merger.mlp.0": merged}, merged, bias=True),
+            Linear.load(get, {"merger.mlp.0": merged}, merged, bias=True, activation="gelu"),
             Linear.load(get, {"merger.mlp.2": config.out_size}, merged, bias=True),
         )
 
@@ -93,7 +91,7 @@ class VisionTransformer:
 
         rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size] in the weights' dtype.
         """
-        dtype, device = self.patch_embed.weight.dtype, self.patch_embed.weight.device
+        dtype, device = self.merger_norm.weight.dtype, self.merger_norm.weight.device
         config = self.config
         rotation = vision_rotation(grid, config.merge_size, config.head_dim, device, config.rope_theta)
         hidden = torch.empty(len(rows), self.config.width, dtype=dtype, device=device)
@@ -105,7 +103,7 @@ class VisionTransformer:
         merged = self.merger_norm(hidden).view(-1, self.config.merged_width)
         embeddings = []
         for part in row_slices(len(merged)):
-            embeddings.append(self.merger[1](functional.gelu(self.merger[0](merged[part]))))
+            embeddings.append(self.merger[1](self.merger[0](merged[part])))
             yield
         return torch.cat(embeddings)
 
@@ -120,7 +118,7 @@ class VisionBlock:
         self.qkv = Linear.load(get, {"attn.qkv": 3 * width}, width, bias=True)
         self.proj = Linear.load(get, {"attn.proj": width}, width, bias=True)
         self.norm2 = LayerNorm(get, "norm2", width, LAYER_NORM_EPS)
-        self.fc1 = Linear.load(get, {"mlp.fc1": inner}, width, bias=True)
+        self.fc1 = Linear.load(get, {"mlp.fc1": inner}, width, bias=True, activation="quick_gelu")
         self.fc2 = Linear.load(get, {"mlp.fc2": width}, inner, bias=True)
 
     def steps(self, hidden: Tensor, rotation: Rotation, frames: int) -> Generator[None, None, None]:
@@ -143,7 +141,7 @@ class VisionBlock:
         for part in row_slices(patches):
             hidden[part] = self.proj.add_to(hidden[part], attention[part].flatten(1))
             inner = self.fc1(self.norm2(hidden[part]))
-            hidden[part] = self.fc2.add_to(hidden[part], _quick_gelu(inner))
+            hidden[part] = self.fc2.add_to(hidden[part], inner)
             yield
 
 
@@ -159,8 +157,3 @@ def _rotate(x: Tensor, rotation: Rotation, out: Tensor) -> None:
     """
     for rows in row_slices(len(x), ROTATED_ROWS):
         out[:, rows] = rotation[rows](x[rows].float()).transpose(0, 1)
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x) (arXiv:1606.08415), through SiLU. Overwrites x."""
-    return functional.silu(x.mul_(QUICK_GELU), inplace=True).mul_(1 / QUICK_GELU)

@@ -322,12 +322,10 @@ class WeightsReply(_message.Message):
     def __init__(self, error: _Optional[str] = ...) -> None: ...
 
 class MeasureHardwareRequest(_message.Message):
-    __slots__ = ("dtype", "quantization")
+    __slots__ = ("dtype",)
     DTYPE_FIELD_NUMBER: _ClassVar[int]
-    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     dtype: str
-    quantization: str
-    def __init__(self, dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[str] = ...) -> None: ...
 
 class MeasureHardwareReply(_message.Message):
     __slots__ = ("bytes_per_s", "flops_per_s", "memory_bytes")

@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "memory.h"
 
+#include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 
 static const size_t HUGE_PAGE = (size_t)2 << 20;
@@ -24,3 +26,38 @@ void *mdi_allocate(size_t size) {
 }
 
 void mdi_free(void *memory, size_t size) { munmap(memory, rounded(size)); }
+
+typedef struct {
+    size_t size;
+    void *memory;
+} Scratch;
+
+static pthread_key_t scratch_key;
+
+static void end_scratch(void *ended) {
+    Scratch *scratch = ended;
+    free(scratch->memory);
+    free(scratch);
+}
+
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, end_scratch); }
+
+void *mdi_scratch(size_t size) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_scratch_key);
+    Scratch *scratch = pthread_getspecific(scratch_key);
+    if (!scratch) {
+        scratch = calloc(1, sizeof *scratch);
+        if (!scratch || pthread_setspecific(scratch_key, scratch)) {
+            free(scratch);
+            return NULL;
+        }
+    }
+    if (size > scratch->size) {
+        free(scratch->memory);
+        scratch->size = (size + 4095) & ~(size_t)4095;
+        scratch->memory = aligned_alloc(64, scratch->size);
+        if (!scratch->memory) scratch->size = 0;
+    }
+    return scratch->memory;
+}

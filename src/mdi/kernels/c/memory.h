@@ -7,4 +7,8 @@
 void *mdi_allocate(size_t size);
 void mdi_free(void *memory, size_t size);
 
+// Memory of the calling thread, at least so large, aligned to 64 bytes: its contents last until the next call. NULL where
+// there is none.
+void *mdi_scratch(size_t size);
+
 #endif

@@ -8,7 +8,7 @@
 //   vf_add vf_sub vf_mul vf_div vf_fma          vf_fma(a, b, c) = a * b + c
 //   vf_max vf_min vf_abs vf_sqrt                vf_max(a, b), vf_min(a, b) are b where either is NaN
 //   vf_sum vf_largest                           across lanes, in a fixed order
-//   vf_exp vf_sigmoid vf_tanh
+//   vf_exp vf_sigmoid vf_gelu vf_tanh
 //   vi_zero vi_set1 vi_add vi_sub vi_round vi_to_float vi_store_int8   int32 lanes; vi_round: to nearest even
 #pragma once
 
@@ -125,6 +125,20 @@ INLINE vfloat vf_exp(vfloat x) {
 
 INLINE vfloat vf_sigmoid(vfloat x) {
     return vf_div(vf_set1(1.0f), vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), x))));
+}
+
+// x times the normal distribution's integral up to x, within 1e-7 of max(1, |x|): erf by Abramowitz and Stegun, 7.1.26.
+INLINE vfloat vf_gelu(vfloat x) {
+    vfloat size = vf_abs(x), z = vf_mul(size, vf_set1(0.70710678f));
+    vfloat t = vf_div(vf_set1(1.0f), vf_fma(z, vf_set1(0.3275911f), vf_set1(1.0f)));
+    vfloat series = vf_set1(1.061405429f);
+    series = vf_fma(series, t, vf_set1(-1.453152027f));
+    series = vf_fma(series, t, vf_set1(1.421413741f));
+    series = vf_fma(series, t, vf_set1(-0.284496736f));
+    series = vf_fma(series, t, vf_set1(0.254829592f));
+    vfloat outside = vf_mul(vf_mul(series, t), vf_exp(vf_sub(vf_zero(), vf_mul(z, z))));  // 1 - erf(z)
+    vfloat lost = vf_mul(vf_mul(size, vf_set1(0.5f)), outside);
+    return vf_sub(vf_max(vf_zero(), x), lost);
 }
 
 // 2 sigmoid(2x) - 1: absolute error below 2e-7, relative error large near 0.

@@ -72,3 +72,12 @@ INLINE void vi_store_int8(int8_t *to, vint a) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(words, words));
 }
+
+// Products: 16 outputs in a panel, 6 rows by 2 vectors in the registers; up to 3 rows take two panels at once.
+enum { PANEL = 16, TILE_ROWS = 6, FEW_ROWS = 3 };
+
+INLINE vint vi_load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE vfloat vf_low_bf16(vint pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+INLINE vfloat vf_high_bf16(vint pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+}

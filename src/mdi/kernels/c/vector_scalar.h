@@ -57,3 +57,10 @@ INLINE void vf_store_f16(uint16_t *to, vfloat a) { EACH_LANE to[i] = to_f16(a.la
 INLINE void vi_store_int8(int8_t *to, vint a) {
     EACH_LANE to[i] = (int8_t)(a.lane[i] > 127 ? 127 : a.lane[i] < -128 ? -128 : a.lane[i]);
 }
+
+// Products: see vector_avx2.h.
+enum { PANEL = 2 * LANES, TILE_ROWS = 6, FEW_ROWS = 3 };
+
+INLINE vint vi_load(const void *from) { vint r; memcpy(&r, from, sizeof r); return r; }
+INLINE vfloat vf_low_bf16(vint a) { vfloat r; EACH_LANE r.lane[i] = float_of((uint32_t)a.lane[i] << 16); return r; }
+INLINE vfloat vf_high_bf16(vint a) { vfloat r; EACH_LANE r.lane[i] = float_of((uint32_t)a.lane[i] & 0xffff0000); return r; }

@@ -1,0 +1,65 @@
+// Products of rows of activations with a weight that is packed for one instruction set.
+//
+// A weight [outputs, inputs] is cut into panels of PANEL outputs. Of a panel come all its inputs, in order, each step for
+// all of its outputs: a thread reads its panels as one stream, and every output has one accumulator.
+//
+//   FLOAT32    [inputs][PANEL] float32
+//   FLOAT16    [inputs][PANEL] float16
+//   BFLOAT16   [inputs / 2][PANEL][2] bfloat16
+//   INT8       groups of: [PANEL] float32 scales, where they are per group, then [group / 4][PANEL][4] int8
+//   INT4       groups of 32 inputs: [PANEL] float16 scales, [PANEL] uint8 zeros where there are any,
+//              [4][PANEL][4] bytes: byte i of step s has input 8 s + i in its low half and 8 s + 4 + i in its high half
+//
+// For SwiGLU a panel has PANEL / 2 outputs of the gate and then the same ones of the other half.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernel.h"
+
+enum { INT8 = 3, INT4 = 4 };  // kinds of weights, beside the dtypes of vector.h
+enum { NONE = 0, GELU = 1, QUICK_GELU = 2 };
+
+typedef struct {
+    long outputs, inputs;
+    int kind;
+    int group;          // inputs that share an activation scale; 0 for float weights
+    int swiglu;         // gate and up are interleaved
+    int group_scales;   // int8: scales per group, not per output
+    int has_zeros;      // int4
+    long n_panels;
+    size_t panel_size;  // bytes
+    size_t size;
+    char *panels;
+    float *scales;      // int8 with one scale per output: [n_panels][PANEL]
+} Weight;
+
+typedef struct {
+    const Weight *weight;
+    const void *x;         // [rows, inputs] of dtype
+    void *out;             // [rows, outputs], or [rows, outputs / 2] of SwiGLU
+    const float *bias;     // [outputs] or NULL
+    const void *residual;  // like out, or NULL
+    long rows;
+    int dtype;
+    int activation;
+    int shards;  // parts of the inputs that are summed from zero, and then in order
+    char *scratch;
+} Product;
+
+// Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; scales and zeros: see QuantizedTensor.
+// Returns NULL where memory is short; *has_nan is set where a float value or a scale is NaN.
+Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
+                     const void *scales, const uint8_t *zeros, int *has_nan);
+void KERNEL(discard)(Weight *weight);
+
+// Bytes of scratch memory that a product needs in a pool of so many threads.
+size_t KERNEL(product_scratch)(const Product *product, int n_threads);
+
+// One thread's part, inside a task of the pool; has a barrier inside.
+void KERNEL(product_part)(const Product *product, int thread, int n_threads);
+
+// A whole product, in the pool. Returns 0, or 1 where memory is short.
+int KERNEL(product)(const Weight *weight, const void *x, void *out, long rows, int dtype, const float *bias,
+                    const void *residual, int activation, int shards);

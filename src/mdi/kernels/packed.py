@@ -1,0 +1,131 @@
+"""Weights packed for this CPU, and their products with any number of rows: the binding of `c/products.h`.
+
+The bits of a row do not depend on the number of rows or of threads: every output has one float32 accumulator, to which
+the inputs are added in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Callable
+from ctypes import c_int, c_long, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.kernels.library import Library, library
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of one instruction set."""
+
+    pack: Callable[..., int | None]
+    discard: Callable[[int], None]
+    product: Callable[..., int]
+
+    @staticmethod
+    def of(loaded: Library) -> Kernels:
+        flags: tuple[type[Any], ...] = (c_long, c_long, c_int, c_int, c_int, c_int)
+        pointers: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int))
+        operands: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, c_long, c_int, c_void_p, c_void_p)
+        return Kernels(
+            loaded.kernel("pack", *flags, *pointers, result=c_void_p),
+            loaded.kernel("discard", c_void_p),
+            loaded.kernel("product", *operands, c_int, c_int, result=c_int),
+        )
+
+
+@functools.cache
+def fastest() -> Kernels:
+    """Those of this process's library, which there must be."""
+    loaded = library()
+    assert loaded is not None, "without a library there is nothing to pack for"
+    return Kernels.of(loaded)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [outputs, inputs] in the layout of this CPU's kernels.
+
+    quantization: None for float weights. swiglu: gate and up, one half of the outputs each, become one product.
+    address: of the C structure, freed with this object.
+    """
+
+    kernels: Kernels
+    shape: tuple[int, int]
+    quantization: Quantization | None
+    swiglu: bool
+    address: int
+
+    @staticmethod
+    def pack(weight: Tensor | QuantizedTensor, *, swiglu: bool = False, kernels: Kernels | None = None) -> PackedWeight:
+        """A packed copy. Raises ValueError for numbers that are NaN, and where the weight has no place in memory."""
+        kernels = kernels or fastest()
+        assert isinstance(weight, Tensor), "quantised weights are dequantised first"
+        outputs, inputs = weight.shape
+        weight, has_nan = weight.contiguous(), c_int()
+        address = kernels.pack(
+            outputs, inputs, FLOATS[weight.dtype], 0, swiglu, 0, weight.data_ptr(), None, None, ctypes.byref(has_nan)
+        )
+        if not address:
+            raise ValueError("there is no memory for its packed copy")
+        packed = PackedWeight(kernels, (outputs, inputs), None, swiglu, address)
+        weakref.finalize(packed, kernels.discard, address)
+        if has_nan:
+            raise ValueError("it has numbers that are NaN")
+        return packed
+
+    @property
+    def width(self) -> int:
+        """Outputs of a product: half as many for SwiGLU."""
+        return self.shape[0] // 2 if self.swiglu else self.shape[0]
+
+
+def product(
+    weight: PackedWeight,
+    x: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    shards: int = 1,
+) -> Tensor:
+    """residual + activation(x W^T + bias), rounded once: [rows, in] -> [rows, out] in the dtype of x.
+
+    x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu or
+    quick_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, each summed from zero; their sums are
+    added in order.
+    """
+    rows, inputs = x.shape
+    assert inputs == weight.shape[1], f"{inputs} inputs for a weight of {weight.shape[1]}"
+    out = x.new_empty(rows, weight.width)
+    x, kept = x.contiguous(), [bias, residual]
+    if residual is not None:
+        assert (residual.shape, residual.dtype) == (out.shape, out.dtype)
+        residual = kept[1] = residual.contiguous()
+    if bias is not None:
+        assert bias.shape == weight.shape[:1]
+        bias = kept[0] = bias.float().contiguous()
+    failed = weight.kernels.product(
+        weight.address,
+        x.data_ptr(),
+        out.data_ptr(),
+        rows,
+        FLOATS[x.dtype],
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        ACTIVATIONS[activation],
+        shards,
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product of {rows} rows")
+    return out
