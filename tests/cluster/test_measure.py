@@ -46,7 +46,7 @@ def limit(nodes: ManualCluster, **memory_gb: float) -> None:
 
 def speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
     """What this process measures of itself."""
-    monkeypatch.setattr(hardware, "measure_speed", lambda _device, _dtype: (bytes_per_s, 1e12))
+    monkeypatch.setattr(hardware, "measure_speed", lambda *_: (bytes_per_s, 1e12))
 
 
 def test_a_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def node_memory(config: ModelConfig, nodes: Sequence[NodeStatus], cache_tokens: 
 
 def _memory_of(config: ModelConfig, node: NodeStatus, vision: bool, cache_tokens: int) -> NodeMemory:
     def summary(first: int = 0, last: int = 0, **ends: bool) -> StageSummary:
-        return stage_summary(config, StageSpec(first, last, **ends), node.dtype, cache_tokens)
+        return stage_summary(config, StageSpec(first, last, **ends), node.dtype, cache_tokens, node.quantization)
 
     layers = summary(node.first_layer, node.last_layer)
     first, last = node.last_layer > node.first_layer == 0, node.last_layer == config.n_layers

@@ -30,7 +30,7 @@ from mdi.core.tensors import Specs, TensorSpec, scale_name, stored_specs, total_
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, Decoder
 from mdi.models.registry import read_config
-from mdi.models.weights import LoadedStage, load_stage, stage_specs
+from mdi.models.weights import LoadedStage, load_stage, log_unquantized, stage_specs
 from mdi.planning.plan import make_plan
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def load_source(
     spec = spec or make_plan(config, 1).stages[0]
     weights, place = RoundedWeights(source), parse_device(device)
     check_tensors(source, stage_specs(config, spec, dtype, quantization))
+    log_unquantized(config, quantization)
     while True:
         specs = stage_specs(config, spec, dtype, quantization)
         count = counter(progress, "loading", total_bytes(specs.values()))

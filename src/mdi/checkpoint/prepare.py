@@ -24,7 +24,7 @@ from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import Specs, stored_specs, total_bytes
-from mdi.models.weights import stage_specs
+from mdi.models.weights import log_unquantized, stage_specs
 from mdi.planning.plan import Plan, make_plan
 
 log = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ def _write(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress
     """Begins again, which is rare, without the quantisation of a matrix that turns out not to have one."""
     for stage in contents.specs().values():
         check_tensors(contents.source, stage)
+    log_unquantized(contents.source.model_config, contents.quantization)
     while True:
         try:
             return _write_all(folder, contents, fingerprint, progress)

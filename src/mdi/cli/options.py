@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdi.core.config import EngineConfig, meaning
+from mdi.core.config import EngineConfig, ModelSettings, meaning
 from mdi.core.errors import ConfigError
+from mdi.core.quantization import ModelQuantization
 
 if TYPE_CHECKING:  # torch takes seconds to import: commands import what they need when they run
     from mdi.checkpoint.source import Source
@@ -71,6 +72,21 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class QuantizationOptions:
+    """In which formats the weights are."""
+
+    quantization: Annotated[str | None, setting("quantization")] = None
+    head_quantization: Annotated[str | None, setting("head_quantization")] = None
+    vision_quantization: Annotated[str | None, setting("vision_quantization")] = None
+
+    @property
+    def asked(self) -> ModelQuantization | None:
+        """Raises ConfigError for an unknown one."""
+        given = {item.name: getattr(self, item.name) for item in fields(QuantizationOptions)}
+        return ModelSettings(**given).formats
+
+
+@dataclass(frozen=True)
 class NodesOptions:
     """Which nodes there are, and what each gets."""
 
@@ -83,7 +99,7 @@ class NodesOptions:
 
 
 @dataclass(frozen=True)
-class EngineOptions(CheckpointOptions, NodesOptions):
+class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
     """What every command that loads a model takes."""
 
     wait_s: Annotated[float, setting("wait_s")] = DEFAULTS.cluster.manual.wait_s

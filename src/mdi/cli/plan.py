@@ -14,12 +14,14 @@ from mdi.cli.options import (
     MaxSequences,
     Model,
     NodesOptions,
+    QuantizationOptions,
     SequenceLength,
     grouped,
     parse_layers,
 )
 from mdi.cli.screen import err, out
 from mdi.core.config import CacheSettings, ManualNodes
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 
 if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 def plan(
     model: Model,
     options: NodesOptions,
+    formats: QuantizationOptions,
     checkpoint: CheckpointOptions,
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
@@ -42,18 +45,20 @@ def plan(
     With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
     """
     from mdi.cluster.nodes_config import NodesConfig
+    from mdi.models.weights import log_unquantized
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
+    quantization = formats.asked or UNQUANTIZED
     cache_tokens = max_sequences * CacheSettings(sequence_length).sequence_length_for(config.max_positions)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
         nodes.check_layers(config.n_layers)
         n_nodes, layers, vision_node = nodes.n_nodes, layers or nodes.layers, nodes.vision is not None
-        measured = _measure(nodes, options, dtype)
+        measured = _measure(nodes, options, dtype, quantization)
     machines = [node.machine for node in measured]
     made = make_plan(
         config,
@@ -61,17 +66,24 @@ def plan(
         layers,
         machines=machines,
         dtype=dtype,
+        quantization=quantization,
         cache_tokens=cache_tokens,
         vision_node=vision_node,
     )
-    rows = [(name, spec, stage_summary(config, spec, dtype, cache_tokens)) for name, spec in made.roles.items()]
+    log_unquantized(config, quantization)
+    rows = [
+        (name, spec, stage_summary(config, spec, dtype, cache_tokens, quantization))
+        for name, spec in made.roles.items()
+    ]
     out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
     for name, node in zip(made.roles, measured, strict=False):
         if node.unknown:
             out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")
 
 
-def _measure(nodes: NodesConfig, options: NodesOptions, dtype: str) -> list[MeasuredNode]:
+def _measure(
+    nodes: NodesConfig, options: NodesOptions, dtype: str, quantization: ModelQuantization
+) -> list[MeasuredNode]:
     from mdi.cluster.launchers.manual import starter_identity
     from mdi.cluster.measure import measure_reachable
     from mdi.rpc.tls import encryption_enabled
@@ -80,7 +92,7 @@ def _measure(nodes: NodesConfig, options: NodesOptions, dtype: str) -> list[Meas
     identity = starter_identity(nodes, manual, encryption_enabled())
     device = nodes.starter.device or "cpu"
     with err.status("measuring the machines, one after the other"):
-        return measure_reachable(nodes, identity, dtype, device)
+        return measure_reachable(nodes, identity, dtype, quantization, device)
 
 
 def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:

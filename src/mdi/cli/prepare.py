@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, grouped, parse_layers
+from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, QuantizationOptions, grouped, parse_layers
 from mdi.cli.screen import bytes_bar, say
+from mdi.core.quantization import UNQUANTIZED
 
 
 @grouped
 def prepare(
     model: Model,
+    formats: QuantizationOptions,
     checkpoint: CheckpointOptions,
     n_nodes: NNodes = 1,
     dtype: Dtype = None,
@@ -34,6 +36,7 @@ def prepare(
             source,
             n_nodes,
             dtype=dtype,
+            quantization=formats.asked or UNQUANTIZED,
             layers=parse_layers(layers),
             vision_node=vision_node,
             progress=lambda _what, done, total: progress.update(task, completed=done, total=total),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ from mdi.cluster.supervisor import Supervisor
 from mdi.core.config import EngineConfig
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
+from mdi.core.quantization import UNQUANTIZED
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.models.stage import Stage
@@ -61,6 +63,7 @@ class Cluster:
         self._config = config
         self._layers = nodes.layers if nodes else config.cluster.layers
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
+        self._formats = config.model.formats
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         self._sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
         self._progress = progress
@@ -100,7 +103,8 @@ class Cluster:
         )
         others = self.link.status() if self.link else []
         spares = self._manual.spares() if self._manual else []
-        return [here, *others, *spares, *([self.encoder.status()] if self.encoder else [])]
+        nodes = [here, *others, *spares, *([self.encoder.status()] if self.encoder else [])]
+        return [replace(node, quantization=self._loaded.quantization) for node in nodes]
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
         """What every node did since the last call, by this machine's clock. record: whether to note more.
@@ -129,7 +133,13 @@ class Cluster:
         return NodeAddress(node.name, node.address) if node else None
 
     def _load_alone(self, source: Source) -> LoadedStage:
-        return load_source(source, dtype=self._dtype, device=self._device, progress=self._starter_progress())
+        return load_source(
+            source,
+            dtype=self._dtype,
+            quantization=self._formats or UNQUANTIZED,
+            device=self._device,
+            progress=self._starter_progress(),
+        )
 
     def _load_together(self, source: Source) -> LoadedStage:
         """Starts the other nodes, which load at the same time as this one."""
@@ -140,6 +150,7 @@ class Cluster:
             source,
             self.n_nodes,
             dtype=self._dtype,
+            quantization=self._formats,
             layers=self._layers,
             vision_node=self._vision_address is not None,
             measure=lambda: self._measured_layers(source),
@@ -180,15 +191,15 @@ class Cluster:
         if self._nodes is None or self._monitor is None:
             return None
         dtype, cache = self._dtype or source.model_config.dtype, self._config.cache
-        machines = measure_all(
-            self._nodes, self._config.cluster.manual, self._monitor, dtype, self._device, self._waiting
-        )
+        formats, manual = self._formats or UNQUANTIZED, self._config.cluster.manual
+        machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
         cache_tokens = cache.max_sequences * self._sequence_length
         made = make_plan(
             source.model_config,
             self.n_nodes,
             machines=machines,
             dtype=dtype,
+            quantization=formats,
             cache_tokens=cache_tokens,
             vision_node=self._vision_address is not None,
         )

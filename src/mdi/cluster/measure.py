@@ -14,6 +14,7 @@ from mdi.cluster.node_client import NodeAddress, NodeClient
 from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
+from mdi.core.quantization import ModelQuantization
 from mdi.planning.hardware import Machine, measure_hardware
 from mdi.rpc.tls import Identity
 
@@ -33,49 +34,58 @@ def measure_all(
     manual: ManualNodes,
     monitor: Monitor,
     dtype: str,
+    quantization: ModelQuantization,
     device: str,
     waiting: Waiting | None = None,
 ) -> list[Machine]:
     """All machines, the starter's first; waits for nodes as the start of a cluster does.
 
-    dtype, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be measured.
+    dtype, quantization, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be
+    measured.
     """
     launcher = ManualLauncher(config, manual, monitor, waiting=waiting)
     try:
         launcher.start()
     finally:
         launcher.close()
-    measured = _measure(config, monitor.identity, launcher.nodes, dtype, device)
+    measured = _measure(config, monitor.identity, launcher.nodes, dtype, quantization, device)
     for one, node in zip(measured[1:], launcher.nodes, strict=True):
         if one.unknown:
             raise LinkError(f"node {node.name} could not be measured: {one.unknown}", node.name)
     return [one.machine for one in measured]
 
 
-def measure_reachable(config: NodesConfig, identity: Identity | None, dtype: str, device: str) -> list[MeasuredNode]:
+def measure_reachable(
+    config: NodesConfig, identity: Identity | None, dtype: str, quantization: ModelQuantization, device: str
+) -> list[MeasuredNode]:
     """The same for nodes that run now; one that does not is taken to be as fast as this machine."""
     nodes = [NodeAddress(node.name, node.address) for node in config.pipeline]
-    return _measure(config, identity, nodes, dtype, device)
+    return _measure(config, identity, nodes, dtype, quantization, device)
 
 
 def _measure(
-    config: NodesConfig, identity: Identity | None, nodes: Sequence[NodeAddress], dtype: str, device: str
+    config: NodesConfig,
+    identity: Identity | None,
+    nodes: Sequence[NodeAddress],
+    dtype: str,
+    quantization: ModelQuantization,
+    device: str,
 ) -> list[MeasuredNode]:
-    """One after the other: two on one machine would slow each other down."""
-    here = measure_hardware(device, dtype, default_cache_folder())
+    """One after the other: two on one machine would slow each other down. With weights as the layers have them."""
+    here = measure_hardware(device, dtype, default_cache_folder(), quantization.layers)
     measured = [MeasuredNode(_limited(here, config.starter))]
     for node, described in zip(nodes, config.pipeline, strict=True):
         try:
-            machine, unknown = asyncio.run(_measure_node(node, identity, dtype)), ""
+            machine, unknown = asyncio.run(_measure_node(node, identity, dtype, quantization.layers)), ""
         except LinkError as error:
             machine, unknown = replace(here, memory_bytes=math.inf), str(error)
         measured.append(MeasuredNode(_limited(machine, described), unknown))
     return measured
 
 
-async def _measure_node(node: NodeAddress, identity: Identity | None, dtype: str) -> Machine:
+async def _measure_node(node: NodeAddress, identity: Identity | None, dtype: str, quantization: str | None) -> Machine:
     async with NodeClient(node, identity) as client:
-        return await client.measure_hardware(dtype)
+        return await client.measure_hardware(dtype, quantization)
 
 
 def _limited(machine: Machine, node: NodeConfig) -> Machine:

@@ -163,10 +163,10 @@ class NodeClient:
             raise self._error(f"{len(data)} bytes of embeddings arrived, of {width} numbers a token")
         return torch.frombuffer(data, dtype=rows.dtype).view(-1, width)
 
-    async def measure_hardware(self, dtype: str) -> Machine:
-        """What the node's machine can do. dtype: for a node that was given none."""
+    async def measure_hardware(self, dtype: str, quantization: str | None) -> Machine:
+        """What the node's machine can do. dtype: for a node that was given none. quantization: of the weights."""
         await self.status()
-        request = node_pb2.MeasureHardwareRequest(dtype=dtype)
+        request = node_pb2.MeasureHardwareRequest(dtype=dtype, quantization=quantization or "")
         reply = await self._answer(self._stub.MeasureHardware(request, timeout=MEASURE_TIMEOUT_S))
         return Machine(reply.bytes_per_s, reply.flops_per_s, reply.memory_bytes)
 

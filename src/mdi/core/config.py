@@ -12,9 +12,11 @@ from typing import Any, Self, TypeVar, cast
 
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.errors import ConfigError
+from mdi.core.quantization import NONE, QUANTIZATIONS, ModelQuantization
 
 T = TypeVar("T")
 
+FORMATS = (*QUANTIZATIONS, NONE)
 MEBIBYTE = 2**20
 DEFAULT_SEQUENCE_LENGTH = 4096
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -68,9 +70,19 @@ class ModelSettings(Section):
     dtype: str | None = setting(
         None, "float32, bfloat16 or float16; the checkpoint's own if not given.", choices=DTYPE_NAMES
     )
+    quantization: str | None = setting(
+        None, "int8 or int4: weights of decoder layers and LM head. none: not quantised.", choices=FORMATS
+    )
+    head_quantization: str | None = setting(None, "The same for the LM head alone.", choices=FORMATS)
+    vision_quantization: str | None = setting(None, "The same for the vision tower.", choices=FORMATS)
     device: str | None = setting(None, "Where this node computes: cpu (the default), cuda, cuda:1, mps.")
     ckpt_folder: Path = setting(Path("checkpoints"), "Where checkpoints from the hub are kept.")
     hf_token: str | None = setting(None, "Access token for gated checkpoints.")
+
+    @property
+    def formats(self) -> ModelQuantization | None:
+        """The quantisation that is asked for; None takes that of chunks where there are some."""
+        return ModelQuantization.asked(self.quantization, self.head_quantization, self.vision_quantization)
 
 
 @dataclass(frozen=True)

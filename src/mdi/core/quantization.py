@@ -72,6 +72,17 @@ class ModelQuantization:
             if name is not None and name not in QUANTIZATIONS:
                 raise ConfigError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
+    @classmethod
+    def asked(cls, quantization: str | None, head: str | None, vision: str | None) -> ModelQuantization | None:
+        """What three options ask for: layers and head, the head alone, the vision tower alone. None: nothing is asked.
+
+        `none` asks for a part that is not quantised.
+        """
+        if quantization is head is vision is None:
+            return None
+        layers, head, vision = (None if part == NONE else part for part in (quantization, head or quantization, vision))
+        return cls(layers, head, vision)
+
     def __str__(self) -> str:
         """Like `int4 (head int8, vision int8)`: the layers' format, and those of other parts where they differ."""
         head = [f"head {self.head or NONE}"] if self.head != self.layers else []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+
 NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "failed", "lost", "leaving"]
 """waiting: for its weights or, as a spare, for a role. receiving: its weights. loaded: weights, but no links yet.
 failed: its chunk cannot be used. lost: dead or silent. leaving: asked to end, until a spare has replaced it."""
@@ -18,6 +20,7 @@ class NodeStatus:
     busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
     started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
     name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
+    quantization: of the model.
     """
 
     name: str
@@ -35,6 +38,7 @@ class NodeStatus:
     restarts: int = 0
     spare: str = ""
     node: str = ""
+    quantization: ModelQuantization = UNQUANTIZED
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -15,6 +16,8 @@ from mdi.core.tensors import GetTensor, Specs, TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LAYERS, LM_HEAD, Decoder
 from mdi.models.registry import VisionTower, family_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,17 @@ def stage_specs(
     embedding's name, in the first and in the last chunk, unless it is quantised.
     Raises CheckpointError for a dtype that models are not computed in.
     """
-    return dict(_declared(config, spec, dtype, quantization))
+    return dict(_declared(config, spec, dtype, quantization).specs)
+
+
+def log_unquantized(config: ModelConfig, quantization: ModelQuantization) -> None:
+    """Names the matrices that stay as they are in a part that is quantised, if there are any."""
+    names = list(_declared(config, StageSpec.everything(config), config.dtype, quantization).left)
+    if quantization.head and has_tied_head(config, quantization):
+        names.append(LM_HEAD)
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        log.warning("%s%s: not quantised, because the width is no multiple of the group", names[0], others)
 
 
 def format_of(name: str, inputs: int, quantization: ModelQuantization) -> Quantization | None:
@@ -79,19 +92,22 @@ def _part_format(name: str, quantization: ModelQuantization) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _declared(config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization) -> Specs:
+def _declared(config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization) -> _Declared:
     """Loads a stage of tensors without contents (torch's device "meta"), and keeps what it is loaded with."""
-    declare = _Declare(parse_dtype(dtype), dtype, quantization)
-    load_stage(config, spec, torch.device("meta"), declare, quantization)
-    return declare.specs
+    declared = _Declared(parse_dtype(dtype), dtype, quantization)
+    load_stage(config, spec, torch.device("meta"), declared, quantization)
+    return declared
 
 
 @dataclass(frozen=True)
-class _Declare:
+class _Declared:
+    """A `GetTensor` that keeps what it is asked for. left: matrices that have no format, though their part has one."""
+
     dtype: torch.dtype
     dtype_name: str
     quantization: ModelQuantization
     specs: Specs = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
         self.specs[name] = TensorSpec(shape, dtype or self.dtype_name)
@@ -99,4 +115,6 @@ class _Declare:
 
     def matrix(self, name: str, shape: tuple[int, ...], /) -> Tensor:
         quantization = format_of(name, prod(shape[1:]), self.quantization)
+        if quantization is None and _part_format(name, self.quantization):
+            self.left.append(name)
         return self(name, shape, quantization.name if quantization else None)

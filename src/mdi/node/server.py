@@ -186,7 +186,7 @@ class NodeService(NodeServicer):
             return node_pb2.ConfigureReply(error=self.error or "is still loading")
         if request.manifest_digest != self._lifecycle.manifest_digest:
             return node_pb2.ConfigureReply(
-                error="has a chunk of another plan, dtype or checkpoint: "
+                error="has a chunk of another plan, dtype, quantisation or checkpoint: "
                 "run `mdi prepare` again, and give every node its new chunk"
             )
         await self._worker.end_epoch()
@@ -258,7 +258,8 @@ class NodeService(NodeServicer):
     ) -> node_pb2.MeasureHardwareReply:
         settings = self._settings
         folder = settings.cache.folder if settings.cache else None
-        found = await asyncio.to_thread(measure_hardware, settings.device, settings.dtype or request.dtype, folder)
+        dtype, quantization = settings.dtype or request.dtype, request.quantization or None
+        found = await asyncio.to_thread(measure_hardware, settings.device, dtype, folder, quantization)
         return node_pb2.MeasureHardwareReply(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )

@@ -15,8 +15,10 @@ import psutil
 import torch
 
 from mdi.core.dtypes import parse_dtype
-from mdi.core.tensors import Unquantized
+from mdi.core.quantization import QUANTIZATIONS, QuantizedTensor
+from mdi.core.tensors import TensorSpec
 from mdi.layers.linear import Linear
+from mdi.layers.quantize import quantize
 
 FILE_NAME = "speed.json"
 WIDTH = 2048
@@ -46,27 +48,26 @@ class Machine:
         return 2 * parameters / self.flops_per_s
 
 
-def measure_hardware(device: str, dtype: str, folder: Path | None) -> Machine:
+def measure_hardware(device: str, dtype: str, folder: Path | None, quantization: str | None = None) -> Machine:
     """This machine, with its free memory. The first measurement of its speeds takes a second or two.
 
-    folder: where the speeds are kept; None measures them every time.
+    folder: where the speeds are kept; None measures them every time. quantization: of the weights.
     """
     free_bytes = _free_bytes(torch.device(device)) * USABLE_SHARE
-    known, key = _read(folder), _key(device, dtype)
+    known, key = _read(folder), _key(device, f"{dtype} x {quantization}" if quantization else dtype)
     if key not in known:
-        known[key] = measure_speed(device, dtype)
+        known[key] = measure_speed(device, dtype, quantization)
         _write(folder, known)
     bytes_per_s, flops_per_s = known[key]
     return Machine(bytes_per_s, flops_per_s, free_bytes)
 
 
-def measure_speed(device: str, dtype: str) -> tuple[float, float]:
+def measure_speed(device: str, dtype: str, quantization: str | None = None) -> tuple[float, float]:
     """Bytes per second of weights read for one token, and operations per second in a prompt."""
     kind, place = parse_dtype(dtype), torch.device(device)
-    count = max(1, READ_BYTES // (WIDTH**2 * kind.itemsize))
-
-    weights = Unquantized(lambda _name, shape, _dtype: torch.full(shape, 0.01, dtype=kind, device=place), kind)
-    layers = [Linear.load(weights, {"weight": WIDTH}, WIDTH) for _ in range(count)]
+    count = max(1, READ_BYTES // (WIDTH**2 * (1 if quantization else kind.itemsize)))
+    get = _Alike(torch.full((WIDTH, WIDTH), 0.01, dtype=kind, device=place), quantization)
+    layers = [Linear.load(get, {"weight": WIDTH}, WIDTH) for _ in range(count)]
     one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))
 
     def read() -> None:
@@ -80,7 +81,28 @@ def measure_speed(device: str, dtype: str) -> tuple[float, float]:
 
     with torch.inference_mode():
         read_s, multiply_s = _seconds(read), _seconds(multiply)
-    return count * WIDTH**2 * kind.itemsize / read_s, 2 * PROMPT_ROWS * WIDTH**2 / multiply_s
+    size_bytes = TensorSpec((WIDTH, WIDTH), quantization or dtype).size_bytes
+    return count * size_bytes / read_s, 2 * PROMPT_ROWS * WIDTH**2 / multiply_s
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """A `GetTensor` of copies of one weight."""
+
+    weight: torch.Tensor
+    quantization: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __call__(self, _name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> torch.Tensor:
+        return self.weight.clone()
+
+    def matrix(self, name: str, shape: tuple[int, ...], /) -> torch.Tensor | QuantizedTensor:
+        if self.quantization is None:
+            return self(name, shape)
+        return quantize(self.weight, QUANTIZATIONS[self.quantization])
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.core.errors import ConfigError
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.hardware import Machine
 from mdi.planning.predict import NodeNeeds, StageLoad, stage_summary
@@ -61,6 +62,7 @@ def make_plan(
     *,
     machines: Sequence[Machine] = (),
     dtype: str | None = None,
+    quantization: ModelQuantization = UNQUANTIZED,
     cache_tokens: int = 0,
     vision_node: bool = False,
 ) -> Plan:
@@ -79,7 +81,7 @@ def make_plan(
     machines = machines or [Machine()] * n_nodes
     if vision_node and config.vision is None:
         raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
-    needs = _needs(config, _ends(config, n_nodes, vision_node), dtype or config.dtype, cache_tokens)
+    needs = _needs(config, _ends(config, n_nodes, vision_node), dtype or config.dtype, cache_tokens, quantization)
     _check_memory(config.n_layers, needs, machines, layers)
     loads = [need.load(machine, config.n_layers) for need, machine in zip(needs, machines, strict=True)]
     return _plan(config, layers or balance(config.n_layers, loads), vision_node)
@@ -120,9 +122,11 @@ def _most_within(load: StageLoad, limit: float) -> int:
     return bisect_right(range(1, load.most + 1), limit, key=load.cost)
 
 
-def _needs(config: ModelConfig, ends: Sequence[StageSpec], dtype: str, cache_tokens: int) -> list[NodeNeeds]:
-    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens)
-    return [NodeNeeds(stage_summary(config, spec, dtype, cache_tokens), layer) for spec in ends]
+def _needs(
+    config: ModelConfig, ends: Sequence[StageSpec], dtype: str, cache_tokens: int, quantization: ModelQuantization
+) -> list[NodeNeeds]:
+    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization)
+    return [NodeNeeds(stage_summary(config, spec, dtype, cache_tokens, quantization), layer) for spec in ends]
 
 
 def _check_memory(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import TensorSpec, total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.weights import stage_specs
 from mdi.planning.hardware import Machine
 
@@ -70,27 +72,34 @@ class NodeNeeds:
         return StageLoad(self.ends.token_s(machine), self.layer.token_s(machine), int(max(0, min(room, n_layers))))
 
 
-def stage_summary(config: ModelConfig, spec: StageSpec, dtype: str, cache_tokens: int = 0) -> StageSummary:
+def stage_summary(
+    config: ModelConfig,
+    spec: StageSpec,
+    dtype: str,
+    cache_tokens: int = 0,
+    quantization: ModelQuantization = UNQUANTIZED,
+) -> StageSummary:
     """Counts a stage that is computed in `dtype`. cache_tokens: the KV cache's slots times their length."""
-    specs = stage_specs(config, spec, dtype).values()
-    parameters, size_bytes = _step(config, spec, dtype)
+    specs = stage_specs(config, spec, dtype, quantization)
+    repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
+    parameters, size_bytes = _step(config, spec, dtype, quantization)
     cache = TensorSpec((len(spec.layers), cache_tokens, 2, config.n_kv_heads, config.head_dim), dtype)
     return StageSummary(
-        parameters=total_size(specs),
-        size_bytes=total_bytes(specs),
+        parameters=total_size(specs.values()) - repeated,
+        size_bytes=total_bytes(specs.values()),
         step_parameters=parameters,
         step_bytes=size_bytes,
-        step_share=size_bytes / _step(config, StageSpec.everything(config), dtype)[1],
+        step_share=size_bytes / _step(config, StageSpec.everything(config), dtype, quantization)[1],
         cache_bytes=cache.size_bytes,
     )
 
 
 @lru_cache(maxsize=256)
-def _step(config: ModelConfig, spec: StageSpec, dtype: str) -> tuple[float, float]:
+def _step(config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization) -> tuple[float, float]:
     """Parameters and bytes that a decode step reads. The embedding is a row lookup and counts as nothing."""
-    layer = stage_specs(config, StageSpec(0, 1), dtype).values()
-    head = stage_specs(config, StageSpec(0, 0, head=spec.head), dtype).values()
-    vision = stage_specs(config, StageSpec(0, 0, vision=spec.vision), dtype).values()
+    layer = stage_specs(config, StageSpec(0, 1), dtype, quantization).values()
+    head = stage_specs(config, StageSpec(0, 0, head=spec.head), dtype, quantization).values()
+    vision = stage_specs(config, StageSpec(0, 0, vision=spec.vision), dtype, quantization).values()
     n_layers = len(spec.layers)
     return (
         n_layers * total_size(layer) + total_size(head) + VISION_SHARE * total_size(vision),

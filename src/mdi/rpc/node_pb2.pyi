@@ -322,10 +322,12 @@ class WeightsReply(_message.Message):
     def __init__(self, error: _Optional[str] = ...) -> None: ...
 
 class MeasureHardwareRequest(_message.Message):
-    __slots__ = ("dtype",)
+    __slots__ = ("dtype", "quantization")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     dtype: str
-    def __init__(self, dtype: _Optional[str] = ...) -> None: ...
+    quantization: str
+    def __init__(self, dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class MeasureHardwareReply(_message.Message):
     __slots__ = ("bytes_per_s", "flops_per_s", "memory_bytes")
