@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := src/mdi/kernels
+LIBRARY := $(KERNELS)/libmdi_kernels.so
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all lint bench proto docs clean
+.PHONY: demo test test-slow test-all lint bench proto docs wheels clean
 
-demo: $(INSTALLED)  ## three local nodes with a small model answer questions about a picture
+demo: $(INSTALLED) $(LIBRARY)  ## three local nodes with a small model answer questions about a picture
 	$(BIN)/mdi demo
 
-test: $(INSTALLED)  ## the tests, without the slow ones: some minutes
+test: $(INSTALLED) $(LIBRARY)  ## the tests, without the slow ones: some minutes
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(INSTALLED)  ## the slow ones: hosts (as root, with iproute2), outside clients, benchmarks, many lost nodes
+test-slow: $(INSTALLED) $(LIBRARY)  ## the slow ones: hosts (as root, with iproute2), outside clients, benchmarks, many lost nodes
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow  ## all tests
@@ -25,7 +27,7 @@ lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)  ## the exact 2B shape against transformers (needs 20 GB of disk and memory)
+bench: $(INSTALLED) $(LIBRARY)  ## the exact 2B shape against transformers (needs 20 GB of disk and memory)
 	$(BIN)/python -m benchmarks.fullsize
 
 proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto
@@ -34,7 +36,13 @@ proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto
 docs: $(INSTALLED)  ## write docs/commands.md from the command line itself
 	$(BIN)/python -m testing.docs
 
+wheels:  ## one wheel for each of Linux x86-64, Linux arm64 and macOS arm64, into dist/
+	for platform in manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64; do \
+		MDI_WHEEL=$$platform $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; \
+	done
+
 clean:
+	rm -f $(LIBRARY)*
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
 
 $(INSTALLED): pyproject.toml
@@ -43,3 +51,6 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+$(LIBRARY): $(KERNELS)/build.py $(wildcard $(KERNELS)/c/*) | $(INSTALLED)
+	-@$(BIN)/python $(KERNELS)/build.py && touch $@

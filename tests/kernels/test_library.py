@@ -17,7 +17,7 @@ def built() -> None:
 def test_the_library_of_this_checkout_is_loaded() -> None:
     found = library()
     assert found is not None
-    assert found.isa in build.instruction_sets()
+    assert found.isa in build.this_machine().instruction_sets
 
 
 def test_mdi_cpu_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

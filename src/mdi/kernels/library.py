@@ -58,11 +58,13 @@ def load(path: Path) -> Library:
     """Loads the library at `path`. Raises UnusableError and ConfigError."""
     if not path.exists():
         raise UnusableError(f"{path.name} is not built")
+    if not build.is_intact(path):
+        raise UnusableError(f"{path.name} is damaged")
     try:
         code = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnusableError(f"{path.name} cannot be loaded ({error})") from error
-    if text(code, "sources") != build.digest():
+    if text(code, "sources") != build.digest(build.this_machine()):
         raise UnusableError(f"{path.name} was built of other sources")
     runs = declared(code, "mdi_cpu_runs", (ctypes.c_char_p,), ctypes.c_int)
     built = text(code, "instruction_sets").split()

@@ -79,22 +79,31 @@ int mdi_cpu_runs(const char *isa) {
 #include <sys/sysctl.h>
 #endif
 
-static int runs_neon(void) {  // with dot products
+// Linux: bits of HWCAP (word 0) and HWCAP2 (word 1), arch/arm64/include/uapi/asm/hwcap.h.
 #if defined(__linux__)
-    enum { HWCAP_ASIMDDP_BIT = 20 };
-    return getauxval(AT_HWCAP) >> HWCAP_ASIMDDP_BIT & 1;
+static int has(int word, int bit) { return getauxval(word ? AT_HWCAP2 : AT_HWCAP) >> bit & 1; }
+static int has_dotprod(void) { return has(0, 20); }
+static int has_i8mm(void) { return has(1, 13); }
+static int has_bf16(void) { return has(1, 14); }
 #elif defined(__APPLE__)
+static int has(const char *name) {
     int found = 0;
     size_t size = sizeof found;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, NULL, 0) == 0 && found;
-#else
-    return 0;
-#endif
+    return sysctlbyname(name, &found, &size, NULL, 0) == 0 && found;
 }
+static int has_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm(void) { return has("hw.optional.arm.FEAT_I8MM"); }
+static int has_bf16(void) { return has("hw.optional.arm.FEAT_BF16"); }
+#else
+static int has_dotprod(void) { return 0; }
+static int has_i8mm(void) { return 0; }
+static int has_bf16(void) { return 0; }
+#endif
 
 int mdi_cpu_runs(const char *isa) {
     if (!strcmp(isa, "scalar")) return 1;
-    if (!strcmp(isa, "neon")) return runs_neon();
+    if (!strcmp(isa, "neon")) return has_dotprod();
+    if (!strcmp(isa, "neonbf16")) return has_dotprod() && has_i8mm() && has_bf16();
     return 0;
 }
 
