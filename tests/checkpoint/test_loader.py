@@ -153,7 +153,7 @@ def test_a_truncated_chunk_is_damaged(length: int, source: Source) -> None:
 def test_a_chunk_of_another_plan_is_not_called_damaged(source: Source) -> None:
     other, folder = prepare(source, 3), prepare(source, 2)
     shutil.copy(other / "model_starter.safetensors", folder / "model_starter.safetensors")
-    with pytest.raises(CheckpointError, match=r"another plan, dtype or node.*run `mdi prepare` again"):
+    with pytest.raises(CheckpointError, match=r"another plan, dtype, quantisation or node.*run `mdi prepare` again"):
         load_chunk(folder / "model_starter.safetensors")
 
 
@@ -161,14 +161,14 @@ def test_a_chunk_of_another_dtype_beside_the_manifest_is_refused(source: Source,
     shutil.copytree(prepare(source, 2, dtype="bfloat16"), tmp_path / "bfloat16")
     folder = prepare(source, 2)
     shutil.copy(tmp_path / "bfloat16" / "model_starter.safetensors", folder / "model_starter.safetensors")
-    with pytest.raises(CheckpointError, match="another plan, dtype or node"):
+    with pytest.raises(CheckpointError, match="another plan, dtype, quantisation or node"):
         load_chunk(folder / "model_starter.safetensors")
 
 
 def test_the_chunk_of_another_node_is_refused(source: Source) -> None:
     folder = prepare(source, 4)
     shutil.copy(folder / "model_secondary0.safetensors", folder / "model_secondary1.safetensors")
-    with pytest.raises(CheckpointError, match="another plan, dtype or node"):
+    with pytest.raises(CheckpointError, match="another plan, dtype, quantisation or node"):
         load_chunk(folder / "model_secondary1.safetensors")
 
 

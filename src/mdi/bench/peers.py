@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, PatchSpec, decode_image, fetch, open_video
+from mdi.models.decoder import EMBEDDING, LM_HEAD
+from mdi.models.registry import family_of
 
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
@@ -39,6 +41,19 @@ class Transformers:
         self._config = source.model_config
         self._cut, self._video = media_specs(source)
         self._processor = _their_processor(source.path, self._cut) if self._cut else None
+
+    def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Puts other numbers in place of the checkpoint's. weights: with their names on the hub.
+
+        A head that is given is no longer the embedding.
+        """
+        family = family_of(self._config.architecture)
+        parameters = {family.hub_name(name): weight.data for name, weight in self._model.named_parameters()}
+        for name, weight in weights:
+            if name == LM_HEAD and name not in parameters:
+                self._model.lm_head.weight = torch.nn.Parameter(torch.empty_like(parameters[EMBEDDING]))
+                parameters[name] = self._model.lm_head.weight.data
+            parameters[name].copy_(weight.view_as(parameters[name]))
 
     @torch.inference_mode()
     def read(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], Tensor]:

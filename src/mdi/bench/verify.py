@@ -6,7 +6,8 @@ process, exactly as nodes run them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from mdi.bench.peers import ANY_FILE, Transformers
 from mdi.checkpoint.generation import end_ids
-from mdi.checkpoint.loader import load_source
+from mdi.checkpoint.loader import chunk_weights, load_chunk, load_source
+from mdi.checkpoint.prepare import prepared
 from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.models.stage import Stage
+from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
 from mdi.prompt.builder import Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
@@ -55,15 +59,24 @@ class Report:
 
 
 def verify(
-    source: Source, messages: Sequence[dict[str, Any]], *, dtype: str, n_nodes: int = 1, max_tokens: int = 16
+    source: Source,
+    messages: Sequence[dict[str, Any]],
+    *,
+    dtype: str,
+    quantization: ModelQuantization = UNQUANTIZED,
+    n_nodes: int = 1,
+    max_tokens: int = 16,
 ) -> Report:
-    """Runs both and compares. Memory: both models at once, in `dtype`."""
+    """Runs both and compares. Memory: both models at once, in `dtype`.
+
+    A quantised model is compared with the numbers that its weights stand for, in float32.
+    """
     with torch.inference_mode():
-        theirs = Transformers(source, dtype)
+        loaded, theirs = _loaded(source, dtype, quantization, n_nodes)
         their_ids, their_logits = theirs.read(messages)
         their_answer = theirs.answer(messages, max_tokens)
         prompt = _prompt(source, messages, max_tokens)
-        our_logits, ours = _through_stages(source, prompt, dtype, n_nodes, max_tokens)
+        our_logits, ours = _through_stages(loaded, prompt, end_ids(source), max_tokens)
     same_prompt = list(prompt.token_ids) == their_ids
     if not same_prompt:
         return Report(False, (), float("inf"), 0.0, ours, their_answer)
@@ -78,6 +91,21 @@ def verify(
     )
 
 
+def _loaded(
+    source: Source, dtype: str, quantization: ModelQuantization, n_nodes: int
+) -> tuple[list[LoadedStage], Transformers]:
+    """The stages, and the model in transformers that they are compared with."""
+    if quantization == UNQUANTIZED:
+        plan = make_plan(source.model_config, n_nodes)
+        return [load_source(source, spec, dtype=dtype) for spec in plan.stages], Transformers(source, dtype)
+    theirs = Transformers(source, "float32")
+    with closing(prepared(source, n_nodes, dtype=dtype, quantization=quantization)) as chunks:
+        files = [chunks.file(role) for role in chunks.manifest.plan.roles]
+        for file in files:
+            theirs.replace(chunk_weights(file))
+        return [load_chunk(file) for file in files], theirs
+
+
 def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int) -> Prompt:
     config = source.model_config
     spec, video = media_specs(source)
@@ -89,19 +117,11 @@ def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int)
 
 
 def _through_stages(
-    source: Source, prompt: Prompt, dtype: str, n_nodes: int, max_tokens: int
+    loaded: Sequence[LoadedStage], prompt: Prompt, ends: Container[int], max_tokens: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Logits of the prompt, float32 [tokens, vocab_size], and the greedy answer."""
     length = len(prompt.token_ids)
-    plan = make_plan(source.model_config, n_nodes)
-    stages = [
-        Stage(
-            load_source(source, spec, dtype=dtype, device="cpu"),
-            n_slots=1,
-            sequence_length=length + max_tokens,
-        )
-        for spec in plan.stages
-    ]
+    stages = [Stage(stage, n_slots=1, sequence_length=length + max_tokens) for stage in loaded]
     hidden = stages[0].embed(torch.tensor(prompt.token_ids), _encode_media(stages[0], prompt))
     logits = []
     for start in range(0, length, CHUNK):
@@ -109,7 +129,6 @@ def _through_stages(
         batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end])
         logits.append(_last_logits(stages, batch, hidden[start:end]).float())
     answer = [int(logits[-1][-1].argmax())]
-    ends = end_ids(source)
     while len(answer) < max_tokens and answer[-1] not in ends:
         index = length + len(answer) - 1
         positions = torch.full((3, 1), index + prompt.delta)

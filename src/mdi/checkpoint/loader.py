@@ -6,8 +6,7 @@ copies is not resident twice. The embedding stays mapped, and only rows that wer
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,18 @@ from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.prepare import check_tensors, chunk_metadata
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights
+from mdi.checkpoint.weights import RoundedWeights, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import Specs, TensorSpec, scale_name, stored_specs, total_bytes
+from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, Decoder
 from mdi.models.registry import read_config
-from mdi.models.weights import LoadedStage, load_stage, log_unquantized, stage_specs
+from mdi.models.weights import LoadedStage, load_stage, stage_specs
 from mdi.planning.plan import make_plan
-
-log = logging.getLogger(__name__)
 
 
 def load_chunk(
@@ -73,28 +71,31 @@ def load_source(
     spec: StageSpec | None = None,
     *,
     dtype: str | None = None,
-    quantization: ModelQuantization = UNQUANTIZED,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage from a checkpoint without chunks, cast to `dtype`, quantised where asked. spec: None is the whole model.
+    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is the whole model.
 
-    Raises CheckpointError for a tensor that is missing, has another shape or cannot be quantised.
+    Raises CheckpointError for a tensor that is missing or has another shape.
     """
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
-    weights, place = RoundedWeights(source), parse_device(device)
-    check_tensors(source, stage_specs(config, spec, dtype, quantization))
-    log_unquantized(config, quantization)
-    while True:
-        specs = stage_specs(config, spec, dtype, quantization)
-        count = counter(progress, "loading", total_bytes(specs.values()))
-        try:
-            return _loaded(config, spec, _Load(weights, specs, parse_dtype(dtype), place, count), quantization)
-        except UnfitError as error:
-            log.warning("%s; it stays in %s", error, dtype)
-            quantization = replace(quantization, kept=(*quantization.kept, error.name))
+    specs = stage_specs(config, spec, dtype)
+    check_tensors(source, specs)
+    count = counter(progress, "loading", total_bytes(specs.values()))
+    get = _Load(RoundedWeights(source), specs, parse_dtype(dtype), parse_device(device), count)
+    return _loaded(config, spec, get, UNQUANTIZED)
+
+
+def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and numbers of every weight in a chunk; float32 for those that are quantised, else as they are stored."""
+    manifest, chunk = Manifest.read(path.parent), _Chunk(path)
+    spec = manifest.chunk(path.name).spec
+    specs = stage_specs(read_config(manifest.config), spec, manifest.dtype, manifest.quantization)
+    for name, stored in specs.items():
+        format_ = stored.quantization
+        yield name, dequantize(chunk.quantized(name, format_)) if format_ else chunk.tensor(name)
 
 
 def parse_device(name: str) -> torch.device:
@@ -167,7 +168,7 @@ def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs
     expected = chunk_metadata(entry.role, manifest.plan_hash)
     if metadata is not None and metadata != expected:
         raise CheckpointError(
-            f"{path.name} was prepared for another plan, dtype or node than the manifest beside it says: "
+            f"{path.name} was prepared for another plan, dtype, quantisation or node than the manifest beside it says: "
             "keep the files of one `mdi prepare` together, or run `mdi prepare` again"
         )
     whole = metadata is not None and path.stat().st_size == entry.size_bytes

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.fingerprint import SourceFile
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.core.quantization import ModelQuantization
+from mdi.core.quantization import ModelQuantization, UnknownFormatError
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
 from mdi.planning.plan import VISION, Plan
@@ -102,6 +102,8 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate_json(text)
             expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype, manifest.quantization)
+        except UnknownFormatError as error:
+            raise CheckpointError(f"is of another version ({error})") from None
         except (ValidationError, ConfigError, CheckpointError):
             expected = None
         if expected is None or expected != manifest.plan_hash:

@@ -109,7 +109,9 @@ def prepared(
         if layers is None and measure:
             layers = measure()
             plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
-        folder = search.free([_folders(source, name)[-1] for name in search.names(details)])
+        usual, *others = search.names(details)  # who asks for nothing later is not to get quantised chunks
+        names = others if quantization else [usual, *others]
+        folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
             rounded = RoundedWeights(source)
             contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, rounded)

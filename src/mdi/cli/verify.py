@@ -8,13 +8,15 @@ import typer
 from rich.table import Table
 
 from mdi.cli.ask import user_message
-from mdi.cli.options import CheckpointOptions, Images, Model, NNodes, Videos, grouped
+from mdi.cli.options import CheckpointOptions, Images, Model, NNodes, QuantizationOptions, Videos, grouped
 from mdi.cli.screen import out
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 
 
 @grouped
 def verify(
     model: Model,
+    formats: QuantizationOptions,
     checkpoint: CheckpointOptions,
     prompt: Annotated[str, typer.Argument(help="The question to compare on.")] = "Describe this.",
     image: Images = None,
@@ -23,15 +25,20 @@ def verify(
     dtype: Annotated[str, typer.Option(help="What both sides compute in.")] = "float32",
     max_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 16,
 ) -> None:
-    """Run one prompt through transformers and through this system, and show how far apart they are."""
+    """Run one prompt through transformers and through this system, and show how far apart they are.
+
+    A quantised model is compared with the numbers that its weights stand for, in float32.
+    """
     from mdi.bench.verify import verify as compare
 
     messages = user_message(prompt, image or [], video or [])
-    report = compare(checkpoint.open(model), messages, dtype=dtype, n_nodes=n_nodes, max_tokens=max_tokens)
+    quantization = formats.asked or UNQUANTIZED
+    source = checkpoint.open(model)
+    report = compare(source, messages, dtype=dtype, quantization=quantization, n_nodes=n_nodes, max_tokens=max_tokens)
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")
         raise typer.Exit(1)
-    table = Table("position", "largest logit difference", title=f"{dtype}, {n_nodes} node(s)")
+    table = Table("position", "largest logit difference", title=_title(dtype, quantization, n_nodes))
     for position, difference in enumerate(report.differences):
         table.add_row(str(position), f"{difference:.3g}")
     out.print(table)
@@ -43,3 +50,10 @@ def verify(
     theirs, ours = report.theirs[index : index + 1], report.ours[index : index + 1]
     out.print(f"first differing token: {index} (transformers {theirs}, here {ours})")
     raise typer.Exit(1)
+
+
+def _title(dtype: str, quantization: ModelQuantization, n_nodes: int) -> str:
+    nodes = f"{n_nodes} node(s)"
+    if quantization == UNQUANTIZED:
+        return f"{dtype}, {nodes}"
+    return f"{quantization} in {dtype} on {nodes}, and the dequantised weights in float32 in transformers"

@@ -133,13 +133,12 @@ class Cluster:
         return NodeAddress(node.name, node.address) if node else None
 
     def _load_alone(self, source: Source) -> LoadedStage:
-        return load_source(
-            source,
-            dtype=self._dtype,
-            quantization=self._formats or UNQUANTIZED,
-            device=self._device,
-            progress=self._starter_progress(),
-        )
+        """Quantised weights are made once, as a chunk, and read from there."""
+        device, progress = self._device, self._starter_progress()
+        if self._formats in (None, UNQUANTIZED):
+            return load_source(source, dtype=self._dtype, device=device, progress=progress)
+        self._chunks = prepared(source, 1, dtype=self._dtype, quantization=self._formats, progress=self._progress)
+        return load_chunk(self._chunks.file("starter"), device=device, progress=progress)
 
     def _load_together(self, source: Source) -> LoadedStage:
         """Starts the other nodes, which load at the same time as this one."""

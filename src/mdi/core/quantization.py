@@ -54,12 +54,16 @@ class QuantizedTensor:
         return outputs, columns * (8 // self.quantization.bits)
 
 
+class UnknownFormatError(ConfigError):
+    """A name that is no format's."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelQuantization:
     """The names of the formats of a model's parts: decoder layers, LM head, vision tower. None: not quantised.
 
     kept: names of matrices that are not quantised, whatever their part: no scales describe them.
-    Raises ConfigError for an unknown format.
+    Raises UnknownFormatError.
     """
 
     layers: str | None = None
@@ -70,7 +74,7 @@ class ModelQuantization:
     def __post_init__(self) -> None:
         for name in (self.layers, self.head, self.vision):
             if name is not None and name not in QUANTIZATIONS:
-                raise ConfigError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
+                raise UnknownFormatError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
     @classmethod
     def asked(cls, quantization: str | None, head: str | None, vision: str | None) -> ModelQuantization | None:

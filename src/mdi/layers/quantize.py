@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mdi.core.quantization import Quantization, QuantizedTensor
 
-ELEMENTS_AT_ONCE = 2**20  # their float32 copies stay in a processor's cache
-SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
+ELEMENTS_AT_ONCE = 2**18  # their float32 copies stay in a processor's cache
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float16).smallest_normal, torch.finfo(torch.float16).max
 
 
 class NotFiniteError(ValueError):
@@ -30,25 +30,20 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedTensor:
     """
     weight = weight.flatten(1)
     outputs, inputs = weight.shape
-    if quantization.bits == 8:
-        values = torch.empty(outputs, inputs, dtype=torch.int8)
-        scales = torch.empty(outputs, 1, dtype=torch.float32)
-    else:
-        assert quantization.group
-        values = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
-        scales = torch.empty(outputs, inputs // quantization.group, dtype=torch.float16)
-    largest = torch.zeros(())
+    made, largest = _empty(quantization, outputs, inputs), 0.0
     for rows in _blocks(outputs, inputs):
-        part = weight[rows].float()
-        if not part.isfinite().all():
+        groups = weight[rows].float().view(-1, made.scales.shape[1], quantization.group or inputs)
+        exact = _scales(groups, quantization)
+        largest = max(largest, float(exact.abs().max()))
+        if not exact.isfinite().all():  # so is one number at least: minima and maxima pass NaN on
             raise NotFiniteError("it has numbers that are infinite or none")
-        exact = part.abs().amax(1, keepdim=True) / 127 if quantization.bits == 8 else _scales4(part, quantization)
-        scales[rows] = exact
-        values[rows] = _rounded8(part, exact) if quantization.bits == 8 else _rounded4(part, scales[rows].float())
-        largest = torch.maximum(largest, exact.abs().max())
-    if quantization.bits == 4 and largest > 0 and not SMALLEST_SCALE <= largest <= torch.finfo(torch.float16).max:
+        made.scales[rows] = exact[..., 0]
+        scales = made.scales[rows].float()[..., None]
+        scaled = groups / torch.where(scales == 0, 1.0, scales)  # a scale of 0 is that of zeros
+        made.values[rows] = scaled.round_().flatten(1) if quantization.bits == 8 else _packed(scaled)
+    if quantization.bits == 4 and largest > 0 and not SMALLEST_SCALE <= largest <= LARGEST_SCALE:
         raise ScaleError(f"its largest scale would be {largest:.2g}, which float16 cannot describe")
-    return QuantizedTensor(quantization, values, scales)
+    return made
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,25 +64,27 @@ def _floating(weight: QuantizedTensor, rows: slice) -> Tensor:
     return ((numbers - zeros) * scales[..., None]).flatten(1)
 
 
-def _scales4(part: Tensor, quantization: Quantization) -> Tensor:
-    assert quantization.group
-    grouped = part.view(len(part), -1, quantization.group)
-    return grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2) / -8
+def _empty(quantization: Quantization, outputs: int, inputs: int) -> QuantizedTensor:
+    n_groups = inputs // (quantization.group or inputs)
+    if quantization.bits == 8:
+        values, dtype = torch.empty(outputs, inputs, dtype=torch.int8), torch.float32
+    else:
+        values, dtype = torch.empty(outputs, inputs // 2, dtype=torch.uint8), torch.float16
+    return QuantizedTensor(quantization, values, torch.empty(outputs, n_groups, dtype=dtype))
 
 
-def _rounded8(part: Tensor, scales: Tensor) -> Tensor:
-    return (part / _nonzero(scales)).round_().to(torch.int8)
+def _scales(groups: Tensor, quantization: Quantization) -> Tensor:
+    """[outputs, groups, 1]"""
+    high, low = groups.amax(2, keepdim=True), groups.amin(2, keepdim=True)
+    if quantization.bits == 8:
+        return torch.maximum(high, -low) / 127
+    return torch.where(high >= -low, high, low) / -8
 
 
-def _rounded4(part: Tensor, scales: Tensor) -> Tensor:
-    grouped = part.view(*scales.shape, -1) / _nonzero(scales)[..., None]
-    numbers = (grouped.round_().clamp_(-8, 7) + 8).to(torch.uint8).flatten(1)
-    return numbers[:, 0::2] | numbers[:, 1::2] << 4
-
-
-def _nonzero(scales: Tensor) -> Tensor:
-    """Scales to divide by: those of zeros are zeros."""
-    return torch.where(scales == 0, 1.0, scales)
+def _packed(scaled: Tensor) -> Tensor:
+    """Numbers of -8 to 8 [outputs, groups, group] -> bytes of two that are 0 to 15 [outputs, inputs / 2]."""
+    pairs = (scaled + 8.5).clamp_(0, 15).to(torch.uint8).flatten(1).view(torch.int16)  # first + 256 * second
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def _blocks(outputs: int, inputs: int) -> Iterator[slice]:
