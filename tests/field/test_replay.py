@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mdi.core.batch import Batch, Copy, Slice, TokenSampling
 from mdi.core.tensors import Unquantized
-from mdi.layers.attention import CausalMasks, _attend_block, rows_agree
-from mdi.layers.kv_cache import WINDOW
 from mdi.layers.linear import Linear
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
@@ -157,23 +155,3 @@ def test_products_round_alike_for_every_number_of_rows(
         for part in (slice(n_rows), slice(200 - n_rows, 200)):
             assert torch.equal(linear(x[part]), product[part])
             assert torch.equal(linear.add_to(residual[part], x[part]), total[part])
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(6, 2, 32), (14, 2, 64), (12, 2, 128), (9, 3, 8), (3, 1, 20)]
-)
-def test_attention_rounds_alike_alone_and_in_blocks(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, threads: int
-) -> None:
-    """A11: what the short test at load finds holds for any part of a window."""
-    rows_agree.cache_clear()
-    if not rows_agree(heads, kv_heads, head_dim, dtype):
-        pytest.skip("stages compute prompts row by row on this processor: tested above")
-    generator = torch.Generator().manual_seed(1)
-    cache = torch.randn(1, 3 * WINDOW, 2, kv_heads, head_dim, generator=generator).to(dtype)
-    queries = torch.randn(WINDOW, heads, head_dim, generator=generator).to(dtype)
-    masks = CausalMasks(3 * WINDOW, dtype, CPU)
-    whole = _attend_block(queries, cache, masks.block(slice(0, WINDOW), 0, 2 * WINDOW))
-    for first, end in [(0, 1), (0, 3), (5, 6), (11, 24), (63, 128), (127, 128)]:
-        part = _attend_block(queries[first:end], cache, masks.block(slice(first, end), 0, 2 * WINDOW + first))
-        assert torch.equal(part, whole[first:end])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from mdi.layers import attention
-from mdi.layers.attention import CausalMasks, attend_fully
+from mdi.layers.attention import attend_fully
 
 
 @pytest.mark.parametrize("tokens", [4, 100, 257])
@@ -22,14 +22,3 @@ def test_attention_in_blocks_is_attention(
     for _ in attend_fully(queries, keys.clone(), values, out):
         pass
     assert (out.transpose(0, 1).double() - exact).norm() < error * exact.norm()
-
-
-def test_causal_masks_are_windows_of_one_table() -> None:
-    masks = CausalMasks(32, torch.float32, torch.device("cpu"))
-    for start in (0, 1, 7, 24):
-        for length, keys in ((1, start + 1), (3, start + 3), (8, 128)):
-            view = masks.view(start, length, keys)
-            allowed = torch.arange(keys) <= torch.arange(start, start + length)[:, None]
-            assert torch.equal(view == 0, allowed)
-            assert torch.isneginf(view[~allowed]).all()
-            assert view.untyped_storage().data_ptr() == masks.table.untyped_storage().data_ptr()

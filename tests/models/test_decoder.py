@@ -14,8 +14,7 @@ from torch import Tensor
 from mdi.core.batch import Slice
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import Unquantized
-from mdi.layers.attention import CausalMasks, Layout
-from mdi.layers.kv_cache import WINDOW
+from mdi.layers.attention import Layout
 from mdi.layers.rope import DecoderRope, text_positions
 from mdi.models.config import ModelConfig
 from mdi.models.decoder import DecoderLayer
@@ -41,8 +40,8 @@ def part_of(rank: int, name: str, shape: tuple[int, ...], _dtype: str | None = N
 
 
 def outputs(config: ModelConfig, layer: DecoderLayer, hidden: Tensor, reduce: Reduce) -> Tensor:
-    cache = torch.zeros(1, WINDOW, 2, config.n_kv_heads, config.head_dim)
-    layout = Layout.of([Slice(0, 0, N_TOKENS)], CausalMasks(N_TOKENS, torch.float32, CPU), CPU)
+    cache = torch.zeros(1, N_TOKENS, 2, config.n_kv_heads, config.head_dim)
+    layout = Layout.of([Slice(0, 0, N_TOKENS)], CPU)
     rotation = DecoderRope(config.head_dim, config.rope, torch.float32, CPU)(text_positions(0, N_TOKENS))
     return layer.forward(hidden, rotation, cache, layout, reduce)
 

@@ -16,14 +16,6 @@ from torch import Tensor
 from mdi.core.batch import CacheEdit, Copy
 from mdi.core.errors import ConfigError
 
-WINDOW = 128
-"""Rows of a slot that are read together. Where one is read before it is written, it holds zeros or an older token."""
-
-
-def window_end(length: int) -> int:
-    """The end of the window that the row before `length` is in."""
-    return -(-length // WINDOW) * WINDOW
-
 
 def cache_bytes(n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one token in the cache of one layer."""
@@ -31,9 +23,9 @@ def cache_bytes(n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
 
 
 class KVCache:
-    """`layers[i]`: [n_slots, rows, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer.
+    """`layers[i]`: [n_slots, sequence_length, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer.
 
-    rows: sequence_length, filled up to whole windows. Raises ConfigError when there is no memory for it.
+    Raises ConfigError when there is no memory for it.
     """
 
     def __init__(
@@ -47,24 +39,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (n_slots, window_end(sequence_length), 2, n_kv_heads, head_dim)
+        shape = (n_slots, sequence_length, 2, n_kv_heads, head_dim)
         self._rows = [SlotRows(shape, dtype, device) for _ in range(n_layers)]
         self.layers: list[Tensor] = [rows.tensor for rows in self._rows]
         self.n_slots = n_slots
         self.sequence_length = sequence_length
 
     def apply(self, edit: CacheEdit) -> None:
-        """Copies the prefix of one slot to another, or gives back the memory of a slot's last rows.
-
-        Behind a copy stand zeros, up to the end of a window.
-        """
+        """Copies the prefix of one slot to another, or gives back the memory of a slot's last rows."""
         if not isinstance(edit, Copy):
             for rows in self._rows:
                 rows.release(edit.slot, edit.kept)
             return
         for layer in self.layers:
             layer[edit.target, : edit.length] = layer[edit.source, : edit.length]
-            layer[edit.target, edit.length : window_end(edit.length)] = 0
 
 
 class SlotRows:

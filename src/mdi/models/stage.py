@@ -11,7 +11,7 @@ from torch import Tensor
 from mdi.core.batch import Batch, Result, Visual
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
-from mdi.layers.attention import CausalMasks, Layout, rows_agree
+from mdi.layers.attention import Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
@@ -53,8 +53,6 @@ class Stage:
             dtype=dtype,
             device=device,
         )
-        singly = device.type == "cpu" and not rows_agree(config.n_heads, config.n_kv_heads, config.head_dim, dtype)
-        self._masks = CausalMasks(sequence_length, dtype, device, singly=singly)
 
     def embed(self, token_ids: Tensor, visuals: Sequence[Visual] = ()) -> Tensor:
         """Token embeddings, with those of media in place of the placeholders.
@@ -95,7 +93,7 @@ class Stage:
         """The stage's layers alone: [tokens, hidden_size] -> [tokens, hidden_size]."""
         for edit in batch.edits:
             self._cache.apply(edit)
-        layout = Layout.of(batch.slices, self._masks, self.device)
+        layout = Layout.of(batch.slices, self.device)
         rotation = self._rope(batch.positions.to(self.device))
         return self._decoder.forward(hidden.to(self.device), rotation, self._cache, layout, self._reduce)
 

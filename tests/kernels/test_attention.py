@@ -1,0 +1,113 @@
+"""Attention by kernels: the numbers of float64, and for each row the same bits in every batch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdi.kernels import attention, build
+from mdi.kernels.library import library
+
+Run = tuple[int, int, int, int]  # first row, slot, position, rows
+
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+SHAPES = [(6, 2, 32), (14, 2, 64), (12, 2, 128), (9, 3, 8), (3, 1, 20), (4, 4, 80), (1, 1, 1), (200, 1, 4)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    build.build()
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    made: torch.dtype = request.param
+    return made
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    found = library()
+    assert found is not None
+    kernel, before = found.shared("set_threads", ctypes.c_int), found.shared("threads", result=ctypes.c_int)()
+    yield kernel
+    kernel(before)
+
+
+def attend(queries: Tensor, cache: Tensor, runs: Sequence[Run]) -> Tensor:
+    return attention.attend(queries, cache, torch.tensor(runs))
+
+
+def exactly(queries: Tensor, cache: Tensor, runs: Sequence[Run]) -> Tensor:
+    """In float64, row by row."""
+    group, out = queries.shape[1] // cache.shape[3], []
+    for row, slot, start, length in runs:
+        for index in range(length):
+            keys, values = cache[slot, : start + index + 1].double().repeat_interleave(group, 2).unbind(1)
+            scores = torch.einsum("hd,khd->hk", queries[row + index].double(), keys) / queries.shape[2] ** 0.5
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values).flatten())
+    return torch.stack(out)
+
+
+def made(shape: tuple[int, int, int], runs: Sequence[Run], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Queries, and a cache that is NaN wherever no run may read."""
+    heads, kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    ends = {slot: start + length for _, slot, start, length in runs}
+    cache = torch.full((max(ends) + 1, max(ends.values()) + 3, 2, kv_heads, head_dim), torch.nan, dtype=dtype)
+    for slot, end in ends.items():
+        cache[slot, :end] = torch.randn(end, 2, kv_heads, head_dim, generator=generator).to(dtype)
+    rows = sum(length for *_, length in runs)
+    return torch.randn(rows, heads, head_dim, generator=generator).to(dtype), cache
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_that_of_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    runs = [(0, 2, 0, 1), (1, 0, 700, 3), (4, 3, 0, 70), (74, 4, 63, 1), (75, 5, 64, 1), (76, 6, 500, 40)]
+    queries, cache = made(shape, runs, dtype)
+    exact = exactly(queries, cache, runs)
+    assert (attend(queries, cache, runs).double() - exact).norm() < DTYPES[dtype] * exact.norm()
+
+
+CUTS = [0, 1, 3, 12, 13, 21, 76, 139, 140, 200]
+
+
+def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+    """In any part of a prompt, beside any others, on any number of threads, in any partition of the keys."""
+    for shape in SHAPES[:5]:
+        for start in (0, 60, 450, 1400):
+            queries, cache = made(shape, [(0, 1, start, 200), (200, 0, 520, 9)], dtype)
+            set_threads(1)
+            whole = attend(queries[:200], cache, [(0, 1, start, 200)])
+            for n_threads in (1, 2, 3):
+                set_threads(n_threads)
+                parts = [(first, 1, start + first, last - first) for first, last in pairwise(CUTS)]
+                assert torch.equal(attend(queries, cache, [*parts, (200, 0, 520, 9)])[:200], whole)
+                alone = [attend(queries[row : row + 1], cache, [(0, 1, start + row, 1)]) for row in range(190, 200)]
+                assert torch.equal(torch.cat(alone), whole[190:])
+
+
+def test_rows_of_a_strided_batch_are_read_in_place() -> None:
+    queries, cache = made((6, 2, 32), [(0, 0, 100, 5)], torch.float32)
+    wide = torch.cat((queries, torch.full((5, 4, 32), torch.nan)), dim=1)
+    assert torch.equal(attend(wide[:, :6], cache, [(0, 0, 100, 5)]), attend(queries, cache, [(0, 0, 100, 5)]))
+
+
+def test_numbers_that_are_infinite_or_none_reach_the_output() -> None:
+    """Stages look for them there, and give up the sequence that has them."""
+    for place, number in [
+        ((0, 7, 0), torch.nan),
+        ((0, 7, 0), torch.inf),
+        ((0, 7, 1), torch.nan),
+        ((0, 7, 1), -torch.inf),
+    ]:
+        queries, cache = made((6, 2, 32), [(0, 0, 100, 5)], torch.float32)
+        cache[(*place, 0, 3)] = number
+        out = attend(queries, cache, [(0, 0, 100, 5)])
+        assert not out[:, : 3 * 32].isfinite().all(1).any()
+        assert out[:, 3 * 32 :].isfinite().all()
