@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
 from mdi.kernels import build
 from mdi.kernels.library import library
 from mdi.kernels.packed import Kernels, PackedWeight, product
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+BY_GROUP, WITH_ZEROS = Quantization("int8 by group", 8, 64, 64), Quantization("int4 with zeros", 4, 32, 32)
+WIDE_GROUPS = Quantization("int4 in groups of 128", 4, 128, 32)
+FORMATS = [INT8, BY_GROUP, INT4, WITH_ZEROS, WIDE_GROUPS]
 SHAPES = [(16, 1), (1, 7), (37, 29), (40, 300), (130, 513)]  # outputs, inputs
 ROWS = 523
 
@@ -54,6 +58,41 @@ def near(made: Tensor, exact: Tensor, size: Tensor, dtype: torch.dtype) -> None:
     assert (wrong <= allowed).all(), f"{(wrong / allowed).max()} times what rounding allows"
 
 
+def quantized(format_: Quantization, outputs: int, inputs: int) -> QuantizedTensor:
+    """Random values over their whole range, the smallest and the largest in every row."""
+    groups = inputs // format_.group if format_.group else 1
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(outputs, groups, generator=generator) + 0.1
+    if format_.bits == 8:
+        values = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+        values[:, :2] = torch.tensor([-128, 127])
+        return QuantizedTensor(format_, values, scales)
+    values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=generator)
+    values[:, :32] = torch.tensor([0, 255]).repeat_interleave(16)
+    zeros = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8, generator=generator)
+    return QuantizedTensor(format_, values, scales.half(), zeros if format_ is WITH_ZEROS else None)
+
+
+def dequantized(weight: QuantizedTensor) -> Tensor:
+    """float64 [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    values = weight.values.double()
+    if weight.quantization.bits == 4:
+        values = torch.stack([weight.values & 15, weight.values >> 4], 2).view(outputs, inputs).double()
+        zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros
+        values -= zeros.double().repeat_interleave(inputs // zeros.shape[1], 1)
+    return values * weight.scales.double().repeat_interleave(inputs // weight.scales.shape[1], 1)
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """Activations as int8 by row and group describes them, float64."""
+    parts = x.float().view(len(x), -1, group)
+    scales = parts.abs().amax(2, keepdim=True) / 127
+    scales[scales < 2.0**-126] = 0  # a group of subnormal numbers counts as zeros
+    steps = (parts * torch.where(scales > 0, 1 / scales, 0)).round()
+    return (steps.double() * scales.double()).view(x.shape)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_product_is_that_of_float64(kernels: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -73,6 +112,32 @@ def test_a_product_is_that_of_float64(kernels: Kernels, shape: tuple[int, int], 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_quantised_product_is_that_of_its_numbers(
+    kernels: Kernels, format_: Quantization, dtype: torch.dtype
+) -> None:
+    weight = quantized(format_, 53, 384)
+    packed, numbers = PackedWeight.pack(weight, kernels=kernels), dequantized(weight)
+    bias, x = random(53), random(27, 384, dtype=dtype)
+    x[3], x[4, :64], x[5] = 0, 0, torch.finfo(dtype).smallest_normal / 8
+    x[6, ::2], x[6, 1::2] = 1, -1
+    x_rounded = rounded(x, format_.activation_group)
+    exact = functional.linear(x_rounded, numbers, bias.double())
+    size = functional.linear(x_rounded.abs(), numbers.abs(), bias.double().abs())
+    for rows in (0, 1, 2, 5, 13, 27):
+        near(product(packed, x[:rows], bias=bias), exact[:rows], size[:rows], dtype)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_group_that_is_not_finite_gives_no_number(kernels: Kernels, format_: Quantization) -> None:
+    packed, x = PackedWeight.pack(quantized(format_, 20, 384), kernels=kernels), random(9, 384)
+    x[2, 5], x[4, 383], x[6, 100] = torch.nan, torch.inf, -torch.inf
+    made = product(packed, x)
+    assert made[[2, 4, 6]].isnan().all()
+    assert made[[0, 1, 3, 5, 7, 8]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_swiglu_is_fused(kernels: Kernels, dtype: torch.dtype) -> None:
     for inner, inputs in [(1, 3), (8, 40), (75, 130)]:
         weight, x, bias = random(2 * inner, inputs, dtype=dtype), random(9, inputs, dtype=dtype), random(2 * inner)
@@ -82,13 +147,15 @@ def test_swiglu_is_fused(kernels: Kernels, dtype: torch.dtype) -> None:
         assert (made.double() - exact).abs().max() <= (EPSILON[dtype] + 1e-5) * exact.abs().max()
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", [*FLOATS, *FORMATS])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_row_has_the_same_bits_in_every_batch(
-    kernels: Kernels, dtype: torch.dtype, shards: int, set_threads: Callable[[int], None]
+    kernels: Kernels, kind: torch.dtype | Quantization, shards: int, set_threads: Callable[[int], None]
 ) -> None:
-    packed = PackedWeight.pack(random(72, 600, dtype=dtype), kernels=kernels)
-    x, residual = random(ROWS, 600, dtype=dtype), random(ROWS, 72, dtype=dtype)
+    dtype = torch.bfloat16 if isinstance(kind, Quantization) else kind
+    weight = quantized(kind, 72, 768) if isinstance(kind, Quantization) else random(72, 768, dtype=kind)
+    packed = PackedWeight.pack(weight, kernels=kernels)
+    x, residual = random(ROWS, 768, dtype=dtype), random(ROWS, 72, dtype=dtype)
     whole = product(packed, x, residual=residual, shards=shards)
     for n_threads in (1, 2, 3):
         set_threads(n_threads)
@@ -107,6 +174,27 @@ def test_shards_are_products_of_their_own_that_are_added_in_order(kernels: Kerne
         for begin in (0, 32, 64)
     ]
     assert torch.equal(whole, parts[0] + parts[1] + parts[2])
+
+
+def test_shards_of_quantised_weights(kernels: Kernels) -> None:
+    weight, x = quantized(INT8, 40, 384), random(9, 384)
+    whole = product(PackedWeight.pack(weight, kernels=kernels), x, shards=3)
+    parts = [slice(begin, begin + 128) for begin in (0, 128, 256)]
+    first, second, third = (
+        product(PackedWeight.pack(replace(weight, values=weight.values[:, part]), kernels=kernels), x[:, part])
+        for part in parts
+    )
+    assert torch.equal(whole, first + second + third)
+    with pytest.raises(ValueError, match="384 inputs are no multiple of 4 shards times 64"):
+        product(PackedWeight.pack(weight, kernels=kernels), x, shards=4)
+
+
+@pytest.mark.parametrize("format_", [INT8, INT4])
+def test_a_width_that_is_no_multiple_of_the_group_is_refused(kernels: Kernels, format_: Quantization) -> None:
+    weight = quantized(format_, 4, 128)
+    cut = replace(weight, values=weight.values[:, : 100 * format_.bits // 8])
+    with pytest.raises(ValueError, match="its 100 inputs are no multiple of the group of"):
+        PackedWeight.pack(cut, kernels=kernels)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -129,5 +217,13 @@ def test_what_is_no_usual_number_stays_what_it_is(kernels: Kernels, dtype: torch
 def test_a_weight_with_nan_is_refused(kernels: Kernels, dtype: torch.dtype) -> None:
     weight = random(20, 33, dtype=dtype)
     weight[19, 32] = torch.nan
+    with pytest.raises(ValueError, match="it has numbers that are NaN"):
+        PackedWeight.pack(weight, kernels=kernels)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_scale_that_is_nan_is_refused(kernels: Kernels, format_: Quantization) -> None:
+    weight = quantized(format_, 20, 384)
+    weight.scales[19, -1] = torch.nan
     with pytest.raises(ValueError, match="it has numbers that are NaN"):
         PackedWeight.pack(weight, kernels=kernels)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
 from mdi.core.tensors import Unquantized
 from mdi.kernels.library import library
 from mdi.layers import linear
 from mdi.layers.linear import Linear, PackedLinear
+from mdi.layers.quantize import dequantize, quantize
 
 WEIGHTS = {
     "q.weight": (24, 40),
@@ -91,3 +95,27 @@ def test_a_weight_with_nan_is_refused_by_name(dtype: torch.dtype) -> None:
     loaded["k.weight"][7, 39] = torch.nan
     with pytest.raises(CheckpointError, match=r"q\.weight, k\.weight: it has numbers that are NaN"):
         load(loaded, {"q": 24, "k": 8}, 40)
+
+
+@pytest.mark.parametrize("format_", [INT8, INT4])
+def test_quantised_weights_are_joined(format_: Quantization) -> None:
+    """Also where one of them is not quantised, because its width is no multiple of the group, say."""
+    whole = {name: torch.randn(size, 64) for name, size in {"q.weight": 24, "k.weight": 8}.items()}
+
+    @dataclass
+    class Get:
+        quantized: tuple[str, ...]
+        dtype = torch.float32
+
+        def __call__(self, name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> Tensor:
+            return whole[name]
+
+        def matrix(self, name: str, _shape: tuple[int, ...], /) -> Tensor | QuantizedTensor:
+            return quantize(whole[name], format_) if name in self.quantized else whole[name]
+
+    x = torch.randn(5, 64)
+    for names in (("q.weight", "k.weight"), ("k.weight",)):
+        get = Get(names)
+        exact = torch.cat([dequantize(quantize(w, format_)) if name in names else w for name, w in whole.items()])
+        made = Linear.load(get, {"q": 24, "k": 8}, 64)(x)
+        assert (made - x @ exact.T).norm() < 0.02 * (x @ exact.T).norm()

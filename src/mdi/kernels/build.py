@@ -26,8 +26,8 @@ SOURCES = HERE / "c"
 LIBRARY = HERE / "libmdi_kernels.so"
 SHARED = ("cpu.c", "memory.c", "pool.c")
 # No contraction: a product and a sum are one operation only where a kernel says so, whatever the compiler.
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
-LINKED = ("-shared", "-pthread", "-s", "-O3")  # ziglang then links its release runtime: 6 s, not 32, the first time
+FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
+LINKED = ("-shared", "-pthread", "-s", "-O2")  # ziglang then links its release runtime: 6 s, not 32, the first time
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16")
 INSTRUCTION_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # by architecture, from the slowest to the fastest

@@ -21,6 +21,7 @@ from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.kernels.library import Library, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT_KINDS = {8: 3, 4: 4}  # by bits
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
 
 
@@ -68,17 +69,20 @@ class PackedWeight:
 
     @staticmethod
     def pack(weight: Tensor | QuantizedTensor, *, swiglu: bool = False, kernels: Kernels | None = None) -> PackedWeight:
-        """A packed copy. Raises ValueError for numbers that are NaN, and where the weight has no place in memory."""
+        """A packed copy.
+
+        Raises ValueError for numbers that are NaN, for inputs that are no multiple of the group, and where the weight
+        has no place in memory.
+        """
         kernels = kernels or fastest()
-        assert isinstance(weight, Tensor), "quantised weights are dequantised first"
-        outputs, inputs = weight.shape
-        weight, has_nan = weight.contiguous(), c_int()
-        address = kernels.pack(
-            outputs, inputs, FLOATS[weight.dtype], 0, swiglu, 0, weight.data_ptr(), None, None, ctypes.byref(has_nan)
-        )
+        (kind, group, group_scales), arrays = _arrays(weight)
+        pointers = [None if array is None else array.data_ptr() for array in arrays]
+        (outputs, inputs), has_nan = weight.shape, c_int()
+        address = kernels.pack(outputs, inputs, kind, group, swiglu, group_scales, *pointers, ctypes.byref(has_nan))
         if not address:
             raise ValueError("there is no memory for its packed copy")
-        packed = PackedWeight(kernels, (outputs, inputs), None, swiglu, address)
+        quantization = weight.quantization if isinstance(weight, QuantizedTensor) else None
+        packed = PackedWeight(kernels, (outputs, inputs), quantization, swiglu, address)
         weakref.finalize(packed, kernels.discard, address)
         if has_nan:
             raise ValueError("it has numbers that are NaN")
@@ -88,6 +92,25 @@ class PackedWeight:
     def width(self) -> int:
         """Outputs of a product: half as many for SwiGLU."""
         return self.shape[0] // 2 if self.swiglu else self.shape[0]
+
+
+def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tuple[Tensor | None, ...]]:
+    """(kind, activation group, whether scales are per group) and (values, scales, zeros) as the kernels take them."""
+    if isinstance(weight, Tensor):
+        return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None)
+    quantization, (outputs, inputs) = weight.quantization, weight.shape
+    group = quantization.activation_group
+    if inputs % group or (quantization.group or group) % group:
+        raise ValueError(f"its {inputs} inputs are no multiple of the group of {max(group, quantization.group or 0)}")
+    kind, scales, zeros = INT_KINDS[quantization.bits], weight.scales, weight.zeros
+    assert quantization.bits == 4 or zeros is None, "int8 has no zeros"
+    if quantization.group:  # a scale for every group of activations
+        repeats = quantization.group // group
+        scales = scales.repeat_interleave(repeats, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1).contiguous()
+        assert scales.shape == (outputs, inputs // group)
+    scales = scales.to(torch.float16 if quantization.bits == 4 else torch.float32).contiguous()
+    return (kind, group, quantization.group is not None), (weight.values.contiguous(), scales, zeros)
 
 
 def product(
@@ -103,9 +126,13 @@ def product(
 
     x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu or
     quick_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, each summed from zero; their sums are
-    added in order.
+    added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError for inputs that
+    cannot be cut into so many shards.
     """
     rows, inputs = x.shape
+    step = weight.quantization.activation_group if weight.quantization else 2
+    if shards > 1 and inputs % (shards * step):
+        raise ValueError(f"{inputs} inputs are no multiple of {shards} shards times {step}")
     assert inputs == weight.shape[1], f"{inputs} inputs for a weight of {weight.shape[1]}"
     out = x.new_empty(rows, weight.width)
     x, kept = x.contiguous(), [bias, residual]

@@ -44,14 +44,11 @@ class Linear:
         product. bias: whether each weight has one. `NAME.weight` and `NAME.bias` are the tensors.
         Raises CheckpointError for a weight that cannot be computed with.
         """
-        weights, biases = list[Tensor](), list[Tensor]()
-        for name, size in outputs.items():
-            weights.append(_dense(get.matrix(f"{name}.weight", (size, *inputs)), get.dtype))
-            if bias:
-                biases.append(get(f"{name}.bias", (size,)))
-        weight, joined_bias = _joined(weights), _joined(biases) if bias else None
-        if weight.device.type != "cpu" or weight.dtype not in FLOATS or library() is None:
-            return Linear(weight, joined_bias, activation)
+        weight = _joined([get.matrix(f"{name}.weight", (size, *inputs)) for name, size in outputs.items()], get.dtype)
+        joined_bias = torch.cat([get(f"{name}.bias", (size,)) for name, size in outputs.items()]) if bias else None
+        device = (weight.values if isinstance(weight, QuantizedTensor) else weight).device
+        if device.type != "cpu" or get.dtype not in FLOATS or library() is None:
+            return Linear(_dense(weight, get.dtype), joined_bias, activation)
         try:
             return PackedLinear(weight, joined_bias, activation)
         except ValueError as error:
@@ -75,9 +72,9 @@ class Linear:
 
 
 class PackedLinear(Linear):
-    """`Linear` with its weight packed for this CPU's kernels. Raises ValueError for a weight with NaN."""
+    """`Linear` with its weight packed for this CPU's kernels. Raises ValueError as `PackedWeight.pack`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
+    def __init__(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None, activation: str = "none") -> None:
         self.packed = PackedWeight.pack(weight, swiglu=activation == "swiglu")
         self.bias = None if bias is None else bias.float()
         self.activation = "none" if activation == "swiglu" else activation
@@ -93,5 +90,19 @@ def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.flatten(1)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> Tensor | QuantizedTensor:
+    """One weight with the outputs of all. Where only some are quantised, or have zeros, all are dequantised."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first if isinstance(first, QuantizedTensor) else first.flatten(1)
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    forms = {(weight.quantization, weight.zeros is None) for weight in quantized}
+    if len(quantized) < len(weights) or len(forms) > 1:
+        return torch.cat([_dense(weight, dtype) for weight in weights])
+    zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
+    return QuantizedTensor(
+        quantized[0].quantization,
+        torch.cat([weight.values for weight in quantized]),
+        torch.cat([weight.scales for weight in quantized]),
+        torch.cat(zeros) if zeros else None,
+    )

@@ -3,7 +3,7 @@
 
 #include "memory.h"
 #include "pool.h"
-#include "tiles.h"
+#include "work.h"
 
 typedef struct {
     Weight *weight;
@@ -15,6 +15,8 @@ typedef struct {
 
 static size_t panel_size(const Weight *weight) {
     long inputs = weight->inputs;
+    if (weight->kind == INT8) return (size_t)inputs * PANEL + (weight->group_scales ? (size_t)inputs / weight->group * 4 * PANEL : 0);
+    if (weight->kind == INT4) return (size_t)(inputs / GROUP4 * group4_size(weight->has_zeros));
     if (weight->kind == FLOAT32) return (size_t)inputs * PANEL * 4;
     if (weight->kind == FLOAT16) return (size_t)inputs * PANEL * 2;
     return (size_t)(inputs + 1) / 2 * PANEL * 4;
@@ -52,6 +54,60 @@ INLINE int pack_halves(const Weight *weight, const uint16_t *from, int n, uint16
     return has_nan;
 }
 
+// Output n of a panel, which is row `row` of the weight.
+static int pack_int8(const Packing *packing, long row, long panel, int n) {
+    const Weight *weight = packing->weight;
+    const int8_t *from = (const int8_t *)packing->values + row * weight->inputs;
+    const float *scales = packing->scales;
+    char *to = weight->panels + (size_t)panel * weight->panel_size;
+    int has_nan = 0;
+    if (!weight->group_scales) {
+        weight->scales[panel * PANEL + n] = scales[row];
+        has_nan = scales[row] != scales[row];
+    }
+    for (long k = 0; k < weight->inputs; k += weight->group, to += weight->group * PANEL) {
+        if (weight->group_scales) {
+            float scale = scales[(row * weight->inputs + k) / weight->group];
+            ((float *)to)[n] = scale;
+            has_nan |= scale != scale;
+            to += 4 * PANEL;
+        }
+        for (int i = 0; i < weight->group; i++)
+            to[i / 4 * 4 * PANEL + 4 * n + i % 4] = (char)(from[k + i] + WEIGHT_OFFSET);
+    }
+    return has_nan;
+}
+
+static int pack_int4(const Packing *packing, long row, long panel, int n) {
+    const Weight *weight = packing->weight;
+    long groups = weight->inputs / GROUP4;
+    const uint8_t *from = (const uint8_t *)packing->values + row * weight->inputs / 2;
+    const uint16_t *scales = (const uint16_t *)packing->scales + row * groups;
+    char *to = weight->panels + (size_t)panel * weight->panel_size;
+    int has_nan = 0;
+    for (long g = 0; g < groups; g++, from += GROUP4 / 2, to += group4_size(weight->has_zeros)) {
+        ((uint16_t *)to)[n] = scales[g];
+        has_nan |= is_nan(scales[g], FLOAT16);
+        if (weight->has_zeros) to[2 * PANEL + n] = (char)packing->zeros[row * groups + g];
+        char *bytes = to + PANEL * (2 + weight->has_zeros);
+        for (int i = 0; i < GROUP4 / 2; i++) {
+            int k = i / 4 * 8 + i % 4;  // and k + 4
+            int low = from[k / 2] >> 4 * (k % 2) & 15, high = from[(k + 4) / 2] >> 4 * (k % 2) & 15;
+            bytes[i / 4 * 4 * PANEL + 4 * n + i % 4] = (char)(low | high << 4);
+        }
+    }
+    return has_nan;
+}
+
+static int pack_floats(const Packing *packing, long row, long panel, int n) {
+    const Weight *weight = packing->weight;
+    void *to = weight->panels + (size_t)panel * weight->panel_size;
+    const char *from = packing->values + row * weight->inputs * dtype_bytes(weight->kind);
+    if (weight->kind == FLOAT32) return pack_float32(weight, (const uint32_t *)from, n, to);
+    if (weight->kind == FLOAT16) return pack_halves(weight, (const uint16_t *)from, n, to, FLOAT16);
+    return pack_halves(weight, (const uint16_t *)from, n, to, BFLOAT16);
+}
+
 static void pack_part(void *context, int thread, int n_threads) {
     Packing *packing = context;
     const Weight *weight = packing->weight;
@@ -61,11 +117,9 @@ static void pack_part(void *context, int thread, int n_threads) {
         for (int n = 0; n < PANEL; n++) {
             long row = source_row(weight, panel, n);
             if (row < 0) continue;
-            void *to = weight->panels + (size_t)panel * weight->panel_size;
-            const char *from = packing->values + row * weight->inputs * dtype_bytes(weight->kind);
-            if (weight->kind == FLOAT32) has_nan |= pack_float32(weight, (const uint32_t *)from, n, to);
-            if (weight->kind == FLOAT16) has_nan |= pack_halves(weight, (const uint16_t *)from, n, to, FLOAT16);
-            if (weight->kind == BFLOAT16) has_nan |= pack_halves(weight, (const uint16_t *)from, n, to, BFLOAT16);
+            if (weight->kind == INT8) has_nan |= pack_int8(packing, row, panel, n);
+            else if (weight->kind == INT4) has_nan |= pack_int4(packing, row, panel, n);
+            else has_nan |= pack_floats(packing, row, panel, n);
         }
     if (has_nan) __atomic_store_n(&packing->has_nan, 1, __ATOMIC_RELAXED);
 }
@@ -81,8 +135,9 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
     weight->panel_size = panel_size(weight);
     weight->size = (size_t)weight->n_panels * weight->panel_size;
     weight->panels = mdi_allocate(weight->size);
-    if (!weight->panels) {
-        free(weight);
+    if (kind == INT8 && !group_scales) weight->scales = calloc((size_t)(weight->n_panels * PANEL), sizeof(float));
+    if (!weight->panels || (kind == INT8 && !group_scales && !weight->scales)) {
+        KERNEL(discard)(weight);
         return NULL;
     }
     Packing packing = {.weight = weight, .values = values, .scales = scales, .zeros = zeros};
@@ -92,7 +147,7 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
 }
 
 void KERNEL(discard)(Weight *weight) {
-    mdi_free(weight->panels, weight->size);
+    if (weight->panels) mdi_free(weight->panels, weight->size);
     free(weight->scales);
     free(weight);
 }

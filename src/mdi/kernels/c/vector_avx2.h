@@ -77,7 +77,34 @@ INLINE void vi_store_int8(int8_t *to, vint a) {
 enum { PANEL = 16, TILE_ROWS = 6, FEW_ROWS = 3 };
 
 INLINE vint vi_load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE void vi_store(void *to, vint value) { _mm256_storeu_si256((__m256i *)to, value); }
 INLINE vfloat vf_low_bf16(vint pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 INLINE vfloat vf_high_bf16(vint pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
 }
+
+INLINE vfloat vf_load_uint8(const uint8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+}
+
+INLINE vint vi_low_nibbles(vint bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+INLINE vint vi_high_nibbles(vint bytes) { return vi_low_nibbles(_mm256_srli_epi16(bytes, 4)); }
+
+// Dot products: to every int32 lane, add the four products of its bytes. vi_dot takes weights as WEIGHT_OFFSET says,
+// vi_dot_small weights of 0 to 15, whose sums over 32 inputs may stand in 16 bits until vi_small_total.
+#if defined(MDI_AVX2VNNI)
+enum { WEIGHT_OFFSET = 128, SMALL_IN_HALVES = 0 };
+INLINE vint vi_dot(vint sum, vint weights, vint x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
+INLINE vint vi_dot_small(vint sum, vint weights, vint x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
+INLINE vint vi_small_total(vint sum) { return sum; }
+#else
+enum { WEIGHT_OFFSET = 0, SMALL_IN_HALVES = 1 };
+INLINE vint vi_dot(vint sum, vint weights, vint x) {  // |w| * (x with the sign of w): two products are at most 32,512
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE vint vi_dot_small(vint sum, vint weights, vint x) {  // 16 products of at most 15 * 127 fit 16 bits
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x));
+}
+INLINE vint vi_small_total(vint sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+#endif

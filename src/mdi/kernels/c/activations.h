@@ -1,0 +1,99 @@
+// Packs the activations of a product: converted to float32, or quantised to int8 by row and group.
+#pragma once
+
+#include "work.h"
+
+// Inputs [begin, end) of one tile of rows.
+INLINE void pack_rows(const void *x, long stride, long first, int rows, long begin, long end, float *packed, int dtype) {
+    for (int r = 0; r < rows; r++) {
+        long from = (first + r) * stride, k = begin;
+        for (; k + LANES <= end; k += LANES) {
+            vfloat values = vf_load_as(x, from + k, dtype);
+            if (rows == 1) {
+                vf_store(packed + k, values);
+                continue;
+            }
+            float lanes[LANES];
+            vf_store(lanes, values);
+            for (int i = 0; i < LANES; i++) packed[(k + i) * rows + r] = lanes[i];
+        }
+        for (; k < end; k++) packed[k * rows + r] = load_as(x, from + k, dtype);
+    }
+}
+
+static void pack_floats(const Product *product, const Activations *packed, int thread, int n_threads) {
+    long inputs = product->weight->inputs, filled = packed->inputs;
+    long begin = inputs * thread / n_threads, end = inputs * (thread + 1) / n_threads;
+    for (long first = 0; first < product->rows; first += TILE_ROWS) {
+        int rows = tile_rows(product->rows, first);
+        float *tile = packed->floats + first * filled;
+        if (product->dtype == FLOAT32) pack_rows(product->x, inputs, first, rows, begin, end, tile, FLOAT32);
+        if (product->dtype == BFLOAT16) pack_rows(product->x, inputs, first, rows, begin, end, tile, BFLOAT16);
+        if (product->dtype == FLOAT16) pack_rows(product->x, inputs, first, rows, begin, end, tile, FLOAT16);
+        if (end == inputs)
+            for (long k = inputs * rows; k < filled * rows; k++) tile[k] = 0;
+    }
+}
+
+enum { MAX_GROUP = 256 };
+
+// One group of one row: 127 is the largest number. A group with an infinite number or NaN has the scale NaN.
+// sums: of the first and of the second half of every four values.
+static float quantize_group(const float *x, int group, int8_t *values, int32_t sums[2]) {
+    vfloat largest = vf_zero(), check = vf_zero();
+    for (int k = 0; k < group; k += LANES) {
+        vfloat part = vf_load(x + k);
+        largest = vf_max(largest, vf_abs(part));
+        check = vf_fma(part, vf_zero(), check);
+    }
+    float scale = vf_largest(largest) / 127;
+    int usual = vf_sum(check) == 0;
+    if (!(scale >= 0x1p-126f)) scale = 0;  // its inverse would be infinite
+    vfloat inverse = vf_set1(usual && scale > 0 ? 1 / scale : 0);
+    vint total = vi_zero();
+    for (int k = 0; k < group; k += LANES) {
+        vint rounded = usual ? vi_round(vf_mul(vf_load(x + k), inverse)) : vi_zero();
+        total = vi_add(total, rounded);
+        vi_store_int8(values + k, rounded);
+    }
+    int32_t lanes[LANES];
+    vi_store(lanes, total);
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < LANES; i++) sums[i / 2 % 2] += lanes[i];
+    return usual ? scale : NAN;
+}
+
+// What the integer sum of a group begins with, so that it ends as that of signed weights.
+INLINE int32_t first_sum(const Weight *weight, const int32_t sums[2]) {
+    if (weight->kind == INT8) return -WEIGHT_OFFSET * (sums[0] + sums[1]);
+    if (weight->has_zeros) return sums[0] + sums[1];
+    if (SMALL_IN_HALVES) return (int32_t)((uint32_t)(-8 * sums[1]) << 16 | ((uint32_t)(-8 * sums[0]) & 0xffff));
+    return -8 * (sums[0] + sums[1]);
+}
+
+INLINE void load_group(const void *x, long index, int group, int dtype, float *to) {
+    for (int k = 0; k < group; k += LANES) vf_store(to + k, vf_load_as(x, index + k, dtype));
+}
+
+static void quantize_activations(const Product *product, const Activations *packed, int thread, int n_threads) {
+    const Weight *weight = product->weight;
+    int group = weight->group;
+    long inputs = weight->inputs, groups = inputs / group;
+    long begin = groups * thread / n_threads, end = groups * (thread + 1) / n_threads;
+    float x[MAX_GROUP];
+    int8_t values[MAX_GROUP];
+    int32_t sums[2];
+    for (long row = 0; row < product->rows; row++) {
+        int r = (int)(row % TILE_ROWS), rows = tile_rows(product->rows, row - r);
+        for (long g = begin; g < end; g++) {
+            long at = (row - r) * groups + g * rows + r, index = row * inputs + g * group;
+            if (product->dtype == FLOAT32) load_group(product->x, index, group, FLOAT32, x);
+            if (product->dtype == BFLOAT16) load_group(product->x, index, group, BFLOAT16, x);
+            if (product->dtype == FLOAT16) load_group(product->x, index, group, FLOAT16, x);
+            packed->scales[at] = quantize_group(x, group, values, sums);
+            packed->sums[at] = first_sum(weight, sums);
+            int8_t *to = packed->values + (row - r) * inputs + g * group * rows + 4 * r;
+            for (int k = 0; k < group; k += 4) memcpy(to + k * rows, values + k, 4);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+// Products of int8 and int4 weights with quantised activations: exact integer sums within a group of inputs, which are
+// scaled and added in order. The tiles are those of float_products.h.
+#pragma once
+
+#include "work.h"
+
+enum { BLOCK8 = 1024, BLOCK4 = 512, DIRECT_ROWS4 = 2 * TILE_ROWS };  // inputs of a block
+
+// Activations of one tile of rows: see work.h.
+typedef struct {
+    const int8_t *values;
+    const float *scales;
+    const int32_t *sums;
+} Tile;
+
+INLINE vint broadcast(const int8_t *four) {
+    int32_t bits;
+    memcpy(&bits, four, sizeof bits);
+    return vi_set1(bits);
+}
+
+INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
+                      float *sums) {
+    int vectors = panels * PANEL_VECTORS;
+    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS], scales[2 * PANEL_VECTORS];
+    vint dot[TILE_ROWS][2 * PANEL_VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
+    for (long g = 0; g < groups; g++, x.scales += rows, x.sums += rows) {
+        if (group_scales) {
+            UNROLL for (int v = 0; v < vectors; v++) scales[v] = vf_load((const float *)weights_of(w, jump, 4 * PANEL, v));
+            w += 4 * PANEL;
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(x.sums[r]);
+        for (int k = 0; k < group; k += 4, x.values += 4 * rows, w += 4 * PANEL)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                vint weights = vi_load(weights_of(w, jump, 4 * PANEL, v));
+                UNROLL for (int r = 0; r < rows; r++) dot[r][v] = vi_dot(dot[r][v], weights, broadcast(x.values + 4 * r));
+            }
+        UNROLL for (int r = 0; r < rows; r++) {
+            vfloat scale = vf_set1(x.scales[r]);
+            UNROLL for (int v = 0; v < vectors; v++) {
+                vfloat total = vi_to_float(dot[r][v]);
+                if (group_scales) sum[r][v] = vf_fma(vf_mul(total, scale), scales[v], sum[r][v]);
+                else sum[r][v] = vf_fma(total, scale, sum[r][v]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) vf_store(sums_of(sums, r, v), sum[r][v]);
+}
+
+// Unpacked, a group of an int4 panel has [PANEL] float32 scales and zeros, and [8][PANEL][4] bytes.
+enum { UNPACKED4 = PANEL * (4 + 4 + GROUP4) };
+
+INLINE void unpack4(const char *w, int has_zeros, long groups, char *to) {
+    for (long g = 0; g < groups; g++, w += group4_size(has_zeros), to += UNPACKED4) {
+        const char *bytes = w + PANEL * (2 + has_zeros);
+        for (int n = 0; n < PANEL; n += LANES) {
+            vf_store((float *)to + n, vf_load_f16((const uint16_t *)w + n));
+            vf_store((float *)to + PANEL + n, has_zeros ? vf_load_uint8((const uint8_t *)w + 2 * PANEL + n) : vf_zero());
+            for (int step = 0; step < 4; step++) {
+                vint both = vi_load(bytes + step * 4 * PANEL + 4 * n);
+                vi_store(to + 8 * PANEL + 2 * step * 4 * PANEL + 4 * n, vi_low_nibbles(both));
+                vi_store(to + 8 * PANEL + (2 * step + 1) * 4 * PANEL + 4 * n, vi_high_nibbles(both));
+            }
+        }
+    }
+}
+
+// unpacked: as `unpack4` leaves it.
+INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x, const char *w, long jump, long groups,
+                      float *sums) {
+    int vectors = panels * PANEL_VECTORS;
+    long head = unpacked ? 8 * PANEL : PANEL * (2 + has_zeros), size = unpacked ? UNPACKED4 : group4_size(has_zeros);
+    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS];
+    vint dot[TILE_ROWS][2 * PANEL_VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
+    for (long g = 0; g < groups; g++, x.scales += rows, x.sums += rows, x.values += GROUP4 * rows, w += size) {
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(has_zeros ? 0 : x.sums[r]);
+        for (int step = 0; step < (unpacked ? 8 : 4); step++)
+            UNROLL for (int v = 0; v < vectors; v++) {
+                vint bytes = vi_load(weights_of(w + head + step * 4 * PANEL, jump, 4 * PANEL, v));
+                vint low = unpacked ? bytes : vi_low_nibbles(bytes), high = vi_high_nibbles(bytes);
+                const int8_t *values = x.values + (unpacked ? 4 : 8) * rows * step;
+                UNROLL for (int r = 0; r < rows; r++) dot[r][v] = vi_dot_small(dot[r][v], low, broadcast(values + 4 * r));
+                if (!unpacked)
+                    UNROLL for (int r = 0; r < rows; r++)
+                        dot[r][v] = vi_dot_small(dot[r][v], high, broadcast(values + 4 * rows + 4 * r));
+            }
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const char *from = weights_of(w, jump, unpacked ? 4 * PANEL : 2 * PANEL, v);
+            vfloat scale = unpacked ? vf_load((const float *)from) : vf_load_f16((const uint16_t *)from), zero = vf_zero();
+            if (has_zeros && unpacked) zero = vf_load((const float *)(from + 4 * PANEL));
+            if (has_zeros && !unpacked) zero = vf_load_uint8((const uint8_t *)weights_of(w + 2 * PANEL, jump, PANEL, v));
+            UNROLL for (int r = 0; r < rows; r++) {
+                vfloat total = vi_to_float(vi_small_total(dot[r][v]));
+                if (has_zeros) total = vf_sub(total, vf_mul(zero, vf_set1((float)x.sums[r])));  // exact: below 2^24
+                sum[r][v] = vf_fma(vf_mul(total, vf_set1(x.scales[r])), scale, sum[r][v]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < vectors; v++) vf_store(sums_of(sums, r, v), sum[r][v]);
+}
+
+typedef enum { BY_OUTPUT, BY_GROUP, NIBBLES, NIBBLES_ZEROS, BYTES, BYTES_ZEROS } Layout;
+
+INLINE void int_tile(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, int group, float *sums) {
+    switch (layout) {
+        case BY_OUTPUT: int8_tile(0, rows, panels, x, w, jump, groups, group, sums); break;
+        case BY_GROUP: int8_tile(1, rows, panels, x, w, jump, groups, group, sums); break;
+        case NIBBLES: int4_tile(0, 0, rows, panels, x, w, jump, groups, sums); break;
+        case NIBBLES_ZEROS: int4_tile(0, 1, rows, panels, x, w, jump, groups, sums); break;
+        case BYTES: int4_tile(1, 0, rows, panels, x, w, jump, groups, sums); break;
+        case BYTES_ZEROS: int4_tile(1, 1, rows, panels, x, w, jump, groups, sums); break;
+    }
+}
+
+INLINE void int_tile_of(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
+                        float *sums) {
+    switch (rows) {
+        case 1: int_tile(layout, 1, panels, x, w, jump, groups, group, sums); break;
+        case 2: if ((panels == 1 ? TILE_ROWS : FEW_ROWS) >= 2) int_tile(layout, 2, panels, x, w, jump, groups, group, sums); break;
+        case 3: if ((panels == 1 ? TILE_ROWS : FEW_ROWS) >= 3) int_tile(layout, 3, panels, x, w, jump, groups, group, sums); break;
+        case 4: if (TILE_ROWS >= 4) int_tile(layout, 4, 1, x, w, jump, groups, group, sums); break;
+        case 5: if (TILE_ROWS >= 5) int_tile(layout, 5, 1, x, w, jump, groups, group, sums); break;
+        case 6: if (TILE_ROWS >= 6) int_tile(layout, 6, 1, x, w, jump, groups, group, sums); break;
+    }
+}
+
+// Adds inputs [begin, end), whose weights are at w, to the sums of rows from `first` on.
+INLINE void int_tiles(const Work *work, Layout layout, int panels, const char *w, long jump, long first, long rows, long begin,
+                      long end) {
+    int group = work->weight->group;
+    long groups = work->x.inputs / group;
+    for (long row = first; row < first + rows; row += TILE_ROWS) {
+        int count = tile_rows(work->product->rows, row);
+        long at = row * groups + begin / group * count;
+        Tile x = {work->x.values + row * work->x.inputs + begin * count, work->x.scales + at, work->x.sums + at};
+        float *sums = work->sums + (row - first) * PANEL;
+        if (panels == 2 && FEW_ROWS) int_tile_of(layout, count, 2, x, w, jump, (end - begin) / group, group, sums);
+        else int_tile_of(layout, count, 1, x, w, jump, (end - begin) / group, group, sums);
+    }
+}
+
+INLINE void multiply_int8(const Work *work, Layout layout, int panels, const char *panel, long jump, long first, long rows,
+                          long begin, long end) {
+    int group = work->weight->group;
+    long size = layout == BY_GROUP ? 4 * PANEL + group * PANEL : group * PANEL;
+    long block = rows <= TILE_ROWS ? end - begin : BLOCK8 / group * group;
+    for (long stop, k = begin; k < end; k = stop) {
+        stop = k + block < end ? k + block : end;
+        int_tiles(work, layout, panels, panel + k / group * size, jump, first, rows, k, stop);
+    }
+}
+
+INLINE void multiply_int4(const Work *work, int has_zeros, int panels, const char *panel, long jump, long first, long rows,
+                          long begin, long end) {
+    long size = group4_size(has_zeros);
+    if (rows <= DIRECT_ROWS4) {
+        const char *w = panel + begin / GROUP4 * size;
+        int_tiles(work, has_zeros ? NIBBLES_ZEROS : NIBBLES, panels, w, jump, first, rows, begin, end);
+        return;
+    }
+    for (long stop, k = begin; k < end; k = stop) {
+        stop = k + BLOCK4 < end ? k + BLOCK4 : end;
+        unpack4(panel + k / GROUP4 * size, has_zeros, (stop - k) / GROUP4, work->block);
+        int_tiles(work, has_zeros ? BYTES_ZEROS : BYTES, 1, work->block, 0, first, rows, k, stop);
+    }
+}
+
+static void multiply_ints(const Work *work, int panels, const char *panel, long jump, long first, long rows, long begin,
+                          long end) {
+    const Weight *weight = work->weight;
+    if (weight->kind == INT8 && weight->group_scales)
+        multiply_int8(work, BY_GROUP, panels, panel, jump, first, rows, begin, end);
+    else if (weight->kind == INT8) multiply_int8(work, BY_OUTPUT, panels, panel, jump, first, rows, begin, end);
+    else if (weight->has_zeros) multiply_int4(work, 1, panels, panel, jump, first, rows, begin, end);
+    else multiply_int4(work, 0, panels, panel, jump, first, rows, begin, end);
+}

@@ -1,0 +1,51 @@
+// What a thread works with while it computes its panels of a product.
+#pragma once
+
+#include "products.h"
+#include "vector.h"
+
+enum {
+    PANEL_VECTORS = PANEL / LANES,
+    ROWS_AT_ONCE = 516,
+    SUMS_JUMP = TILE_ROWS * PANEL,  // floats between the sums of two panels that are computed together
+    SUMS_SIZE = ROWS_AT_ONCE * PANEL * sizeof(float),
+    BLOCK_SIZE = 256 * PANEL * sizeof(float),  // bytes of a panel's part that is unpacked for many rows
+};
+
+#if defined(MDI_SCALAR)
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Activations of a product, in tiles of TILE_ROWS rows, for all threads.
+typedef struct {
+    long inputs;     // filled up to whole steps of a panel
+    float *floats;   // [inputs][rows], for float weights
+    int8_t *values;  // [inputs / 4][rows][4], for quantised ones: x = value * scale
+    float *scales;   // [groups][rows]
+    int32_t *sums;   // [groups][rows]: of the values; for weights without zeros, what a sum of the group begins with
+} Activations;
+
+typedef struct {
+    const Product *product;
+    const Weight *weight;
+    Activations x;
+    float *sums;    // [ROWS_AT_ONCE][PANEL]
+    float *totals;  // like sums, over shards
+    char *block;
+} Work;
+
+enum { GROUP4 = 32 };  // inputs of a group of an int4 weight, and the bytes that it takes in a panel:
+INLINE long group4_size(int has_zeros) { return PANEL * (2 + has_zeros + GROUP4 / 2); }
+
+INLINE int tile_rows(long rows, long first) { return rows - first < TILE_ROWS ? (int)(rows - first) : TILE_ROWS; }
+
+INLINE float *sums_of(float *sums, int row, int vector) {
+    return sums + vector / PANEL_VECTORS * SUMS_JUMP + row * PANEL + vector % PANEL_VECTORS * LANES;
+}
+
+// A vector of a step of a panel, where a step has step_size bytes; of the second panel behind the first one's.
+INLINE const char *weights_of(const char *w, long jump, long step_size, int vector) {
+    return w + vector / PANEL_VECTORS * jump + vector % PANEL_VECTORS * (step_size / PANEL_VECTORS);
+}
