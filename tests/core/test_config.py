@@ -91,9 +91,9 @@ def test_layers_may_be_any_sequence() -> None:
     assert EngineConfig.of("bundled", layers=[]).cluster.layers is None
 
 
-@pytest.mark.parametrize(("wanted", "length"), [(None, 4096), (2, 2), (5000, 5000)])
+@pytest.mark.parametrize(("wanted", "length"), [(None, 32_768), (2, 2), (50_000, 50_000)])
 def test_the_sequence_length_fits_the_model(wanted: int | None, length: int) -> None:
-    assert CacheSettings(wanted).sequence_length_for(5000) == length
+    assert CacheSettings(wanted).sequence_length_for(50_000) == length
     assert CacheSettings(None).sequence_length_for(512) == 512
 
 

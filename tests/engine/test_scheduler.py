@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mdi.core.batch import CACHE_BLOCK as BLOCK
 from mdi.core.batch import Copy, Release
 from mdi.engine.scheduler import ScheduledSlice, Scheduler
-from mdi.engine.slots import BLOCK
 
 MUCH = 10**6  # tokens: as if memory were endless
 

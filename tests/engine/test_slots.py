@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdi.core.batch import CACHE_BLOCK as BLOCK
 from mdi.core.batch import Copy, Release
-from mdi.engine.slots import BLOCK, MIN_PREFIX, Slots, common_length
+from mdi.engine.slots import MIN_PREFIX, Slots, common_length
 
 MUCH = 10**6  # tokens: as if memory were endless
 PLAIN = list(range(100, 200))

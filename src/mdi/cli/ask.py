@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from mdi.cli.options import EngineOptions, Images, MaxPixels, MinPixels, Model, SequenceLength, Videos, grouped
+from mdi.cli.options import (
+    EngineOptions,
+    Images,
+    KvCacheGb,
+    MaxPixels,
+    MinPixels,
+    Model,
+    SequenceLength,
+    Videos,
+    grouped,
+)
 from mdi.cli.screen import out, say
 from mdi.core.errors import InputError
 
@@ -34,6 +44,7 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     sequence_length: SequenceLength = None,
+    kv_cache_gb: KvCacheGb = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
 ) -> None:
@@ -44,7 +55,8 @@ def ask(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n=n_samples
     )
     questions = _questions(prompt)
-    with options.start(model, sequence_length=sequence_length, min_pixels=min_pixels, max_pixels=max_pixels) as engine:
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    with options.start(model, sequence_length=sequence_length, kv_cache_gb=kv_cache_gb, **limits) as engine:
         for question in questions:
             _print_answers(engine, user_message(question, image or [], video or []), params)
 

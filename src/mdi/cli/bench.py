@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mdi.cli.options import EngineOptions, Model, grouped, parse_numbers
+from mdi.cli.options import EngineOptions, KvCacheGb, Model, grouped, parse_numbers
 from mdi.cli.screen import out, say, steps_bar
 from mdi.core.errors import ConfigError
 
@@ -20,6 +20,7 @@ def bench(
     prompt_lengths: Annotated[str, typer.Option(help="Tokens of prompts, about; streams use the first.")] = "64,512",
     image_sizes: Annotated[str, typer.Option(help="Sides of square images, in pixels; '' for none.")] = "224,448",
     answer_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    kv_cache_gb: KvCacheGb = None,
     peer: Annotated[str | None, typer.Option(help="transformers: the same work there as well, and ratios.")] = None,
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for bench.json, tokens.csv and plots.")
@@ -51,6 +52,7 @@ def bench(
         str(source.path),
         sequence_length=limits.sequence_length,
         max_sequences=limits.max_sequences,
+        kv_cache_gb=kv_cache_gb,
         max_pixels=limits.max_pixels,
     )
     with engine, steps_bar() as progress:

@@ -11,6 +11,7 @@ from rich.table import Table
 from mdi.cli.options import (
     DEFAULTS,
     CheckpointOptions,
+    KvCacheGb,
     MaxSequences,
     Model,
     NodesOptions,
@@ -39,6 +40,7 @@ def plan(
     checkpoint: CheckpointOptions,
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
+    kv_cache_gb: KvCacheGb = None,
 ) -> None:
     """Show which layers would go to which node, and what each would hold, before anything is loaded.
 
@@ -46,13 +48,14 @@ def plan(
     """
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.weights import log_unquantized
+    from mdi.planning.cache import CacheNode, cache_budget, planned_bytes, planned_tokens
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
     quantization = formats.asked or UNQUANTIZED
-    cache_tokens = max_sequences * CacheSettings(sequence_length).sequence_length_for(config.max_positions)
+    cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
@@ -67,15 +70,24 @@ def plan(
         machines=machines,
         dtype=dtype,
         quantization=quantization,
-        cache_tokens=cache_tokens,
+        cache_tokens=planned_tokens(cache, config.max_positions),
+        most_cache_bytes=planned_bytes(cache),
         vision_node=vision_node,
     )
     log_unquantized(config, quantization)
+    sizes = [stage_summary(config, spec, dtype, quantization=quantization).size_bytes for spec in made.stages]
+    left = [machine.memory_bytes - size for machine, size in zip(machines, sizes, strict=True)] or [math.inf] * n_nodes
+    roles = zip(made.roles, made.layers, left, strict=False)
+    budget = cache_budget(config, cache, dtype, [CacheNode(*node) for node in roles])
     rows = [
-        (name, spec, stage_summary(config, spec, dtype, cache_tokens, quantization))
+        (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization))
         for name, spec in made.roles.items()
     ]
     out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
+    if machines or kv_cache_gb:
+        out.print(
+            f"KV cache: {budget.tokens:,} tokens of all sequences together; one has {budget.sequence_length:,} at most"
+        )
     for name, node in zip(made.roles, measured, strict=False):
         if node.unknown:
             out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")

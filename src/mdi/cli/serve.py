@@ -10,6 +10,7 @@ import typer
 from mdi.cli.options import (
     DEFAULTS,
     EngineOptions,
+    KvCacheGb,
     MaxPixels,
     MaxSequences,
     MinPixels,
@@ -33,6 +34,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
+    kv_cache_gb: KvCacheGb = None,
     vision_cache_mb: Annotated[
         int, typer.Option(min=0, help="Mebibytes for encoded images and videos, kept for further requests.")
     ] = DEFAULTS.cache.vision_cache_bytes // MEBIBYTE,
@@ -76,6 +78,7 @@ def serve(
             model or ckpt or "",
             sequence_length=sequence_length,
             max_sequences=max_sequences,
+            kv_cache_gb=kv_cache_gb,
             vision_cache_bytes=vision_cache_mb * MEBIBYTE,
             min_pixels=min_pixels,
             max_pixels=max_pixels,

@@ -5,7 +5,9 @@ Knows checkpoints, launchers and links, and no requests.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,37 +17,44 @@ import torch
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.prepare import Chunks, prepared
 from mdi.checkpoint.source import Source
+from mdi.cluster.cache_memory import cache_nodes
 from mdi.cluster.delivery import Deliver
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting, starter_identity
-from mdi.cluster.link import PipelineSettings
+from mdi.cluster.link import PipelineSettings, loaded_nodes
 from mdi.cluster.measure import measure_all
 from mdi.cluster.monitor import Monitor
 from mdi.cluster.node_client import NodeAddress
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
-from mdi.cluster.supervisor import Supervisor
+from mdi.cluster.supervisor import START_TIMEOUT_S, Supervisor
 from mdi.core.config import EngineConfig
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
+from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
+from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
 from mdi.planning.plan import make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
+from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic
+
+log = logging.getLogger(__name__)
 
 
 class Cluster:
     """The first stage, loaded here, and the nodes that hold the others. The one owner of all that it starts.
 
-    link: to the other nodes; None where there are none. encoder: of images, where the vision tower has its own node.
-    Chunks are prepared when there are none yet. deliver: takes results, and what happens to the link.
-    progress: called with (node, bytes done, bytes in all). waiting: called with the nodes that are waited for.
+    cache: what the nodes have memory for. link: to the other nodes; None where there are none. encoder: of images,
+    where the vision tower has its own node. Chunks are prepared when there are none yet. deliver: takes results, and
+    what happens to the link. progress: called with (node, bytes done, bytes in all). waiting: called with the nodes
+    that are waited for.
     """
 
     def __init__(
@@ -65,7 +74,7 @@ class Cluster:
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
         self._formats = config.model.formats
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
-        self._sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
+        config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
         self._progress = progress
         self._waiting = waiting
         self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
@@ -80,7 +89,10 @@ class Cluster:
             undo.callback(self.close)
             alone = self.n_nodes == 1 and not self._vision_address
             self._loaded = self._load_alone(source) if alone else self._load_together(source)
-            self.stage = Stage(self._loaded, n_slots=config.cache.max_sequences, sequence_length=self._sequence_length)
+            self.cache = self._cache_budget(source.model_config)
+            self.stage = Stage(self._loaded, n_slots=self.cache.n_slots, sequence_length=self.cache.sequence_length)
+            if self.n_nodes > 1:
+                self._connect()
             undo.pop_all()
 
     def nodes(self) -> list[NodeStatus]:
@@ -142,7 +154,7 @@ class Cluster:
 
     def _load_together(self, source: Source) -> LoadedStage:
         """Starts the other nodes, which load at the same time as this one."""
-        cluster, cache = self._config.cluster, self._config.cache
+        cluster = self._config.cluster
         authority = Authority.create() if cluster.encryption and not self._nodes else None
         monitor = self._monitor = Monitor(self._identity(authority))
         chunks = self._chunks = prepared(
@@ -156,17 +168,32 @@ class Cluster:
             progress=self._progress,
         )
         launcher = self._launcher = self._make_launcher(chunks, monitor, authority)
-        if self.n_nodes > 1:
-            settings = PipelineSettings(chunks.manifest.digest, cache.max_sequences, self._sequence_length)
-            self.link = Supervisor(launcher, monitor, settings, cluster.recovery, self._deliver, self._progress)
         launcher.start()
         if address := self._vision_address:
             width, timeout_s = source.model_config.hidden_size, cluster.recovery.recovery_timeout_s
             self.encoder = RemoteEncoder(address, monitor, chunks, width, timeout_s)
-        loaded = load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
-        if self.link:
-            self.link.connect()
-        return loaded
+        return load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
+
+    def _connect(self) -> None:
+        """Links the nodes, which have loaded. From here on the supervisor brings them back."""
+        assert self._launcher and self._monitor and self._chunks  # noqa: PT018
+        settings = PipelineSettings(self._chunks.manifest.digest, self.cache.n_slots, self.cache.sequence_length)
+        limits = self._config.cluster.recovery
+        self.link = Supervisor(self._launcher, self._monitor, settings, limits, self._deliver, self._progress)
+        self.link.connect()
+
+    def _cache_budget(self, model: ModelConfig) -> CacheBudget:
+        """What all nodes have memory for. Waits until they have loaded: only then it is known what they have left."""
+        nodes, statuses = list[NodeAddress](), list[LoadedStatus]()
+        if self._launcher and self._monitor and self.n_nodes > 1:
+            nodes, deadline = self._launcher.nodes, time.monotonic() + START_TIMEOUT_S
+            statuses = self._monitor.loop.call(loaded_nodes(self._monitor, nodes, self._progress, deadline))
+        described = [self._nodes.starter, *self._nodes.pipeline] if self._nodes else []
+        memory = cache_nodes(self._loaded, nodes, statuses, described)
+        budget = cache_budget(model, self._config.cache, dtype_name(self._loaded.dtype), memory)
+        if note := budget.note:
+            log.warning("%s", note)
+        return budget
 
     def _identity(self, authority: Authority | None) -> Identity | None:
         """The starter's. authority: lives as long as this object, for nodes that are started here."""
@@ -189,17 +216,18 @@ class Cluster:
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
         if self._nodes is None or self._monitor is None:
             return None
-        dtype, cache = self._dtype or source.model_config.dtype, self._config.cache
+        model, cache = source.model_config, self._config.cache
+        dtype = self._dtype or model.dtype
         formats, manual = self._formats or UNQUANTIZED, self._config.cluster.manual
         machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
-        cache_tokens = cache.max_sequences * self._sequence_length
         made = make_plan(
-            source.model_config,
+            model,
             self.n_nodes,
             machines=machines,
             dtype=dtype,
             quantization=formats,
-            cache_tokens=cache_tokens,
+            cache_tokens=planned_tokens(cache, model.max_positions),
+            most_cache_bytes=planned_bytes(cache),
             vision_node=self._vision_address is not None,
         )
         return made.layers

@@ -165,7 +165,8 @@ class LinkEpoch:
     async def open(self, progress: Progress | None, deadline: float) -> None:
         """See `GrpcLink.wire`. Whatever happens, `close` it in the end."""
         places = range(len(self._nodes))
-        await _together([self._await_loaded(index, progress, deadline) for index in places])
+        beats = zip(self._nodes, self._heartbeats, strict=True)
+        await _together([await_loaded(node, heartbeat, progress, deadline) for node, heartbeat in beats])
         for index in reversed(places):
             await self._configure(index)
         work = [self._send(), self._send_masks(), self._receive(), *(self._watch(index) for index in places)]
@@ -182,25 +183,6 @@ class LinkEpoch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _await_loaded(self, index: int, progress: Progress | None, deadline: float) -> None:
-        name, heartbeat = self._nodes[index].name, self._heartbeats[index]
-        while True:
-            try:
-                status = await heartbeat.answer()
-            except LinkError as error:
-                raise LinkError(f"node {name} does not answer: {error}", name) from None
-            if progress and status.total_bytes:
-                progress(name, status.done_bytes, status.total_bytes)
-            if status.state == node_pb2.NodeStatus.FAILED:
-                raise LinkError(f"node {name}: {status.error}", name)
-            if status.state in (node_pb2.NodeStatus.WAITING, node_pb2.NodeStatus.RECEIVING):
-                raise LinkError(f"node {name} was started anew, and has no weights yet", name)
-            if status.state == node_pb2.NodeStatus.LOADED:
-                return
-            if time.monotonic() > deadline:
-                raise LinkError(f"node {name} did not finish loading in time", name)
-            await asyncio.sleep(LOADING_POLL_S)
 
     async def _configure(self, index: int) -> None:
         settings, name = self._settings, self._nodes[index].name
@@ -265,11 +247,42 @@ class LinkEpoch:
             self._deliver(error)
 
 
-async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def loaded_nodes(
+    monitor: Monitor, nodes: Sequence[NodeAddress], progress: Progress | None, deadline: float
+) -> list[node_pb2.NodeStatus]:
+    """The status of every node, once all have loaded. Raises LinkError, naming the node, for one that does not."""
+    heartbeats = [await monitor.watch(node) for node in nodes]
+    beats = zip(nodes, heartbeats, strict=True)
+    await _together([await_loaded(node, heartbeat, progress, deadline) for node, heartbeat in beats])
+    return await _together([heartbeat.answer() for heartbeat in heartbeats])
+
+
+async def await_loaded(node: NodeAddress, heartbeat: Heartbeat, progress: Progress | None, deadline: float) -> None:
+    """Returns when a node has loaded. Raises LinkError, naming the node, if it does not until the deadline."""
+    name = node.name
+    while True:
+        try:
+            status = await heartbeat.answer()
+        except LinkError as error:
+            raise LinkError(f"node {name} does not answer: {error}", name) from None
+        if progress and status.total_bytes:
+            progress(name, status.done_bytes, status.total_bytes)
+        if status.state == node_pb2.NodeStatus.FAILED:
+            raise LinkError(f"node {name}: {status.error}", name)
+        if status.state in (node_pb2.NodeStatus.WAITING, node_pb2.NodeStatus.RECEIVING):
+            raise LinkError(f"node {name} was started anew, and has no weights yet", name)
+        if status.state == node_pb2.NodeStatus.LOADED:
+            return
+        if time.monotonic() > deadline:
+            raise LinkError(f"node {name} did not finish loading in time", name)
+        await asyncio.sleep(LOADING_POLL_S)
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Runs them at the same time; the first error ends all."""
     try:
         async with asyncio.TaskGroup() as group:
-            for coroutine in coroutines:
-                group.create_task(coroutine)
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -73,6 +73,10 @@ class Slice:
         return self.start + self.length
 
 
+CACHE_BLOCK = 64
+"""Tokens of a slot that the KV cache gives memory for at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Copies the first `length` tokens of one slot's cache into another's."""

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 FORMATS = (*QUANTIZATIONS, NONE)
 MEBIBYTE = 2**20
-DEFAULT_SEQUENCE_LENGTH = 4096
+DEFAULT_SEQUENCE_LENGTH = 32_768
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -91,9 +91,16 @@ class CacheSettings(Section):
 
     sequence_length: int | None = setting(
         None,
-        f"Most tokens of prompt and answer together; {DEFAULT_SEQUENCE_LENGTH}, or the model's most, if not given.",
+        "Most tokens of prompt and answer together. If not given: the model's most, up to "
+        f"{DEFAULT_SEQUENCE_LENGTH}, where memory permits.",
     )
     max_sequences: int = setting(16, "Samples that run at once; more wait.", low=1)
+    kv_cache_gb: float | None = setting(
+        None,
+        "Most gigabytes of keys and values that each node keeps for its layers. If not given: half of what is free "
+        "beside the weights, or what all samples of full length take, if less.",
+        above=0,
+    )
     vision_cache_bytes: int = setting(  # 65 images of 1,280 tokens of the 2B model
         256 * MEBIBYTE,
         "Memory for encoded images and videos, for later requests that show the same; 0 keeps none.",
@@ -101,7 +108,7 @@ class CacheSettings(Section):
     )
 
     def sequence_length_for(self, max_positions: int) -> int:
-        """The sequence length, for a model of so many positions. Raises ConfigError beyond them."""
+        """The longest sequence, for a model of so many positions. Raises ConfigError beyond them."""
         if self.sequence_length is None:
             return min(DEFAULT_SEQUENCE_LENGTH, max_positions)
         if not 2 <= self.sequence_length <= max_positions:

@@ -72,7 +72,6 @@ class Engine:
         source = open_source(path)
         self.model_names = names(config.model.checkpoint, path)
         self.model_name = self.model_names[0]
-        self.sequence_length = config.cache.sequence_length_for(source.model_config.max_positions)
         self.max_queue = config.limits.max_queue
         self._defaults = generation_defaults(path)
         self._end_ids = end_ids(source)
@@ -85,6 +84,7 @@ class Engine:
         self._closed = False
         self._inbox: Inbox = queue.SimpleQueue()
         self._cluster = Cluster(source, config, self._inbox.put, progress, waiting)
+        self.sequence_length = self._cluster.cache.sequence_length
         try:
             self._prompts = self._prompt_builder(source, config)
         except BaseException:
@@ -199,15 +199,25 @@ class Engine:
     def _prompt_builder(self, source: Source, config: EngineConfig) -> PromptBuilder:
         (images, videos), recorder = self._media_specs, self._cluster.stage.recorder
         return PromptBuilder(
-            source.model_config, self._tokenizer, images, config.media, self.sequence_length, videos, recorder
+            source.model_config,
+            self._tokenizer,
+            images,
+            config.media,
+            self.sequence_length,
+            videos,
+            recorder,
+            self._cluster.cache.remedy,
         )
 
     def _start_loop(self, config: EngineConfig) -> StepLoop:
-        cluster, cache = self._cluster, config.cache
+        cluster = self._cluster
         scheduler: Scheduler[Sequence] = Scheduler(
-            n_slots=cache.max_sequences, cache_tokens=10**9, token_budget=TOKEN_BUDGET, max_in_flight=cluster.n_nodes
+            n_slots=cluster.cache.n_slots,
+            cache_tokens=cluster.cache.tokens,
+            token_budget=TOKEN_BUDGET,
+            max_in_flight=cluster.n_nodes,
         )
-        embeddings = EmbeddingCache(cache.vision_cache_bytes)
+        embeddings = EmbeddingCache(config.cache.vision_cache_bytes)
         vision = VisionQueue(cluster.stage, embeddings, cluster.encoder, self._inbox.put)
         return StepLoop(cluster.stage, cluster.link, self._inbox, scheduler, vision, self._ended)
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from mdi.core.batch import CacheEdit, Copy, Release
+from mdi.core.batch import CACHE_BLOCK, CacheEdit, Copy, Release
 
 MIN_PREFIX = 16  # tokens: a shorter prefix is computed as fast as it is copied
-BLOCK = 64  # tokens that memory is given for at a time
 
 
 class Cached(Protocol):
@@ -44,7 +43,7 @@ class Slots(Generic[C]):
     """`n_slots` slots, each free or taken by one sequence, with memory for `n_tokens` together."""
 
     def __init__(self, n_slots: int, n_tokens: int) -> None:
-        self._n_blocks = n_tokens // BLOCK
+        self._n_blocks = n_tokens // CACHE_BLOCK
         self._kept: dict[int, Sequence[int]] = dict.fromkeys(range(n_slots), ())  # free slots; the first is taken next
         self._taken: dict[int, C] = {}
         self._blocks = [0] * n_slots  # of each slot
@@ -58,7 +57,7 @@ class Slots(Generic[C]):
     @property
     def used_tokens(self) -> int:
         """Tokens that memory is given for."""
-        return sum(self._blocks) * BLOCK
+        return sum(self._blocks) * CACHE_BLOCK
 
     def fits(self, n_tokens: int, spare_blocks: int = 0) -> bool:
         """Whether there is memory for so many more tokens, and some to spare, if all free slots give theirs up."""
@@ -133,7 +132,7 @@ class Slots(Generic[C]):
         for kept in list(self._kept):
             missing = sum(self._blocks) - self._blocks[slot] + blocks - self._n_blocks
             if missing > 0 and kept != besides:
-                self._shorten(kept, max(0, self._blocks[kept] - missing) * BLOCK)
+                self._shorten(kept, max(0, self._blocks[kept] - missing) * CACHE_BLOCK)
         self._blocks[slot] = max(blocks, self._blocks[slot])
 
     def _shorten(self, slot: int, length: int) -> None:
@@ -178,4 +177,4 @@ def common_length(first: Sequence[int], second: Sequence[int], limit: int) -> in
 
 
 def _blocks(n_tokens: int) -> int:
-    return -(-n_tokens // BLOCK)
+    return -(-n_tokens // CACHE_BLOCK)

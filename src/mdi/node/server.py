@@ -25,6 +25,7 @@ from mdi.node.lifecycle import Lifecycle
 from mdi.node.settings import NodeSettings
 from mdi.node.worker import Epoch, Worker
 from mdi.planning.hardware import measure_hardware
+from mdi.planning.memory import free_bytes
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.callers import CallerCheck
 from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, SERVER_OPTIONS, add_port, is_loopback
@@ -140,6 +141,7 @@ class NodeService(NodeServicer):
         status, epoch = self._lifecycle.status(), self._worker.epoch
         status.resident_bytes = psutil.Process().memory_info().rss
         status.pid = os.getpid()
+        status.free_bytes = free_bytes(torch.device(self._settings.device))
         status.sent_bytes, status.received_bytes = self._traffic.sent_bytes, self._traffic.received_bytes
         status.busy_share = (epoch.stage.busy if epoch else self._encoder.busy).share()
         if epoch:
@@ -191,7 +193,10 @@ class NodeService(NodeServicer):
             )
         await self._worker.end_epoch()
         n_slots, sequence_length = request.n_slots, request.sequence_length
-        stage = Stage(loaded, n_slots=n_slots, sequence_length=sequence_length, recorder=self._recorder)
+        try:
+            stage = Stage(loaded, n_slots=n_slots, sequence_length=sequence_length, recorder=self._recorder)
+        except ConfigError as error:
+            return node_pb2.ConfigureReply(error=str(error))
         epoch = Epoch(request.epoch, stage, self._lifecycle.role or self._settings.name, request.previous_node)
         if request.next_address:
             epoch.open(request.next_address, request.next_node, self._settings.identity, self._traffic)

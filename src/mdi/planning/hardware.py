@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from mdi.core.dtypes import parse_dtype
@@ -19,6 +18,7 @@ from mdi.core.quantization import QUANTIZATIONS, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.layers.linear import Linear
 from mdi.layers.quantize import quantize
+from mdi.planning.memory import free_bytes
 
 FILE_NAME = "speed.json"
 WIDTH = 2048
@@ -53,13 +53,13 @@ def measure_hardware(device: str, dtype: str, folder: Path | None, quantization:
 
     folder: where the speeds are kept; None measures them every time. quantization: of the weights.
     """
-    free_bytes = _free_bytes(torch.device(device)) * USABLE_SHARE
+    memory_bytes = free_bytes(torch.device(device)) * USABLE_SHARE
     known, key = _read(folder), _key(device, f"{dtype} x {quantization}" if quantization else dtype)
     if key not in known:
         known[key] = measure_speed(device, dtype, quantization)
         _write(folder, known)
     bytes_per_s, flops_per_s = known[key]
-    return Machine(bytes_per_s, flops_per_s, free_bytes)
+    return Machine(bytes_per_s, flops_per_s, memory_bytes)
 
 
 def measure_speed(device: str, dtype: str, quantization: str | None = None) -> tuple[float, float]:
@@ -121,12 +121,6 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _key(device: str, dtype: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from mdi.planning.predict import NodeNeeds, StageLoad, stage_summary
 VISION = "vision"
 """The role of a node that has the vision tower and nothing else."""
 
-SMALLER = "Add a node or memory, or serve fewer or shorter sequences (--max-sequences, --sequence-length)"
+SMALLER = "Add a node or memory, or keep less in the KV cache (--kv-cache-gb, --sequence-length)"
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ def make_plan(
     dtype: str | None = None,
     quantization: ModelQuantization = UNQUANTIZED,
     cache_tokens: int = 0,
+    most_cache_bytes: float = math.inf,
     vision_node: bool = False,
 ) -> Plan:
     """The plan whose slowest node is fastest, or the one with these `layers` for each node.
 
     machines: one for each node; without them all are alike. dtype: of the stages; None is the checkpoint's own.
-    cache_tokens: the KV cache's slots times their length. vision_node: the vision tower is on a node of its own.
+    cache_tokens: tokens that every node's KV cache is to have memory for, but no more than most_cache_bytes.
+    vision_node: the vision tower is on a node of its own.
     Raises ConfigError when the layers cannot be split that way, or do not fit, with what is missing.
     """
     if n_nodes < 1:
@@ -81,7 +84,10 @@ def make_plan(
     machines = machines or [Machine()] * n_nodes
     if vision_node and config.vision is None:
         raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
-    needs = _needs(config, _ends(config, n_nodes, vision_node), dtype or config.dtype, cache_tokens, quantization)
+    ends, dtype = _ends(config, n_nodes, vision_node), dtype or config.dtype
+    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization)
+    parts = [stage_summary(config, spec, dtype, quantization=quantization) for spec in ends]
+    needs = [NodeNeeds(part, layer, most_cache_bytes) for part in parts]
     _check_memory(config.n_layers, needs, machines, layers)
     loads = [need.load(machine, config.n_layers) for need, machine in zip(needs, machines, strict=True)]
     return _plan(config, layers or balance(config.n_layers, loads), vision_node)
@@ -122,13 +128,6 @@ def _most_within(load: StageLoad, limit: float) -> int:
     return bisect_right(range(1, load.most + 1), limit, key=load.cost)
 
 
-def _needs(
-    config: ModelConfig, ends: Sequence[StageSpec], dtype: str, cache_tokens: int, quantization: ModelQuantization
-) -> list[NodeNeeds]:
-    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization)
-    return [NodeNeeds(stage_summary(config, spec, dtype, cache_tokens, quantization), layer) for spec in ends]
-
-
 def _check_memory(
     n_layers: int, needs: Sequence[NodeNeeds], machines: Sequence[Machine], layers: Sequence[int] | None
 ) -> None:
@@ -144,7 +143,7 @@ def _check_memory(
     if layers is None and room < n_layers:
         raise ConfigError(
             f"the nodes have room for {room} of the model's {n_layers} layers: "
-            f"{_gb((n_layers - room) * needs[0].layer.memory_bytes)} are missing. {SMALLER}"
+            f"{_gb(needs[0].memory_bytes(n_layers) - needs[0].memory_bytes(room))} are missing. {SMALLER}"
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
-from mdi.core.tensors import TensorSpec, total_bytes, total_size
+from mdi.core.tensors import total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.weights import stage_specs
+from mdi.planning.cache import token_bytes
 from mdi.planning.hardware import Machine
 
 VISION_SHARE = 0.02
@@ -24,7 +27,7 @@ class StageSummary:
     """What a stage holds and what one decode step uses of it.
 
     step_parameters, step_bytes: weights that a decode step reads. step_share: their part of those of all stages.
-    cache_bytes: of the KV cache of all slots.
+    cache_bytes: of the tokens in the KV cache.
     """
 
     parameters: int
@@ -58,18 +61,23 @@ class StageLoad:
 
 @dataclass(frozen=True)
 class NodeNeeds:
-    """What a node needs, whatever its number of layers. ends: what it has besides layers; layer: one of its layers."""
+    """What a node needs, whatever its number of layers. ends: what it has besides layers; layer: one of its layers.
+
+    most_cache_bytes: of the KV cache of all its layers.
+    """
 
     ends: StageSummary
     layer: StageSummary
+    most_cache_bytes: float = math.inf
 
-    def memory_bytes(self, n_layers: int) -> int:
-        return self.ends.memory_bytes + n_layers * self.layer.memory_bytes
+    def memory_bytes(self, n_layers: int) -> float:
+        cache_bytes = min(n_layers * self.layer.cache_bytes, self.most_cache_bytes)
+        return self.ends.size_bytes + n_layers * self.layer.size_bytes + cache_bytes
 
     def load(self, machine: Machine, n_layers: int) -> StageLoad:
         """In seconds for a token of the answer. n_layers: of the model, the most that the node can get."""
-        room = (machine.memory_bytes - self.ends.memory_bytes) / self.layer.memory_bytes
-        return StageLoad(self.ends.token_s(machine), self.layer.token_s(machine), int(max(0, min(room, n_layers))))
+        most = bisect_right(range(1, n_layers + 1), machine.memory_bytes, key=self.memory_bytes)
+        return StageLoad(self.ends.token_s(machine), self.layer.token_s(machine), most)
 
 
 def stage_summary(
@@ -79,18 +87,17 @@ def stage_summary(
     cache_tokens: int = 0,
     quantization: ModelQuantization = UNQUANTIZED,
 ) -> StageSummary:
-    """Counts a stage that is computed in `dtype`. cache_tokens: the KV cache's slots times their length."""
+    """Counts a stage that is computed in `dtype`. cache_tokens: tokens in the KV cache."""
     specs = stage_specs(config, spec, dtype, quantization)
     repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
     parameters, size_bytes = _step(config, spec, dtype, quantization)
-    cache = TensorSpec((len(spec.layers), cache_tokens, 2, config.n_kv_heads, config.head_dim), dtype)
     return StageSummary(
         parameters=total_size(specs.values()) - repeated,
         size_bytes=total_bytes(specs.values()),
         step_parameters=parameters,
         step_bytes=size_bytes,
         step_share=size_bytes / _step(config, StageSpec.everything(config), dtype, quantization)[1],
-        cache_bytes=cache.size_bytes,
+        cache_bytes=cache_tokens * token_bytes(config, dtype, len(spec.layers)),
     )
 
 

@@ -101,7 +101,7 @@ class PixelRange:
 class PromptBuilder:
     """Turns messages into prompts that fit `sequence_length`. spec: None for a model that reads text only.
 
-    recorder: notes how long media take.
+    recorder: notes how long media take. remedy: how the server takes longer prompts, if it can.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class PromptBuilder:
         sequence_length: int,
         video: VideoSpec | None = None,
         recorder: Recorder | None = None,
+        remedy: str = "raise the server's --sequence-length",
     ) -> None:
         self._config = config
         self._recorder = recorder or Recorder()
@@ -125,6 +126,7 @@ class PromptBuilder:
         }
         self._policy = policy
         self._sequence_length = sequence_length
+        self._or_remedy = f", or {remedy}" if remedy else ""
 
     def check(self, prompt: PromptInput) -> CheckedPrompt:
         """The prompt, its messages typed. Raises InputError for messages and token ids that this model cannot read.
@@ -251,7 +253,7 @@ class PromptBuilder:
         if n_tokens > room:
             raise PromptTooLongError(
                 f"the {kind} takes {n_tokens} tokens, and {max(room, 0)} of the sequence length's "
-                f"{self._sequence_length} are left: {remedy}, or raise the server's --sequence-length",
+                f"{self._sequence_length} are left: {remedy}{self._or_remedy}",
                 "messages",
             )
 
@@ -298,7 +300,7 @@ class PromptBuilder:
         if n_tokens >= self._sequence_length:
             raise PromptTooLongError(
                 f"the prompt has {least}{n_tokens} tokens and an answer needs room for one more, but the sequence "
-                f"length is {self._sequence_length}: shorten the prompt, or raise the server's --sequence-length",
+                f"length is {self._sequence_length}: shorten the prompt{self._or_remedy}",
                 field,
             )
 
