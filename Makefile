@@ -27,7 +27,8 @@ lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) $(LIBRARY)  ## the exact 2B shape against transformers (needs 20 GB of disk and memory)
+bench: $(INSTALLED) $(LIBRARY)  ## the exact 2B shape against llama.cpp and transformers (needs 25 GB of disk, 14 GB of memory, a C++ compiler)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.fullsize
 
 proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto

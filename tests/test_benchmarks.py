@@ -6,8 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from benchmarks.gguf_file import gguf_file
+from gguf.quants import dequantize
+from testing.checkpoints import tiny_config
 from testing.hosts import why_not
+
+from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.checkpoint.source import open_source
 
 WHY_NO_HOSTS = why_not()
 SOAKED = ("lost requests: 0", "recovery time", "nothing")
@@ -16,30 +24,48 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("command", "words"),
     [
-        (("benchmarks.fullsize", "--tiny", "--folder", "FOLDER"), ("resident MB", "image encode", "prefill", "decode")),
-        (("benchmarks.media", "--runs", "1"), ("ratio",)),
-        (("benchmarks.links", "--rounds", "2", "--json", "FILE"), ("our link", "of the bare stream's rate")),
         (
-            ("benchmarks.streams", "--tiny", "--only", "image", "--folder", "FOLDER"),
-            ("image in the context", "encoded in"),
+            "fullsize --shape tiny --peers transformers --formats bf16 --rounds 1 --json FILE --folder FOLDER",
+            ("decode", "prefill", "image", "loading", "beyond the chunk"),
         ),
-        (("benchmarks.mixed", "--requests", "60"), ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
-        (("benchmarks.memory", "--requests", "300", "--plot", "PLOT"), ("bytes a request", "node 1")),
-        (("benchmarks.faults", "--faults", "2", "--seconds", "60"), SOAKED),
+        ("media --runs 1", ("ratio",)),
+        ("links --rounds 2 --json FILE", ("our link", "of the bare stream's rate")),
+        ("streams --tiny --only image --folder FOLDER", ("image in the context", "encoded in")),
+        ("mixed --requests 60", ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
+        ("memory --requests 300 --plot PLOT", ("bytes a request", "node 1")),
+        ("faults --faults 2 --seconds 60", SOAKED),
         pytest.param(
-            ("benchmarks.faults", "--manual", "--faults", "2"),
+            "faults --manual --faults 2",
             SOAKED,
             marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
         ),
     ],
     ids=["fullsize", "media", "links", "streams", "mixed", "memory", "faults", "faults manual"],
 )
-def test_a_benchmark_runs_in_its_short_mode(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_benchmark_runs_in_its_short_mode(command: str, words: tuple[str, ...], tmp_path: Path) -> None:
     places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json"), "PLOT": str(tmp_path / "memory.png")}
+    module, *arguments = command.split()
     filled = [places.get(argument, argument) for argument in arguments]
-    done = subprocess.run([sys.executable, "-m", *filled], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *filled], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words)
-    assert ("FILE" in arguments) == (tmp_path / "figures.json").exists()
+    assert ("FILE" in command) == (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "error"), [("BF16", 0.0), ("Q8_0", 0.01), ("Q4_0", 0.12)])
+def test_a_gguf_file_has_the_weights_of_the_checkpoint(kind: str, error: float, tmp_path: Path) -> None:
+    source = open_source(write_random_checkpoint(tmp_path, tiny_config(), dtype="bfloat16"))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file(tmp_path, kind)).tensors}
+    assert len(tensors) == 2 + 6 * 12  # embedding and norm, six layers; the head is tied, and no vision tower
+    for name, new in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.3.mlp.down_proj.weight", "blk.3.ffn_down.weight"),
+        ("model.layers.5.self_attn.k_proj.bias", "blk.5.attn_k.bias"),
+    ):
+        written = dequantize(tensors[new].data, tensors[new].tensor_type)
+        weights = source.tensor(name).float().numpy()
+        assert np.linalg.norm(written - weights) <= error * np.linalg.norm(weights)

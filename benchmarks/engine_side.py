@@ -1,0 +1,50 @@
+"""An engine in a process of its own. Run by `benchmarks.sides`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from skimage import data
+
+from benchmarks.serve_side import serve
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.source import open_source
+
+
+class OurEngine:
+    """settings: those of `Engine`."""
+
+    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+        self._engine = Engine(path, **settings)
+        self._config = open_source(Path(path)).model_config
+
+    def resident_after_a_question(self) -> dict[str, int]:
+        """Bytes of each node without the KV cache in use, after a question; about a picture, if the model sees."""
+        parts: list[dict[str, Any]] = [{"type": "text", "text": "What is this?"}]
+        if self._config.vision:
+            parts.insert(0, {"type": "image", "image": photograph()})
+        params = SamplingParams(max_tokens=16, temperature=0)
+        usage = self._engine.chat([{"role": "user", "content": parts}], params).usage
+        layer_bytes = (
+            (usage.prompt_tokens + usage.completion_tokens) * self._config.n_kv_heads * self._config.head_dim * 4
+        )
+        return {
+            node.name: node.resident_bytes - (node.last_layer - node.first_layer) * layer_bytes
+            for node in self._engine.nodes()
+        }
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def photograph() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(data.astronaut()).resize((448, 448)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    serve(OurEngine)
