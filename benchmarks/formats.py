@@ -11,7 +11,7 @@ from testing.checkpoints import tiny_config
 from mdi.checkpoint.published import QWEN2_05B, QWEN2_VL_2B
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.quantization import NONE, UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import total_bytes
 from mdi.models.config import StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD
@@ -37,11 +37,6 @@ class Format:
     roofline: float
     prefill: float
     image: float | None
-
-    @property
-    def parts(self) -> list[str | None]:
-        """The formats of layers, head and vision tower."""
-        return [self.quantization.layers, self.quantization.head, self.quantization.vision]
 
 
 FORMATS = {
@@ -77,4 +72,4 @@ def token_bytes(path: Path, format_: Format) -> int:
 def engine_settings(format_: Format) -> dict[str, Any]:
     """An engine's settings for it."""
     formats = format_.quantization
-    return {} if formats == UNQUANTIZED else {"quantization": formats.layers}
+    return {"quantization": formats.layers or NONE, "vision_quantization": formats.vision or NONE}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -111,7 +111,8 @@ def speeds(
         for format_ in formats:
             with ExitStack() as stack:
                 room: dict[str, Any] = {"sequence_length": sizes.sequence_length, "threads": threads}
-                ours = Side("benchmarks.stage_side", path=str(path), formats=format_.parts, **room)
+                chunk = stack.enter_context(closing(chunks_of(path, format_, 1))).file("starter")
+                ours = Side("benchmarks.stage_side", chunk=str(chunk), **room)
                 stack.enter_context(ours)
                 llama = None
                 if "llama" in peers:

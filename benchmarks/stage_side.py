@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.serve_side import serve
-from mdi.checkpoint.loader import load_source
-from mdi.checkpoint.source import open_source
+from mdi.checkpoint.loader import load_chunk
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
-from mdi.core.quantization import ModelQuantization
 from mdi.engine.engine import TOKEN_BUDGET
 from mdi.models.stage import Stage
 
@@ -19,14 +17,11 @@ GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, s
 
 
 class Ours:
-    """One sequence. formats: those of layers, head and vision tower."""
+    """One sequence, of a chunk with the whole model."""
 
-    def __init__(self, path: str, sequence_length: int, threads: int, formats: list[str | None]) -> None:
-        layers, head, vision = formats
+    def __init__(self, chunk: str, sequence_length: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        loaded = load_source(
-            open_source(Path(path)), dtype="bfloat16", quantization=ModelQuantization(layers, head, vision)
-        )
+        loaded = load_chunk(Path(chunk))
         self._stage = Stage(loaded, n_slots=1, sequence_length=sequence_length)
         self._length = 0
         self._token = 0
