@@ -155,7 +155,9 @@ def _loaded(config: ModelConfig, spec: StageSpec, get: _Load, quantization: Mode
 
 def _release_rows(decoder: Decoder, read: Callable[[str], Tensor]) -> None:
     """Maps the embedding anew where packing a tied head has read all its rows, so that none is resident."""
-    if decoder.embedding is None or decoder.lm_head is None or decoder.lm_head.weight is decoder.embedding:
+    if decoder.embedding is None or decoder.lm_head is None:
+        return
+    if getattr(decoder.lm_head, "weight", None) is decoder.embedding:  # not packed: it needs the rows
         return
     mapped = read(EMBEDDING)
     if mapped.dtype == decoder.embedding.dtype:
