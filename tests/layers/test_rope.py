@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def rotated(config: RopeConfig, x: Tensor, position: tuple[int, int, int]) -> Tensor:
-    rotation = DecoderRope(16, config, torch.float64, CPU)(torch.tensor(position)[:, None])
+    rotation = DecoderRope(16, config, CPU)(torch.tensor(position)[:, None])
     return rotation(x.double()[None, None])[0, 0]
 
 
@@ -29,7 +29,7 @@ def test_a_product_of_rotated_vectors_depends_on_their_distance_alone(config: Ro
 
 def test_text_is_rotated_alike_by_one_axis_and_by_three() -> None:
     positions = text_positions(7, 5)
-    one, three = (DecoderRope(16, config, torch.float32, CPU)(positions) for config in (DEFAULT, MROPE))
+    one, three = (DecoderRope(16, config, CPU)(positions) for config in (DEFAULT, MROPE))
     assert torch.equal(one.cos, three.cos)
     assert torch.equal(one.sin, three.sin)
 
@@ -44,12 +44,9 @@ def test_each_section_of_the_channels_has_its_axis() -> None:
 
 
 def test_some_rows_of_a_rotation_are_those_rows_rotated() -> None:
-    rotation = DecoderRope(16, DEFAULT, torch.float32, CPU)(text_positions(0, 10))
+    rotation = DecoderRope(16, DEFAULT, CPU)(text_positions(0, 10))
     x = torch.randn(10, 3, 16)
     assert torch.equal(rotation(x)[4:6], rotation[slice(4, 6)](x[4:6]))
-    out = x.clone()
-    rotation(out, out=out)
-    assert torch.equal(out, rotation(x))
 
 
 def test_text_goes_on_above_the_highest_position_of_the_media_before_it() -> None:
@@ -66,5 +63,5 @@ def test_patches_of_a_video_are_rotated_alike_in_every_frame() -> None:
     rotation = vision_rotation((2, 4, 6), merge_size=2, head_dim=16, device=CPU)
     first, second = rotation.cos.chunk(2)
     assert torch.equal(first, second)
-    cells = {tuple(row) for row in torch.cat((rotation.cos, rotation.sin), -1)[:24, 0].tolist()}
+    cells = {tuple(row) for row in torch.cat((rotation.cos, rotation.sin), -1)[:24].tolist()}
     assert len(cells) == 24

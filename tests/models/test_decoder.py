@@ -12,12 +12,13 @@ from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.core.batch import Slice
+from mdi.core.dtypes import parse_dtype
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import Unquantized
 from mdi.layers.attention import Layout
 from mdi.layers.rope import DecoderRope, text_positions
-from mdi.models.config import ModelConfig
-from mdi.models.decoder import DecoderLayer
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import Decoder, DecoderLayer
 from mdi.models.registry import read_config
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def part_of(rank: int, name: str, shape: tuple[int, ...], _dtype: str | None = N
 def outputs(config: ModelConfig, layer: DecoderLayer, hidden: Tensor, reduce: Reduce) -> Tensor:
     cache = torch.zeros(1, N_TOKENS, 2, config.n_kv_heads, config.head_dim)
     layout = Layout.of([Slice(0, 0, N_TOKENS)], CPU)
-    rotation = DecoderRope(config.head_dim, config.rope, torch.float32, CPU)(text_positions(0, N_TOKENS))
+    rotation = DecoderRope(config.head_dim, config.rope, CPU)(text_positions(0, N_TOKENS))
     return layer.forward(hidden, rotation, cache, layout, reduce)
 
 
@@ -93,3 +94,29 @@ def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> 
     assert torch.equal(hidden, before)
     twice = outputs(CONFIG, layer, hidden, lambda partial: partial * 0)
     assert torch.equal(twice, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("qkv_bias", "qk_norm", "norm_dtype"), [(True, False, None), (False, True, "float32")])
+def test_one_native_call_has_the_bits_of_one_call_a_kernel(
+    qkv_bias: bool, qk_norm: bool, norm_dtype: str | None, dtype: torch.dtype
+) -> None:
+    def get(name: str, shape: tuple[int, ...], own: str | None = None) -> Tensor:
+        return weight(name, shape).to(parse_dtype(own) if own else dtype)
+
+    config = replace(CONFIG, n_layers=2, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_dtype=norm_dtype)
+    decoder = Decoder(config, StageSpec(0, 2), None, Unquantized(get, dtype), tied_head=False)
+    assert decoder._native is not None
+    generator = torch.Generator().manual_seed(0)
+    slices = [Slice(1, 0, 5), Slice(0, 600, 1), Slice(2, 10, 3)]
+    hidden = torch.randn(9, config.hidden_size, generator=generator).to(dtype)
+    shape = (3, 640, 2, config.n_kv_heads, config.head_dim)
+    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    rotation = DecoderRope(config.head_dim, config.rope, CPU)(text_positions(0, 9))
+    layout = Layout.of(slices, CPU)
+    one_by_one, copies = hidden, [cache.clone() for cache in caches]
+    for layer, cache in zip(decoder.layers, copies, strict=True):
+        one_by_one = layer.forward(one_by_one, rotation, cache, layout, alone)
+    together = decoder._native.forward(hidden, rotation.cos, rotation.sin, layout.runs, caches)
+    assert torch.equal(together, one_by_one)
+    assert all(map(torch.equal, caches, copies))

@@ -15,9 +15,15 @@ from torch.nn import functional
 
 from mdi.core.batch import Slice
 from mdi.kernels import attention as kernels
+from mdi.layers.norm import RMSNorm
+from mdi.layers.rope import Rotation
 
-SCORES_AT_ONCE = 2**20
-"""Attention scores that are computed at once, so that they stay in a CPU's cache."""
+SCORES_AT_ONCE = 2**21
+"""Scores of one head that a vision tower computes before it yields."""
+
+MIN_ROWS = 96
+
+Norms = tuple[RMSNorm, RMSNorm]
 
 
 @dataclass(frozen=True)
@@ -50,16 +56,33 @@ class Layout:
             masks,
         )
 
-    def write(self, cache: Tensor, keys_values: Tensor) -> None:
-        """Writes a batch's keys and values. cache: one layer's; keys_values: [tokens, 2, n_kv_heads, head_dim]."""
-        cache[self.slots, self.cache_rows] = keys_values
-
 
 def _mask(part: Slice, device: torch.device) -> Tensor | None:
     """Row i attends to key j where j <= start + i."""
     if part.start == 0 or part.length == 1:
         return None
     return torch.ones(part.length, part.end, dtype=torch.bool, device=device).tril_(part.start)
+
+
+def rotate(qkv: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, norms: Norms | None = None) -> Tensor:
+    """Rotates a batch's queries and keys, and writes its keys and values to its slots. Returns the queries.
+
+    qkv: [tokens, queries + keys + values, head_dim], overwritten. cache: one layer's [slots, length, 2, n_kv_heads,
+    head_dim]. norms: of each head's queries and keys, before they are rotated.
+    """
+    n_kv_heads = cache.shape[3]
+    n_heads = qkv.shape[1] - 2 * n_kv_heads
+    if kernels.works_on(qkv.device):
+        exact = (norms[0].exact, norms[1].exact) if norms else None
+        eps = norms[0].eps if norms else 0.0
+        tables = rotation.cos, rotation.sin
+        kernels.rotate(qkv, *tables, layout.runs, cache, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
+        return qkv[:, :n_heads]
+    queries, keys, values = qkv.tensor_split((n_heads, n_heads + n_kv_heads), dim=1)
+    if norms:
+        queries, keys = norms[0](queries), norms[1](keys)
+    cache[layout.slots, layout.cache_rows] = torch.stack((rotation(keys), values), dim=1)
+    return rotation(queries)
 
 
 def attend(queries: Tensor, cache: Tensor, layout: Layout) -> Tensor:
@@ -97,29 +120,32 @@ def _attend_run(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(length, n_heads * head_dim)
 
 
-def attend_fully(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> Generator[None, None, None]:
-    """Attention of every token to every token. Yields between small parts of the work.
+def rotate_in_place(qkv: Tensor, rotation: Rotation) -> None:
+    """Rotates queries and keys of a vision tower. qkv: [tokens, 3, heads, head_dim]."""
+    tokens, _, heads, head_dim = qkv.shape
+    if kernels.works_on(qkv.device):
+        runs = torch.tensor([[0, 0, 0, tokens]])
+        kernels.rotate(qkv.view(tokens, 3 * heads, head_dim), rotation.cos, rotation.sin, runs, n_kv_heads=heads)
+    else:
+        rotated = qkv[:, :2].flatten(1, 2)
+        qkv[:, :2] = rotation(rotated).view(tokens, 2, heads, head_dim)
 
-    queries, keys, values: [heads, tokens, head_dim]; out: [tokens, heads, head_dim]. May overwrite `keys`.
 
-    In bfloat16 on CPUs as blocks of two products and a softmax: 1.3 to 1.6 times as fast there as torch's fused kernel
-    (benchmarks/attention.py). There scores are rounded to bfloat16, as in transformers' eager attention. Subtracting
-    the mean key first does not change the softmax, and keeps scores and rounding small (arXiv:2410.02367, 3.2).
+def attend_fully(qkv: Tensor, frames: int, out: Tensor) -> Generator[None, None, None]:
+    """Attention of every token to every token of its frame. Yields between small parts of the work.
+
+    qkv: [tokens, 3, heads, head_dim], frame after frame; out: [tokens, heads * head_dim].
     """
-    heads, tokens, head_dim = queries.shape
-    blocked = queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
-    n_heads, n_rows = heads, max(64, 2 * SCORES_AT_ONCE // tokens)
-    if blocked:
-        keys = keys.sub_(keys.mean(1, keepdim=True)).mul_(head_dim**-0.5).transpose(1, 2)
-        n_heads, n_rows = max(1, SCORES_AT_ONCE // tokens**2), max(64, SCORES_AT_ONCE // tokens)
-    for head in range(0, heads, n_heads):
-        group = slice(head, head + n_heads)
-        for row in range(0, tokens, n_rows):
-            rows = slice(row, row + n_rows)
-            if blocked:
-                scores = torch.bmm(queries[group, rows], keys[group])
-                attended = torch.bmm(scores.softmax(-1), values[group])
+    size = len(qkv) // frames
+    step = max(MIN_ROWS, SCORES_AT_ONCE // size)
+    for frame in range(0, len(qkv), size):
+        queries, keys, values = qkv[frame : frame + size].permute(1, 2, 0, 3)
+        for start in range(frame, frame + size, step):
+            rows = slice(start, min(start + step, frame + size))
+            if kernels.works_on(qkv.device):
+                kernels.attend_fully(qkv, rows, size, out[rows])
             else:
-                attended = functional.scaled_dot_product_attention(queries[group, rows], keys[group], values[group])
-            out[rows, group] = attended.transpose(0, 1)
+                some = queries[:, rows.start - frame : rows.stop - frame]
+                attended = functional.scaled_dot_product_attention(some, keys, values)
+                out[rows] = attended.transpose(0, 1).flatten(1)
             yield

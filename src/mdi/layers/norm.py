@@ -1,4 +1,4 @@
-"""Normalisation layers. They compute in the dtype of their weights and return the dtype of their input."""
+"""Normalisation layers. They return the dtype of their input; on CPUs kernels compute them in float32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.tensors import GetTensor
+from mdi.kernels import norms as kernels
 
 
 class RMSNorm:
@@ -14,9 +15,12 @@ class RMSNorm:
     def __init__(self, get: GetTensor, name: str, size: int, eps: float, dtype: str | None = None) -> None:
         """dtype: of the weight; None is the stage's own."""
         self.weight = get(f"{name}.weight", (size,), dtype)
+        self.exact = self.weight.float()
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        if kernels.compute(x):
+            return kernels.rms_norm(x, self.exact, self.eps)
         normed = torch.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         return normed.to(x.dtype)
 
@@ -27,7 +31,10 @@ class LayerNorm:
     def __init__(self, get: GetTensor, name: str, size: int, eps: float) -> None:
         self.weight = get(f"{name}.weight", (size,))
         self.bias = get(f"{name}.bias", (size,))
+        self.exact = self.weight.float(), self.bias.float()
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        if kernels.compute(x):
+            return kernels.layer_norm(x, *self.exact, self.eps)
         return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

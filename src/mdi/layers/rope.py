@@ -66,7 +66,7 @@ def _grid_positions(merged: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tables that rotate queries and keys: cos and signed sin, each [tokens, 1, head_dim]."""
+    """What rotates queries and keys: cosines and sines of each token's angles, float32 [tokens, head_dim / 2]."""
 
     cos: Tensor
     sin: Tensor
@@ -74,10 +74,11 @@ class Rotation:
     def __getitem__(self, rows: slice) -> Rotation:
         return Rotation(self.cos[rows], self.sin[rows])
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Rotates x: [tokens, heads, head_dim]. The second half of the channels is paired with the first."""
-        half = x.shape[-1] // 2
-        return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin, out=out)
+        first, second = x.chunk(2, -1)
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,15 @@ class RopeConfig:
 class DecoderRope:
     """Rotations for the decoder's positions."""
 
-    def __init__(self, head_dim: int, config: RopeConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, head_dim: int, config: RopeConfig, device: torch.device) -> None:
         channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
         self.frequencies = (1.0 / config.theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
         self.axes = config.axes(head_dim // 2).to(device)
-        self.dtype = dtype
 
     def __call__(self, positions: Tensor) -> Rotation:
         """positions: int64 [3, tokens]."""
-        angles = positions.to(torch.float32)[self.axes].T * self.frequencies  # [tokens, head_dim / 2]
-        return _rotation(angles, self.dtype)
+        angles = positions.to(torch.float32)[self.axes].T.contiguous() * self.frequencies  # [tokens, head_dim / 2]
+        return Rotation(angles.cos(), angles.sin())
 
 
 def vision_rotation(
@@ -128,9 +128,4 @@ def vision_rotation(
     blocks = cells.view(rows // merge_size, merge_size, columns // merge_size, merge_size, 2)
     merge_order = blocks.transpose(1, 2).reshape(-1, 2).repeat(frames, 1).to(torch.float32)
     angles = (merge_order[:, :, None] * frequencies).flatten(1)  # [patches, head_dim / 2]
-    return _rotation(angles.to(device), torch.float32)
-
-
-def _rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
-    cos, sin = angles.cos(), angles.sin()
-    return Rotation(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
+    return Rotation(angles.cos().to(device), angles.sin().to(device))

@@ -6,14 +6,17 @@ RMSNorm, SwiGLU, each with a residual. What differs between families are fields 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import GetTensor, Unquantized, within
-from mdi.layers.attention import Layout, attend
+from mdi.kernels.decoder import LayerWeights, NativeLayers
+from mdi.layers.attention import Layout, attend, rotate
 from mdi.layers.kv_cache import KVCache
-from mdi.layers.linear import Linear
+from mdi.layers.linear import Linear, PackedLinear
 from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
 from mdi.models.config import ModelConfig, StageSpec
@@ -33,6 +36,7 @@ class Decoder:
         """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
         self.embedding = embedding
         self.layers = [DecoderLayer(config, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
+        self._native = _native(config, self.layers)
         self.norm = self.lm_head = None
         if spec.head:
             self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
@@ -49,7 +53,12 @@ class Decoder:
     def forward(
         self, hidden: Tensor, rotation: Rotation, cache: KVCache, layout: Layout, reduce: Reduce = alone
     ) -> Tensor:
-        """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache."""
+        """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache.
+
+        Where kernels compute and no other rank adds to sums, one native call does it, with the same bits.
+        """
+        if self._native and reduce is alone:
+            return self._native.forward(hidden, rotation.cos, rotation.sin, layout.runs, cache.layers)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce)
         return hidden
@@ -88,17 +97,32 @@ class DecoderLayer:
         return _add_product(hidden, self.down, self.gate_up(self.mlp_norm(hidden)), reduce)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout) -> Tensor:
-        config = self.config
-        qkv = self.qkv(x).view(len(x), -1, config.head_dim)  # [tokens, q + k + v heads, head_dim]
-        n_rotated = config.n_heads + config.n_kv_heads
-        if self.q_norm and self.k_norm:
-            qkv[:, : config.n_heads] = self.q_norm(qkv[:, : config.n_heads])
-            qkv[:, config.n_heads : n_rotated] = self.k_norm(qkv[:, config.n_heads : n_rotated])
-        rotated = qkv[:, :n_rotated]
-        rotation(rotated, out=rotated)
-        keys_values = qkv[:, config.n_heads :].view(len(x), 2, config.n_kv_heads, config.head_dim)
-        layout.write(cache, keys_values)
-        return attend(qkv[:, : config.n_heads], cache, layout)
+        qkv = self.qkv(x).view(len(x), -1, self.config.head_dim)  # [tokens, q + k + v heads, head_dim]
+        norms = (self.q_norm, self.k_norm) if self.q_norm and self.k_norm else None
+        return attend(rotate(qkv, rotation, cache, layout, norms), cache, layout)
+
+    @property
+    def native(self) -> LayerWeights | None:
+        """What the kernel of whole layers computes with; None where not all weights are packed for kernels."""
+        parts = self.qkv, self.out, self.gate_up, self.down
+        packed = [part.packed for part in parts if isinstance(part, PackedLinear)]
+        if len(packed) < len(parts):
+            return None
+        return LayerWeights(
+            tuple(packed),
+            qkv_bias=self.qkv.bias,
+            input_norm=self.input_norm.exact,
+            mlp_norm=self.mlp_norm.exact,
+            q_norm=self.q_norm.exact if self.q_norm else None,
+            k_norm=self.k_norm.exact if self.k_norm else None,
+        )
+
+
+def _native(config: ModelConfig, layers: Sequence[DecoderLayer]) -> NativeLayers | None:
+    weights = [native for layer in layers if (native := layer.native)]
+    if not weights or len(weights) < len(layers):
+        return None
+    return NativeLayers(weights, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_eps)
 
 
 def _add_product(residual: Tensor, linear: Linear, x: Tensor, reduce: Reduce) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.tensors import GetTensor, within
-from mdi.layers.attention import attend_fully
+from mdi.layers.attention import attend_fully, rotate_in_place
 from mdi.layers.linear import Linear
 from mdi.layers.norm import LayerNorm
 from mdi.layers.rope import Grid, Rotation, vision_rotation
@@ -22,7 +22,6 @@ from mdi.models.entries import CONFIG, VisionEntries, rope_entries
 
 LAYER_NORM_EPS = 1e-6
 ENCODE_ROWS = 512  # patches in one product: more are no faster (docs/performance.md)
-ROTATED_ROWS = 128  # patches rotated at once: their float32 copies stay in the processor's cache
 DEFAULT_VISION_THETA = 10000.0
 DEFAULTS = DecoderDefaults(  # transformers' Qwen2VLTextConfig
     rope_theta=1e6, rms_eps=1e-5, n_kv_heads=8, sliding_from=80, mrope_sections=(16, 24, 24)
@@ -100,10 +99,10 @@ class VisionTransformer:
             yield
         for block in self.blocks:
             yield from block.steps(hidden, rotation, frames=grid[0])
-        merged = self.merger_norm(hidden).view(-1, self.config.merged_width)
         embeddings = []
-        for part in row_slices(len(merged)):
-            embeddings.append(self.merger[1](self.merger[0](merged[part])))
+        for part in row_slices(len(rows), ENCODE_ROWS * config.merge_size**2):
+            merged = self.merger_norm(hidden[part]).view(-1, config.merged_width)
+            embeddings.append(self.merger[1](self.merger[0](merged)))
             yield
         return torch.cat(embeddings)
 
@@ -127,19 +126,15 @@ class VisionBlock:
         hidden: [patches, width], frame after frame.
         """
         patches, heads, head_dim = len(hidden), self.config.n_heads, self.config.head_dim
-        values = torch.empty(heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
-        turned = torch.empty(2 * heads, patches, head_dim, dtype=hidden.dtype, device=hidden.device)
+        qkv = torch.empty(patches, 3, heads, head_dim, dtype=hidden.dtype, device=hidden.device)
         for part in row_slices(patches):
-            qkv = self.qkv(self.norm1(hidden[part])).view(-1, 3 * heads, head_dim)
-            _rotate(qkv[:, : 2 * heads], rotation[part], out=turned[:, part])
-            values[:, part] = qkv[:, 2 * heads :].transpose(0, 1)
+            qkv[part] = self.qkv(self.norm1(hidden[part])).view(-1, 3, heads, head_dim)
+            rotate_in_place(qkv[part], rotation[part])
             yield
-        attention = torch.empty(patches, heads, head_dim, dtype=hidden.dtype, device=hidden.device)
-        for frame in row_slices(patches, patches // frames):
-            queries, keys = turned[:, frame].chunk(2)
-            yield from attend_fully(queries, keys, values[:, frame], out=attention[frame])
+        attention = torch.empty_like(hidden)
+        yield from attend_fully(qkv, frames, attention)
         for part in row_slices(patches):
-            hidden[part] = self.proj.add_to(hidden[part], attention[part].flatten(1))
+            hidden[part] = self.proj.add_to(hidden[part], attention[part])
             inner = self.fc1(self.norm2(hidden[part]))
             hidden[part] = self.fc2.add_to(hidden[part], inner)
             yield
@@ -148,12 +143,3 @@ class VisionBlock:
 def row_slices(rows: int, size: int = ENCODE_ROWS) -> Iterator[slice]:
     """Slices of at most `size` rows that together cover `rows`."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _rotate(x: Tensor, rotation: Rotation, out: Tensor) -> None:
-    """Rotates queries and keys in float32.
-
-    x: [patches, heads, head_dim]; out: [heads, patches, head_dim] in the same dtype.
-    """
-    for rows in row_slices(len(x), ROTATED_ROWS):
-        out[:, rows] = rotation[rows](x[rows].float()).transpose(0, 1)

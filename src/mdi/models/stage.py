@@ -43,7 +43,7 @@ class Stage:
         self._reduce = reduce
         self._decoder = loaded.decoder
         self._vision = loaded.vision
-        self._rope = DecoderRope(config.head_dim, config.rope, dtype, device)
+        self._rope = DecoderRope(config.head_dim, config.rope, device)
         self._cache = KVCache(
             n_layers=len(loaded.spec.layers),
             n_slots=n_slots,

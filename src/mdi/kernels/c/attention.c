@@ -1,7 +1,5 @@
-// Causal attention of a packed batch over slots of the KV cache, with grouped heads (arXiv:2305.13245).
+// Attention of a packed batch over slots of keys and values, causal or full, with grouped heads (arXiv:2305.13245).
 //
-//   cache    [slots][slot_rows][2][kv_heads][head_dim]   a token's keys, then its values
-//   scales   [slots][slot_rows][2][kv_heads]             float32, where the cache is int8
 //   queries  [rows][heads][head_dim]                     a batch's sequences, one after the other
 //   runs     [n_runs]                                    a sequence's rows: the first one, its slot and position
 //
@@ -19,16 +17,17 @@
 #include "attention.h"
 
 #include <math.h>
-#include <stdatomic.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "kernel.h"
+#include "memory.h"
 #include "pool.h"
-#include "scratch.h"
 #include "vector.h"
 
-enum { PARTITION = 512, BLOCK = 64, ITEM_ROWS = 96, SPREAD_TOKENS = 8, QUERIES = 6, KEYS = 2, VECTORS = 2 };
+enum { PARTITION = 512, BLOCK = 64, ITEM_ROWS = 96, SPREAD_TOKENS = 8 };
+#if defined(MDI_SCALAR)
+enum { QUERIES = 2, KEYS = 1, VECTORS = 1 };  // tiles: what lies in registers
+#else
+enum { QUERIES = 6, KEYS = 2, VECTORS = 2 };
+#endif
 
 typedef struct {  // the softmax of some rows over some keys: largest score, sum of weights, weighted sum of values
     float *largest, *sum, *mixed;  // [rows], [rows], [rows][width]
@@ -50,21 +49,30 @@ typedef struct {
     const Attention *call;
     long group, width, item_tokens;  // query heads of a key head; head_dim in whole vectors; tokens of an item
     float scale;
-    float *partials;
-    atomic_long claimed;
+    float *partials;  // of spread runs
 } Work;
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long pieces(long length, long size) { return (length + size - 1) / size; }
-INLINE long partitions_of(const Run *run) { return pieces(run->start + run->length, PARTITION); }
-INLINE int spreads(const Run *run) { return run->length <= SPREAD_TOKENS && partitions_of(run) > 1; }
 
-// [rows][from_stride] of a dtype to float32 [rows][width], times a factor, with zeros behind head_dim.
-static void widen(const void *from, long from_stride, int dtype, long rows, long head_dim, long width, float factor,
+// Keys that a run's last row attends to.
+INLINE long keys_of(const Attention *call, const Run *run) {
+    return call->causal ? run->start + run->length : call->slot_rows;
+}
+INLINE long partitions_of(const Attention *call, const Run *run) { return pieces(keys_of(call, run), PARTITION); }
+INLINE int spreads(const Attention *call, const Run *run) {
+    return run->length <= SPREAD_TOKENS && partitions_of(call, run) > 1;
+}
+INLINE long partials_of(const Work *work, const Run *run) {
+    return run->length * work->call->heads * partitions_of(work->call, run) * (work->width + 2);
+}
+
+// [rows][from_stride] of a dtype, from index `first` on, to float32 [rows][width], times a factor, zeros behind head_dim.
+static void widen(const void *from, long first, long from_stride, int dtype, long rows, long head_dim, long width, float factor,
                   float *to) {
     vfloat by = vf_set1(factor);
     for (long row = 0; row < rows; row++, to += width) {
-        long d = 0, at = row * from_stride;
+        long d = 0, at = first + row * from_stride;
         if (dtype == FLOAT32)
             for (; d + LANES <= head_dim; d += LANES) vf_store(to + d, vf_mul(by, vf_load_as(from, at + d, FLOAT32)));
         else if (dtype == BFLOAT16)
@@ -164,27 +172,21 @@ INLINE void attend_strip(Scratch *scratch, const float *key_scales, const float 
 static void attend_rows(Scratch *scratch, int quantized, long row, long end, long n_keys, long width) {
     const float *ks = quantized ? scratch->key_scales : NULL, *vs = quantized ? scratch->value_scales : NULL;
     for (; row + QUERIES <= end; row += QUERIES) attend_strip(scratch, ks, vs, row, n_keys, width, QUERIES);
-    switch (end - row) {
-        case 5: attend_strip(scratch, ks, vs, row, n_keys, width, 5); break;
-        case 4: attend_strip(scratch, ks, vs, row, n_keys, width, 4); break;
-        case 3: attend_strip(scratch, ks, vs, row, n_keys, width, 3); break;
-        case 2: attend_strip(scratch, ks, vs, row, n_keys, width, 2); break;
-        case 1: attend_strip(scratch, ks, vs, row, n_keys, width, 1); break;
-    }
+    if (QUERIES > 4 && end - row >= 4) attend_strip(scratch, ks, vs, row, n_keys, width, 4), row += 4;
+    if (QUERIES > 2 && end - row >= 2) attend_strip(scratch, ks, vs, row, n_keys, width, 2), row += 2;
+    if (end - row >= 1) attend_strip(scratch, ks, vs, row, n_keys, width, 1);
 }
 
 static void load_block(const Work *work, Scratch *scratch, long slot, long first, long n_keys, long head) {
     const Attention *call = work->call;
-    long pair = 2 * call->kv_heads, row = slot * call->slot_rows + first, dim = call->head_dim, width = work->width;
-    long item = call->cache_dtype == INT8_CACHE ? 1 : dtype_bytes(call->cache_dtype);
-    const char *keys = (const char *)call->cache + (row * pair + head) * dim * item;
-    widen(keys, pair * dim, call->cache_dtype, n_keys, dim, width, 1.0f, scratch->keys);
-    widen(keys + call->kv_heads * dim * item, pair * dim, call->cache_dtype, n_keys, dim, width, 1.0f, scratch->values);
+    long row = slot * call->slot_rows + first, at = row * call->key_stride + head * call->head_dim;
+    widen(call->keys, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f, scratch->keys);
+    widen(call->values, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f,
+          scratch->values);
     if (call->cache_dtype != INT8_CACHE) return;
     for (long key = 0; key < n_keys; key++) {
-        const float *scales = call->scales + (row + key) * pair + head;
-        scratch->key_scales[key] = scales[0];
-        scratch->value_scales[key] = scales[call->kv_heads];
+        scratch->key_scales[key] = call->key_scales[(row + key) * 2 * call->kv_heads + head];
+        scratch->value_scales[key] = call->value_scales[(row + key) * 2 * call->kv_heads + head];
     }
 }
 
@@ -193,19 +195,26 @@ static void begin(Softmax *softmax, long rows, long width) {
     memset(softmax->mixed, 0, sizeof(float) * rows * width);
 }
 
+// The first keys_of(token) keys of a slot are what a token of a run attends to.
+INLINE long keys_of_token(const Attention *call, const Run *run, long token) {
+    return call->causal ? run->start + token + 1 : call->slot_rows;
+}
+
 // An item's rows over one partition: into scratch->part.
 static void attend_partition(const Work *work, Scratch *scratch, const Item *item, long partition) {
-    long group = work->group, width = work->width, first = partition * PARTITION;
-    long start = item->run->start + item->token, tokens = item->tokens;
-    int quantized = work->call->cache_dtype == INT8_CACHE;
-    begin(&scratch->part, tokens * group, width);
-    for (long block = first; block < least(first + PARTITION, start + tokens); block += BLOCK) {
-        long n_keys = least(BLOCK, start + tokens - block), token = block > start ? block - start : 0;
+    const Attention *call = work->call;
+    long group = work->group, width = work->width, quantized = call->cache_dtype == INT8_CACHE;
+    long last = keys_of_token(call, item->run, item->token + item->tokens - 1);
+    begin(&scratch->part, item->tokens * group, width);
+    for (long block = partition * PARTITION; block < least((partition + 1) * PARTITION, last); block += BLOCK) {
+        long n_keys = least(BLOCK, last - block), token = 0;
         load_block(work, scratch, item->run->slot, block, n_keys, item->head);
-        for (; token < tokens && start + token + 1 < block + BLOCK; token++)  // these see a part of the block
-            attend_rows(scratch, quantized, token * group, (token + 1) * group,
-                        start + token + 1 - block, width);
-        attend_rows(scratch, quantized, token * group, tokens * group, BLOCK, width);
+        for (long seen; token < item->tokens; token++) {  // the tokens that see no key of the block, or not all
+            seen = keys_of_token(call, item->run, item->token + token) - block;
+            if (seen >= n_keys) break;
+            if (seen > 0) attend_rows(scratch, quantized, token * group, (token + 1) * group, seen, width);
+        }
+        attend_rows(scratch, quantized, token * group, item->tokens * group, n_keys, width);
     }
 }
 
@@ -232,7 +241,7 @@ static void write_row(const Work *work, long row, long head, float sum, const fl
 }
 
 static void keep_partials(const Work *work, const Scratch *scratch, const Item *item) {
-    long group = work->group, size = work->width + 2, partitions = partitions_of(item->run);
+    long group = work->group, size = work->width + 2, partitions = partitions_of(work->call, item->run);
     for (long row = 0; row < item->tokens * group; row++) {
         long token = item->token + row / group, head = item->head * group + row % group;
         float *to = item->partials + ((token * work->call->heads + head) * partitions + item->first_partition) * size;
@@ -246,8 +255,7 @@ static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
     long group = work->group, width = work->width, rows = item->tokens * group;
     for (long token = 0; token < item->tokens; token++) {
         long at = (item->run->row + item->token + token) * call->query_stride + item->head * group * call->head_dim;
-        const char *queries = (const char *)call->queries + at * dtype_bytes(call->dtype);
-        widen(queries, call->head_dim, call->dtype, group, call->head_dim, width, work->scale,
+        widen(call->queries, at, call->head_dim, call->dtype, group, call->head_dim, width, work->scale,
               scratch->queries + token * group * width);
     }
     begin(&scratch->total, rows, width);
@@ -255,7 +263,7 @@ static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
         attend_partition(work, scratch, item, partition);
         if (item->partials) keep_partials(work, scratch, item);
         for (long row = 0; row < rows && !item->partials; row++)
-            if (item->run->start + item->token + row / group >= partition * PARTITION)
+            if (keys_of_token(call, item->run, item->token + row / group) > partition * PARTITION)
                 merge(&scratch->total.largest[row], &scratch->total.sum[row], scratch->total.mixed + row * width,
                       scratch->part.largest[row], scratch->part.sum[row], scratch->part.mixed + row * width, width);
     }
@@ -266,22 +274,31 @@ static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
 
 // The tokens of a run that have an item of their own for each partition: merges these.
 static void merge_run(const Work *work, Scratch *scratch, const Run *run, const float *partials, long token) {
-    long size = work->width + 2, partitions = partitions_of(run), heads = work->call->heads;
+    long size = work->width + 2, partitions = partitions_of(work->call, run), heads = work->call->heads;
     for (long head = 0; head < heads; head++) {
         const float *part = partials + (token * heads + head) * partitions * size;
         begin(&scratch->total, 1, work->width);
-        for (long partition = 0; partition * PARTITION <= run->start + token; partition++, part += size)
+        for (long partition = 0; partition * PARTITION < keys_of_token(work->call, run, token); partition++, part += size)
             merge(scratch->total.largest, scratch->total.sum, scratch->total.mixed, part[0], part[1], part + 2,
                   work->width);
         write_row(work, run->row + token, head, scratch->total.sum[0], scratch->total.mixed);
     }
 }
 
-static Scratch scratch_of(const Work *work) {
-    static _Thread_local Room room;
-    long rows = ITEM_ROWS > work->group ? ITEM_ROWS : work->group, width = work->width;
-    float *at = room_for(&room, sizeof(float) * (3 * rows * width + 2 * BLOCK * width + rows * BLOCK + 2 * BLOCK + 4 * rows));
-    Scratch scratch = {.queries = at, .keys = at += rows * width, .values = at += BLOCK * width};
+static long item_rows(const Work *work) { return ITEM_ROWS > work->group ? ITEM_ROWS : work->group; }
+
+static size_t thread_size(const Work *work) {
+    long rows = item_rows(work), width = work->width;
+    size_t floats = 3 * rows * width + 2 * BLOCK * width + rows * BLOCK + 2 * BLOCK + 4 * rows;
+    return (floats * sizeof(float) + 63) & ~(size_t)63;
+}
+
+static Scratch scratch_of(const Work *work, int thread) {
+    long rows = item_rows(work), width = work->width;
+    Scratch scratch;
+    float *at = scratch.queries = (float *)(work->call->scratch + thread * thread_size(work));
+    scratch.keys = at += rows * width;
+    scratch.values = at += BLOCK * width;
     scratch.part.mixed = at += BLOCK * width;
     scratch.total.mixed = at += rows * width;
     scratch.scores = at += rows * width;
@@ -295,56 +312,65 @@ static Scratch scratch_of(const Work *work) {
 }
 
 // Goes through all items, in the same order on every thread, and does those that it claims.
-static void attend_claimed(Work *work, Scratch *scratch) {
+static void attend_claimed(const Work *work, Scratch *scratch) {
     const Attention *call = work->call;
-    long index = 0, mine = atomic_fetch_add(&work->claimed, 1);
+    long index = 0, mine = atomic_fetch_add(call->claimed, 1);
     float *partials = work->partials;
     for (const Run *run = call->runs; run < call->runs + call->n_runs; run++) {
-        long partitions = partitions_of(run), spread = spreads(run);
+        int spread = spreads(call, run);
         for (long token = 0; token < run->length; token += work->item_tokens) {
             long tokens = least(work->item_tokens, run->length - token);
-            long end = pieces(run->start + token + tokens, PARTITION);
+            long end = pieces(keys_of_token(call, run, token + tokens - 1), PARTITION);
             for (long first = 0; first < end; first += spread ? 1 : end)
                 for (long head = 0; head < call->kv_heads; head++) {
                     if (index++ != mine) continue;
                     Item item = {run, token, tokens, head, first, spread ? first + 1 : end, spread ? partials : NULL};
                     attend_item(work, scratch, &item);
-                    mine = atomic_fetch_add(&work->claimed, 1);
+                    mine = atomic_fetch_add(call->claimed, 1);
                 }
         }
-        if (spread) partials += run->length * call->heads * partitions * (work->width + 2);
+        if (spread) partials += partials_of(work, run);
     }
 }
 
-static void attention_part(void *context, int thread, int n_threads) {
-    Work *work = context;
-    Scratch scratch = scratch_of(work);
-    attend_claimed(work, &scratch);
-    if (!work->partials) return;
-    mdi_barrier();
-    const float *partials = work->partials;
-    long index = 0;
-    for (const Run *run = work->call->runs; run < work->call->runs + work->call->n_runs; run++) {
-        if (!spreads(run)) continue;
-        for (long token = 0; token < run->length; token++)
-            if (index++ % n_threads == thread) merge_run(work, &scratch, run, partials, token);
-        partials += run->length * work->call->heads * partitions_of(run) * (work->width + 2);
-    }
-}
-
-static Work work_of(const Attention *call) {
-    static _Thread_local Room room;
+static Work work_of(const Attention *call, int n_threads) {
     Work work = {.call = call, .group = call->heads / call->kv_heads, .width = pieces(call->head_dim, LANES) * LANES};
     work.item_tokens = work.group < ITEM_ROWS ? ITEM_ROWS / work.group : 1;
     work.scale = 1.0f / sqrtf((float)call->head_dim);
-    long size = 0;
-    for (const Run *run = call->runs; run < call->runs + call->n_runs; run++)
-        if (spreads(run)) size += run->length * call->heads * partitions_of(run) * (work.width + 2);
-    work.partials = size ? room_for(&room, sizeof(float) * size) : NULL;
+    if (call->scratch) work.partials = (float *)(call->scratch + n_threads * thread_size(&work));
     return work;
 }
 
-void KERNEL(attention)(const Attention *call) {
-    Work work = work_of(call);
-    mdi_parallel(attention_part, &work);
+size_t KERNEL(attention_scratch)(const Attention *call, int n_threads) {
+    Work work = work_of(call, n_threads);
+    size_t partials = 0;
+    for (const Run *run = call->runs; run < call->runs + call->n_runs; run++)
+        if (spreads(call, run)) partials += partials_of(&work, run);
+    return n_threads * thread_size(&work) + partials * sizeof(float);
+}
+
+void KERNEL(attention_part)(const Attention *call, int thread, int n_threads) {
+    Work work = work_of(call, n_threads);
+    Scratch scratch = scratch_of(&work, thread);
+    attend_claimed(&work, &scratch);
+    long index = 0;
+    const float *partials = work.partials;
+    for (const Run *run = call->runs; run < call->runs + call->n_runs; run++) {
+        if (!spreads(call, run)) continue;
+        if (partials == work.partials) mdi_barrier();
+        for (long token = 0; token < run->length; token++)
+            if (index++ % n_threads == thread) merge_run(&work, &scratch, run, partials, token);
+        partials += partials_of(&work, run);
+    }
+}
+
+static void run_attention(void *call, int thread, int n_threads) { KERNEL(attention_part)(call, thread, n_threads); }
+
+int KERNEL(attention)(Attention *call) {
+    atomic_long claimed = 0;
+    call->claimed = &claimed;
+    call->scratch = mdi_scratch(KERNEL(attention_scratch)(call, mdi_threads()));
+    if (!call->scratch) return 1;
+    mdi_parallel(run_attention, call);
+    return 0;
 }

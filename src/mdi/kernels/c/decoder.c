@@ -1,0 +1,136 @@
+// A stage's decoder layers over a packed batch, in one parallel region: threads meet at barriers and are never woken up.
+//
+//   hidden -> norm -> q, k, v -> rotation, cache -> attention -> out + hidden
+//          -> norm -> gate, up (SwiGLU) -> down + hidden
+//
+// Each step is the part of a kernel that is also called by itself, so the bits are the same either way.
+#include "decoder.h"
+
+#include <stdlib.h>
+
+#include "memory.h"
+#include "norms.h"
+#include "pool.h"
+#include "rotary.h"
+#include "vector.h"
+
+typedef struct {
+    const Step *step;
+    void *normed, *qkv, *attended, *inner;  // [rows][..] of the step's dtype
+    char *scratch;                          // of products and attention
+    atomic_long *claimed;                   // [n_layers]
+} Region;
+
+static void normalise(const Region *region, const float *weight, int thread, int n_threads) {
+    const Step *step = region->step;
+    Norm norm = {.x = step->hidden, .out = region->normed, .weight = weight, .rows = step->rows,
+                 .size = step->hidden_size, .eps = step->eps, .dtype = step->dtype};
+    KERNEL(rms_norm_part)(&norm, thread, n_threads);
+    mdi_barrier();
+}
+
+static Product product_of(const Region *region, const Weight *weight, const void *x, void *out) {
+    return (Product){.weight = weight, .x = x, .out = out, .rows = region->step->rows, .dtype = region->step->dtype,
+                     .shards = 1, .scratch = region->scratch};
+}
+
+static void multiply(const Region *region, const Weight *weight, const void *x, void *out, const float *bias, int thread,
+                     int n_threads) {
+    Product product = product_of(region, weight, x, out);
+    product.bias = bias;
+    KERNEL(product_part)(&product, thread, n_threads);
+    mdi_barrier();
+}
+
+static void add_product(const Region *region, const Weight *weight, const void *x, int thread, int n_threads) {
+    Product product = product_of(region, weight, x, region->step->hidden);
+    product.residual = region->step->hidden;
+    product.shards = region->step->shards;
+    KERNEL(product_part)(&product, thread, n_threads);
+    mdi_barrier();
+}
+
+static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
+    const Step *step = region->step;
+    Rotary rotary = {.heads = region->qkv, .cos = step->cos, .sin = step->sin, .q_norm = layer->q_norm,
+                     .k_norm = layer->k_norm, .cache = layer->cache, .scales = layer->scales, .runs = step->runs,
+                     .n_runs = step->n_runs, .rows = step->rows, .slot_rows = step->slot_rows, .n_heads = step->heads,
+                     .kv_heads = step->kv_heads, .head_dim = step->head_dim, .eps = step->eps, .dtype = step->dtype,
+                     .cache_dtype = step->cache_dtype};
+    KERNEL(rotate_part)(&rotary, thread, n_threads);
+    mdi_barrier();
+}
+
+static Attention attention_of(const Region *region, const Layer *layer) {
+    const Step *step = region->step;
+    long kv_size = step->kv_heads * step->head_dim, item = step->cache_dtype == INT8_CACHE ? 1 : dtype_bytes(step->cache_dtype);
+    return (Attention){.queries = region->qkv, .keys = layer->cache, .values = (char *)layer->cache + kv_size * item,
+                       .key_scales = layer->scales, .value_scales = layer->scales ? layer->scales + step->kv_heads : NULL,
+                       .out = region->attended, .runs = step->runs, .n_runs = step->n_runs,
+                       .query_stride = (step->heads + 2 * step->kv_heads) * step->head_dim, .key_stride = 2 * kv_size,
+                       .slot_rows = step->slot_rows, .heads = step->heads, .kv_heads = step->kv_heads,
+                       .head_dim = step->head_dim, .dtype = step->dtype, .cache_dtype = step->cache_dtype,
+                       .causal = 1, .scratch = region->scratch};
+}
+
+static void attend(const Region *region, const Layer *layer, int thread, int n_threads) {
+    Attention attention = attention_of(region, layer);
+    attention.claimed = region->claimed + (layer - region->step->layers);
+    KERNEL(attention_part)(&attention, thread, n_threads);
+    mdi_barrier();
+}
+
+static void decoder_part(void *context, int thread, int n_threads) {
+    const Region *region = context;
+    const Step *step = region->step;
+    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
+        normalise(region, layer->input_norm, thread, n_threads);
+        multiply(region, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
+        rotate(region, layer, thread, n_threads);
+        attend(region, layer, thread, n_threads);
+        add_product(region, layer->out, region->attended, thread, n_threads);
+        normalise(region, layer->mlp_norm, thread, n_threads);
+        multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
+        add_product(region, layer->down, region->inner, thread, n_threads);
+    }
+}
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t scratch_size(const Region *region) {
+    const Step *step = region->step;
+    Attention attention = attention_of(region, step->layers);
+    size_t size = KERNEL(attention_scratch)(&attention, mdi_threads());
+    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
+        const Weight *weights[] = {layer->qkv, layer->out, layer->gate_up, layer->down};
+        for (int i = 0; i < 4; i++) {
+            Product product = product_of(region, weights[i], NULL, NULL);
+            product.shards = step->shards;
+            size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));
+        }
+    }
+    return size;
+}
+
+static size_t row_bytes(const Step *step, long numbers) {
+    return (step->rows * numbers * dtype_bytes(step->dtype) + 63) & ~(size_t)63;
+}
+
+int KERNEL(decoder)(const Step *step) {
+    if (!step->n_layers || !step->rows) return 0;
+    Region region = {.step = step};
+    size_t normed = row_bytes(step, step->hidden_size), attended = row_bytes(step, step->heads * step->head_dim);
+    size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, step->inner);
+    size_t counters = (step->n_layers * sizeof(atomic_long) + 63) & ~(size_t)63;
+    char *memory = mdi_scratch(counters + normed + qkv + attended + inner + scratch_size(&region));
+    if (!memory) return 1;
+    memset(memory, 0, counters);
+    region.claimed = (atomic_long *)memory;
+    region.normed = memory += counters;
+    region.qkv = memory += normed;
+    region.attended = memory += qkv;
+    region.inner = memory += attended;
+    region.scratch = memory + inner;
+    mdi_parallel(decoder_part, &region);
+    return 0;
+}

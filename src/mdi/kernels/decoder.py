@@ -1,0 +1,117 @@
+"""A stage's decoder layers in one native call: the binding of `c/decoder.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdi.kernels.attention import CACHE_DTYPES
+from mdi.kernels.library import library
+from mdi.kernels.packed import FLOATS, PackedWeight
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What one layer computes with. Biases and norms are float32; None where it has none."""
+
+    products: tuple[PackedWeight, ...]  # q, k and v; out; gate and up; down
+    qkv_bias: Tensor | None
+    input_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+WEIGHTS = ("qkv", "out", "gate_up", "down")
+VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm")
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of `c/decoder.h`."""
+
+    _fields_ = tuple((name, c_void_p) for name in (*WEIGHTS, *VECTORS, "cache", "scales"))
+
+
+class Step(ctypes.Structure):
+    """`Step` of `c/decoder.h`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "hidden", "cos", "sin", "runs")),
+        *((name, c_int64) for name in ("n_layers", "n_runs", "rows", "slot_rows", "hidden_size")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "inner")),
+        ("eps", c_float),
+        *((name, c_int32) for name in ("dtype", "cache_dtype", "shards")),
+    )
+
+
+class NativeLayers:
+    """The layers of a stage, as the kernel is given them."""
+
+    def __init__(self, layers: Sequence[LayerWeights], *, n_heads: int, n_kv_heads: int, eps: float) -> None:
+        self._kept = list(layers)  # whose memory the addresses are of
+        self._layers = (Layer * len(layers))(*map(_addresses, layers))
+        self._n_heads, self._n_kv_heads, self._eps = n_heads, n_kv_heads, eps
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        runs: Tensor,
+        caches: Sequence[Tensor],
+        scales: Sequence[Tensor] = (),
+        *,
+        shards: int = 1,
+    ) -> Tensor:
+        """Runs the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into the caches.
+
+        cos, sin: float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as `attention.attend` has them.
+        shards: parts of the inputs of the out and down products, each summed by itself, their sums in order.
+        """
+        for index, cache in enumerate(caches):
+            self._layers[index].cache = cache.data_ptr()
+            self._layers[index].scales = scales[index].data_ptr() if scales else None
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        step = Step(
+            layers=ctypes.addressof(self._layers),
+            hidden=hidden.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            runs=runs.data_ptr(),
+            n_layers=len(self._kept),
+            n_runs=len(runs),
+            rows=len(hidden),
+            slot_rows=caches[0].shape[1],
+            hidden_size=hidden.shape[1],
+            heads=self._n_heads,
+            kv_heads=self._n_kv_heads,
+            head_dim=caches[0].shape[4],
+            inner=self._kept[0].products[2].width,
+            eps=self._eps,
+            dtype=FLOATS[hidden.dtype],
+            cache_dtype=CACHE_DTYPES[caches[0].dtype],
+            shards=shards,
+        )
+        if _kernel()(ctypes.byref(step)):
+            raise MemoryError(f"no memory for a step of {len(hidden)} rows")
+        return hidden
+
+
+def _addresses(layer: LayerWeights) -> Layer:
+    weights = {name: weight.address for name, weight in zip(WEIGHTS, layer.products, strict=True)}
+    vectors = {name: getattr(layer, name) for name in VECTORS}
+    return Layer(**weights, **{name: None if held is None else held.data_ptr() for name, held in vectors.items()})
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any]:
+    found = library()
+    assert found is not None
+    return found.kernel("decoder", ctypes.POINTER(Step), result=c_int)
