@@ -11,7 +11,7 @@ from tests.bench.runs import RUN
 
 def test_tables_of_three_nodes_fit_into_80_columns() -> None:
     memory = NodeMemory("secondary0", 467 * 10**6, 10**9, 3 * 10**9, 467 * 10**6, 10**9, 5 * 10**9)
-    bench = Bench("Qwen2-VL-2B-Instruct", "bfloat16", 2, (RUN,), (RUN,), (memory,), MemoryLog(0.0))
+    bench = Bench("Qwen2-VL-2B-Instruct", "bfloat16", "avx2, 2 threads", (RUN,), (RUN,), (memory,), MemoryLog(0.0))
     console = Console(width=80, record=True)
     for table in bench.tables():
         console.print(table)

@@ -9,11 +9,6 @@ from mdi.kernels import build
 from mdi.kernels.library import chosen, library
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    build.build()
-
-
 def test_the_library_of_this_checkout_is_loaded() -> None:
     found = library()
     assert found is not None

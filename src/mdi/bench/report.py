@@ -40,7 +40,7 @@ class Bench:
 
     model: str
     dtype: str
-    threads: int
+    computes_with: str
     runs: tuple[Run, ...]
     peers: tuple[Run, ...]
     memory: tuple[NodeMemory, ...]
@@ -57,7 +57,7 @@ class Bench:
         return {
             "model": self.model,
             "dtype": self.dtype,
-            "threads": self.threads,
+            "computes_with": self.computes_with,
             "scenarios": [
                 {
                     **asdict(run.scenario),
@@ -93,7 +93,7 @@ class Bench:
             "between tokens",
             "tokens/s, decode",
             "tokens/s, in all",
-            title=f"{self.model}, {self.dtype}, {self.threads} threads (work: streams x tokens + pixels)",
+            title=f"{self.model}, {self.dtype}, {self.computes_with} (work: streams x tokens + pixels)",
         )
         for run in self.runs:
             table.add_row(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mdi.bench.measure import Run, measure, memory_log
 from mdi.bench.peers import Transformers
 from mdi.bench.report import Bench, node_memory
@@ -16,6 +14,7 @@ from mdi.checkpoint.source import Source
 from mdi.core.errors import ConfigError
 from mdi.core.progress import Progress
 from mdi.engine import Engine
+from mdi.kernels.threads import computes_with, torch_threads
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,12 @@ def run_bench(engine: Engine, source: Source, scenarios: Sequence[Scenario], pee
             runs.append(measure(engine, scenario, seed=number))
             if theirs:
                 progress(f"transformers: {scenario.name}", number * 2 + 1, total)
-                peers.append(theirs.run(scenario, seed=number))
+                with torch_threads():
+                    peers.append(theirs.run(scenario, seed=number))
     progress("done", total, total)
     limits = limits_for(scenarios)
     sizes = node_memory(source.model_config, engine.nodes(), limits.sequence_length * limits.max_sequences)
-    return Bench(engine.model_name, dtype, torch.get_num_threads(), tuple(runs[1:]), tuple(peers[1:]), sizes, memory)
+    return Bench(engine.model_name, dtype, computes_with(), tuple(runs[1:]), tuple(peers[1:]), sizes, memory)
 
 
 def _warm_up(scenarios: Sequence[Scenario]) -> Scenario:

@@ -22,6 +22,7 @@ from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.kernels.threads import set_threads
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
@@ -76,6 +77,7 @@ def verify(
         their_ids, their_logits = theirs.read(messages)
         their_answer = theirs.answer(messages, max_tokens)
         prompt = _prompt(source, messages, max_tokens)
+        set_threads(None, "cpu")
         our_logits, ours = _through_stages(loaded, prompt, end_ids(source), max_tokens)
     same_prompt = list(prompt.token_ids) == their_ids
     if not same_prompt:

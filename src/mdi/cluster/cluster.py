@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import psutil
-import torch
 
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.prepare import Chunks, prepared
@@ -30,11 +29,13 @@ from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import START_TIMEOUT_S, Supervisor
 from mdi.core.config import EngineConfig
+from mdi.core.cores import usable_cores
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
+from mdi.kernels.threads import set_threads
 from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
@@ -85,6 +86,7 @@ class Cluster:
         self._launcher: Launcher | None = None
         self._chunks: Chunks | None = None
         self._manual: ManualLauncher | None = None
+        set_threads(nodes.starter.threads if nodes else None, self._device)
         with ExitStack() as undo:
             undo.callback(self.close)
             alone = self.n_nodes == 1 and not self._vision_address
@@ -204,12 +206,11 @@ class Cluster:
 
     def _make_launcher(self, chunks: Chunks, monitor: Monitor, authority: Authority | None) -> Launcher:
         if self._nodes:
-            torch.set_num_threads(self._nodes.starter.threads or torch.get_num_threads())
             manual = self._config.cluster.manual
             self._manual = ManualLauncher(self._nodes, manual, monitor, chunks, self._progress, self._waiting)
             return self._manual
         files = [chunks.folder / chunk.file for chunk in chunks.manifest.chunks[1:]]
-        threads = max(1, torch.get_num_threads() // self.n_nodes)
+        threads = max(1, usable_cores() // self.n_nodes)
         dtype, device = chunks.manifest.dtype, self._device
         return LocalLauncher(files, dtype=dtype, device=device, threads=threads, authority=authority)
 

@@ -8,12 +8,12 @@ computes at a time, in turns, and all share a limit of memory. See `media.work`.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from mdi.core.config import MEBIBYTE
+from mdi.core.cores import usable_cores
 from mdi.core.errors import ClosedError, MDIError
 from mdi.engine.sequence import Request
 from mdi.media import AbandonedError, Memory, Turns, Work
@@ -42,7 +42,7 @@ class Preparation:
         self._prompts = prompts
         self._ready = ready
         self._refused = refused
-        self._turns = Turns(os.cpu_count() or 1)
+        self._turns = Turns(usable_cores())
         self._memory = Memory(MEDIA_BYTES)
         self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, thread_name_prefix="mdi-tokenise")
         self._media_threads: dict[threading.Thread, Work] = {}

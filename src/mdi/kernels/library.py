@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mdi.core.cores import usable_cores
 from mdi.core.errors import ConfigError
 from mdi.kernels import build
 
@@ -68,6 +69,7 @@ def load(path: Path) -> Library:
         raise UnusableError(f"{path.name} was built of other sources")
     runs = declared(code, "mdi_cpu_runs", (ctypes.c_char_p,), ctypes.c_int)
     built = text(code, "instruction_sets").split()
+    declared(code, "mdi_set_threads", (ctypes.c_int,), None)(usable_cores())
     return Library(chosen([isa for isa in built if runs(isa.encode())]), path, code)
 
 

@@ -18,6 +18,7 @@ import torch
 from mdi.checkpoint.manifest import Manifest
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
 from mdi.core.tracing import Recorder
+from mdi.kernels.threads import computes_with, set_threads
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.node.encode import Encoder, collect_rows
@@ -45,8 +46,7 @@ def serve_node(settings: NodeSettings) -> None:
     Raises ConfigError when the address cannot be bound, or must not be without `insecure`; CheckpointError, without a
     parent, for a chunk that cannot be loaded.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    set_threads(settings.threads, settings.device)
     if settings.chunk is None and settings.cache:
         settings.cache.check()
     if error := asyncio.run(_serve(settings)):
@@ -73,7 +73,8 @@ async def _serve(settings: NodeSettings) -> str:
     print(json.dumps({"port": port}), flush=True)  # noqa: T201 - what the launcher waits for
     if not settings.with_parent:
         host, safety = settings.listen.rpartition(":")[0], "encrypted" if settings.identity else "not encrypted"
-        print(f"node {settings.name} listens at {host}:{port}, {safety}", file=sys.stderr)  # noqa: T201
+        where = f"listens at {host}:{port}, {safety}"
+        print(f"node {settings.name} {where}; on CPUs: {computes_with()}", file=sys.stderr)  # noqa: T201
     service.start((lambda: None) if settings.with_parent else stop.set)
     await stop.wait()
     await server.stop(grace=0.2)

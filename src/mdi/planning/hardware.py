@@ -16,6 +16,7 @@ import torch
 from mdi.core.dtypes import parse_dtype
 from mdi.core.quantization import QUANTIZATIONS, QuantizedTensor
 from mdi.core.tensors import TensorSpec
+from mdi.kernels.threads import computes_with
 from mdi.layers.linear import Linear
 from mdi.layers.quantize import quantize
 from mdi.planning.memory import free_bytes
@@ -125,7 +126,7 @@ def _wait_for(device: torch.device) -> None:
 
 def _key(device: str, dtype: str) -> str:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
-    return f"{platform.node()}, {device} {name}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{platform.node()}, {device} {name}, {dtype}, {computes_with()}"
 
 
 def _read(folder: Path | None) -> dict[str, tuple[float, float]]:
