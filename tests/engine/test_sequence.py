@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mdi.core.batch import Token
+from mdi.core.batch import Token, token_bits
 from mdi.core.sampling import SamplingParams
-from mdi.engine.sequence import Request, Sequence, TokenMask, detokenizer_of
+from mdi.engine.sequence import Request, SeenTokens, Sequence, TokenMask, detokenizer_of
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Prompt
 
@@ -78,3 +80,12 @@ def test_a_draw_carries_the_mask_of_its_position(tokenizer: Tokenizer) -> None:
     sequence.append(tokens("a"))
     assert sequence.sampling().token_mask is None
     assert sequence_of(tokenizer).sampling().token_mask is None
+
+
+@given(st.lists(st.integers(0, 70)), st.lists(st.integers(0, 90)))
+def test_tokens_that_were_seen_are_counted_as_they_come(prompt: list[int], answer: list[int]) -> None:
+    seen = SeenTokens(prompt)
+    for token in answer:
+        seen.add(token)
+    assert seen.bits == token_bits([*prompt, *answer])
+    assert dict(zip(seen.ids, seen.counts, strict=True)) == {token: answer.count(token) for token in answer}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -21,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mdi.core.batch import LogitAdjustment, TokenSampling
+from mdi.core.batch import LogitAdjustment, TokenSampling, token_bits
 from mdi.core.sampling import SamplingParams
 from mdi.layers import sampler
 from mdi.layers.sampler import sample
@@ -41,8 +42,9 @@ def adjustment(penalty: float = 1.0, **changes: Any) -> LogitAdjustment:
         penalty,
         changes.get("presence", 0.0),
         changes.get("frequency", 0.0),
-        tuple(changes.get("counts", {})),
-        tuple(changes.get("counts", {}).values()),
+        bytes(token_bits(changes.get("counts", {}))),
+        np.array(list(changes.get("counts", {})), "<u4").tobytes(),
+        np.array(list(changes.get("counts", {}).values()), "<u4").tobytes(),
         tuple(changes.get("biases", {})),
         tuple(changes.get("biases", {}).values()),
     )
@@ -53,7 +55,8 @@ def scores_in_transformers(logits: Tensor, sampling: TokenSampling) -> Tensor:
     made, seen = LogitsProcessorList(), torch.empty((1, 0), dtype=torch.int64)
     if sampling.adjustment:
         made.append(RepetitionPenaltyLogitsProcessor(sampling.adjustment.repetition_penalty))
-        seen = torch.tensor([sampling.adjustment.penalised_ids])
+        counted = np.frombuffer(sampling.adjustment.counted_ids, "<u4")
+        seen = torch.from_numpy(counted.astype(np.int64))[None]
     made.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         made.append(TopKLogitsWarper(sampling.top_k))

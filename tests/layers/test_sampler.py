@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from mdi.core.batch import LogitAdjustment, TokenSampling
+from mdi.core.batch import LogitAdjustment, TokenSampling, token_bits
 from mdi.layers import sampler
 from mdi.layers.sampler import sample, uniform
 
@@ -87,8 +87,9 @@ def adjustment(
         penalties.get("repetition", 1.0),
         penalties.get("presence", 0.0),
         penalties.get("frequency", 0.0),
-        tuple(seen),
-        tuple(seen.values()),
+        bytes(token_bits(seen)),
+        np.array(list(seen), "<u4").tobytes(),
+        np.array(list(seen.values()), "<u4").tobytes(),
         tuple(biases),
         tuple(biases.values()),
     )

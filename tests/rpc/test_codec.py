@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,8 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mdi.core.batch import MASK_ELSEWHERE, Batch, Result, Slice, Token, TokenSampling
+from mdi.core.batch import (
+    MASK_ELSEWHERE,
+    Batch,
+    Copy,
+    LogitAdjustment,
+    Release,
+    Result,
+    Slice,
+    Token,
+    TokenSampling,
+)
 from mdi.core.errors import LinkError
+from mdi.engine.sequence import SeenTokens
 from mdi.rpc import codec, node_pb2
 
 SOURCE = Path(codec.__file__).parents[2]
@@ -72,6 +84,25 @@ def test_a_batch_survives_the_wire(dtype: torch.dtype, parts: list[Slice]) -> No
     assert torch.equal(got.positions, batch.positions)
     assert got_hidden.dtype == dtype
     assert torch.equal(got_hidden, hidden)
+
+
+def test_edits_of_the_cache_survive_the_wire_in_their_order() -> None:
+    batch, hidden = batch_of(Slice(0, 0, 2))
+    edits = (Release(3, 0), Copy(1, 2, 30_000), Release(1, 64), Copy(2, 0, 1))
+    assert through(replace(batch, edits=edits), hidden)[0].edits == edits
+
+
+def test_penalties_of_a_long_prompt_travel_in_a_small_message() -> None:
+    """16 sequences of 32,000 tokens: messages of 4 MiB are the limit."""
+    seen = SeenTokens(range(0, 150_000, 5))
+    for token in range(0, 150_000, 50):
+        seen.add(token)
+    adjustment = LogitAdjustment(
+        1.1, 0, 0, bytes(seen.bits), seen.ids.tobytes(), seen.counts.tobytes(), (5, 7), (0.5, -math.inf)
+    )
+    sampling = TokenSampling(1.0, 0, 1.0, 0.0, 3, 0, 9, adjustment=adjustment)
+    batch, hidden = batch_of(*[Slice(slot, 31_999, 1, (sampling,)) for slot in range(16)])
+    assert through(batch, hidden)[0].slices == batch.slices
 
 
 def test_a_large_batch_travels_in_pieces_below_a_mebibyte() -> None:

@@ -5,7 +5,7 @@ Knows slots and positions, and no requests, texts or networks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,19 +17,30 @@ MASK_ELSEWHERE = b""
 """A token mask that does not travel with the batch, but by itself to the node with the head."""
 
 
+def token_bits(token_ids: Iterable[int]) -> bytearray:
+    """A set of tokens: one bit for each, token 0 in the lowest bit of the first byte. Ends with the highest token."""
+    distinct = set(token_ids)
+    bits = bytearray(max(distinct, default=-1) // 8 + 1)
+    for token in distinct:
+        bits[token // 8] |= 1 << token % 8
+    return bits
+
+
 @dataclass(frozen=True, slots=True)
 class LogitAdjustment:
-    """Changes to one row of logits before a token is drawn: penalties for `penalised_ids`, then biases.
+    """Changes to one row of logits before a token is drawn: penalties for the tokens in `penalised`, then biases.
 
-    penalised_ids: distinct tokens of prompt and answer; counts: how often each is in the answer. The penalties are
-    those of `SamplingParams`. biases: added to the logits of `biased_ids`; minus infinity forbids a token.
+    The penalties are those of `SamplingParams`. penalised: tokens of prompt and answer, as `token_bits`. counted_ids:
+    tokens of the answer; counts: how often each is in it; both unsigned, 4 bytes each, the lowest first. biases: added
+    to the logits of `biased_ids`; minus infinity forbids a token.
     """
 
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    penalised_ids: tuple[int, ...]
-    counts: tuple[int, ...]
+    penalised: bytes
+    counted_ids: bytes
+    counts: bytes
     biased_ids: tuple[int, ...]
     biases: tuple[float, ...]
 
@@ -40,7 +51,7 @@ class TokenSampling:
 
     sample: index among the request's n samples. position: tokens of the sequence before the drawn one.
     top_logprobs: how many of the likeliest tokens are reported with it.
-    token_mask: the tokens that are allowed, one bit each, token 0 in the lowest bit of the first byte; None allows all.
+    token_mask: the tokens that are allowed, as `token_bits`; None allows all.
     """
 
     temperature: float

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mdi.core.batch import LogitAdjustment, Token, TokenSampling
+from mdi.core.batch import LogitAdjustment, Token, TokenSampling, token_bits
 from mdi.core.errors import MDIError
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import Sampling
@@ -86,6 +87,29 @@ def detokenizer_of(sampling: Sampling, tokenizer: Tokenizer) -> Detokenizer:
     )
 
 
+class SeenTokens:
+    """What penalties depend on: the tokens of prompt and answer, and how often the answer has each of its own.
+
+    In the form of `LogitAdjustment`, kept up to date: no step goes through a long prompt. prompt: tokens that count.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self.bits = token_bits(prompt)
+        self.ids, self.counts = array("I"), array("I")
+        self._places: dict[int, int] = {}
+
+    def add(self, token_id: int) -> None:
+        """Takes the next token of the answer."""
+        place = self._places.setdefault(token_id, len(self.ids))
+        if place < len(self.ids):
+            self.counts[place] += 1
+            return
+        self.ids.append(token_id)
+        self.counts.append(1)
+        self.bits.extend(bytes(max(0, token_id // 8 + 1 - len(self.bits))))
+        self.bits[token_id // 8] |= 1 << token_id % 8
+
+
 TokenMask = Callable[["Sequence"], bytes | None]
 
 
@@ -111,11 +135,10 @@ class Sequence:
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)
-    _counts: dict[int, int] = field(default_factory=dict)  # tokens with penalties: how often the answer has them
+    _seen: SeenTokens = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.request.sampling.repetition_penalty != 1:
-            self._counts = dict.fromkeys(self.prompt.token_ids, 0)
+        self._seen = SeenTokens(self.prompt.token_ids if self.request.sampling.repetition_penalty != 1 else ())
         self.prefix_keys = list(self.prompt.prefix_keys)
 
     @property
@@ -168,13 +191,14 @@ class Sequence:
             biases |= dict.fromkeys(self.end_ids, -math.inf)
         if not penalised and not biases:
             return None
-        counts = self._counts if penalised else {}
+        seen = self._seen if penalised else SeenTokens()
         return LogitAdjustment(
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
-            tuple(counts),
-            tuple(counts.values()),
+            bytes(seen.bits),
+            seen.ids.tobytes(),
+            seen.counts.tobytes(),
             tuple(biases),
             tuple(biases.values()),
         )
@@ -189,7 +213,7 @@ class Sequence:
         for token in tokens:
             self.generated.append(token.id)
             self.prefix_keys.append(token.id)
-            self._counts[token.id] = self._counts.get(token.id, 0) + 1
+            self._seen.add(token.id)
             self._unsent.append(replace(token, time_s=time.perf_counter()))
             text += self.detokenizer.push(token.id)
             if reason := self._finish_reason(token.id):

@@ -44,9 +44,9 @@ def uniform(sampling: TokenSampling) -> float:
 
 def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
     """Applies penalties and biases in place. logits: float64 [vocab_size]: no penalty makes one infinite."""
-    if adjustment.penalised_ids:
-        penalised = torch.tensor(adjustment.penalised_ids, device=logits.device)
-        counts = torch.tensor(adjustment.counts, dtype=logits.dtype, device=logits.device)
+    if adjustment.penalised:
+        ids, often = _penalised(adjustment, len(logits))
+        penalised, counts = torch.from_numpy(ids).to(logits.device), torch.from_numpy(often).to(logits)
         values, penalty = logits[penalised], adjustment.repetition_penalty
         largest = torch.finfo(logits.dtype).max
         values = torch.where(values > 0, values / penalty, values * penalty).clamp_(-largest, largest)
@@ -57,13 +57,25 @@ def adjust(logits: Tensor, adjustment: LogitAdjustment) -> None:
         logits[biased] += torch.tensor(adjustment.biases, dtype=logits.dtype, device=logits.device)
 
 
+def _penalised(adjustment: LogitAdjustment, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that are penalised, int64, and how often each is in the answer, float64."""
+    ids = np.flatnonzero(_unpacked(adjustment.penalised, vocab_size))
+    counts = np.zeros(vocab_size)
+    counts[np.frombuffer(adjustment.counted_ids, "<u4")] = np.frombuffer(adjustment.counts, "<u4")
+    return ids, counts[ids]
+
+
+def _unpacked(bits: bytes, vocab_size: int) -> np.ndarray:
+    """A set of tokens (see `token_bits`) as uint8 [vocab_size]."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab_size, bitorder="little")
+
+
 def forbid(logits: Tensor, token_mask: bytes) -> None:
     """Sets the logits of tokens that the mask does not allow to minus infinity. logits: [vocab_size].
 
     A mask that is shorter than the vocabulary forbids the rest: the bits are filled up with zeros.
     """
-    allowed = np.unpackbits(np.frombuffer(token_mask, np.uint8), count=len(logits), bitorder="little")
-    logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
+    logits.masked_fill_(torch.from_numpy(_unpacked(token_mask, len(logits))).to(logits.device) == 0, -torch.inf)
 
 
 def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:

@@ -250,14 +250,16 @@ def _decode_sampling(message: node_pb2.TokenSampling) -> TokenSampling:
 
 
 def _decode_adjustment(message: node_pb2.LogitAdjustment) -> LogitAdjustment:
-    if len(message.penalised_ids) != len(message.counts) or len(message.biased_ids) != len(message.biases):
+    n_bytes, n_counts = len(message.counted_ids), len(message.counts)
+    if n_bytes != n_counts or n_bytes % 4 or len(message.biased_ids) != len(message.biases):
         raise LinkError("a token's penalties and biases do not add up")
     return LogitAdjustment(
         message.repetition_penalty,
         message.presence_penalty,
         message.frequency_penalty,
-        tuple(message.penalised_ids),
-        tuple(message.counts),
+        message.penalised,
+        message.counted_ids,
+        message.counts,
         tuple(message.biased_ids),
         tuple(message.biases),
     )

@@ -8,22 +8,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LogitAdjustment(_message.Message):
-    __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "penalised_ids", "counts", "biased_ids", "biases")
+    __slots__ = ("repetition_penalty", "presence_penalty", "frequency_penalty", "penalised", "counted_ids", "counts", "biased_ids", "biases")
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
-    PENALISED_IDS_FIELD_NUMBER: _ClassVar[int]
+    PENALISED_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_IDS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     BIASED_IDS_FIELD_NUMBER: _ClassVar[int]
     BIASES_FIELD_NUMBER: _ClassVar[int]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    penalised_ids: _containers.RepeatedScalarFieldContainer[int]
-    counts: _containers.RepeatedScalarFieldContainer[int]
+    penalised: bytes
+    counted_ids: bytes
+    counts: bytes
     biased_ids: _containers.RepeatedScalarFieldContainer[int]
     biases: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., penalised_ids: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., biased_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., penalised: _Optional[bytes] = ..., counted_ids: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., biased_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "sample", "position", "top_logprobs", "adjustment", "masked")
