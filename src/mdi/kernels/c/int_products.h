@@ -1,16 +1,18 @@
 // Products of int8 and int4 weights with quantised activations: exact integer sums within a group of inputs, which are
-// scaled and added in order. The tiles are those of float_products.h.
+// scaled and added in order. The tiles are those of float_products.h, in parts of INT_ROWS rows: registers hold the
+// integer sums and the scaled ones.
 #pragma once
 
 #include "work.h"
 
 enum { BLOCK8 = 1024, BLOCK4 = 512, DIRECT_ROWS4 = 2 * TILE_ROWS };  // inputs of a block
 
-// Activations of one tile of rows: see work.h.
+// Activations of some rows of a tile: see work.h.
 typedef struct {
     const int8_t *values;
     const float *scales;
     const int32_t *sums;
+    long stride;  // rows of the tile
 } Tile;
 
 INLINE vint broadcast(const int8_t *four) {
@@ -19,31 +21,38 @@ INLINE vint broadcast(const int8_t *four) {
     return vi_set1(bits);
 }
 
+// Compilers keep loaded activations for the next vector of weights, and then have no registers for the sums.
+INLINE void load_anew(void) { __asm__ volatile("" : : : "memory"); }
+
 INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
                       float *sums) {
     int vectors = panels * PANEL_VECTORS;
-    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS], scales[2 * PANEL_VECTORS];
-    vint dot[TILE_ROWS][2 * PANEL_VECTORS];
+    vfloat sum[INT_ROWS][2 * PANEL_VECTORS], scales[2 * PANEL_VECTORS];
+    vint dot[INT_ROWS][2 * PANEL_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
-    for (long g = 0; g < groups; g++, x.scales += rows, x.sums += rows) {
+    for (long g = 0; g < groups; g++, x.scales += x.stride, x.sums += x.stride) {
         if (group_scales) {
             UNROLL for (int v = 0; v < vectors; v++) scales[v] = vf_load((const float *)weights_of(w, jump, 4 * PANEL, v));
             w += 4 * PANEL;
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(x.sums[r]);
-        for (int k = 0; k < group; k += 4, x.values += 4 * rows, w += 4 * PANEL)
+        const char *end = w + group * PANEL;
+        do {  // the group is never empty, which saves copies of the sums
             UNROLL for (int v = 0; v < vectors; v++) {
                 vint weights = vi_load(weights_of(w, jump, 4 * PANEL, v));
                 UNROLL for (int r = 0; r < rows; r++) dot[r][v] = vi_dot(dot[r][v], weights, broadcast(x.values + 4 * r));
+                load_anew();
             }
+            x.values += 4 * x.stride;
+            w += 4 * PANEL;
+        } while (w < end);
         UNROLL for (int r = 0; r < rows; r++) {
             vfloat scale = vf_set1(x.scales[r]);
             UNROLL for (int v = 0; v < vectors; v++) {
                 vfloat total = vi_to_float(dot[r][v]);
-                if (group_scales) sum[r][v] = vf_fma(vf_mul(total, scale), scales[v], sum[r][v]);
-                else sum[r][v] = vf_fma(total, scale, sum[r][v]);
+                sum[r][v] = group_scales ? vf_fma(vf_mul(total, scale), scales[v], sum[r][v]) : vf_fma(total, scale, sum[r][v]);
             }
         }
     }
@@ -74,22 +83,24 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
                       float *sums) {
     int vectors = panels * PANEL_VECTORS;
     long head = unpacked ? 8 * PANEL : PANEL * (2 + has_zeros), size = unpacked ? UNPACKED4 : group4_size(has_zeros);
-    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS];
-    vint dot[TILE_ROWS][2 * PANEL_VECTORS];
+    vfloat sum[INT_ROWS][2 * PANEL_VECTORS];
+    vint dot[INT_ROWS][2 * PANEL_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
-    for (long g = 0; g < groups; g++, x.scales += rows, x.sums += rows, x.values += GROUP4 * rows, w += size) {
+    for (long g = 0; g < groups; g++, x.scales += x.stride, x.sums += x.stride, x.values += GROUP4 * x.stride, w += size) {
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(has_zeros ? 0 : x.sums[r]);
         for (int step = 0; step < (unpacked ? 8 : 4); step++)
             UNROLL for (int v = 0; v < vectors; v++) {
                 vint bytes = vi_load(weights_of(w + head + step * 4 * PANEL, jump, 4 * PANEL, v));
                 vint low = unpacked ? bytes : vi_low_nibbles(bytes), high = vi_high_nibbles(bytes);
-                const int8_t *values = x.values + (unpacked ? 4 : 8) * rows * step;
+                const int8_t *values = x.values + (unpacked ? 4 : 8) * x.stride * step;
                 UNROLL for (int r = 0; r < rows; r++) dot[r][v] = vi_dot_small(dot[r][v], low, broadcast(values + 4 * r));
+                load_anew();
                 if (!unpacked)
                     UNROLL for (int r = 0; r < rows; r++)
-                        dot[r][v] = vi_dot_small(dot[r][v], high, broadcast(values + 4 * rows + 4 * r));
+                        dot[r][v] = vi_dot_small(dot[r][v], high, broadcast(values + 4 * x.stride + 4 * r));
+                load_anew();
             }
         UNROLL for (int v = 0; v < vectors; v++) {
             const char *from = weights_of(w, jump, unpacked ? 4 * PANEL : 2 * PANEL, v);
@@ -107,28 +118,24 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
         UNROLL for (int v = 0; v < vectors; v++) vf_store(sums_of(sums, r, v), sum[r][v]);
 }
 
-typedef enum { BY_OUTPUT, BY_GROUP, NIBBLES, NIBBLES_ZEROS, BYTES, BYTES_ZEROS } Layout;
+typedef enum { WHOLE_BYTES, NIBBLES, UNPACKED } Layout;
 
-INLINE void int_tile(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, int group, float *sums) {
-    switch (layout) {
-        case BY_OUTPUT: int8_tile(0, rows, panels, x, w, jump, groups, group, sums); break;
-        case BY_GROUP: int8_tile(1, rows, panels, x, w, jump, groups, group, sums); break;
-        case NIBBLES: int4_tile(0, 0, rows, panels, x, w, jump, groups, sums); break;
-        case NIBBLES_ZEROS: int4_tile(0, 1, rows, panels, x, w, jump, groups, sums); break;
-        case BYTES: int4_tile(1, 0, rows, panels, x, w, jump, groups, sums); break;
-        case BYTES_ZEROS: int4_tile(1, 1, rows, panels, x, w, jump, groups, sums); break;
-    }
+INLINE void int_tile(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, const Weight *weight,
+                     float *sums) {
+    if (layout == WHOLE_BYTES) int8_tile(weight->group_scales, rows, panels, x, w, jump, groups, weight->group, sums);
+    if (layout == NIBBLES) int4_tile(0, weight->has_zeros, rows, panels, x, w, jump, groups, sums);
+    if (layout == UNPACKED) int4_tile(1, weight->has_zeros, rows, panels, x, w, jump, groups, sums);
 }
 
-INLINE void int_tile_of(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
-                        float *sums) {
+INLINE void int_tile_of(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups,
+                        const Weight *weight, float *sums) {
     switch (rows) {
-        case 1: int_tile(layout, 1, panels, x, w, jump, groups, group, sums); break;
-        case 2: if ((panels == 1 ? TILE_ROWS : FEW_ROWS) >= 2) int_tile(layout, 2, panels, x, w, jump, groups, group, sums); break;
-        case 3: if ((panels == 1 ? TILE_ROWS : FEW_ROWS) >= 3) int_tile(layout, 3, panels, x, w, jump, groups, group, sums); break;
-        case 4: if (TILE_ROWS >= 4) int_tile(layout, 4, 1, x, w, jump, groups, group, sums); break;
-        case 5: if (TILE_ROWS >= 5) int_tile(layout, 5, 1, x, w, jump, groups, group, sums); break;
-        case 6: if (TILE_ROWS >= 6) int_tile(layout, 6, 1, x, w, jump, groups, group, sums); break;
+        case 1: int_tile(layout, 1, panels, x, w, jump, groups, weight, sums); break;
+        case 2: if ((panels == 1 ? INT_ROWS : FEW_ROWS) >= 2) int_tile(layout, 2, panels, x, w, jump, groups, weight, sums); break;
+        case 3: if ((panels == 1 ? INT_ROWS : FEW_ROWS) >= 3) int_tile(layout, 3, panels, x, w, jump, groups, weight, sums); break;
+        case 4: if (INT_ROWS >= 4) int_tile(layout, 4, 1, x, w, jump, groups, weight, sums); break;
+        case 5: if (INT_ROWS >= 5) int_tile(layout, 5, 1, x, w, jump, groups, weight, sums); break;
+        case 6: if (INT_ROWS >= 6) int_tile(layout, 6, 1, x, w, jump, groups, weight, sums); break;
     }
 }
 
@@ -140,45 +147,46 @@ INLINE void int_tiles(const Work *work, Layout layout, int panels, const char *w
     for (long row = first; row < first + rows; row += TILE_ROWS) {
         int count = tile_rows(work->product->rows, row);
         long at = row * groups + begin / group * count;
-        Tile x = {work->x.values + row * work->x.inputs + begin * count, work->x.scales + at, work->x.sums + at};
-        float *sums = work->sums + (row - first) * PANEL;
-        if (panels == 2 && FEW_ROWS) int_tile_of(layout, count, 2, x, w, jump, (end - begin) / group, group, sums);
-        else int_tile_of(layout, count, 1, x, w, jump, (end - begin) / group, group, sums);
+        const int8_t *values = work->x.values + row * work->x.inputs + begin * count;
+        for (int r = 0; r < count; r += INT_ROWS) {
+            int some = count - r < INT_ROWS ? count - r : INT_ROWS;
+            Tile x = {values + 4 * r, work->x.scales + at + r, work->x.sums + at + r, count};
+            float *sums = work->sums + (row - first + r) * PANEL;
+            if (panels == 2 && FEW_ROWS) int_tile_of(layout, some, 2, x, w, jump, (end - begin) / group, work->weight, sums);
+            else int_tile_of(layout, some, 1, x, w, jump, (end - begin) / group, work->weight, sums);
+        }
     }
 }
 
-INLINE void multiply_int8(const Work *work, Layout layout, int panels, const char *panel, long jump, long first, long rows,
+static void multiply_int8(const Work *work, int panels, const char *panel, long jump, long first, long rows,
                           long begin, long end) {
     int group = work->weight->group;
-    long size = layout == BY_GROUP ? 4 * PANEL + group * PANEL : group * PANEL;
-    long block = rows <= TILE_ROWS ? end - begin : BLOCK8 / group * group;
+    long size = (work->weight->group_scales ? 4 * PANEL : 0) + group * PANEL;
+    long block = rows <= INT_ROWS ? end - begin : BLOCK8 / group * group;
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + block < end ? k + block : end;
-        int_tiles(work, layout, panels, panel + k / group * size, jump, first, rows, k, stop);
+        int_tiles(work, WHOLE_BYTES, panels, panel + k / group * size, jump, first, rows, k, stop);
     }
 }
 
-INLINE void multiply_int4(const Work *work, int has_zeros, int panels, const char *panel, long jump, long first, long rows,
+static void multiply_int4(const Work *work, int panels, const char *panel, long jump, long first, long rows,
                           long begin, long end) {
+    int has_zeros = work->weight->has_zeros;
     long size = group4_size(has_zeros);
     if (rows <= DIRECT_ROWS4) {
         const char *w = panel + begin / GROUP4 * size;
-        int_tiles(work, has_zeros ? NIBBLES_ZEROS : NIBBLES, panels, w, jump, first, rows, begin, end);
+        int_tiles(work, NIBBLES, panels, w, jump, first, rows, begin, end);
         return;
     }
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK4 < end ? k + BLOCK4 : end;
         unpack4(panel + k / GROUP4 * size, has_zeros, (stop - k) / GROUP4, work->block);
-        int_tiles(work, has_zeros ? BYTES_ZEROS : BYTES, 1, work->block, 0, first, rows, k, stop);
+        int_tiles(work, UNPACKED, 1, work->block, 0, first, rows, k, stop);
     }
 }
 
 static void multiply_ints(const Work *work, int panels, const char *panel, long jump, long first, long rows, long begin,
                           long end) {
-    const Weight *weight = work->weight;
-    if (weight->kind == INT8 && weight->group_scales)
-        multiply_int8(work, BY_GROUP, panels, panel, jump, first, rows, begin, end);
-    else if (weight->kind == INT8) multiply_int8(work, BY_OUTPUT, panels, panel, jump, first, rows, begin, end);
-    else if (weight->has_zeros) multiply_int4(work, 1, panels, panel, jump, first, rows, begin, end);
-    else multiply_int4(work, 0, panels, panel, jump, first, rows, begin, end);
+    if (work->weight->kind == INT8) multiply_int8(work, panels, panel, jump, first, rows, begin, end);
+    else multiply_int4(work, panels, panel, jump, first, rows, begin, end);
 }

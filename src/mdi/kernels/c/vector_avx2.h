@@ -74,7 +74,7 @@ INLINE void vi_store_int8(int8_t *to, vint a) {
 }
 
 // Products: 16 outputs in a panel, 6 rows by 2 vectors in the registers; up to 3 rows take two panels at once.
-enum { PANEL = 16, TILE_ROWS = 6, FEW_ROWS = 3 };
+enum { PANEL = 16, TILE_ROWS = 6, FEW_ROWS = 3, INT_ROWS = 3 };
 
 INLINE vint vi_load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
 INLINE void vi_store(void *to, vint value) { _mm256_storeu_si256((__m256i *)to, value); }

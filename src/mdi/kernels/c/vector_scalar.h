@@ -59,7 +59,7 @@ INLINE void vi_store_int8(int8_t *to, vint a) {
 }
 
 // Products: see vector_avx2.h.
-enum { PANEL = 4 * LANES, TILE_ROWS = 1, FEW_ROWS = 0 };
+enum { PANEL = 4 * LANES, TILE_ROWS = 1, FEW_ROWS = 0, INT_ROWS = 1 };
 
 INLINE vint vi_load(const void *from) { vint r; memcpy(&r, from, sizeof r); return r; }
 INLINE void vi_store(void *to, vint value) { memcpy(to, &value, sizeof value); }
