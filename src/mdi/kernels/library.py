@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mdi.core.cores import usable_cores
-from mdi.core.errors import ConfigError
+from mdi.core.errors import ConfigError, MDIError
 from mdi.kernels import build
 
 VARIABLE = "MDI_CPU"
+REFERENCE = "scalar"
 REMEDY = "run `python -m mdi.kernels.build`"
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def library() -> Library | None:
         return None
 
 
-class UnusableError(Exception):
+class UnusableError(MDIError):
     """The library is missing, damaged, or built for another machine or of other sources."""
 
 
@@ -67,20 +68,34 @@ def load(path: Path) -> Library:
         raise UnusableError(f"{path.name} cannot be loaded ({error})") from error
     if text(code, "sources") != build.digest(build.this_machine()):
         raise UnusableError(f"{path.name} was built of other sources")
-    runs = declared(code, "mdi_cpu_runs", (ctypes.c_char_p,), ctypes.c_int)
-    built = text(code, "instruction_sets").split()
     declared(code, "mdi_set_threads", (ctypes.c_int,), None)(usable_cores())
-    return Library(chosen([isa for isa in built if runs(isa.encode())]), path, code)
+    return Library(chosen(code), path, code)
 
 
-def chosen(possible: list[str]) -> str:
-    """The fastest of the possible instruction sets, or the one that MDI_CPU names."""
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
-        return possible[-1]
-    if wanted not in possible:
-        raise ConfigError(f"{VARIABLE}={wanted}: this machine and library have {', '.join(possible)}")
-    return wanted
+def chosen(code: ctypes.CDLL) -> str:
+    """The fastest instruction set that this machine runs and whose self-test passes, or the one that MDI_CPU names."""
+    runs = declared(code, "mdi_cpu_runs", (ctypes.c_char_p,), ctypes.c_int)
+    possible = [isa for isa in text(code, "instruction_sets").split() if runs(isa.encode())]
+    if wanted := os.environ.get(VARIABLE):
+        if wanted not in possible:
+            raise ConfigError(f"{VARIABLE}={wanted}: this machine and library have {', '.join(possible)}")
+        if failed := self_test(code, wanted):
+            raise ConfigError(f"{VARIABLE}={wanted}: its {failed} fail the self-test on this machine; choose another")
+        return wanted
+    for isa in reversed(possible):
+        failed = self_test(code, isa)
+        if not failed:
+            return isa
+        log.warning("kernels: %s of %s fail their self-test here; a lower instruction set is used", failed, isa)
+    raise UnusableError("no instruction set passes its self-test")
+
+
+def self_test(code: ctypes.CDLL, isa: str) -> str:
+    """Which kernels of an instruction set compute something else than the scalar ones; empty if none does."""
+    if isa == REFERENCE:
+        return ""
+    failed: bytes | None = declared(code, f"mdi_{isa}_self_test", (), ctypes.c_char_p)()
+    return (failed or b"").decode()
 
 
 def text(code: ctypes.CDLL, name: str) -> str:
