@@ -26,6 +26,7 @@ from mdi.checkpoint.writer import write_safetensors
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
+from mdi.layers import linear
 from mdi.models.config import StageSpec
 from mdi.models.decoder import EMBEDDING, FINAL_NORM
 from mdi.models.qwen2_vl import VisionTransformer
@@ -47,6 +48,13 @@ def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(attribute)
 
 
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as they are stored, to look at: without kernels they are not packed."""
+    monkeypatch.setattr(linear, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("n_nodes", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["tiny", "sharded", "text_only"])
 def test_a_chunk_and_the_checkpoint_give_the_same_stage(
@@ -63,6 +71,7 @@ def test_a_chunk_and_the_checkpoint_give_the_same_stage(
             assert all(torch.equal(mine.to_dense(), theirs.to_dense()) for mine, theirs in pairs)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_a_stage_has_the_checkpoint_s_numbers_in_their_places(tiny: Path) -> None:
     source = open_source(tiny)
     stage = load_source(source, StageSpec(2, 4, embedding=True, vision=True, head=True))
@@ -89,6 +98,7 @@ def test_without_a_spec_the_whole_model_is_loaded(tiny: Path) -> None:
     assert len(stage.decoder.layers) == 6
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_checkpoint_is_cast_on_loading(dtype: str, tiny: Path) -> None:
     source = open_source(tiny)
@@ -220,6 +230,7 @@ def test_a_chunk_with_a_right_checksum_but_wrong_tensors_is_refused(change: str,
         load_chunk(path)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_a_chunk_holds_float32_norms_beside_bfloat16_weights(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = source.model_config.architecture
     family = FAMILIES[architecture]

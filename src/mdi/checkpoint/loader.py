@@ -26,6 +26,7 @@ from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import Specs, TensorSpec, scale_name, stored_specs, total_bytes
+from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, Decoder
@@ -95,7 +96,8 @@ def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     specs = stage_specs(read_config(manifest.config), spec, manifest.dtype, manifest.quantization)
     for name, stored in specs.items():
         format_ = stored.quantization
-        yield name, dequantize(chunk.quantized(name, format_)) if format_ else chunk.tensor(name)
+        weight = dequantize(chunk.quantized(name, format_)) if format_ else chunk.tensor(name)
+        yield name, weight.view(stored.shape)
 
 
 def parse_device(name: str) -> torch.device:
@@ -155,9 +157,7 @@ def _loaded(config: ModelConfig, spec: StageSpec, get: _Load, quantization: Mode
 
 def _release_rows(decoder: Decoder, read: Callable[[str], Tensor]) -> None:
     """Maps the embedding anew where packing a tied head has read all its rows, so that none is resident."""
-    if decoder.embedding is None or decoder.lm_head is None:
-        return
-    if getattr(decoder.lm_head, "weight", None) is decoder.embedding:  # not packed: it needs the rows
+    if decoder.embedding is None or not isinstance(decoder.lm_head, PackedLinear):
         return
     mapped = read(EMBEDDING)
     if mapped.dtype == decoder.embedding.dtype:
