@@ -14,10 +14,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from testing.processes import ENVIRONMENT, mdi, serving
 
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import open_source
 from mdi.cli import app as cli
+from mdi.core.quantization import ModelQuantization
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,14 @@ def test_the_demo_answers_and_draws_its_answers(tmp_path: Path) -> None:
         (("ask", "CHECKPOINT", "x", "--n-nodes", "7"), "6 layers"),
         (("prepare", "CHECKPOINT", "--n-nodes", "2", "--layers", "a,b"), "--layers"),
         (("prepare", "CHECKPOINT", "--dtype", "int4"), "int4"),
+        (
+            ("prepare", "CHECKPOINT", "--quantization", "int3"),
+            "quantization must be one of int8, int4, none, got 'int3'",
+        ),
+        (("plan", "CHECKPOINT", "--vision-quantization", "fp8"), "vision_quantization must be one of int8, int4, none"),
+        (("ask", "CHECKPOINT", "x", "--head-quantization", "Q4_0"), "head_quantization must be one of"),
+        (("serve", "CHECKPOINT", "--quantization", ""), "quantization must be one of"),
+        (("bench", "CHECKPOINT", "--quantization", "INT8"), "quantization must be one of"),
         (("serve", "CHECKPOINT", "--device", "cuda:9"), "cuda:9"),
         (("serve",), "CHECKPOINT"),
         (("secondary", "--chunk", "/no/such.safetensors"), "no chunk"),
@@ -139,6 +152,30 @@ def test_bad_commands_end_with_exit_code_2_and_the_cause(
         cli.main()
     assert ended.value.code == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["NaN", "format"])
+def test_quantised_weights_that_cannot_be_used_end_a_command_with_exit_code_2_and_the_cause(
+    damage: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, name = Path(shutil.copytree(checkpoint, tmp_path / "copy")), "model.layers.3.mlp.gate_proj.weight"
+    if damage == "NaN":
+        weights = load_file(folder / "model.safetensors")
+        weights[name][5, 6] = torch.nan
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        words = ["prepare", str(folder), "--n-nodes", "2", "--quantization", "int8"]
+        expected = f"error: the tensor {name} cannot be quantised: it has numbers that are infinite or none"
+    else:
+        manifest = prepare(open_source(folder), 2, quantization=ModelQuantization("int4")) / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"int4"', '"int2"'))
+        words = ["secondary", "--chunk", str(manifest.parent / "model_finisher.safetensors")]
+        expected = "the quantisation 'int2' is unknown: use one of int8, int4"
+    monkeypatch.setattr(sys, "argv", ["mdi", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    [line] = capfd.readouterr().err.splitlines()[-1:]
+    assert expected in line
 
 
 def test_a_bad_command_ends_the_process_with_exit_code_2() -> None:

@@ -71,10 +71,16 @@ class ModelSettings(Section):
         None, "float32, bfloat16 or float16; the checkpoint's own if not given.", choices=DTYPE_NAMES
     )
     quantization: str | None = setting(
-        None, "int8 or int4: weights of decoder layers and LM head. none: not quantised.", choices=FORMATS
+        None,
+        "Weights of decoder layers and LM head as int8 or int4; none: as they are. Not given: as prepared chunks are.",
+        choices=FORMATS,
     )
-    head_quantization: str | None = setting(None, "The same for the LM head alone.", choices=FORMATS)
-    vision_quantization: str | None = setting(None, "The same for the vision tower.", choices=FORMATS)
+    head_quantization: str | None = setting(
+        None, "Weights of the LM head as int8, int4 or none; as the layers' if not given.", choices=FORMATS
+    )
+    vision_quantization: str | None = setting(
+        None, "Weights of the vision tower as int8, int4 or none; as they are if not given.", choices=FORMATS
+    )
     device: str | None = setting(None, "Where this node computes: cpu (the default), cuda, cuda:1, mps.")
     ckpt_folder: Path = setting(Path("checkpoints"), "Where checkpoints from the hub are kept.")
     hf_token: str | None = setting(None, "Access token for gated checkpoints.")
