@@ -207,7 +207,7 @@ def test_a_head_of_such_a_width_stays_the_embedding(tmp_path: Path, caplog: pyte
 
 def test_nothing_is_logged_where_all_is_quantised(source: Source, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        prepare(source, 2, quantization=ModelQuantization("int8", "int8", "int8"))
+        prepare(source, 2, quantization=ModelQuantization("int8", "int8"))
     assert not caplog.records
 
 

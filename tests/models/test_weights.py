@@ -19,7 +19,7 @@ from mdi.models.weights import load_stage, stage_specs
 from mdi.planning.plan import make_plan
 from mdi.planning.predict import stage_summary
 
-VISION, TEXT = read_config(tiny_config()), read_config(tiny_text_config())
+VISION, TEXT = read_config(tiny_config(vision_config={"embed_dim": 64})), read_config(tiny_text_config())
 UNTIED = replace(TEXT, tied_embeddings=False)
 VARIANT = replace(TEXT, qkv_bias=False, qk_norm=True, head_dim=32, norm_dtype="float32")
 

@@ -18,9 +18,22 @@ from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
 from mdi.core.quantization import ModelQuantization
 from mdi.models.stage import Stage
+from tests.parity.conftest import qwen2_vl_config
 from tests.parity.test_model import PROMPTS, logits_of, oracle_logits, relative_difference
 
 QUANTIZATIONS = [ModelQuantization("int8", "int8", "int8"), ModelQuantization("int4", "int8", "int4")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Widths are multiples of all groups, and layers do not multiply what rounding adds."""
+    config = qwen2_vl_config(hidden_size=128, intermediate_size=192, num_attention_heads=8, initializer_range=0.06)
+    config.vision_config.hidden_size = config.vision_config.embed_dim = 128
+    config.vision_config.initializer_range = 0.06
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("float")
+    Qwen2VLForConditionalGeneration(config).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module", params=QUANTIZATIONS, ids=str)

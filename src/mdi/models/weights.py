@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
+from math import lcm, prod
 
 import torch
 from torch import Tensor
@@ -76,9 +76,9 @@ def log_unquantized(config: ModelConfig, quantization: ModelQuantization) -> Non
 
 
 def format_of(name: str, inputs: int, quantization: ModelQuantization) -> Quantization | None:
-    """The format of a matrix; None where it is not quantised: groups cover whole rows only."""
+    """The format of a matrix; None where it is not quantised: groups of weights and of activations are whole."""
     asked = QUANTIZATIONS.get(_part_format(name, quantization) or "")
-    if asked is None or name in quantization.kept or inputs % (asked.group or 1):
+    if asked is None or name in quantization.kept or inputs % lcm(asked.group or 1, asked.activation_group):
         return None
     return asked
 
