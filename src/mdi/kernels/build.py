@@ -40,8 +40,8 @@ INSTRUCTION_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # by architec
     },
     "aarch64": {
         "scalar": (),
-        "neon": ("-mcpu=generic+dotprod",),
-        "neonbf16": ("-mcpu=generic+dotprod+i8mm+bf16",),
+        "neon": ("-march=armv8.2-a+dotprod",),
+        "neonbf16": ("-march=armv8.2-a+dotprod+i8mm+bf16",),
     },
 }
 USES = "#include <math.h>\n#include <pthread.h>\nint main(void) { return 0; }\n"  # needs the system's headers
@@ -151,7 +151,8 @@ def compiles(compiler: list[str], program: str = "", flags: Iterable[str] = ()) 
 
 def compile_all(compiler: list[str], target: Target, folder: Path) -> list[Path]:
     """Compiles every source into `folder`, on all cores, for the instruction sets that the compiler knows."""
-    sets = {isa: flags for isa, flags in target.instruction_sets.items() if compiles(compiler, flags=flags)}
+    named = {isa: known_flags(compiler, flags) for isa, flags in target.instruction_sets.items()}
+    sets = {isa: flags for isa, flags in named.items() if compiles(compiler, flags=flags)}
     about = folder / "about.c"
     about.write_text(
         f'const char *mdi_sources(void) {{ return "{digest(target)}"; }}\n'
@@ -168,6 +169,13 @@ def compile_all(compiler: list[str], target: Target, folder: Path) -> list[Path]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(lambda job: compile_one(compiler, *job), jobs))
     return [result for _, result, _ in jobs]
+
+
+def known_flags(compiler: list[str], flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Flags as the compiler names them: zig has CPUs and their features only."""
+    if "ziglang" not in compiler:
+        return flags
+    return tuple(flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in flags)
 
 
 def compile_one(compiler: list[str], source: Path, result: Path, flags: Iterable[str]) -> None:
