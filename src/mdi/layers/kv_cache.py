@@ -17,11 +17,6 @@ from mdi.core.batch import CacheEdit, Copy
 from mdi.core.errors import ConfigError
 
 
-def cache_bytes(n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one token in the cache of one layer."""
-    return 2 * n_kv_heads * head_dim * dtype.itemsize
-
-
 class KVCache:
     """`layers[i]`: [n_slots, sequence_length, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer.
 
