@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from testing.checkpoints import tiny_config
 from torch import Tensor
 
+from mdi.checkpoint.cache import CacheEntry
 from mdi.checkpoint.loader import chunk_weights, load_chunk
 from mdi.checkpoint.manifest import FILE_NAME, Manifest
 from mdi.checkpoint.prepare import prepare, prepared
@@ -261,3 +262,8 @@ def test_weights_that_something_else_makes_are_written(source: Source) -> None:
     changed = dict(chunk_weights(folder / "model_starter.safetensors"))
     assert torch.equal(changed["model.norm.weight"], 2 * plain["model.norm.weight"])
     assert torch.equal(changed[UP], plain[UP] / 2)
+
+
+def test_an_entry_of_the_cache_says_how_its_chunks_are_quantised(source: Source) -> None:
+    entry = CacheEntry(prepare(source, 2, dtype="bfloat16", quantization=ALL), 0, 0.0)
+    assert entry.contents == "copy, bfloat16, int4 (head int8, vision int4): finisher, starter"

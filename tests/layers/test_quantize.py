@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from mdi.core.quantization import INT4, INT8, QUANTIZATIONS, Quantization
+from mdi.core.quantization import INT4, INT8, QUANTIZATIONS, Quantization, QuantizedTensor
+from mdi.layers import linear
 from mdi.layers.quantize import NotFiniteError, ScaleError, dequantize, quantize
 
 FORMATS = list(QUANTIZATIONS.values())
@@ -92,3 +94,32 @@ def test_one_group_of_tiny_numbers_among_others_is_none_for_float16_and_no_reaso
     weight = random_weight(4, 64)
     weight[2, 32:] *= 1e-10
     assert dequantize(quantize(weight, INT4))[2, 32:].abs().max() < 1e-6
+
+
+def test_where_no_kernel_computes_with_them_they_are_dequantised_which_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(linear, "library", lambda: None)
+    linear._log_dequantized.cache_clear()
+    x = torch.randn(3, 64).bfloat16()
+    for _ in range(2):
+        product = linear.Linear.load(Quantized(), {"a": 24, "b": 8}, 64)
+        exact = functional.linear(x.float(), random_weight(32, 64))
+        assert (product(x).float() - exact).norm() < 0.01 * exact.norm()
+    assert product.weight.dtype == torch.bfloat16
+    assert [record.getMessage() for record in caplog.records] == [
+        "there are no kernels for quantised weights on cpu: they are computed with as torch.bfloat16"
+    ]
+
+
+class Quantized:
+    """A `GetTensor` of an int8 weight in two parts."""
+
+    dtype = torch.bfloat16
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
+        raise AssertionError
+
+    def matrix(self, name: str, shape: tuple[int, ...], /) -> QuantizedTensor:
+        rows = slice(0, 24) if name == "a.weight" else slice(24, 32)
+        return quantize(random_weight(32, 64)[rows].view(shape), INT8)

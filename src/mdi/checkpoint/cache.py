@@ -14,6 +14,7 @@ from pathlib import Path
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.locks import Hold, exclusive, in_use
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.quantization import ModelQuantization, described
 
 FOLDER_OPTION = "--cache-folder"
 LIMIT_VARIABLE = "MDI_CACHE_GB"
@@ -55,12 +56,13 @@ class CacheEntry:
 
     @property
     def contents(self) -> str:
-        """The model, and what of it is there: chunks with their dtype, or a checkpoint."""
+        """The model, and what of it is there: chunks with their numeric types, or a checkpoint."""
         try:
             manifest = read_json(self.folder / "manifest.json")
             roles = [path.stem.removeprefix("model_") for path in sorted(self.folder.glob("model_*.safetensors"))]
-            return f"{manifest['model']}, {manifest['dtype']}: {', '.join(roles) or 'unfinished'}"
-        except (CheckpointError, KeyError):
+            numbers = described(manifest["dtype"], ModelQuantization(**manifest["quantization"]))
+            return f"{manifest['model']}, {numbers}: {', '.join(roles) or 'unfinished'}"
+        except (CheckpointError, ConfigError, KeyError, TypeError):
             return "checkpoint" if (self.folder / "config.json").exists() else "unfinished"
 
     @property

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mdi.core.quantization import UNQUANTIZED
+from mdi.core.quantization import described
 
 if TYPE_CHECKING:
     from mdi.cluster.launchers.manual import Presence
@@ -51,13 +51,9 @@ def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> Table:
     table = Table("node", "layers", "dtype", "device", "memory", title=title)
     for node in nodes:
         layers = f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare"
-        table.add_row(node.name, layers, _numbers(node), node.device, f"{node.resident_bytes / 1e6:,.0f} MB")
+        numbers = described(node.dtype, node.quantization) if node.dtype else ""
+        table.add_row(node.name, layers, numbers, node.device, f"{node.resident_bytes / 1e6:,.0f} MB")
     return table
-
-
-def _numbers(node: NodeStatus) -> str:
-    """What a node computes in, and its weights' format."""
-    return f"{node.dtype}, {node.quantization}" if node.dtype and node.quantization != UNQUANTIZED else node.dtype
 
 
 class Startup:

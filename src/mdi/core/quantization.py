@@ -96,3 +96,8 @@ class ModelQuantization:
 
 
 UNQUANTIZED = ModelQuantization()
+
+
+def described(dtype: str, quantization: ModelQuantization) -> str:
+    """A model's numeric types: its dtype, and the format of its weights where they are quantised."""
+    return dtype if str(quantization) == NONE else f"{dtype}, {quantization}"

@@ -6,7 +6,9 @@ multiplies with the weight as it is stored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from mdi.core.tensors import GetTensor
 from mdi.kernels.library import library
 from mdi.kernels.packed import FLOATS, PackedWeight, product
 from mdi.layers.quantize import dequantize
+
+log = logging.getLogger(__name__)
 
 QUICK_GELU = 1.702
 
@@ -48,6 +52,8 @@ class Linear:
         joined_bias = torch.cat([get(f"{name}.bias", (size,)) for name, size in outputs.items()]) if bias else None
         device = (weight.values if isinstance(weight, QuantizedTensor) else weight).device
         if device.type != "cpu" or get.dtype not in FLOATS or library() is None:
+            if isinstance(weight, QuantizedTensor):
+                _log_dequantized(str(get.dtype), device.type)
             return Linear(_dense(weight, get.dtype), joined_bias, activation)
         try:
             return PackedLinear(weight, joined_bias, activation)
@@ -84,6 +90,12 @@ class PackedLinear(Linear):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return product(self.packed, x, bias=self.bias, residual=residual, activation=self.activation)
+
+
+@cache
+def _log_dequantized(dtype: str, device: str) -> None:
+    """Once a process."""
+    log.warning("there are no kernels for quantised weights on %s: they are computed with as %s", device, dtype)
 
 
 def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
