@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional
 
 from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
 from mdi.kernels import build
-from mdi.kernels.library import library
+from mdi.kernels.library import Library, library
 from mdi.kernels.packed import Kernels, PackedWeight, product
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,15 +27,43 @@ SHAPES = [(16, 1), (1, 7), (37, 29), (40, 300), (130, 513)]  # outputs, inputs
 ROWS = 523
 
 
-@pytest.fixture(scope="module", params=["scalar", "avx2", "avx2vnni", "avx512", "amx", "neon"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Of every instruction set that this machine runs."""
+EMULATED = "avx512 in plain C"
+SETS = [
+    "scalar",
+    "avx2",
+    "avx2vnni",
+    "avx512",
+    "amx",
+    "neon",
+    "neonbf16",
+    pytest.param(EMULATED, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=[*SETS, pytest.param(EMULATED, marks=pytest.mark.slow)])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Of every instruction set that this machine runs, and those of AVX-512 with its operations in plain C."""
     build.build()
     loaded = library()
     assert loaded is not None
+    if request.param == EMULATED:
+        return Kernels.of(emulated(tmp_path_factory.mktemp("emulated")))
     if not loaded.shared("cpu_runs", ctypes.c_char_p, result=ctypes.c_int)(request.param.encode()):
         pytest.skip("another processor's")
     return Kernels.of(replace(loaded, isa=request.param))
+
+
+def emulated(folder: Path) -> Library:
+    """A library of the products that is compiled with vectors of 16 floats, unsigned weights and pairs of bfloat16."""
+    try:
+        compiler = build.find_compiler(build.this_machine())
+    except build.BuildError:
+        pytest.skip("no compiler")
+    sources = [str(build.SOURCES / name) for name in ("products.c", "pack.c", "pool.c", "memory.c")]
+    flags = [*build.FLAGS, "-O1", "-Wno-psabi", "-DMDI_ISA=avx512", "-DEMULATED_AVX512", "-shared"]
+    path = folder / "emulated.so"
+    subprocess.run([*compiler, *flags, *sources, "-lm", "-o", str(path)], check=True)
+    return Library("avx512", path, ctypes.CDLL(str(path)))
 
 
 @pytest.fixture

@@ -21,6 +21,21 @@ INLINE void pack_rows(const void *x, long stride, long first, int rows, long beg
     }
 }
 
+// Pairs of bfloat16, as they are. Where the number of inputs is odd, the last pair's second one is zero.
+static void pack_pairs(const Product *product, const Activations *packed, int thread, int n_threads) {
+    long inputs = product->weight->inputs, pairs = packed->inputs / 2;
+    long begin = pairs * thread / n_threads, end = pairs * (thread + 1) / n_threads;
+    const uint16_t *x = product->x;
+    for (long row = 0; row < product->rows; row++, x += inputs) {
+        int r = (int)(row % TILE_ROWS), rows = tile_rows(product->rows, row - r);
+        float *tile = packed->floats + (row - r) * pairs;
+        for (long pair = begin; pair < end; pair++) {
+            uint32_t low = x[2 * pair], high = 2 * pair + 1 < inputs ? x[2 * pair + 1] : 0;
+            tile[pair * rows + r] = float_of(low | high << 16);
+        }
+    }
+}
+
 static void pack_floats(const Product *product, const Activations *packed, int thread, int n_threads) {
     long inputs = product->weight->inputs, filled = packed->inputs;
     long begin = inputs * thread / n_threads, end = inputs * (thread + 1) / n_threads;

@@ -6,16 +6,28 @@
 #include "work.h"
 
 enum { BLOCK_INPUTS = 256, DIRECT_ROWS = 2 * TILE_ROWS };
+enum { BF16_PAIRS = 16 };  // kind of a tile: weights and activations in bfloat16, two inputs a step
 
 // x: [inputs][rows]. w: the first panel's part that is multiplied; the second panel's is `jump` bytes behind. The sums
 // [rows][PANEL] are added to.
 INLINE void float_tile(int kind, int rows, int panels, const float *x, const char *w, long jump, long inputs, float *sums) {
     int vectors = panels * PANEL_VECTORS;
     long step_size = kind == FLOAT16 ? 2 * PANEL : 4 * PANEL;
-    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS], weights[2 * PANEL_VECTORS];
+    vfloat sum[TILE_ROWS][2 * PANEL_VECTORS], weights[2 * PANEL_VECTORS] = {vf_zero()};
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
     for (long k = 0; k < inputs; k++, x += rows) {
+        if (kind == BF16_PAIRS) {
+            k++;
+            vint pairs[2 * PANEL_VECTORS];
+            UNROLL for (int v = 0; v < vectors; v++) pairs[v] = vi_load(weights_of(w, jump, step_size, v));
+            UNROLL for (int r = 0; r < rows; r++) {
+                vint value = vi_set1((int32_t)bits_of(x[r]));
+                UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_dot_bf16(sum[r][v], pairs[v], value);
+            }
+            w += step_size;
+            continue;
+        }
         UNROLL for (int v = 0; v < vectors; v++) {
             const char *from = weights_of(w, jump, step_size, v);
             if (kind == FLOAT32) weights[v] = vf_load((const float *)from);
@@ -64,11 +76,11 @@ static void unpack(int kind, const char *panel, long begin, long end, float *blo
         }
 }
 
-static void float_tiles(const Work *work, int kind, int panels, const char *w, long jump, long first, long rows, long begin,
+INLINE void float_tiles(const Work *work, int kind, int panels, const char *w, long jump, long first, long rows, long begin,
                         long end) {
     for (long row = first; row < first + rows; row += TILE_ROWS) {
         int count = tile_rows(work->product->rows, row);
-        const float *x = work->x.floats + row * work->x.inputs + begin * count;
+        const float *x = work->x.floats + (row * work->x.inputs + begin * count) / (kind == BF16_PAIRS ? 2 : 1);
         float *sums = work->sums + (row - first) * PANEL;
         if (panels == 2 && FEW_ROWS) float_tile_of(kind, count, 2, x, w, jump, end - begin, sums);
         else float_tile_of(kind, count, 1, x, w, jump, end - begin, sums);
@@ -86,17 +98,18 @@ INLINE void multiply_floats_of(const Work *work, int kind, int panels, const cha
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK_INPUTS < end ? k + BLOCK_INPUTS : end;
         const char *block = panel + k * item * PANEL;
-        if (kind != FLOAT32) {
+        if (kind == FLOAT16 || kind == BFLOAT16) {
             unpack(kind, panel, k, stop, (float *)work->block);
             block = work->block;
         }
-        float_tiles(work, FLOAT32, 1, block, 0, first, rows, k, stop);
+        float_tiles(work, kind == BF16_PAIRS ? BF16_PAIRS : FLOAT32, 1, block, 0, first, rows, k, stop);
     }
 }
 
 static void multiply_floats(const Work *work, int panels, const char *panel, long jump, long first, long rows, long begin,
                             long end) {
-    switch (work->weight->kind) {
+    switch (work->x.in_pairs ? BF16_PAIRS : work->weight->kind) {
+        case BF16_PAIRS: if (HAS_BF16_DOT) multiply_floats_of(work, BF16_PAIRS, panels, panel, jump, first, rows, begin, end); break;
         case FLOAT32: multiply_floats_of(work, FLOAT32, panels, panel, jump, first, rows, begin, end); break;
         case BFLOAT16: multiply_floats_of(work, BFLOAT16, panels, panel, jump, first, rows, begin, end); break;
         case FLOAT16: multiply_floats_of(work, FLOAT16, panels, panel, jump, first, rows, begin, end); break;

@@ -16,6 +16,7 @@ static size_t aligned(size_t size) { return (size + 63) & ~(size_t)63; }
 static size_t place_activations(const Product *product, Activations *x) {
     const Weight *weight = product->weight;
     x->inputs = weight->kind == BFLOAT16 ? (weight->inputs + 1) / 2 * 2 : weight->inputs;
+    x->in_pairs = HAS_BF16_DOT && weight->kind == BFLOAT16 && product->dtype == BFLOAT16;
     size_t numbers = (size_t)(product->rows * x->inputs);
     x->floats = (float *)product->scratch;
     if (!weight->group) return aligned(numbers * sizeof(float));
@@ -114,6 +115,7 @@ void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
     work.totals = (float *)(own + SUMS_SIZE);
     work.block = own + 2 * SUMS_SIZE;
     if (weight->group) quantize_activations(product, &work.x, thread, n_threads);
+    else if (work.x.in_pairs) pack_pairs(product, &work.x, thread, n_threads);
     else pack_floats(product, &work.x, thread, n_threads);
     mdi_barrier();
     long begin = weight->n_panels * thread / n_threads, end = weight->n_panels * (thread + 1) / n_threads;

@@ -72,8 +72,14 @@ INLINE void store_as(void *to, long index, float value, int dtype) {
     else ((uint16_t *)to)[index] = dtype == BFLOAT16 ? to_bf16(value) : to_f16(value);
 }
 
-#if defined(__AVX2__) && !defined(MDI_SCALAR)
+#if defined(EMULATED_AVX512)
+#include "vector_scalar.h"
+#elif defined(MDI_AVX512) || defined(MDI_AMX)
+#include "vector_avx512.h"
+#elif defined(MDI_AVX2) || defined(MDI_AVX2VNNI)
 #include "vector_avx2.h"
+#elif defined(MDI_NEON) || defined(MDI_NEONBF16)
+#include "vector_neon.h"
 #else
 #include "vector_scalar.h"
 #endif

@@ -83,6 +83,11 @@ INLINE vfloat vf_high_bf16(vint pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
 }
 
+#define HAS_BF16_DOT 0
+INLINE vfloat vf_dot_bf16(vfloat sum, vint weights, vint x) {  // adds the products of two pairs of bfloat16
+    return vf_fma(vf_high_bf16(weights), vf_high_bf16(x), vf_fma(vf_low_bf16(weights), vf_low_bf16(x), sum));
+}
+
 INLINE vfloat vf_load_uint8(const uint8_t *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }

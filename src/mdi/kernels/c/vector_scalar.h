@@ -1,7 +1,16 @@
 // Vectors of 4 floats in C without intrinsics: for machines without any of the other instruction sets, and the tests' reference.
 #pragma once
 
+// With EMULATED_AVX512 they have the sizes and the integer rules of vector_avx512.h, so that tests run its kernels anywhere.
+#if defined(EMULATED_AVX512)
+#define LANES 16
+#define HAS_BF16_DOT 1
+enum { PANEL = 64, TILE_ROWS = 6, FEW_ROWS = 0, INT_ROWS = 6, WEIGHT_OFFSET = 128 };
+#else
 #define LANES 4
+#define HAS_BF16_DOT 0
+enum { PANEL = 16, TILE_ROWS = 1, FEW_ROWS = 0, INT_ROWS = 1, WEIGHT_OFFSET = 0 };
+#endif
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
 
@@ -58,9 +67,6 @@ INLINE void vi_store_int8(int8_t *to, vint a) {
     EACH_LANE to[i] = (int8_t)(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
 }
 
-// Products: see vector_avx2.h.
-enum { PANEL = 4 * LANES, TILE_ROWS = 1, FEW_ROWS = 0, INT_ROWS = 1 };
-
 INLINE vint vi_load(const void *from) { vint r; memcpy(&r, from, sizeof r); return r; }
 INLINE void vi_store(void *to, vint value) { memcpy(to, &value, sizeof value); }
 INLINE vfloat vf_low_bf16(vint a) { return (vfloat)(a << 16); }
@@ -70,13 +76,19 @@ INLINE vfloat vf_load_uint8(const uint8_t *from) { vfloat r = {0}; EACH_LANE r[i
 INLINE vint vi_low_nibbles(vint a) { return a & 0x0f0f0f0f; }
 INLINE vint vi_high_nibbles(vint a) { return a >> 4 & 0x0f0f0f0f; }
 
-enum { WEIGHT_OFFSET = 0, SMALL_IN_HALVES = 0 };
-INLINE vint vi_dot(vint sum, vint weights, vint x) {
-    int8_t w[4 * LANES], values[4 * LANES];
+enum { SMALL_IN_HALVES = 0 };
+INLINE vint dot_bytes(vint sum, vint weights, vint x, int is_unsigned) {
+    uint8_t w[4 * LANES];
+    int8_t values[4 * LANES];
     memcpy(w, &weights, sizeof w);
     memcpy(values, &x, sizeof values);
-    EACH_LANE for (int j = 4 * i; j < 4 * i + 4; j++) sum[i] += w[j] * values[j];
+    EACH_LANE for (int j = 4 * i; j < 4 * i + 4; j++) sum[i] += (is_unsigned ? w[j] : (int8_t)w[j]) * values[j];
     return sum;
 }
+INLINE vint vi_dot(vint sum, vint weights, vint x) { return dot_bytes(sum, weights, x, WEIGHT_OFFSET != 0); }
 INLINE vint vi_dot_small(vint sum, vint weights, vint x) { return vi_dot(sum, weights, x); }
 INLINE vint vi_small_total(vint sum) { return sum; }
+
+INLINE vfloat vf_dot_bf16(vfloat sum, vint weights, vint x) {  // adds the products of two pairs of bfloat16
+    return vf_fma(vf_high_bf16(weights), vf_high_bf16(x), vf_fma(vf_low_bf16(weights), vf_low_bf16(x), sum));
+}

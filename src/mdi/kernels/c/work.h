@@ -12,7 +12,7 @@ enum {
     BLOCK_SIZE = 256 * PANEL * sizeof(float),  // bytes of a panel's part that is unpacked for many rows
 };
 
-#if defined(MDI_SCALAR)
+#if defined(MDI_SCALAR) || defined(EMULATED_AVX512)
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 16")
@@ -21,7 +21,8 @@ enum {
 // Activations of a product, in tiles of TILE_ROWS rows, for all threads.
 typedef struct {
     long inputs;     // filled up to whole steps of a panel
-    float *floats;   // [inputs][rows], for float weights
+    int in_pairs;    // bfloat16 is multiplied in pairs: see vf_dot_bf16
+    float *floats;   // [inputs][rows], for float weights; in pairs [inputs / 2][rows][2] bfloat16
     int8_t *values;  // [inputs / 4][rows][4], for quantised ones: x = value * scale
     float *scales;   // [groups][rows]
     int32_t *sums;   // [groups][rows]: of the values; for weights without zeros, what a sum of the group begins with
