@@ -28,15 +28,22 @@ enum { QUERIES = 2, KEYS = 1, VECTORS = 1 };  // tiles: what lies in registers
 #else
 enum { QUERIES = 6, KEYS = 2, VECTORS = 2 };
 #endif
+#define UNROLL _Pragma("GCC unroll 6")  // sums stay in registers
 
 typedef struct {  // the softmax of some rows over some keys: largest score, sum of weights, weighted sum of values
     float *largest, *sum, *mixed;  // [rows], [rows], [rows][width]
 } Softmax;
 
+typedef struct {  // where the next block of keys and values lies: fetched while this one is computed with
+    const char *keys, *values;
+    long stride, size;  // bytes from key to key; bytes of a key
+} Ahead;
+
 typedef struct {  // a thread's own memory
     float *queries, *keys, *values, *scores;  // [ITEM_ROWS][width], [BLOCK][width] twice, [ITEM_ROWS][BLOCK]
     float *key_scales, *value_scales;         // [BLOCK], of an int8 cache
     Softmax part, total;
+    Ahead ahead;
 } Scratch;
 
 typedef struct {  // some tokens of a run, all heads of one key head's group, over partitions [first, last)
@@ -87,24 +94,35 @@ static void widen(const void *from, long first, long from_stride, int dtype, lon
 
 INLINE void score_tile(const float *queries, const float *keys, long width, float *scores, int n_queries, int n_keys) {
     vfloat sums[QUERIES][KEYS];
-    for (int q = 0; q < n_queries; q++)
-        for (int k = 0; k < n_keys; k++) sums[q][k] = vf_zero();
+    UNROLL for (int q = 0; q < n_queries; q++)
+        UNROLL for (int k = 0; k < n_keys; k++) sums[q][k] = vf_zero();
     for (long d = 0; d < width; d += LANES) {
         vfloat key[KEYS];
-        for (int k = 0; k < n_keys; k++) key[k] = vf_load(keys + k * width + d);
-        for (int q = 0; q < n_queries; q++) {
+        UNROLL for (int k = 0; k < n_keys; k++) key[k] = vf_load(keys + k * width + d);
+        UNROLL for (int q = 0; q < n_queries; q++) {
             vfloat query = vf_load(queries + q * width + d);
-            for (int k = 0; k < n_keys; k++) sums[q][k] = vf_fma(query, key[k], sums[q][k]);
+            UNROLL for (int k = 0; k < n_keys; k++) sums[q][k] = vf_fma(query, key[k], sums[q][k]);
         }
     }
-    for (int q = 0; q < n_queries; q++)
-        for (int k = 0; k < n_keys; k++) scores[q * BLOCK + k] = vf_sum(sums[q][k]);
+    UNROLL for (int q = 0; q < n_queries; q++)
+        UNROLL for (int k = 0; k < n_keys; k++) scores[q * BLOCK + k] = vf_sum(sums[q][k]);
 }
 
-INLINE void score_strip(const float *queries, const float *keys, long width, long n_keys, float *scores, int n_queries) {
+// The processor itself does not foresee short pieces with gaps between them: attention read 3 GB/s.
+INLINE void fetch(const Ahead *ahead, long key) {
+    for (long at = key * ahead->stride; at < key * ahead->stride + ahead->size; at += 64) {
+        __builtin_prefetch(ahead->keys + at);
+        __builtin_prefetch(ahead->values + at);
+    }
+}
+
+INLINE void score_strip(const float *queries, const float *keys, const Ahead *ahead, long width, long n_keys,
+                        float *scores, int n_queries) {
     long key = 0;
-    for (; key + KEYS <= n_keys; key += KEYS)
+    for (; key + KEYS <= n_keys; key += KEYS) {
+        for (long k = key; ahead && k < key + KEYS; k++) fetch(ahead, k);
         score_tile(queries, keys + key * width, width, scores + key, n_queries, KEYS);
+    }
     for (; key < n_keys; key++) score_tile(queries, keys + key * width, width, scores + key, n_queries, 1);
 }
 
@@ -112,19 +130,19 @@ INLINE void score_strip(const float *queries, const float *keys, long width, lon
 INLINE void value_tile(const float *weights, const float *values, long width, long n_keys, const float *kept,
                        float *mixed, int n_queries, int n_vectors) {
     vfloat sums[QUERIES][VECTORS];
-    for (int q = 0; q < n_queries; q++)
-        for (int v = 0; v < n_vectors; v++)
+    UNROLL for (int q = 0; q < n_queries; q++)
+        UNROLL for (int v = 0; v < n_vectors; v++)
             sums[q][v] = vf_mul(vf_load(mixed + q * width + v * LANES), vf_set1(kept[q]));
     for (long key = 0; key < n_keys; key++, values += width) {
         vfloat value[VECTORS];
-        for (int v = 0; v < n_vectors; v++) value[v] = vf_load(values + v * LANES);
-        for (int q = 0; q < n_queries; q++) {
+        UNROLL for (int v = 0; v < n_vectors; v++) value[v] = vf_load(values + v * LANES);
+        UNROLL for (int q = 0; q < n_queries; q++) {
             vfloat weight = vf_set1(weights[q * BLOCK + key]);
-            for (int v = 0; v < n_vectors; v++) sums[q][v] = vf_fma(weight, value[v], sums[q][v]);
+            UNROLL for (int v = 0; v < n_vectors; v++) sums[q][v] = vf_fma(weight, value[v], sums[q][v]);
         }
     }
-    for (int q = 0; q < n_queries; q++)
-        for (int v = 0; v < n_vectors; v++) vf_store(mixed + q * width + v * LANES, sums[q][v]);
+    UNROLL for (int q = 0; q < n_queries; q++)
+        UNROLL for (int v = 0; v < n_vectors; v++) vf_store(mixed + q * width + v * LANES, sums[q][v]);
 }
 
 INLINE void value_strip(const float *weights, const float *values, long width, long n_keys, const float *kept,
@@ -163,7 +181,8 @@ static float weigh(Scratch *scratch, const float *key_scales, const float *value
 INLINE void attend_strip(Scratch *scratch, const float *key_scales, const float *value_scales, long row, long n_keys,
                          long width, int n_queries) {
     float *scores = scratch->scores + row * BLOCK, kept[QUERIES];
-    score_strip(scratch->queries + row * width, scratch->keys, width, n_keys, scores, n_queries);
+    const Ahead *ahead = row == 0 && scratch->ahead.keys ? &scratch->ahead : NULL;
+    score_strip(scratch->queries + row * width, scratch->keys, ahead, width, n_keys, scores, n_queries);
     for (int q = 0; q < n_queries; q++) kept[q] = weigh(scratch, key_scales, value_scales, row + q, n_keys);
     value_strip(scores, scratch->values, width, n_keys, kept, scratch->part.mixed + row * width, n_queries);
 }
@@ -177,12 +196,17 @@ static void attend_rows(Scratch *scratch, int quantized, long row, long end, lon
     if (end - row >= 1) attend_strip(scratch, ks, vs, row, n_keys, width, 1);
 }
 
-static void load_block(const Work *work, Scratch *scratch, long slot, long first, long n_keys, long head) {
+// ahead: whether a whole block of these keys follows.
+static void load_block(const Work *work, Scratch *scratch, long slot, long first, long n_keys, long head, int ahead) {
     const Attention *call = work->call;
+    long item = call->cache_dtype == INT8_CACHE ? 1 : dtype_bytes(call->cache_dtype);
     long row = slot * call->slot_rows + first, at = row * call->key_stride + head * call->head_dim;
     widen(call->keys, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f, scratch->keys);
     widen(call->values, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f,
           scratch->values);
+    long next = (at + BLOCK * call->key_stride) * item;
+    scratch->ahead = (Ahead){ahead ? (const char *)call->keys + next : NULL, (const char *)call->values + next,
+                             call->key_stride * item, call->head_dim * item};
     if (call->cache_dtype != INT8_CACHE) return;
     for (long key = 0; key < n_keys; key++) {
         scratch->key_scales[key] = call->key_scales[(row + key) * 2 * call->kv_heads + head];
@@ -208,7 +232,7 @@ static void attend_partition(const Work *work, Scratch *scratch, const Item *ite
     begin(&scratch->part, item->tokens * group, width);
     for (long block = partition * PARTITION; block < least((partition + 1) * PARTITION, last); block += BLOCK) {
         long n_keys = least(BLOCK, last - block), token = 0;
-        load_block(work, scratch, item->run->slot, block, n_keys, item->head);
+        load_block(work, scratch, item->run->slot, block, n_keys, item->head, block + 2 * BLOCK <= last);
         for (long seen; token < item->tokens; token++) {  // the tokens that see no key of the block, or not all
             seen = keys_of_token(call, item->run, item->token + token) - block;
             if (seen >= n_keys) break;
