@@ -111,3 +111,32 @@ def test_numbers_that_are_infinite_or_none_reach_the_output() -> None:
         out = attend(queries, cache, [(0, 0, 100, 5)])
         assert not out[:, : 3 * 32].isfinite().all(1).any()
         assert out[:, 3 * 32 :].isfinite().all()
+
+
+def test_an_int8_cache_is_its_dequantised_one(dtype: torch.dtype) -> None:
+    runs = [(0, 0, 0, 1), (1, 2, 700, 3), (4, 1, 0, 70)]
+    queries, _ = made((12, 2, 128), runs, dtype)
+    generator = torch.Generator().manual_seed(2)
+    cache = torch.randint(-127, 128, (3, 710, 2, 2, 128), dtype=torch.int8, generator=generator)
+    scales = torch.rand(3, 710, 2, 2, generator=generator) / 64
+    out = attention.attend(queries, cache, torch.tensor(runs), scales)
+    exact = exactly(queries, cache * scales[..., None].double(), runs)
+    assert (out.double() - exact).norm() < DTYPES[dtype] * exact.norm()
+    one = attention.attend(queries[3:4], cache, torch.tensor([(0, 2, 702, 1)]), scales)
+    assert torch.equal(one, out[3:4])
+
+
+def test_keys_and_values_are_rounded_to_int8_by_token_and_head() -> None:
+    qkv = torch.randn(3, 4 + 2 * 2, 16, generator=torch.Generator().manual_seed(0))
+    qkv[1, 6] = 0
+    given, cos, sin = qkv.clone(), torch.ones(3, 8), torch.zeros(3, 8)
+    cache, scales = torch.ones(1, 5, 2, 2, 16, dtype=torch.int8), torch.ones(1, 5, 2, 2)
+    attention.rotate(qkv, cos, sin, torch.tensor([(0, 0, 1, 3)]), cache, scales, n_kv_heads=2)
+    written, stored = given[:, 4:].view(3, 2, 2, 16), cache[0, 1:4] * scales[0, 1:4, ..., None]
+    assert torch.allclose(scales[0, 1:4], written.abs().amax(-1) / 127, rtol=1e-6)
+    assert ((written - stored).abs() <= 0.5001 * scales[0, 1:4, ..., None]).all()
+    assert torch.equal(qkv[:, :4], given[:, :4])
+    assert (cache[0, [0, 4]] == 1).all()
+    qkv[2, 5, 3] = torch.inf
+    attention.rotate(qkv, cos, sin, torch.tensor([(0, 0, 1, 3)]), cache, scales, n_kv_heads=2)
+    assert scales[0, 3, 0, 1].isnan()  # reaches the output, where stages look for it

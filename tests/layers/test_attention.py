@@ -79,6 +79,20 @@ def test_kernels_and_torch_attend_alike(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.allclose(attend(qkv[:, :6], cache, Layout.of(SLICES, CPU)), by_kernels, atol=1e-5)
 
 
+def test_kernels_and_torch_keep_the_same_int8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, rotation, made = Layout.of(SLICES, CPU), rotation_of(13, 16), []
+    for by_torch in (False, True):
+        if by_torch:
+            monkeypatch.setattr(kernels, "works_on", lambda device: False)
+            layout = Layout.of(SLICES, CPU)
+        qkv, _ = batch()
+        cache, scales = torch.ones(3, 40, 2, 2, 16, dtype=torch.int8), torch.full((3, 40, 2, 2), 0.01)
+        queries = rotate(qkv, rotation, cache, layout, scales=scales)
+        made.append((cache.float(), scales, attend(queries, cache, layout, scales)))
+    for by_kernels, by_torch in zip(*made, strict=True):
+        assert torch.allclose(by_kernels, by_torch, atol=1e-4)
+
+
 def test_patches_are_rotated_in_place(way: str) -> None:
     qkv = torch.randn(5, 3, 4, 16)
     rotated = rotation_of(5, 16)(qkv[:, :2].flatten(1, 2)).view(5, 2, 4, 16)

@@ -16,6 +16,7 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import Unquantized
 from mdi.layers.attention import Layout
+from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, text_positions
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import Decoder, DecoderLayer
@@ -97,9 +98,15 @@ def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shards", "cache_dtype"), [(1, None), (4, torch.int8)])
 @pytest.mark.parametrize(("qkv_bias", "qk_norm", "norm_dtype"), [(True, False, None), (False, True, "float32")])
 def test_one_native_call_has_the_bits_of_one_call_a_kernel(
-    qkv_bias: bool, qk_norm: bool, norm_dtype: str | None, dtype: torch.dtype
+    qkv_bias: bool,
+    qk_norm: bool,
+    norm_dtype: str | None,
+    dtype: torch.dtype,
+    shards: int,
+    cache_dtype: torch.dtype | None,
 ) -> None:
     def get(name: str, shape: tuple[int, ...], own: str | None = None) -> Tensor:
         return weight(name, shape).to(parse_dtype(own) if own else dtype)
@@ -110,13 +117,11 @@ def test_one_native_call_has_the_bits_of_one_call_a_kernel(
     generator = torch.Generator().manual_seed(0)
     slices = [Slice(1, 0, 5), Slice(0, 600, 1), Slice(2, 10, 3)]
     hidden = torch.randn(9, config.hidden_size, generator=generator).to(dtype)
-    shape = (3, 640, 2, config.n_kv_heads, config.head_dim)
-    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    sizes = {"n_layers": 2, "n_slots": 3, "n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim}
+    one, other = (KVCache(sequence_length=640, dtype=cache_dtype or dtype, device=CPU, **sizes) for _ in range(2))
     rotation = DecoderRope(config.head_dim, config.rope, CPU)(text_positions(0, 9))
     layout = Layout.of(slices, CPU)
-    one_by_one, copies = hidden, [cache.clone() for cache in caches]
-    for layer, cache in zip(decoder.layers, copies, strict=True):
-        one_by_one = layer.forward(one_by_one, rotation, cache, layout, alone)
-    together = decoder._native.forward(hidden, rotation.cos, rotation.sin, layout.runs, caches)
-    assert torch.equal(together, one_by_one)
-    assert all(map(torch.equal, caches, copies))
+    together = decoder.forward(hidden, rotation, one, layout, shards=shards)
+    decoder._native = None
+    assert torch.equal(decoder.forward(hidden, rotation, other, layout, shards=shards), together)
+    assert all(map(torch.equal, one.layers + one.scales, other.layers + other.scales))

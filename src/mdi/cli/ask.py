@@ -12,6 +12,7 @@ from rich.text import Text
 from mdi.cli.options import (
     EngineOptions,
     Images,
+    KvCacheDtype,
     KvCacheGb,
     MaxPixels,
     MinPixels,
@@ -45,6 +46,7 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     sequence_length: SequenceLength = None,
     kv_cache_gb: KvCacheGb = None,
+    kv_cache_dtype: KvCacheDtype = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
 ) -> None:
@@ -56,7 +58,8 @@ def ask(
     )
     questions = _questions(prompt)
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    with options.start(model, sequence_length=sequence_length, kv_cache_gb=kv_cache_gb, **limits) as engine:
+    cache = {"sequence_length": sequence_length, "kv_cache_gb": kv_cache_gb, "kv_cache_dtype": kv_cache_dtype}
+    with options.start(model, **cache, **limits) as engine:
         for question in questions:
             _print_answers(engine, user_message(question, image or [], video or []), params)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from mdi.cli.options import (
     DEFAULTS,
     CheckpointOptions,
+    KvCacheDtype,
     KvCacheGb,
     MaxSequences,
     Model,
@@ -41,6 +42,7 @@ def plan(
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
     kv_cache_gb: KvCacheGb = None,
+    kv_cache_dtype: KvCacheDtype = None,
 ) -> None:
     """Show which layers would go to which node, and what each would hold, before anything is loaded.
 
@@ -55,7 +57,7 @@ def plan(
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
     quantization = formats.asked or UNQUANTIZED
-    cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb)
+    cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb, kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
@@ -72,6 +74,7 @@ def plan(
         quantization=quantization,
         cache_tokens=planned_tokens(cache, config.max_positions),
         most_cache_bytes=planned_bytes(cache),
+        cache_dtype=kv_cache_dtype,
         vision_node=vision_node,
     )
     log_unquantized(config, quantization)
@@ -80,7 +83,7 @@ def plan(
     roles = zip(made.roles, made.layers, left, strict=False)
     budget = cache_budget(config, cache, dtype, [CacheNode(*node) for node in roles])
     rows = [
-        (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization))
+        (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization, kv_cache_dtype))
         for name, spec in made.roles.items()
     ]
     out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))

@@ -10,11 +10,13 @@ import typer
 from mdi.cli.options import (
     DEFAULTS,
     EngineOptions,
+    KvCacheDtype,
     KvCacheGb,
     MaxPixels,
     MaxSequences,
     MinPixels,
     SequenceLength,
+    Shards,
     grouped,
     setting,
 )
@@ -35,6 +37,8 @@ def serve(
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
     kv_cache_gb: KvCacheGb = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    shards: Shards = DEFAULTS.cluster.shards,
     vision_cache_mb: Annotated[
         int, typer.Option(min=0, help="Mebibytes for encoded images and videos, kept for further requests.")
     ] = DEFAULTS.cache.vision_cache_bytes // MEBIBYTE,
@@ -79,6 +83,8 @@ def serve(
             sequence_length=sequence_length,
             max_sequences=max_sequences,
             kv_cache_gb=kv_cache_gb,
+            kv_cache_dtype=kv_cache_dtype,
+            shards=shards,
             vision_cache_bytes=vision_cache_mb * MEBIBYTE,
             min_pixels=min_pixels,
             max_pixels=max_pixels,

@@ -76,6 +76,7 @@ class Cluster:
         self._formats = config.model.formats
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
+        source.model_config.check_shards(config.cluster.shards)
         self._progress = progress
         self._waiting = waiting
         self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
@@ -92,7 +93,13 @@ class Cluster:
             alone = self.n_nodes == 1 and not self._vision_address
             self._loaded = self._load_alone(source) if alone else self._load_together(source)
             self.cache = self._cache_budget(source.model_config)
-            self.stage = Stage(self._loaded, n_slots=self.cache.n_slots, sequence_length=self.cache.sequence_length)
+            self.stage = Stage(
+                self._loaded,
+                n_slots=self.cache.n_slots,
+                sequence_length=self.cache.sequence_length,
+                cache_dtype=config.cache.kv_cache_dtype,
+                shards=config.cluster.shards,
+            )
             if self.n_nodes > 1:
                 self._connect()
             undo.pop_all()
@@ -179,7 +186,13 @@ class Cluster:
     def _connect(self) -> None:
         """Links the nodes, which have loaded. From here on the supervisor brings them back."""
         assert self._launcher and self._monitor and self._chunks  # noqa: PT018
-        settings = PipelineSettings(self._chunks.manifest.digest, self.cache.n_slots, self.cache.sequence_length)
+        settings = PipelineSettings(
+            self._chunks.manifest.digest,
+            self.cache.n_slots,
+            self.cache.sequence_length,
+            self._config.cache.kv_cache_dtype,
+            self._config.cluster.shards,
+        )
         limits = self._config.cluster.recovery
         self.link = Supervisor(self._launcher, self._monitor, settings, limits, self._deliver, self._progress)
         self.link.connect()
@@ -229,6 +242,7 @@ class Cluster:
             quantization=formats,
             cache_tokens=planned_tokens(cache, model.max_positions),
             most_cache_bytes=planned_bytes(cache),
+            cache_dtype=cache.kv_cache_dtype,
             vision_node=self._vision_address is not None,
         )
         return made.layers

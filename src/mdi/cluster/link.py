@@ -37,6 +37,8 @@ class PipelineSettings:
     manifest_digest: str
     n_slots: int
     sequence_length: int
+    kv_cache_dtype: str | None = None
+    shards: int = 1
     first_epoch: int = 1
 
 
@@ -193,6 +195,8 @@ class LinkEpoch:
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
             sequence_length=settings.sequence_length,
+            kv_cache_dtype=settings.kv_cache_dtype or "",
+            shards=settings.shards,
             next_address=following.address,
             next_node=following.id,
             previous_node=self._nodes[index - 1].id if index else "starter",

@@ -107,6 +107,11 @@ class CacheSettings(Section):
         "beside the weights, or what all samples of full length take, if less.",
         above=0,
     )
+    kv_cache_dtype: str | None = setting(
+        None,
+        "int8: keys and values take half of the memory, and are rounded to 8 bits. If not given: the model's dtype.",
+        choices=("int8",),
+    )
     vision_cache_bytes: int = setting(  # 65 images of 1,280 tokens of the 2B model
         256 * MEBIBYTE,
         "Memory for encoded images and videos, for later requests that show the same; 0 keeps none.",
@@ -187,6 +192,12 @@ class ClusterConfig(Section):
 
     n_nodes: int = setting(1, "Nodes the layers are split over.", low=1)
     layers: tuple[int, ...] | None = setting(None, "Layers per node, overriding the plan.")
+    shards: int = setting(
+        1,
+        "Parts in which the sums of every layer are taken, one after the other. A server with the same number gives "
+        "the same text, bit for bit, however many nodes compute a stage.",
+        low=1,
+    )
     encryption: bool = setting(False, "Links between nodes are encrypted (mutual TLS).")
     manual: ManualNodes = field(default_factory=ManualNodes)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)

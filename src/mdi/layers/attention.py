@@ -22,6 +22,7 @@ SCORES_AT_ONCE = 2**21
 """Scores of one head that a vision tower computes before it yields."""
 
 MIN_ROWS = 96
+TINY = torch.finfo(torch.float32).tiny
 
 Norms = tuple[RMSNorm, RMSNorm]
 
@@ -64,11 +65,18 @@ def _mask(part: Slice, device: torch.device) -> Tensor | None:
     return torch.ones(part.length, part.end, dtype=torch.bool, device=device).tril_(part.start)
 
 
-def rotate(qkv: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, norms: Norms | None = None) -> Tensor:
+def rotate(
+    qkv: Tensor,
+    rotation: Rotation,
+    cache: Tensor,
+    layout: Layout,
+    norms: Norms | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
     """Rotates a batch's queries and keys, and writes its keys and values to its slots. Returns the queries.
 
     qkv: [tokens, queries + keys + values, head_dim], overwritten. cache: one layer's [slots, length, 2, n_kv_heads,
-    head_dim]. norms: of each head's queries and keys, before they are rotated.
+    head_dim]. norms: of each head's queries and keys, before they are rotated. scales: of an int8 cache.
     """
     n_kv_heads = cache.shape[3]
     n_heads = qkv.shape[1] - 2 * n_kv_heads
@@ -76,28 +84,39 @@ def rotate(qkv: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, norms
         exact = (norms[0].exact, norms[1].exact) if norms else None
         eps = norms[0].eps if norms else 0.0
         tables = rotation.cos, rotation.sin
-        kernels.rotate(qkv, *tables, layout.runs, cache, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
+        kernels.rotate(qkv, *tables, layout.runs, cache, scales, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
         return qkv[:, :n_heads]
     queries, keys, values = qkv.tensor_split((n_heads, n_heads + n_kv_heads), dim=1)
     if norms:
         queries, keys = norms[0](queries), norms[1](keys)
-    cache[layout.slots, layout.cache_rows] = torch.stack((rotation(keys), values), dim=1)
+    written = torch.stack((rotation(keys), values), dim=1)
+    if scales is not None:
+        scale = written.float().abs().amax(-1) / 127
+        scales[layout.slots, layout.cache_rows] = scale
+        written = (written.float() / scale.clamp_min(TINY)[..., None]).round().to(torch.int8)
+    cache[layout.slots, layout.cache_rows] = written
     return rotation(queries)
 
 
-def attend(queries: Tensor, cache: Tensor, layout: Layout) -> Tensor:
+def attend(queries: Tensor, cache: Tensor, layout: Layout, scales: Tensor | None = None) -> Tensor:
     """Attention of every slice over its own slot.
 
     queries: [tokens, n_heads, head_dim]; cache: one layer's [slots, length, 2, n_kv_heads, head_dim], with the keys
     and values of the batch in it. Returns [tokens, n_heads * head_dim]. Query heads share key heads in groups (GQA,
-    arXiv:2305.13245); nothing is copied out of the cache.
+    arXiv:2305.13245). scales: of an int8 cache, float32 [slots, length, 2, n_kv_heads].
     """
     if kernels.works_on(queries.device):
-        return kernels.attend(queries, cache, layout.runs)
+        return kernels.attend(queries, cache, layout.runs, scales)
+
+    def kept(slot: int, end: int) -> Tensor:
+        if scales is None:
+            return cache[slot, :end]
+        return (cache[slot, :end] * scales[slot, :end, ..., None]).to(queries.dtype)
+
     runs = zip(layout.runs.tolist(), layout.masks, strict=True)
     return torch.cat(
         [
-            _attend_run(queries[row : row + length], cache[slot, : start + length], mask)
+            _attend_run(queries[row : row + length], kept(slot, start + length), mask)
             for (row, slot, start, length), mask in runs
         ]
     )

@@ -20,7 +20,8 @@ from mdi.core.errors import ConfigError
 class KVCache:
     """`layers[i]`: [n_slots, sequence_length, 2 (key, value), n_kv_heads, head_dim] of a stage's i-th layer.
 
-    Raises ConfigError when there is no memory for it.
+    In int8, a head of a token is `layers[i] * scales[i]`, and `scales[i]` float32 [n_slots, sequence_length, 2,
+    n_kv_heads]; in other dtypes there are no scales. Raises ConfigError when there is no memory for it.
     """
 
     def __init__(
@@ -35,8 +36,11 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (n_slots, sequence_length, 2, n_kv_heads, head_dim)
-        self._rows = [SlotRows(shape, dtype, device) for _ in range(n_layers)]
-        self.layers: list[Tensor] = [rows.tensor for rows in self._rows]
+        rows = [SlotRows(shape, dtype, device) for _ in range(n_layers)]
+        scales = [SlotRows(shape[:-1], torch.float32, device) for _ in rows if dtype == torch.int8]
+        self._rows = rows + scales
+        self.layers: list[Tensor] = [layer.tensor for layer in rows]
+        self.scales: list[Tensor] = [layer.tensor for layer in scales]
         self.n_slots = n_slots
         self.sequence_length = sequence_length
 
@@ -46,7 +50,7 @@ class KVCache:
             for rows in self._rows:
                 rows.release(edit.slot, edit.kept)
             return
-        for layer in self.layers:
+        for layer in self.layers + self.scales:
             layer[edit.target, : edit.length] = layer[edit.source, : edit.length]
 
 

@@ -72,9 +72,16 @@ class Linear:
             return functional.silu(gate).mul_(others)
         return made
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + y, in one pass where the layout can. residual: [rows, out]; left as it is."""
-        return self(x).add_(residual)
+    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
+        """residual + y, in one pass where the layout can. residual: [rows, out]; left as it is.
+
+        shards: parts of the inputs that are summed by themselves; their sums are added in order. For products without
+        bias and activation.
+        """
+        if shards == 1:
+            return self(x).add_(residual)
+        parts = zip(x.chunk(shards, -1), self.weight.chunk(shards, -1), strict=True)
+        return sum((functional.linear(*part) for part in parts), residual)
 
 
 class PackedLinear(Linear):
@@ -88,8 +95,9 @@ class PackedLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         return product(self.packed, x, bias=self.bias, activation=self.activation)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return product(self.packed, x, bias=self.bias, residual=residual, activation=self.activation)
+    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
+        kept = {"bias": self.bias, "residual": residual}
+        return product(self.packed, x, **kept, activation=self.activation, shards=shards)
 
 
 @cache

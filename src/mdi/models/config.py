@@ -8,7 +8,7 @@ from typing import Any
 
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.entries import check_ids
-from mdi.core.errors import CheckpointError
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.layers.rope import RopeConfig
 from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
 
@@ -102,6 +102,20 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    def check_shards(self, shards: int, step: int = 2) -> None:
+        """Raises ConfigError where sums over heads and over the MLP's inner width cannot be cut into so many parts.
+
+        step: inputs that lie together, as those with one activation scale do.
+        """
+        if self.n_heads % shards:
+            raise ConfigError(f"{shards} shards do not divide the model's {self.n_heads} heads: set --shards otherwise")
+        for what, size in (("attention width", self.q_size), ("intermediate size", self.intermediate_size)):
+            if shards > 1 and size % (shards * step):
+                raise ConfigError(
+                    f"{shards} shards of whole groups of {step} inputs do not divide the model's {what} {size}: "
+                    "set --shards otherwise"
+                )
 
     @classmethod
     def from_hf(

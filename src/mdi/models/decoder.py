@@ -51,16 +51,26 @@ class Decoder:
         return functional.embedding(token_ids.to(self.embedding.device), self.embedding)
 
     def forward(
-        self, hidden: Tensor, rotation: Rotation, cache: KVCache, layout: Layout, reduce: Reduce = alone
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        cache: KVCache,
+        layout: Layout,
+        reduce: Reduce = alone,
+        *,
+        shards: int = 1,
     ) -> Tensor:
         """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache.
 
-        Where kernels compute and no other rank adds to sums, one native call does it, with the same bits.
+        Where kernels compute and no other rank adds to sums, one native call does it, with the same bits. shards: parts
+        in which the sums over heads and over the MLP's inner width are taken, one after the other.
         """
         if self._native and reduce is alone:
-            return self._native.forward(hidden, rotation.cos, rotation.sin, layout.runs, cache.layers)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce)
+            tables, caches = (rotation.cos, rotation.sin), (cache.layers, cache.scales)
+            return self._native.forward(hidden, *tables, layout.runs, *caches, shards=shards)
+        scales: Sequence[Tensor | None] = cache.scales or [None] * len(cache.layers)
+        for layer, layer_cache, layer_scales in zip(self.layers, cache.layers, scales, strict=True):
+            hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce, layer_scales, shards)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -90,16 +100,25 @@ class DecoderLayer:
         self.gate_up = Linear.load(get, gate_up, hidden, activation="swiglu")
         self.down = Linear.load(get, {"mlp.down_proj": hidden}, inner)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, reduce: Reduce) -> Tensor:
-        """hidden: [tokens, hidden_size]; cache: this layer's slots."""
-        attention = self._attention(self.input_norm(hidden), rotation, cache, layout)
-        hidden = _add_product(hidden, self.out, attention, reduce)
-        return _add_product(hidden, self.down, self.gate_up(self.mlp_norm(hidden)), reduce)
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        cache: Tensor,
+        layout: Layout,
+        reduce: Reduce,
+        scales: Tensor | None = None,
+        shards: int = 1,
+    ) -> Tensor:
+        """hidden: [tokens, hidden_size]; cache, scales: this layer's slots. shards: of what no rank adds to."""
+        attention = self._attention(self.input_norm(hidden), rotation, cache, layout, scales)
+        hidden = _add_product(hidden, self.out, attention, reduce, shards)
+        return _add_product(hidden, self.down, self.gate_up(self.mlp_norm(hidden)), reduce, shards)
 
-    def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout) -> Tensor:
+    def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.config.head_dim)  # [tokens, q + k + v heads, head_dim]
         norms = (self.q_norm, self.k_norm) if self.q_norm and self.k_norm else None
-        return attend(rotate(qkv, rotation, cache, layout, norms), cache, layout)
+        return attend(rotate(qkv, rotation, cache, layout, norms, scales), cache, layout, scales)
 
     @property
     def native(self) -> LayerWeights | None:
@@ -125,9 +144,9 @@ def _native(config: ModelConfig, layers: Sequence[DecoderLayer]) -> NativeLayers
     return NativeLayers(weights, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_eps)
 
 
-def _add_product(residual: Tensor, linear: Linear, x: Tensor, reduce: Reduce) -> Tensor:
+def _add_product(residual: Tensor, linear: Linear, x: Tensor, reduce: Reduce, shards: int) -> Tensor:
     """residual + x W^T, where every rank has its part of the inputs. One rank adds in the product's own pass."""
-    return linear.add_to(residual, x) if reduce is alone else reduce(linear(x)).add_(residual)
+    return linear.add_to(residual, x, shards) if reduce is alone else reduce(linear(x)).add_(residual)
 
 
 def stem(weight: str) -> str:

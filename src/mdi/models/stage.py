@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.batch import Batch, Result, Visual
+from mdi.core.quantization import QUANTIZATIONS
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import Layout
@@ -21,7 +22,9 @@ from mdi.models.weights import LoadedStage
 class Stage:
     """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time.
 
-    busy: the time that it computes. recorder: records each piece of work. reduce: adds up the ranks' partial sums.
+    cache_dtype: int8, or None for the stage's own. shards: parts in which the sums of the out and down products are
+    taken, one after the other. busy: the time that it computes. recorder: records each piece of work. reduce: adds up
+    the ranks' partial sums.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class Stage:
         *,
         n_slots: int,
         sequence_length: int,
+        cache_dtype: str | None = None,
+        shards: int = 1,
         recorder: Recorder | None = None,
         reduce: Reduce = alone,
     ) -> None:
@@ -40,7 +45,9 @@ class Stage:
         self.device = device
         self.busy = BusyMeter()
         self.recorder = recorder or Recorder()
+        config.check_shards(shards, _shard_step(loaded))
         self._reduce = reduce
+        self._shards = shards
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope, device)
@@ -50,7 +57,7 @@ class Stage:
             sequence_length=sequence_length,
             n_kv_heads=config.n_kv_heads,
             head_dim=config.head_dim,
-            dtype=dtype,
+            dtype=torch.int8 if cache_dtype == "int8" else dtype,
             device=device,
         )
 
@@ -95,12 +102,19 @@ class Stage:
             self._cache.apply(edit)
         layout = Layout.of(batch.slices, self.device)
         rotation = self._rope(batch.positions.to(self.device))
-        return self._decoder.forward(hidden.to(self.device), rotation, self._cache, layout, self._reduce)
+        hidden = hidden.to(self.device)
+        return self._decoder.forward(hidden, rotation, self._cache, layout, self._reduce, shards=self._shards)
 
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """`VisionTower.encode_steps` of this stage's tower. Needs the tower."""
         assert self._vision is not None
         return self._vision.encode_steps(rows, grid)
+
+
+def _shard_step(loaded: LoadedStage) -> int:
+    """Inputs of a layer's products that lie together."""
+    name = loaded.quantization.layers
+    return QUANTIZATIONS[name].activation_group if name else 2
 
 
 def _overflowed(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[int, ...]:

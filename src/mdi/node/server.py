@@ -195,7 +195,14 @@ class NodeService(NodeServicer):
         await self._worker.end_epoch()
         n_slots, sequence_length = request.n_slots, request.sequence_length
         try:
-            stage = Stage(loaded, n_slots=n_slots, sequence_length=sequence_length, recorder=self._recorder)
+            stage = Stage(
+                loaded,
+                n_slots=n_slots,
+                sequence_length=sequence_length,
+                cache_dtype=request.kv_cache_dtype or None,
+                shards=request.shards,
+                recorder=self._recorder,
+            )
         except ConfigError as error:
             return node_pb2.ConfigureReply(error=str(error))
         epoch = Epoch(request.epoch, stage, self._lifecycle.role or self._settings.name, request.previous_node)

@@ -50,7 +50,9 @@ class CacheBudget:
 
 
 def token_bytes(config: ModelConfig, dtype: str, n_layers: int = 1) -> int:
-    """Bytes of one token in the cache of so many layers."""
+    """Bytes of one token in the cache of so many layers. dtype: of the cache; in int8 each head has a float32 scale."""
+    if dtype == "int8":
+        return n_layers * 2 * config.n_kv_heads * (config.head_dim + 4)
     return TensorSpec((n_layers, 2, config.n_kv_heads, config.head_dim), dtype).size_bytes
 
 
@@ -90,7 +92,7 @@ def planned_bytes(settings: CacheSettings) -> float:
 
 def _tokens(config: ModelConfig, settings: CacheSettings, dtype: str, node: CacheNode, wanted: int) -> int:
     """Tokens that one node has memory for, in whole blocks."""
-    each = token_bytes(config, dtype, node.n_layers)
+    each = token_bytes(config, settings.kv_cache_dtype or dtype, node.n_layers)
     if settings.kv_cache_gb is None:
         return int(min(wanted, node.free_bytes * CACHE_SHARE // each)) // CACHE_BLOCK * CACHE_BLOCK
     tokens = int(min(wanted, settings.kv_cache_gb * 1e9 // each)) // CACHE_BLOCK * CACHE_BLOCK

@@ -66,12 +66,14 @@ def make_plan(
     quantization: ModelQuantization = UNQUANTIZED,
     cache_tokens: int = 0,
     most_cache_bytes: float = math.inf,
+    cache_dtype: str | None = None,
     vision_node: bool = False,
 ) -> Plan:
     """The plan whose slowest node is fastest, or the one with these `layers` for each node.
 
     machines: one for each node; without them all are alike. dtype: of the stages; None is the checkpoint's own.
     cache_tokens: tokens that every node's KV cache is to have memory for, but no more than most_cache_bytes.
+    cache_dtype: of the cache, where it is not that of the stages.
     vision_node: the vision tower is on a node of its own.
     Raises ConfigError when the layers cannot be split that way, or do not fit, with what is missing.
     """
@@ -85,7 +87,7 @@ def make_plan(
     if vision_node and config.vision is None:
         raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
     ends, dtype = _ends(config, n_nodes, vision_node), dtype or config.dtype
-    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization)
+    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization, cache_dtype)
     parts = [stage_summary(config, spec, dtype, quantization=quantization) for spec in ends]
     needs = [NodeNeeds(part, layer, most_cache_bytes) for part in parts]
     _check_memory(config.n_layers, needs, machines, layers)

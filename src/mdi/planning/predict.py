@@ -86,8 +86,9 @@ def stage_summary(
     dtype: str,
     cache_tokens: int = 0,
     quantization: ModelQuantization = UNQUANTIZED,
+    cache_dtype: str | None = None,
 ) -> StageSummary:
-    """Counts a stage that is computed in `dtype`. cache_tokens: tokens in the KV cache."""
+    """Counts a stage that is computed in `dtype`. cache_tokens: tokens in the KV cache, in cache_dtype or the same."""
     specs = stage_specs(config, spec, dtype, quantization)
     repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
     parameters, size_bytes = _step(config, spec, dtype, quantization)
@@ -97,7 +98,7 @@ def stage_summary(
         step_parameters=parameters,
         step_bytes=size_bytes,
         step_share=size_bytes / _step(config, StageSpec.everything(config), dtype, quantization)[1],
-        cache_bytes=cache_tokens * token_bytes(config, dtype, len(spec.layers)),
+        cache_bytes=cache_tokens * token_bytes(config, cache_dtype or dtype, len(spec.layers)),
     )
 
 

@@ -188,7 +188,7 @@ class BatchResult(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., overflowed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node")
+    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,8 @@ class ConfigureRequest(_message.Message):
     NEXT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NEXT_NODE_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_NODE_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     version: int
     epoch: int
     manifest_digest: str
@@ -205,7 +207,9 @@ class ConfigureRequest(_message.Message):
     next_address: str
     next_node: str
     previous_node: str
-    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ...) -> None: ...
+    kv_cache_dtype: str
+    shards: int
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
 
 class ConfigureReply(_message.Message):
     __slots__ = ("error",)
