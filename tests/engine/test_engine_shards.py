@@ -12,7 +12,7 @@ from mdi.core.errors import ConfigError
 from mdi.core.outputs import Completion
 
 PARAMS = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
-SETTINGS = {"sequence_length": 1024, "max_sequences": 2, "shards": 4, "kv_cache_dtype": "int8"}
+SETTINGS: dict[str, Any] = {"sequence_length": 1024, "max_sequences": 2, "shards": 4, "kv_cache_dtype": "int8"}
 
 
 def answer(checkpoint: Path, **settings: Any) -> Completion:
