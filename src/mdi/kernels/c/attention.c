@@ -108,19 +108,18 @@ INLINE void score_tile(const float *queries, const float *keys, long width, floa
         UNROLL for (int k = 0; k < n_keys; k++) scores[q * BLOCK + k] = vf_sum(sums[q][k]);
 }
 
-// The processor itself does not foresee short pieces with gaps between them: attention read 3 GB/s.
-INLINE void fetch(const Ahead *ahead, long key) {
-    for (long at = key * ahead->stride; at < key * ahead->stride + ahead->size; at += 64) {
-        __builtin_prefetch(ahead->keys + at);
-        __builtin_prefetch(ahead->values + at);
-    }
+// The processor itself does not foresee short pieces with gaps between them. Keys are fetched while scores are computed,
+// values while values are mixed.
+INLINE void fetch(const char *from, const Ahead *ahead, long key, long end) {
+    for (; key < end; key++)
+        for (long at = 0; at < ahead->size; at += 64) __builtin_prefetch(from + key * ahead->stride + at);
 }
 
 INLINE void score_strip(const float *queries, const float *keys, const Ahead *ahead, long width, long n_keys,
                         float *scores, int n_queries) {
     long key = 0;
     for (; key + KEYS <= n_keys; key += KEYS) {
-        for (long k = key; ahead && k < key + KEYS; k++) fetch(ahead, k);
+        if (ahead) fetch(ahead->keys, ahead, key, key + KEYS);
         score_tile(queries, keys + key * width, width, scores + key, n_queries, KEYS);
     }
     for (; key < n_keys; key++) score_tile(queries, keys + key * width, width, scores + key, n_queries, 1);
@@ -145,11 +144,13 @@ INLINE void value_tile(const float *weights, const float *values, long width, lo
         UNROLL for (int v = 0; v < n_vectors; v++) vf_store(mixed + q * width + v * LANES, sums[q][v]);
 }
 
-INLINE void value_strip(const float *weights, const float *values, long width, long n_keys, const float *kept,
-                        float *mixed, int n_queries) {
+INLINE void value_strip(const float *weights, const float *values, const Ahead *ahead, long width, long n_keys,
+                        const float *kept, float *mixed, int n_queries) {
     long d = 0;
-    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES)
+    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) {
+        if (ahead) fetch(ahead->values, ahead, d * BLOCK / width, (d + VECTORS * LANES) * BLOCK / width);
         value_tile(weights, values + d, width, n_keys, kept, mixed + d, n_queries, VECTORS);
+    }
     for (; d < width; d += LANES)
         value_tile(weights, values + d, width, n_keys, kept, mixed + d, n_queries, 1);
 }
@@ -184,7 +185,7 @@ INLINE void attend_strip(Scratch *scratch, const float *key_scales, const float 
     const Ahead *ahead = row == 0 && scratch->ahead.keys ? &scratch->ahead : NULL;
     score_strip(scratch->queries + row * width, scratch->keys, ahead, width, n_keys, scores, n_queries);
     for (int q = 0; q < n_queries; q++) kept[q] = weigh(scratch, key_scales, value_scales, row + q, n_keys);
-    value_strip(scores, scratch->values, width, n_keys, kept, scratch->part.mixed + row * width, n_queries);
+    value_strip(scores, scratch->values, ahead, width, n_keys, kept, scratch->part.mixed + row * width, n_queries);
 }
 
 // Rows [row, end) attend to the first n_keys keys of the block.
