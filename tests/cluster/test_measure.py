@@ -57,6 +57,7 @@ def test_a_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     speeds(monkeypatch, 7e9)
     assert measure_hardware("cpu", "float32", tmp_path / "cache").bytes_per_s == 5e9
     assert measure_hardware("cpu", "bfloat16", tmp_path / "cache").bytes_per_s == 7e9
+    assert measure_hardware("cpu", "float32", tmp_path / "cache", "int4").bytes_per_s == 7e9
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": ["x", "y"]}'])
@@ -68,8 +69,9 @@ def test_a_damaged_measurement_is_made_again(tmp_path: Path, monkeypatch: pytest
     assert measure_hardware("cpu", "float32", tmp_path).bytes_per_s == 5e9
 
 
-def test_a_real_measurement_is_of_this_world() -> None:
-    reads, multiplies = hardware.measure_speed("cpu", "float32")
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_a_real_measurement_is_of_this_world(quantization: str | None) -> None:
+    reads, multiplies = hardware.measure_speed("cpu", "float32", quantization)
     assert 1e8 < reads < 1e13
     assert 1e8 < multiplies < 1e16
 

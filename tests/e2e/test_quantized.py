@@ -18,12 +18,14 @@ from testing.waiting import wait_for
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.bundled import unpack
 from mdi.checkpoint.manifest import Manifest, chunk_file
+from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.source import open_source
 from mdi.cli.sample_questions import AnsweredQuestion, sample_questions
 from mdi.core.config import RecoveryLimits
 from mdi.core.quantization import ModelQuantization
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
-LONG = ("Many words, " * 40, SamplingParams(temperature=1, seed=3, max_tokens=300))
+LONG = ("Many words, " * 40, SamplingParams(temperature=1, seed=3, max_tokens=200))
 FORMATS: dict[str, Any] = {"quantization": "int4", "head_quantization": "int8", "vision_quantization": "int4"}
 
 
@@ -73,6 +75,7 @@ def test_nodes_are_sent_quantised_chunks_and_a_lost_one_gets_its_own_again(
 ) -> None:
     with Engine(checkpoint, **FORMATS) as alone:
         undisturbed = alone.submit(*LONG).completion().samples[0].token_ids
+    folder = prepare(open_source(checkpoint), 3, quantization=ModelQuantization("int4", "int8", "int4"))
     nodes = undo.enter_context(ManualCluster(tmp_path, on_loopback(*NODES)))
     processes = nodes.start_all()
     limits = replace(RecoveryLimits(), recovery_timeout_s=100)
@@ -86,7 +89,6 @@ def test_nodes_are_sent_quantised_chunks_and_a_lost_one_gets_its_own_again(
     again = nodes.start("finisher")
     assert stream.completion().samples[0].token_ids == undisturbed
     assert again.wait_for_line("receiving weights: done")
-    [folder] = (checkpoint / "chunks").glob("3nodes-float32-int4-head-int8-vision-int4")
     for name in NODES:
         [sent] = nodes.cache(name).glob(f"*/{chunk_file(name)}")
         assert sent.read_bytes() == (folder / chunk_file(name)).read_bytes()

@@ -7,7 +7,7 @@ copies is not resident twice. The embedding stays mapped, and only rows that wer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class _Load:
             return self(name, shape)
         read = self.weights.quantized(name, spec.quantization)
         self.count(spec.size_bytes)
-        return replace(read, values=read.values.to(self.device), scales=read.scales.to(self.device))
+        return read.to(self.device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mdi.core.errors import ConfigError
 
 if TYPE_CHECKING:  # names of formats need no torch, which takes seconds to import
+    import torch
     from torch import Tensor
 
 
@@ -52,6 +53,11 @@ class QuantizedTensor:
         """(outputs, inputs)."""
         outputs, columns = self.values.shape
         return outputs, columns * (8 // self.quantization.bits)
+
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same on a device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QuantizedTensor(self.quantization, self.values.to(device), self.scales.to(device), zeros)
 
 
 class UnknownFormatError(ConfigError):

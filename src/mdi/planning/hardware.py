@@ -67,7 +67,9 @@ def measure_speed(device: str, dtype: str, quantization: str | None = None) -> t
     """Bytes per second of weights read for one token, and operations per second in a prompt."""
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * (1 if quantization else kind.itemsize)))
-    get = _Alike(torch.full((WIDTH, WIDTH), 0.01, dtype=kind, device=place), quantization)
+    weight = torch.full((WIDTH, WIDTH), 0.01, dtype=kind)
+    made = quantize(weight, QUANTIZATIONS[quantization]) if quantization else weight
+    get = _Alike(made.to(place), kind)
     layers = [Linear.load(get, {"weight": WIDTH}, WIDTH) for _ in range(count)]
     one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))
 
@@ -88,22 +90,16 @@ def measure_speed(device: str, dtype: str, quantization: str | None = None) -> t
 
 @dataclass(frozen=True)
 class _Alike:
-    """A `GetTensor` of copies of one weight."""
+    """A `GetTensor` whose matrices are one weight."""
 
-    weight: torch.Tensor
-    quantization: str | None
+    weight: torch.Tensor | QuantizedTensor
+    dtype: torch.dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
+    def __call__(self, name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> torch.Tensor:
+        raise KeyError(name)
 
-    def __call__(self, _name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> torch.Tensor:
-        return self.weight.clone()
-
-    def matrix(self, name: str, shape: tuple[int, ...], /) -> torch.Tensor | QuantizedTensor:
-        if self.quantization is None:
-            return self(name, shape)
-        return quantize(self.weight, QUANTIZATIONS[self.quantization])
+    def matrix(self, _name: str, _shape: tuple[int, ...], /) -> torch.Tensor | QuantizedTensor:
+        return self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.clone()
 
 
 def _seconds(work: Callable[[], None]) -> float:
