@@ -165,6 +165,6 @@ def attend_fully(qkv: Tensor, frames: int, out: Tensor) -> Generator[None, None,
                 kernels.attend_fully(qkv, rows, size, out[rows])
             else:
                 some = queries[:, rows.start - frame : rows.stop - frame]
-                attended = functional.scaled_dot_product_attention(some, keys, values)
+                attended = functional.scaled_dot_product_attention(some[None], keys[None], values[None])[0]
                 out[rows] = attended.transpose(0, 1).flatten(1)
             yield
