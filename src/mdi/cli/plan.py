@@ -79,9 +79,10 @@ def plan(
     )
     log_unquantized(config, quantization)
     sizes = [stage_summary(config, spec, dtype, quantization=quantization).size_bytes for spec in made.stages]
-    left = [machine.memory_bytes - size for machine, size in zip(machines, sizes, strict=True)] or [math.inf] * n_nodes
-    roles = zip(made.roles, made.layers, left, strict=False)
-    budget = cache_budget(config, cache, dtype, [CacheNode(*node) for node in roles])
+    rooms = [machine.memory_bytes for machine in machines] or [math.inf] * n_nodes
+    stages = zip(made.roles, made.layers, rooms, sizes, strict=False)  # a vision node has no layers
+    nodes_left = [CacheNode(name, count, room - size) for name, count, room, size in stages]
+    budget = cache_budget(config, cache, dtype, nodes_left)
     rows = [
         (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization, kv_cache_dtype))
         for name, spec in made.roles.items()
