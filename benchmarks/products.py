@@ -14,7 +14,7 @@ import argparse
 import ctypes
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,14 +36,21 @@ class Limits:
     """The best rates so far: bytes a second, operations a second on floats and on int8."""
 
     library: Library
-    memory: torch.Tensor = field(default_factory=lambda: torch.ones(READ_BYTES // 4, dtype=torch.int32))
+    memory: int
     bytes: float = 0
     floats: float = 0
     int8: float = 0
 
+    @staticmethod
+    def of(loaded: Library) -> Limits:
+        """With memory in huge pages, as packed weights are, that has been written."""
+        memory = loaded.shared("allocate", ctypes.c_size_t, result=ctypes.c_void_p)(READ_BYTES)
+        ctypes.memset(memory, 1, READ_BYTES)
+        return Limits(loaded, memory)
+
     def measure(self, threads: int) -> None:
         read = self.library.kernel("limit_read", ctypes.c_void_p, ctypes.c_size_t, result=ctypes.c_int)
-        self.bytes = max(self.bytes, READ_BYTES / _seconds(lambda: read(self.memory.data_ptr(), READ_BYTES)))
+        self.bytes = max(self.bytes, READ_BYTES / _seconds(lambda: read(self.memory, READ_BYTES)))
         for name in ("floats", "int8"):
             compute = self.library.kernel(f"limit_{name}", ctypes.c_long, result=ctypes.c_long)
             operations = compute(1) * 2_000_000 * threads
@@ -105,9 +112,9 @@ def main() -> None:
     assert loaded is not None, "build the library first: python -m mdi.kernels.build"
     loaded.shared("set_threads", ctypes.c_int)(options.threads)
     print(f"{loaded.isa}, {options.threads} threads; ms, GB/s of weights (part of the read), Gop/s (part of the peak)")
+    limits = Limits.of(loaded)
     for kind in options.kinds:
         for outputs, inputs in (SHAPES[index] for index in options.shapes):
-            limits = Limits(loaded)
             rows = [count for count in options.rows if 2.0 * count * outputs * inputs < MOST_OPERATIONS / 8]
             best = best_seconds(kind, (outputs, inputs), rows, limits, options.threads)
             peak = limits.int8 if kind in ("int8", "int4") else limits.floats
