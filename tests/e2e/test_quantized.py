@@ -25,7 +25,7 @@ from mdi.core.config import RecoveryLimits
 from mdi.core.quantization import ModelQuantization
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
-LONG = ("Many words, " * 40, SamplingParams(temperature=1, seed=3, max_tokens=200))
+LONG = ("Many words, " * 40, SamplingParams(temperature=1, seed=3, max_tokens=400, ignore_eos=True))
 FORMATS: dict[str, Any] = {"quantization": "int4", "head_quantization": "int8", "vision_quantization": "int4"}
 
 
@@ -40,6 +40,7 @@ def undo() -> Iterator[ExitStack]:
         yield stack
 
 
+@pytest.mark.slow
 def test_plan_and_prepare_count_quantised_bytes(checkpoint: Path) -> None:
     options = ("--n-nodes", "2", "--dtype", "bfloat16", "--quantization", "int4", "--vision-quantization", "int8")
     shown = mdi("plan", checkpoint, *options)
