@@ -45,8 +45,20 @@ class ChunkEntry(BaseModel):
         return StageSpec(self.first_layer, self.last_layer, self.embedding, self.vision, self.head)
 
 
+class CalibrationEntry(BaseModel):
+    """The text that int4 weights were calibrated with. sha256: of its UTF-8, hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str
+
+
 class Manifest(BaseModel):
-    """The contents of a folder of chunks. config, source: the checkpoint's config.json, and its files."""
+    """The contents of a folder of chunks. config, source: the checkpoint's config.json, and its files.
+
+    calibration: None where all weights are rounded to the nearest.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,6 +66,7 @@ class Manifest(BaseModel):
     model: str
     dtype: str
     quantization: ModelQuantization
+    calibration: CalibrationEntry | None = None
     plan_hash: str
     config: dict[str, Any]
     source: tuple[SourceFile, ...]

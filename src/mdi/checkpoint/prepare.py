@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
+from mdi.checkpoint.calibration import CalibratedWeights, CalibrationText
 from mdi.checkpoint.fingerprint import Fingerprint
 from mdi.checkpoint.locks import Hold, in_use
-from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file, plan_hash
+from mdi.checkpoint.manifest import CalibrationEntry, ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
@@ -58,7 +59,7 @@ def prepare(
     *,
     dtype: str | None = None,
     quantization: ModelQuantization = UNQUANTIZED,
-    weights: Weights | None = None,
+    calibration: CalibrationText | None = None,
     layers: Sequence[int] | None = None,
     vision_node: bool = False,
     progress: Progress | None = None,
@@ -66,16 +67,16 @@ def prepare(
     """Writes the chunks to their usual place, replacing those that are there, and returns their folder.
 
     That is `chunks/{n}nodes` in the checkpoint's folder, or an entry of the cache where the folder cannot be written.
-    dtype: the checkpoint's own if None. weights: the checkpoint's, rounded to the formats of the quantisation, if None.
-    layers: per node, overriding the plan. vision_node: one chunk more has the
-    vision tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor.
+    dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's int4 weights are rounded;
+    None rounds all to the nearest. layers: per node, overriding the plan. vision_node: one chunk more has the vision
+    tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor, or for calibration.
     Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
     impossible split.
     """
     plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
     folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
     dtype = dtype or source.model_config.dtype
-    contents = _Contents(source, plan, dtype, quantization, weights or RoundedWeights(source))
+    contents = _Contents(source, plan, dtype, quantization, calibration)
     _write(folder, contents, Fingerprint(source, progress), progress)
     return folder
 
@@ -113,8 +114,8 @@ def prepared(
         names = others if quantization else [usual, *others]
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
-            rounded = RoundedWeights(source)
-            contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, rounded)
+            text = CalibrationText.default()
+            contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
             _write(folder, contents, search.fingerprint, progress)
 
 
@@ -219,7 +220,23 @@ class _Contents:
     plan: Plan
     dtype: str
     quantization: ModelQuantization
-    weights: Weights
+    calibration: CalibrationText | None
+
+    def weights(self) -> Weights:
+        """What the chunks are made of, from the first layer on."""
+        if self.calibration and self.quantization.calibrated:
+            log.info(
+                "calibrating int4 weights with the text %r: minutes for some billion weights", self.calibration.name
+            )
+            return CalibratedWeights(self.source, self.calibration, self.quantization)
+        return RoundedWeights(self.source)
+
+    @property
+    def recorded(self) -> CalibrationEntry | None:
+        """What the manifest says of the calibration."""
+        if self.calibration is None or not self.quantization.calibrated:
+            return None
+        return CalibrationEntry(name=self.calibration.name, sha256=self.calibration.sha256)
 
     def specs(self) -> dict[str, Specs]:
         """The tensors of every role's chunk."""
@@ -257,17 +274,18 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
         cache.check()
         cache.make_room(total)
     with new_folder(folder, total, "the chunks") as unfinished:
-        chunks = []
+        chunks, weights = [], contents.weights()
         for role, spec in plan.roles.items():
             file = unfinished / chunk_file(role)
             metadata = chunk_metadata(role, identity)
-            tensors = stored_tensors(contents.weights, specs[role])
+            tensors = stored_tensors(weights, specs[role])
             sha256, size = write_safetensors(file, stored_specs(specs[role]), tensors, metadata, count)
             chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
         manifest = Manifest(
             model=source.path.resolve().name,
             dtype=contents.dtype,
             quantization=contents.quantization,
+            calibration=contents.recorded,
             plan_hash=identity,
             config=source.config,
             source=fingerprint.record(),

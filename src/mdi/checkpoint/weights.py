@@ -47,11 +47,14 @@ class RoundedWeights:
         try:
             return quantize(self.tensor(name), quantization)
         except NotFiniteError as error:
-            raise CheckpointError(
-                f"the tensor {name} cannot be quantised: {error}; download or convert the checkpoint again"
-            ) from None
+            raise not_finite(name, error) from None
         except ScaleError as error:
             raise UnfitError(name, str(error)) from None
+
+
+def not_finite(name: str, error: NotFiniteError) -> CheckpointError:
+    """What is said of a matrix with numbers that no format has."""
+    return CheckpointError(f"the tensor {name} cannot be quantised: {error}; download or convert the checkpoint again")
 
 
 def source_name(source: Source, name: str) -> str:

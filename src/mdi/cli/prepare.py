@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, QuantizationOptions, grouped, parse_layers
 from mdi.cli.screen import bytes_bar, say
-from mdi.core.quantization import UNQUANTIZED
+from mdi.core.quantization import NONE, UNQUANTIZED
 
 
 @grouped
@@ -22,13 +23,25 @@ def prepare(
     vision_node: Annotated[
         bool, typer.Option("--vision-node", help="One chunk more: the vision tower, for a node of its own.")
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text in UTF-8 that int4 weights of the decoder are calibrated with, of the kind that the model will "
+            "read; a general one if not given. none: all are rounded to the nearest, which takes seconds.",
+        ),
+    ] = None,
     skip_convert: Annotated[
         bool, typer.Option("--skip-convert", help="Download nothing: the checkpoint is here.")
     ] = False,
 ) -> None:
     """Split a checkpoint into one chunk per node, under chunks/{n}nodes/ in its folder."""
+    from mdi.checkpoint.calibration import CalibrationText
     from mdi.checkpoint.prepare import prepare as write_chunks
 
+    text = (
+        None if calibrate == NONE else CalibrationText.read(Path(calibrate)) if calibrate else CalibrationText.default()
+    )
     source = checkpoint.open(model, download=not skip_convert)
     with bytes_bar() as progress:
         task = progress.add_task("writing chunks", total=None)
@@ -37,6 +50,7 @@ def prepare(
             n_nodes,
             dtype=dtype,
             quantization=formats.asked or UNQUANTIZED,
+            calibration=text,
             layers=parse_layers(layers),
             vision_node=vision_node,
             progress=lambda _what, done, total: progress.update(task, completed=done, total=total),

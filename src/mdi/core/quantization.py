@@ -93,6 +93,11 @@ class ModelQuantization:
         layers, head, vision = (None if part == NONE else part for part in (quantization, head or quantization, vision))
         return cls(layers, head, vision)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether how weights of the decoder are rounded may depend on a calibration text."""
+        return any(name and QUANTIZATIONS[name].bits == 4 for name in (self.layers, self.head))
+
     def __str__(self) -> str:
         """Like `int4 (head int8, vision int8)`: the layers' format, and those of other parts where they differ."""
         head = [f"head {self.head or NONE}"] if self.head != self.layers else []

@@ -41,9 +41,21 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedTensor:
         scales = made.scales[rows].float()[..., None]
         scaled = groups / torch.where(scales == 0, 1.0, scales)  # a scale of 0 is that of zeros
         made.values[rows] = scaled.round_().flatten(1) if quantization.bits == 8 else _packed(scaled)
-    if quantization.bits == 4 and largest > 0 and not SMALLEST_SCALE <= largest <= LARGEST_SCALE:
-        raise ScaleError(f"its largest scale would be {largest:.2g}, which float16 cannot describe")
+    if quantization.bits == 4:
+        check_float16(largest)
     return made
+
+
+def check_float16(largest: float) -> None:
+    """Raises ScaleError where float16 does not have the largest scale of a weight."""
+    if largest > 0 and not SMALLEST_SCALE <= largest <= LARGEST_SCALE:
+        raise ScaleError(f"its largest scale would be {largest:.2g}, which float16 cannot describe")
+
+
+def pack4(numbers: Tensor) -> Tensor:
+    """Bytes of two numbers: uint8 of 0 to 15 [outputs, inputs] -> uint8 [outputs, inputs / 2]."""
+    pairs = numbers.view(torch.int16)  # first + 256 * second
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,8 +95,7 @@ def _scales(groups: Tensor, quantization: Quantization) -> Tensor:
 
 def _packed(scaled: Tensor) -> Tensor:
     """Numbers of -8 to 8 [outputs, groups, group] -> bytes of two that are 0 to 15 [outputs, inputs / 2]."""
-    pairs = (scaled + 8.5).clamp_(0, 15).to(torch.uint8).flatten(1).view(torch.int16)  # first + 256 * second
-    return (pairs | pairs >> 4).to(torch.uint8)
+    return pack4((scaled + 8.5).clamp_(0, 15).to(torch.uint8).flatten(1))
 
 
 def _blocks(outputs: int, inputs: int) -> Iterator[slice]:
