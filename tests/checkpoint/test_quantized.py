@@ -22,9 +22,8 @@ from mdi.checkpoint.prepare import prepare, prepared
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
-from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import QUANTIZATIONS, ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.quantization import QUANTIZATIONS, ModelQuantization
 from mdi.core.tensors import total_bytes
 from mdi.layers.quantize import dequantize, quantize
 from mdi.models.config import StageSpec
@@ -240,28 +239,6 @@ def test_a_manifest_with_a_damaged_quantisation_is_refused(value: object, source
     (folder / FILE_NAME).write_text(json.dumps({**content, "quantization": value}))
     with pytest.raises(CheckpointError, match="damaged or of another version"):
         Manifest.read(folder)
-
-
-# other weights in place of the checkpoint's
-
-
-class Doubled(RoundedWeights):
-    """What a calibration may do: other norms, other numbers in a matrix."""
-
-    def tensor(self, name: str) -> Tensor:
-        return super().tensor(name) * (2 if "norm" in name else 1)
-
-    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
-        made = super().quantized(name, quantization)
-        return replace(made, scales=made.scales / 2) if "proj" in name else made
-
-
-def test_weights_that_something_else_makes_are_written(source: Source) -> None:
-    plain = dict(chunk_weights(prepare(source, 1, quantization=ALL) / "model_starter.safetensors"))
-    folder = prepare(source, 1, quantization=ALL, weights=Doubled(source))
-    changed = dict(chunk_weights(folder / "model_starter.safetensors"))
-    assert torch.equal(changed["model.norm.weight"], 2 * plain["model.norm.weight"])
-    assert torch.equal(changed[UP], plain[UP] / 2)
 
 
 def test_an_entry_of_the_cache_says_how_its_chunks_are_quantised(source: Source) -> None:

@@ -56,9 +56,9 @@ class Hessian:
 class Compensation:
     """How the error of one input is made good by others.
 
-    quantization: a 4-bit format. order: of the inputs, whole groups together: int64 [inputs]. factor: the upper Cholesky
-    factor of the inverse of H with its inputs in this order. Row i of it, divided by its diagonal, is by how much the
-    inputs after the i-th change where that one is rounded up by one.
+    quantization: a 4-bit format. order: of the inputs, whole groups together: int64 [inputs].
+    factor: the upper Cholesky factor of the inverse of H with its inputs in this order. Row i of it, divided by its
+    diagonal, is by how much the inputs after the i-th change where that one is rounded up by one.
     """
 
     quantization: Quantization
