@@ -23,7 +23,8 @@ SHRINKAGE = 0.4  # how far H is drawn towards its diagonal
 DAMPING = 0.02  # of the mean of H's diagonal, added to it: inputs that the calibration text never had
 SHRUNKEN = (1.0, 0.92, 0.84)  # scales that are tried, as shares of the one that fits the largest weight of a group
 LARGEST = (-8.0, 7.0)  # what the largest weight of a group is rounded to, with the largest scale
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024  # of a weight: their groups stay in a processor's cache
+BLOCK = 512  # inputs in a block of a triangular matrix
 
 
 class Hessian:
@@ -38,7 +39,8 @@ class Hessian:
         x = x.float()
         if self._sum is None:
             self._sum = torch.zeros(x.shape[1], x.shape[1])
-        self._sum.addmm_(x.T, x)
+        for start in range(0, x.shape[1], BLOCK):  # the lower half: the other one is the same
+            self._sum[start:, start : start + BLOCK].addmm_(x[:, start:].T, x[:, start : start + BLOCK])
         self._rows += len(x)
 
     @property
@@ -49,6 +51,8 @@ class Hessian:
         """Needs at least one row. The sum is given away: nothing can be added afterwards."""
         assert self._sum is not None
         made, self._sum = self._sum, None
+        for start in range(0, len(made), BLOCK):
+            made[start : start + BLOCK, start + BLOCK :] = made[start + BLOCK :, start : start + BLOCK].T
         return made.div_(self._rows)
 
 
@@ -78,8 +82,19 @@ class Compensation:
         hessian.diagonal().add_(float(weights.mean()) * DAMPING or 1.0)
         backwards = order.flip(0)  # H = R R^T with an upper R is factored from the other end; wanted is R^-1
         lower = torch.linalg.cholesky(hessian[backwards][:, backwards])
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
-        return cls(quantization, order, inverse.flip(0, 1).contiguous())
+        return cls(quantization, order, _inverse(lower).flip(0, 1))
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of a lower triangular matrix, with a third of the operations that solving for the identity takes."""
+    size = len(lower)
+    if size <= BLOCK:
+        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    half, made = size // 2, torch.zeros_like(lower)
+    made[:half, :half] = _inverse(lower[:half, :half])
+    made[half:, half:] = _inverse(lower[half:, half:])
+    made[half:, :half] = made[half:, half:] @ lower[half:, :half] @ -made[:half, :half]
+    return made
 
 
 def quantize_with(weight: Tensor, compensation: Compensation) -> QuantizedTensor:
