@@ -26,7 +26,7 @@ def activations(rows: int, seed: int) -> Tensor:
 
 def compensation(x: Tensor) -> Compensation:
     hessian = Hessian()
-    for part in x.split(100):
+    for part in torch.split(x, 100):
         hessian.add(part)
     return Compensation.of(hessian.mean(), INT4)
 

@@ -22,6 +22,7 @@ from mdi.checkpoint.weights import RoundedWeights, UnfitError, not_finite
 from mdi.core.batch import Batch, Slice
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.reduce import Reduce, alone
 from mdi.layers.gptq import Compensation, Hessian, quantize_with
 from mdi.layers.linear import Linear
 from mdi.layers.norm import RMSNorm
@@ -138,7 +139,7 @@ class CalibratedWeights:
         for product, hessian in hessians.items():
             layer = loaded.decoder.layers[0]
             setattr(layer, product, _Observed(getattr(layer, product), hessian))
-        _through(loaded, hidden)
+        _through(loaded, hidden, reduce=_each_product)
         del loaded, layer
         made: dict[str, QuantizedTensor] = {}
         for product, names in PRODUCTS.items():
@@ -212,9 +213,14 @@ class _Observed(Linear):
         return self.product.add_to(residual, x)
 
 
-def _through(loaded: LoadedStage, hidden: Sequence[Tensor]) -> list[Tensor]:
+def _each_product(partial: Tensor) -> Tensor:
+    """A `Reduce` of one rank. Unlike `alone`, it has products computed one by one, and not by one kernel a layer."""
+    return partial
+
+
+def _through(loaded: LoadedStage, hidden: Sequence[Tensor], reduce: Reduce = alone) -> list[Tensor]:
     """What a layer makes of sequences: each [SEQUENCE, hidden_size]."""
-    stage = Stage(loaded, n_slots=1, sequence_length=SEQUENCE)
+    stage = Stage(loaded, n_slots=1, sequence_length=SEQUENCE, reduce=reduce)
     batch = Batch(0, (Slice(0, 0, SEQUENCE),), text_positions(0, SEQUENCE))
     return [stage.run(batch, sequence) for sequence in hidden]
 
