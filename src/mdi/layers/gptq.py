@@ -88,8 +88,10 @@ class Compensation:
 def _inverse(lower: Tensor) -> Tensor:
     """Of a lower triangular matrix, with a third of the operations that solving for the identity takes."""
     size = len(lower)
+    made: Tensor
     if size <= BLOCK:
-        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+        made = torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+        return made
     half, made = size // 2, torch.zeros_like(lower)
     made[:half, :half] = _inverse(lower[:half, :half])
     made[half:, half:] = _inverse(lower[half:, half:])
