@@ -208,10 +208,6 @@ class _Observed(Linear):
         self.hessian.add(x)
         return self.product(x)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        self.hessian.add(x)
-        return self.product.add_to(residual, x)
-
 
 def _each_product(partial: Tensor) -> Tensor:
     """A `Reduce` of one rank. Unlike `alone`, it has products computed one by one, and not by one kernel a layer."""
