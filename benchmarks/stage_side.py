@@ -11,6 +11,7 @@ from benchmarks.serve_side import serve
 from mdi.checkpoint.loader import load_chunk
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
 from mdi.engine.engine import TOKEN_BUDGET
+from mdi.kernels.threads import set_threads
 from mdi.models.stage import Stage
 
 GREEDY = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
@@ -20,7 +21,7 @@ class Ours:
     """One sequence, of a chunk with the whole model."""
 
     def __init__(self, chunk: str, sequence_length: int, threads: int) -> None:
-        torch.set_num_threads(threads)
+        set_threads(threads, "cpu")
         loaded = load_chunk(Path(chunk))
         self._stage = Stage(loaded, n_slots=1, sequence_length=sequence_length)
         self._length = 0
