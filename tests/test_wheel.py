@@ -28,7 +28,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(380)
 def test_a_wheel_of_this_platform_computes_with_kernels(tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), ".", MDI_WHEEL="")
     (wheel,) = tmp_path.glob("*.whl")

@@ -20,7 +20,7 @@ CAN_EMULATE = shutil.which(CROSS[0]) and shutil.which(EMULATOR)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # mostly the compiler
+@pytest.mark.timeout(380)  # mostly the compiler
 @pytest.mark.skipif(not CAN_EMULATE, reason="needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user")
 def test_the_kernels_of_arm64_pass_their_self_test(tmp_path: Path) -> None:
     target = build.Target("aarch64", "linux")

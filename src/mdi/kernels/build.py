@@ -36,7 +36,6 @@ INSTRUCTION_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # by architec
         "avx2": AVX2,
         "avx2vnni": (*AVX2, "-mavxvnni"),
         "avx512": AVX512,
-        "amx": (*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     },
     "aarch64": {
         "scalar": (),
