@@ -54,6 +54,17 @@ def test_a_system_without_control_groups_has_no_quota(tmp_path: Path) -> None:
 def test_usable_cores_are_whole_and_at_least_one(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
     monkeypatch.setattr(cores, "quota_cores", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 7}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("2", 2), ("1,4", 1), (" 2 ", 2), ("9", 3), ("0", 3), ("-1", 3), ("many", 3), ("", 3)]
+)
+def test_omp_num_threads_limits_the_cores(monkeypatch: pytest.MonkeyPatch, asked: str, expected: int) -> None:
+    monkeypatch.setattr(cores, "quota_cores", lambda: math.inf)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 7}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert usable_cores() == expected
 
 
