@@ -70,6 +70,26 @@ class Llama:
         self.prefill(ids)
         return self._last().tolist()  # type: ignore[no-any-return]
 
+    def nll(self, ids: list[int]) -> float:
+        """The sum of -log p of every token after the first, read from nothing."""
+        import numpy as np
+
+        self._c.llama_memory_clear(self._memory, True)
+        batch = self._c.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for index, token in enumerate(ids):
+            batch.token[index], batch.pos[index], batch.logits[index] = token, index, True
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        failed = self._c.llama_decode(self._context, batch)
+        assert not failed, f"llama_decode returned {failed}"
+        logits = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (len(ids), self._vocab_size))
+        total = 0.0
+        for row, token in zip(logits, ids[1:], strict=False):
+            highest = row.max()
+            total += float(highest + np.log(np.exp((row - highest).astype(np.float64)).sum()) - row[token])
+        self._c.llama_batch_free(batch)
+        return total
+
     def _likeliest(self) -> int:
         return int(self._last().argmax())
 
