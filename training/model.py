@@ -119,7 +119,8 @@ class Student(nn.Module):
         patch = visual.patch_embed.proj
         x = functional.linear(x, patch.weight.view(patch.weight.shape[0], -1))
         rotation = vision_rotation((1, rows, columns), MERGE, visual.blocks[0].attn.head_dim, x.device)
-        cos, sin = rotation.cos[:, 0].to(x.dtype), rotation.sin[:, 0].to(x.dtype)
+        cos = torch.cat((rotation.cos, rotation.cos), -1).to(x.dtype)
+        sin = torch.cat((-rotation.sin, rotation.sin), -1).to(x.dtype)
         for block in visual.blocks:
             x = x + _attend(block.attn, block.norm1(x), cos, sin)
             x = x + block.mlp(block.norm2(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import threading
@@ -22,6 +21,7 @@ from mdi import Engine, SamplingParams
 from mdi.bench.scenario import noise
 from mdi.cluster.remote_encoder import Encoded
 from mdi.core.config import GatewayConfig
+from mdi.core.cores import usable_cores
 from mdi.core.errors import ClosedError, InputError, LinkError, MediaError, OverloadedError
 from mdi.engine import Stream
 from mdi.layers.rope import Grid
@@ -197,7 +197,7 @@ def test_closing_does_not_wait_for_downloads(tiny_checkpoint: Path, host: Hangin
 def test_text_is_answered_while_films_are_decoded(engine: Engine, film: bytes, frames: FrameCount) -> None:
     """B2: however many films are being read."""
     frames.hold = 100
-    films = [engine.submit(about_film(film), GREEDY) for _ in range(2 * (os.cpu_count() or 1))]
+    films = [engine.submit(about_film(film), GREEDY) for _ in range(2 * usable_cores())]
     wait_for(lambda: frames.read >= 100)
     assert engine.chat("Hello", GREEDY).token_ids
     assert running(engine, films) == len(films)
@@ -211,7 +211,7 @@ def test_a_picture_does_not_wait_until_long_films_are_decoded(
     engine: Engine, film: bytes, frames: FrameCount, photograph: bytes
 ) -> None:
     """B2: films take turns with what else is to be decoded."""
-    films = [engine.submit(about_film(film), GREEDY) for _ in range(2 * (os.cpu_count() or 1))]
+    films = [engine.submit(about_film(film), GREEDY) for _ in range(2 * usable_cores())]
     wait_for(lambda: len(frames.films) == len(films))
     assert engine.chat(showing("image", photograph), GREEDY).token_ids
     assert running(engine, films) == len(films)
@@ -249,7 +249,7 @@ def test_all_ends_and_all_memory_is_released_however_little_there_is(
         assert stream.completion().token_ids
     wait_for(lambda: not engine._requests)
     assert memory.held_bytes == 0
-    assert engine._preparation._turns._free == (os.cpu_count() or 1)
+    assert engine._preparation._turns._free == usable_cores()
 
 
 # The vision node is away

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mdi.core.cores import usable_cores
+from mdi.core.cores import default_threads
 from mdi.kernels import threads
 from mdi.kernels.threads import compute_threads, computes_with, set_threads, torch_threads
 
@@ -25,7 +25,7 @@ def test_with_kernels_the_pool_has_the_threads_and_torch_one() -> None:
     assert (compute_threads(), torch.get_num_threads()) == (3, 1)
     assert computes_with().endswith("kernels, 3 threads")
     set_threads(None, "cpu")
-    assert (compute_threads(), torch.get_num_threads()) == (usable_cores(), 1)
+    assert (compute_threads(), torch.get_num_threads()) == (default_threads(), 1)
 
 
 def test_without_kernels_and_on_other_devices_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,5 +41,5 @@ def test_without_kernels_and_on_other_devices_torch_has_them(monkeypatch: pytest
 def test_torch_gets_the_cores_for_models_of_others() -> None:
     set_threads(1, "cpu")
     with torch_threads():
-        assert torch.get_num_threads() == usable_cores()
+        assert torch.get_num_threads() == default_threads()
     assert torch.get_num_threads() == 1

@@ -11,6 +11,7 @@ from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
+from mdi.core.errors import LinkError
 from mdi.core.tensors import Unquantized
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
@@ -61,3 +62,19 @@ def test_several_samplings_in_a_slice_draw_what_single_ones_draw(stage: Stage, s
 
 def test_a_batch_without_samplings_draws_nothing(stage: Stage) -> None:
     assert step(stage, 0, 0, PROMPT, ()) == ()
+
+
+@pytest.mark.parametrize(
+    "part", [Slice(2, 0, 3), Slice(99, 0, 3), Slice(0, 62, 3), Slice(0, 2**40, 3), Slice(-1, 0, 3)]
+)
+def test_a_batch_beyond_the_cache_is_refused_before_anything_is_written(stage: Stage, part: Slice) -> None:
+    batch = Batch(0, (part,), text_positions(0, 3))
+    with pytest.raises(LinkError, match="but has 2 slots of 64 tokens"):
+        stage.run(batch, torch.zeros(3, CONFIG.hidden_size))
+
+
+@pytest.mark.parametrize(("rows", "positions"), [(2, 3), (3, 2), (4, 4)])
+def test_a_batch_whose_parts_differ_in_length_is_refused(stage: Stage, rows: int, positions: int) -> None:
+    batch = Batch(0, (Slice(0, 0, 3),), text_positions(0, positions))
+    with pytest.raises(LinkError, match="for 3 tokens"):
+        stage.run(batch, torch.zeros(rows, CONFIG.hidden_size))

@@ -410,6 +410,7 @@ def configured(chunks: list[Path], authority: Authority) -> Iterator[str]:
         manifest_digest=Manifest.read(chunks[2].parent).digest,
         n_slots=1,
         sequence_length=8,
+        shards=1,
         previous_node="spare0",
     )
     with node_here(settings) as address:

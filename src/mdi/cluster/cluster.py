@@ -29,7 +29,7 @@ from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import START_TIMEOUT_S, Supervisor
 from mdi.core.config import EngineConfig
-from mdi.core.cores import usable_cores
+from mdi.core.cores import default_threads
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
@@ -223,7 +223,7 @@ class Cluster:
             self._manual = ManualLauncher(self._nodes, manual, monitor, chunks, self._progress, self._waiting)
             return self._manual
         files = [chunks.folder / chunk.file for chunk in chunks.manifest.chunks[1:]]
-        threads = max(1, usable_cores() // self.n_nodes)
+        threads = max(1, default_threads() // self.n_nodes)
         dtype, device = chunks.manifest.dtype, self._device
         return LocalLauncher(files, dtype=dtype, device=device, threads=threads, authority=authority)
 

@@ -1,4 +1,4 @@
-"""The cores that this process may use: what affinity, CPU quota and OMP_NUM_THREADS leave of the machine's."""
+"""The cores that this process may use: what its affinity and its container's CPU quota leave of the machine's."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ def usable_cores() -> int:
     A quota of one and a half cores is one: with two threads the system would stop both for a quarter of the time.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cores, quota_cores(), asked_threads())))
+    return max(1, int(min(cores, quota_cores())))
 
 
-def asked_threads() -> float:
-    """What OMP_NUM_THREADS asks for; infinity where it is not set, or no number. Of a list the first number counts."""
+def default_threads() -> int:
+    """How many threads multiply matrices unless a setting says: one for each usable core, or what OMP_NUM_THREADS says.
+
+    Of a list the first number counts; what is no number is as if it were not set.
+    """
     first = os.environ.get(LIMIT, "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) else float("inf")
+    asked = int(first) if first.isdecimal() else 0
+    return min(usable_cores(), asked) if asked else usable_cores()
 
 
 def quota_cores(cgroups: Path = CGROUPS, mounted: Path = MOUNTED) -> float:

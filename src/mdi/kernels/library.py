@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdi.core.cores import usable_cores
+from mdi.core.cores import default_threads
 from mdi.core.errors import ConfigError, MDIError
 from mdi.kernels import build
 
@@ -68,7 +68,7 @@ def load(path: Path) -> Library:
         raise UnusableError(f"{path.name} cannot be loaded ({error})") from error
     if text(code, "sources") != build.digest(build.this_machine()):
         raise UnusableError(f"{path.name} was built of other sources")
-    declared(code, "mdi_set_threads", (ctypes.c_int,), None)(usable_cores())
+    declared(code, "mdi_set_threads", (ctypes.c_int,), None)(default_threads())
     return Library(chosen(code), path, code)
 
 

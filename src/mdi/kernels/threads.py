@@ -8,7 +8,7 @@ from ctypes import c_int
 
 import torch
 
-from mdi.core.cores import usable_cores
+from mdi.core.cores import default_threads
 from mdi.kernels.library import library
 
 
@@ -17,7 +17,7 @@ def set_threads(count: int | None, device: str) -> None:
 
     On a CPU with kernels, the pool has them and torch has one. On other devices and without kernels, torch has them.
     """
-    count = count or usable_cores()
+    count = count or default_threads()
     found = library() if device == "cpu" else None
     if found:
         found.shared("set_threads", c_int)(count)
@@ -41,7 +41,7 @@ def computes_with() -> str:
 def torch_threads() -> Iterator[None]:
     """Gives torch all usable cores while none of our kernels compute: for models of others in this process."""
     before = torch.get_num_threads()
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(default_threads())
     try:
         yield
     finally:

@@ -108,6 +108,8 @@ class ModelConfig:
 
         step: inputs that lie together, as those with one activation scale do.
         """
+        if shards < 1:
+            raise ConfigError(f"the number of shards must be at least 1, got {shards}")
         if self.n_heads % shards:
             raise ConfigError(f"{shards} shards do not divide the model's {self.n_heads} heads: set --shards otherwise")
         for what, size in (("attention width", self.q_size), ("intermediate size", self.intermediate_size)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.batch import Batch, Result, Visual
+from mdi.core.errors import LinkError
 from mdi.core.quantization import QUANTIZATIONS
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
@@ -97,13 +98,30 @@ class Stage:
         return self._decoder.logits(self.forward(batch, hidden))
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The stage's layers alone: [tokens, hidden_size] -> [tokens, hidden_size]."""
+        """The stage's layers alone: [tokens, hidden_size] -> [tokens, hidden_size].
+
+        Raises LinkError for a batch that names rows that the cache does not have: kernels trust what they are given.
+        """
+        self._check(batch, hidden)
         for edit in batch.edits:
             self._cache.apply(edit)
         layout = Layout.of(batch.slices, self.device)
         rotation = self._rope(batch.positions.to(self.device))
         hidden = hidden.to(self.device)
         return self._decoder.forward(hidden, rotation, self._cache, layout, self._reduce, shards=self._shards)
+
+    def _check(self, batch: Batch, hidden: Tensor) -> None:
+        tokens, shapes = batch.n_tokens, (tuple(hidden.shape), tuple(batch.positions.shape))
+        if shapes != ((tokens, self.config.hidden_size), (3, tokens)):
+            raise LinkError(f"got hidden states and positions of shapes {shapes} for {tokens} tokens")
+        cache = self._cache
+        for part in batch.slices:
+            inside = 0 <= part.slot < cache.n_slots and 0 <= part.start < part.end <= cache.sequence_length
+            if not inside:
+                raise LinkError(
+                    f"got tokens {part.start} to {part.end} of slot {part.slot}, but has {cache.n_slots} slots of "
+                    f"{cache.sequence_length} tokens"
+                )
 
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """`VisionTower.encode_steps` of this stage's tower. Needs the tower."""
