@@ -2,6 +2,7 @@
 
     pip install -e '.[training]'
     python -m benchmarks.quality                     # 300 questions a skill, all 9,673 of easy-vqa's test split
+    python -m benchmarks.quality --quantization int8 # the same with int8 weights
     python -m benchmarks.quality --compare 1000      # and how many answers are transformers' own, in float32
 
 An answer counts when it is exactly the true one. `ended` is the share of answers that ended by themselves.
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--n-nodes", type=int, default=3)
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="of layers, head and vision tower")
     parser.add_argument("--per-skill", type=int, default=300)
     parser.add_argument("--easy-vqa", type=int, help="questions of easy-vqa's test split (all of them)")
     parser.add_argument("--compare", type=int, help="ask so many questions, here and of transformers, in float32")
@@ -83,7 +85,9 @@ def examine(options: argparse.Namespace) -> None:
         for skill in all_skills()
     }
     started = time.perf_counter()
-    with serving(options.model, "--n-nodes", str(options.n_nodes)) as (_, url):
+    format_ = options.quantization
+    quantized = ("--quantization", format_, "--vision-quantization", format_) if format_ else ()
+    with serving(options.model, "--n-nodes", str(options.n_nodes), *quantized) as (_, url):
         answers = asyncio.run(ask_all(url, chosen))
     scores = [score(skill, given) for skill, given in answers.items()]
     show(scores)
