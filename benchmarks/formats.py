@@ -9,10 +9,10 @@ from typing import Any
 from testing.checkpoints import tiny_config
 
 from mdi.checkpoint.published import QWEN2_05B, QWEN2_VL_2B
-from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.checkpoint.random_weights import RANDOM, write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.quantization import NONE, UNQUANTIZED, ModelQuantization
-from mdi.core.tensors import total_bytes
+from mdi.core.tensors import TensorSpec, total_bytes, total_size
 from mdi.models.config import StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.weights import stage_specs
@@ -51,7 +51,7 @@ FORMATS = {
 
 def random_checkpoint(folder: Path, shape: str) -> Path:
     """The random checkpoint of a shape in bfloat16, written if it is not there."""
-    path = folder / f"random-{shape}"
+    path = folder / f"{RANDOM}{shape}"
     if not path.exists():
         print(f"writing {path}")
         unfinished = folder / f"unfinished-{shape}"
@@ -62,11 +62,20 @@ def random_checkpoint(folder: Path, shape: str) -> Path:
 
 def token_bytes(path: Path, format_: Format) -> int:
     """Bytes of the weights that every token needs: all layers and the head."""
+    return total_bytes(_token_specs(path, format_))
+
+
+def token_operations(path: Path, format_: Format) -> int:
+    """Multiplications and sums of a token in these weights."""
+    return 2 * total_size(_token_specs(path, format_))
+
+
+def _token_specs(path: Path, format_: Format) -> list[TensorSpec]:
     config = open_source(path).model_config
     everything = StageSpec.everything(config)
     specs = stage_specs(config, everything, "bfloat16", format_.quantization)
     head = LM_HEAD if LM_HEAD in specs else EMBEDDING
-    return total_bytes(spec for name, spec in specs.items() if name.startswith("model.layers.") or name == head)
+    return [spec for name, spec in specs.items() if name.startswith("model.layers.") or name == head]
 
 
 def engine_settings(format_: Format) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Many streams at once on the exact Qwen2-VL-2B shape: what they cost each other. Random weights, one machine.
 
+16 streams are compared with the roofline of memory and arithmetic, in each numeric type; the rest is in bfloat16, but
+for two nodes, which are in int4.
+
     python -m benchmarks.streams                  # 5 GB of disk, 12 GB of memory, some ten minutes
     python -m benchmarks.streams --tiny           # the same steps on a tiny model, in seconds
     python -m benchmarks.streams --only image     # of what has "image" in its name
@@ -26,22 +29,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from testing.checkpoints import tiny_config
 from testing.links import free_port
 from testing.manual_cluster import LOOPBACK, ManualCluster, Place
 
+from benchmarks.formats import FORMATS, Format, engine_settings, random_checkpoint, token_bytes, token_operations
+from benchmarks.nodes import chunks_of
+from benchmarks.sides import Side
 from mdi import Engine, SamplingParams
 from mdi.bench.measure import Run, measure
 from mdi.bench.scenario import Scenario, noise
-from mdi.checkpoint.prepare import chunk_folder, prepare
-from mdi.checkpoint.published import QWEN2_VL_2B
-from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import open_source
+from mdi.core.cores import usable_cores
 from mdi.engine.stream import Stream
+from mdi.kernels.threads import computes_with
 
 SEQUENCE_LENGTH = 2048
 console = Console()
@@ -63,12 +65,18 @@ TINY = Sizes(16, 8, 112, (1280, 960), 1)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio, the least that it should be, and the numbers behind it."""
+    """A ratio, the least that it should be (None: it is only reported), and the numbers behind it."""
 
     work: str
     ratio: float
-    target: float
+    target: float | None
     behind: str
+
+    @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        return f"{self.target} {'met' if self.ratio >= self.target else 'MISSED'}"
 
 
 def main() -> None:
@@ -79,20 +87,13 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = TINY if options.tiny else Sizes()
-    config = tiny_config(torch_dtype="bfloat16") if options.tiny else QWEN2_VL_2B
-    path = options.folder / ("random-tiny" if options.tiny else "random-2b")
-    if not (path / "config.json").exists():
-        console.print(f"writing {path}")
-        write_random_checkpoint(path, config, dtype="bfloat16", std=0.02)
+    path = random_checkpoint(options.folder, "tiny" if options.tiny else "2b")
     if options.worker:
         work_on_cores(path, sizes, options.worker)
         return
-    table = Table(
-        "work", "ratio", "target", "behind it", title=f"{path.name}, bfloat16, {torch.get_num_threads()} threads"
-    )
+    table = Table("work", "ratio", "target", "behind it", title=f"{path.name}, {computes_with()}")
     for figure in figures(path, sizes, options.only):
-        met = "met" if figure.ratio >= figure.target else "MISSED"
-        table.add_row(figure.work, f"{figure.ratio:.2f}", f"{figure.target} {met}", figure.behind)
+        table.add_row(figure.work, f"{figure.ratio:.2f}", figure.verdict, figure.behind)
         console.print(f"{figure.work}: {figure.ratio:.2f} ({figure.behind})")
     console.print(table)
 
@@ -100,28 +101,43 @@ def main() -> None:
 def figures(path: Path, sizes: Sizes, only: str) -> Iterator[Figure]:
     """The figures with `only` in their names."""
     in_engine: dict[str, Callable[[Engine, Sizes], Figure]] = {
-        "16 streams against one": sixteen_streams,
         "decode with an image in the context against without": image_in_context,
         "first token of a first question about an image against a second": second_question,
         "8 streams while a large image is encoded against undisturbed": during_an_encode,
     }
     chosen = {name: measured for name, measured in in_engine.items() if only in name}
     if chosen:
-        with Engine(path, dtype="bfloat16", sequence_length=SEQUENCE_LENGTH, max_sequences=16) as engine:
+        with engine_of(path, FORMATS["bf16"]) as engine:
             measure(engine, Scenario(1, sizes.prompt_tokens, 56, 2), seed=0)
             for measured in chosen.values():
                 yield measured(engine, sizes)
+    for name, format_ in FORMATS.items():
+        if only in f"16 streams in {name} against the roofline":
+            yield sixteen_streams(path, sizes, format_)
     if only in "two nodes of one core against one node of one core":
         yield two_nodes(path, sizes)
 
 
-def sixteen_streams(engine: Engine, sizes: Sizes) -> Figure:
-    one, many = (
-        median_run(engine, Scenario(streams, sizes.prompt_tokens, None, sizes.answer_tokens), sizes)
-        for streams in (1, 16)
-    )
-    behind = f"{one.decode_rate:.2f} and {many.decode_rate:.2f} tokens/s"
-    return Figure("16 streams against one", many.decode_rate / one.decode_rate, 10, behind)
+def engine_of(path: Path, format_: Format) -> Engine:
+    settings = engine_settings(format_)
+    return Engine(path, dtype="bfloat16", sequence_length=SEQUENCE_LENGTH, max_sequences=16, **settings)
+
+
+def sixteen_streams(path: Path, sizes: Sizes, format_: Format) -> Figure:
+    """Against the longer of two times: to read the weights once, and to multiply with them 16 times."""
+    with engine_of(path, format_) as engine, Side("benchmarks.roofline", threads=usable_cores()) as roofline:
+        one, many = (
+            median_run(engine, Scenario(streams, sizes.prompt_tokens, None, sizes.answer_tokens), sizes).decode_rate
+            for streams in (1, 16)
+        )
+        read_rate = float(roofline.value("read_rate"))
+        operation_rate = float(
+            roofline.value("operation_rate", kind="int8" if format_.quantization.layers else "floats")
+        )
+    read_s = token_bytes(path, format_) / read_rate
+    compute_s = 16 * token_operations(path, format_) / operation_rate
+    behind = f"{many:.1f} tokens/s, one stream {one:.1f}; {read_rate / 1e9:.1f} GB/s, {operation_rate / 1e12:.2f} Tops"
+    return Figure(f"16 streams in {format_.name} against the roofline", many * max(read_s, compute_s) / 16, 0.8, behind)
 
 
 def image_in_context(engine: Engine, sizes: Sizes) -> Figure:
@@ -235,13 +251,13 @@ def two_nodes(path: Path, sizes: Sizes) -> Figure:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found.append(float(json.loads(done.stdout.splitlines()[-1])))
     one, two = (statistics.median(found) for found in rates.values())
-    return Figure("two nodes of one core against one, 4 streams", two / one, 1.8, f"{two:.2f} and {one:.2f} tokens/s")
+    behind = f"{two:.2f} and {one:.2f} tokens/s"
+    return Figure("two nodes of one core against one, 4 streams in int4", two / one, None, behind)
 
 
 def work_on_cores(path: Path, sizes: Sizes, cores: int) -> None:
     """In a process of its own: prints the decode rate of 4 streams over so many nodes, on a core each."""
     os.sched_setaffinity(0, {0})
-    torch.set_num_threads(1)
     scenario = Scenario(4, sizes.prompt_tokens, None, sizes.answer_tokens)
     with bound_engine(path, cores) as engine:
         measure(engine, Scenario(1, 8, None, 2), seed=0)
@@ -252,23 +268,22 @@ def work_on_cores(path: Path, sizes: Sizes, cores: int) -> None:
 def bound_engine(path: Path, cores: int) -> Iterator[Engine]:
     length = 512
     if cores == 1:
-        with Engine(path, dtype="bfloat16", sequence_length=length, max_sequences=4) as engine:
+        with Engine(path, quantization="int4", sequence_length=length, max_sequences=4) as engine:
             yield engine
         return
-    chunks = chunk_folder(path, 2)
-    if not chunks.exists():
-        prepare(open_source(path), 2, dtype="bfloat16")
+    made = chunks_of(path, FORMATS["int4"], 2)
     places = {"starter": Place(LOOPBACK, free_port()), "finisher": Place(LOOPBACK, free_port(), on_second_core)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="mdi-streams-")))
-        nodes = stack.enter_context(ManualCluster(folder, places, chunks=chunks))
+        stack.callback(made.close)
+        nodes = stack.enter_context(ManualCluster(folder, places, chunks=made.folder))
         nodes.start_all()
         yield stack.enter_context(
             Engine(
                 path,
                 nodes_config=nodes.config,
                 wait_s=120,
-                dtype="bfloat16",
+                quantization="int4",
                 sequence_length=length,
                 max_sequences=4,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mdi.checkpoint.random_weights import random_checkpoint, write_random_checkp
 from mdi.checkpoint.source import open_source
 from mdi.cli.app import app
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import ModelQuantization
 from mdi.core.tensors import total_size
 from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
@@ -225,6 +227,13 @@ def test_it_is_in_use_while_chunks_of_it_are(cache: Cache) -> None:
     chunks.close()
     assert entry.remove()
     assert cache.entries() == []
+
+
+@pytest.mark.usefixtures("cache")
+def test_its_int4_weights_are_not_calibrated() -> None:
+    """Minutes of work that would change nothing."""
+    with closing(prepared(open_source(random_checkpoint("tiny")), 1, quantization=ModelQuantization("int4"))) as chunks:
+        assert chunks.manifest.calibration is None
 
 
 def test_a_machine_is_measured_with_a_random_checkpoint(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from mdi.checkpoint.fingerprint import Fingerprint
 from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import CalibrationEntry, ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
+from mdi.checkpoint.random_weights import is_random
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, stored_tensors
@@ -114,7 +115,7 @@ def prepared(
         names = others if quantization else [usual, *others]
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
-            text = CalibrationText.default()
+            text = None if is_random(source.path) else CalibrationText.default()
             contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
             _write(folder, contents, search.fingerprint, progress)
 

@@ -57,6 +57,11 @@ RANDOM = "random:"  # before the name of a published model
 _BLOCK = 1_048_573  # a prime: rows of no width line up when the random block is repeated
 
 
+def is_random(path: Path) -> bool:
+    """Whether a checkpoint's folder is one of random weights, which no calibration makes better."""
+    return path.name.startswith(RANDOM)
+
+
 def random_checkpoint(name: str, progress: Progress | None = None) -> Path:
     """The cache's random checkpoint with the shape of a published model, in bfloat16; written if it is not there.
 
