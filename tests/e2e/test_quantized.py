@@ -17,6 +17,7 @@ from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.bundled import unpack
+from mdi.checkpoint.calibration import CalibrationText
 from mdi.checkpoint.manifest import Manifest, chunk_file
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
@@ -76,7 +77,8 @@ def test_nodes_are_sent_quantised_chunks_and_a_lost_one_gets_its_own_again(
 ) -> None:
     with Engine(checkpoint, **FORMATS) as alone:
         undisturbed = alone.submit(*LONG).completion().samples[0].token_ids
-    folder = prepare(open_source(checkpoint), 3, quantization=ModelQuantization("int4", "int8", "int4"))
+    formats, text = ModelQuantization("int4", "int8", "int4"), CalibrationText.default()  # as for `alone`
+    folder = prepare(open_source(checkpoint), 3, quantization=formats, calibration=text)
     nodes = undo.enter_context(ManualCluster(tmp_path, on_loopback(*NODES)))
     processes = nodes.start_all()
     limits = replace(RecoveryLimits(), recovery_timeout_s=100)

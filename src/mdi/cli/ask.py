@@ -86,7 +86,8 @@ def _questions(prompt: str) -> list[str]:
 def _print_answers(engine: Engine, messages: list[dict[str, Any]], params: SamplingParams) -> None:
     if params.n == 1:
         for piece in engine.stream(messages, params):
-            out.print(piece.text, end="", soft_wrap=True)
+            out.file.write(piece.text)  # as it is: `print` would turn tabs into spaces
+            out.file.flush()
         out.print()
         return
     for index, sample in enumerate(engine.chat(messages, params).samples):
