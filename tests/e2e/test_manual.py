@@ -84,6 +84,7 @@ def test_encrypted_nodes_in_any_order_answer_as_one_process_does(
     assert finisher.popen.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_the_same_in_the_clear_and_the_other_way_round(plain: ManualCluster, checkpoint: Path, alone: str) -> None:
     starter = plain.ask(checkpoint, *QUESTION)
     starter.wait_for_line("node finisher is awaited")

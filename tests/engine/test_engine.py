@@ -219,7 +219,7 @@ def test_many_threads_share_one_engine(engine: Engine) -> None:
 
 
 @pytest.mark.usefixtures("no_process_left")
-@pytest.mark.parametrize("n_nodes", [2, 3, 5])
+@pytest.mark.parametrize("n_nodes", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_any_number_of_nodes_gives_the_same_tokens(
     n_nodes: int, engine: Engine, tiny_checkpoint: Path, photograph: bytes
 ) -> None:
