@@ -31,31 +31,28 @@ Norms = tuple[RMSNorm, RMSNorm]
 class Layout:
     """Where a batch's rows are in the KV cache, computed once for all layers.
 
-    runs: int64 [sequences, 4]: first row, slot, position, rows. slots, cache_rows: int64 [tokens]. masks: for torch,
-    bool [rows, keys] of each run, None where none or a causal one is enough.
+    runs: int64 [sequences, 4]: first row, slot, position, rows. For torch alone, empty where kernels compute: places,
+    slot and row of each token, int64 [tokens] both; masks, bool [rows, keys] of each run, None where none or a causal
+    one is enough.
     """
 
     runs: Tensor
-    slots: Tensor
-    cache_rows: Tensor
+    places: tuple[Tensor, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def of(cls, slices: Sequence[Slice], device: torch.device) -> Layout:
         runs, first = list[tuple[int, int, int, int]](), 0
-        slots, cache_rows = list[int](), list[int]()
         for part in slices:
             runs.append((first, part.slot, part.start, part.length))
             first += part.length
-            slots += [part.slot] * part.length
-            cache_rows += range(part.start, part.end)
-        masks = () if kernels.works_on(device) else tuple(_mask(part, device) for part in slices)
-        return cls(
-            torch.tensor(runs, dtype=torch.int64).view(-1, 4),
-            torch.tensor(slots, device=device),
-            torch.tensor(cache_rows, device=device),
-            masks,
-        )
+        made = torch.tensor(runs, dtype=torch.int64).view(-1, 4)
+        if kernels.works_on(device):
+            return cls(made)
+        slots = [part.slot for part in slices for _ in range(part.length)]
+        rows = [row for part in slices for row in range(part.start, part.end)]
+        places = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
+        return cls(made, places, tuple(_mask(part, device) for part in slices))
 
 
 def _mask(part: Slice, device: torch.device) -> Tensor | None:
@@ -92,9 +89,9 @@ def rotate(
     written = torch.stack((rotation(keys), values), dim=1)
     if scales is not None:
         scale = written.float().abs().amax(-1) / 127
-        scales[layout.slots, layout.cache_rows] = scale
+        scales[layout.places] = scale
         written = (written.float() / scale.clamp_min(TINY)[..., None]).round().to(torch.int8)
-    cache[layout.slots, layout.cache_rows] = written
+    cache[layout.places] = written
     return rotation(queries)
 
 
