@@ -33,12 +33,13 @@ MOST_OPERATIONS = 4e11  # a head of 151,936 outputs is not multiplied with 512 r
 
 @dataclass
 class Limits:
-    """The best rates so far: bytes a second, operations a second on floats and on int8."""
+    """The best rates so far: bytes a second, operations a second on float32, bfloat16 and int8."""
 
     library: Library
     memory: int
     bytes: float = 0
     floats: float = 0
+    bf16: float = 0
     int8: float = 0
 
     @staticmethod
@@ -51,11 +52,16 @@ class Limits:
     def measure(self, threads: int) -> None:
         read = self.library.kernel("limit_read", ctypes.c_void_p, ctypes.c_size_t, result=ctypes.c_int)
         self.bytes = max(self.bytes, READ_BYTES / _seconds(lambda: read(self.memory, READ_BYTES)))
-        for name in ("floats", "int8"):
+        for name in ("floats", "bf16", "int8"):
             compute = self.library.kernel(f"limit_{name}", ctypes.c_long, result=ctypes.c_long)
-            operations = compute(1) * 2_000_000 * threads
-            rate = operations / _seconds(lambda compute=compute: compute(2_000_000))  # type: ignore[misc]
+            steps = int(2e9 / compute(1))
+            operations = compute(1) * steps * threads
+            rate = operations / _seconds(lambda compute=compute, steps=steps: compute(steps))  # type: ignore[misc]
             setattr(self, name, max(getattr(self, name), rate))
+
+    def of_kind(self, kind: str) -> float:
+        """Operations a second at which this kind of weight is multiplied."""
+        return {"int8": self.int8, "int4": self.int8, "bfloat16": self.bf16}.get(kind, self.floats)
 
 
 def packed(kind: str, outputs: int, inputs: int) -> PackedWeight:
@@ -117,7 +123,7 @@ def main() -> None:
         for outputs, inputs in (SHAPES[index] for index in options.shapes):
             rows = [count for count in options.rows if 2.0 * count * outputs * inputs < MOST_OPERATIONS / 8]
             best = best_seconds(kind, (outputs, inputs), rows, limits, options.threads)
-            peak = limits.int8 if kind in ("int8", "int4") else limits.floats
+            peak = limits.of_kind(kind)
             print(f"{kind} {inputs}x{outputs}: read {limits.bytes / 1e9:.1f} GB/s, peak {peak / 1e9:.0f} Gop/s")
             for count, spent_s in best.items():
                 read, done = outputs * inputs * BITS[kind] / 8 / spent_s, 2 * count * outputs * inputs / spent_s

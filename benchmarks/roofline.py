@@ -32,7 +32,7 @@ class Roofline:
         return READ_BYTES / best_s(lambda: self._read(self._memory, READ_BYTES))
 
     def operation_rate(self, kind: str) -> float:
-        """Operations a second on "floats" or "int8", at best: a multiplication and a sum are two."""
+        """Operations a second on "floats", "bf16" or "int8", at best: a multiplication and a sum are two."""
         compute = self._kernels.kernel(f"limit_{kind}", ctypes.c_long, result=ctypes.c_long)
         operations: int = compute(STEPS) * self._threads
         return operations / best_s(lambda: compute(STEPS))

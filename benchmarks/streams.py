@@ -131,9 +131,8 @@ def sixteen_streams(path: Path, sizes: Sizes, format_: Format) -> Figure:
             for streams in (1, 16)
         )
         read_rate = float(roofline.value("read_rate"))
-        operation_rate = float(
-            roofline.value("operation_rate", kind="int8" if format_.quantization.layers else "floats")
-        )
+        kind = "int8" if format_.quantization.layers else "bf16"
+        operation_rate = float(roofline.value("operation_rate", kind=kind))
     read_s = token_bytes(path, format_) / read_rate
     compute_s = 16 * token_operations(path, format_) / operation_rate
     behind = f"{many:.1f} tokens/s, one stream {one:.1f}; {read_rate / 1e9:.1f} GB/s, {operation_rate / 1e12:.2f} Tops"

@@ -29,13 +29,15 @@ SHARED = ("cpu.c", "memory.c", "pool.c")
 FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
 LINKED = ("-shared", "-pthread", "-s", "-O2")  # ziglang then links its release runtime: 6 s, not 32, the first time
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 INSTRUCTION_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # by architecture, from the slowest to the fastest
     "x86_64": {
         "scalar": (),
         "avx2": AVX2,
         "avx2vnni": (*AVX2, "-mavxvnni"),
         "avx512": AVX512,
+        "avx512bf16": (*AVX512, "-mavx512bf16"),
+        "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     },
     "aarch64": {
         "scalar": (),

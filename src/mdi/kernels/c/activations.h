@@ -27,7 +27,7 @@ static void pack_pairs(const Product *product, const Activations *packed, int th
     long begin = pairs * thread / n_threads, end = pairs * (thread + 1) / n_threads;
     const uint16_t *x = product->x;
     for (long row = 0; row < product->rows; row++, x += inputs) {
-        int r = (int)(row % TILE_ROWS), rows = tile_rows(product->rows, row - r);
+        int r = (int)(row % packed->tile_rows), rows = tile_rows(packed, product->rows, row - r);
         float *tile = packed->floats + (row - r) * pairs;
         for (long pair = begin; pair < end; pair++) {
             uint32_t low = x[2 * pair], high = 2 * pair + 1 < inputs ? x[2 * pair + 1] : 0;
@@ -36,11 +36,23 @@ static void pack_pairs(const Product *product, const Activations *packed, int th
     }
 }
 
+// Steps of 64 bytes, as they are.
+static void pack_steps(const Product *product, const Activations *packed, int thread, int n_threads) {
+    long steps = packed->inputs * 2 / STEP_BYTES, begin = steps * thread / n_threads, end = steps * (thread + 1) / n_threads;
+    const char *x = product->x;
+    for (long row = 0; row < product->rows; row++, x += steps * STEP_BYTES) {
+        int r = (int)(row % packed->tile_rows), rows = tile_rows(packed, product->rows, row - r);
+        char *tile = (char *)packed->floats + ((row - r) * steps + r) * STEP_BYTES;
+        for (long step = begin; step < end; step++)
+            memcpy(tile + step * rows * STEP_BYTES, x + step * STEP_BYTES, STEP_BYTES);
+    }
+}
+
 static void pack_floats(const Product *product, const Activations *packed, int thread, int n_threads) {
     long inputs = product->weight->inputs, filled = packed->inputs;
     long begin = inputs * thread / n_threads, end = inputs * (thread + 1) / n_threads;
-    for (long first = 0; first < product->rows; first += TILE_ROWS) {
-        int rows = tile_rows(product->rows, first);
+    for (long first = 0; first < product->rows; first += packed->tile_rows) {
+        int rows = tile_rows(packed, product->rows, first);
         float *tile = packed->floats + first * filled;
         if (product->dtype == FLOAT32) pack_rows(product->x, inputs, first, rows, begin, end, tile, FLOAT32);
         if (product->dtype == BFLOAT16) pack_rows(product->x, inputs, first, rows, begin, end, tile, BFLOAT16);
@@ -99,7 +111,7 @@ static void quantize_activations(const Product *product, const Activations *pack
     int8_t values[MAX_GROUP];
     int32_t sums[2];
     for (long row = 0; row < product->rows; row++) {
-        int r = (int)(row % TILE_ROWS), rows = tile_rows(product->rows, row - r);
+        int r = (int)(row % packed->tile_rows), rows = tile_rows(packed, product->rows, row - r);
         for (long g = begin; g < end; g++) {
             long at = (row - r) * groups + g * rows + r, index = row * inputs + g * group;
             if (product->dtype == FLOAT32) load_group(product->x, index, group, FLOAT32, x);
@@ -107,8 +119,9 @@ static void quantize_activations(const Product *product, const Activations *pack
             if (product->dtype == FLOAT16) load_group(product->x, index, group, FLOAT16, x);
             packed->scales[at] = quantize_group(x, group, values, sums);
             packed->sums[at] = first_sum(weight, sums);
-            int8_t *to = packed->values + (row - r) * inputs + g * group * rows + 4 * r;
-            for (int k = 0; k < group; k += 4) memcpy(to + k * rows, values + k, 4);
+            int8_t *to = packed->values + (row - r) * inputs + g * group * rows;
+            if (packed->on_tiles) memcpy(to + group * r, values, (size_t)group);
+            else for (int k = 0; k < group; k += 4) memcpy(to + k * rows + 4 * r, values + k, 4);
         }
     }
 }

@@ -43,9 +43,13 @@ static int runs_avx2vnni(void) { return runs_avx2() && bit(leaf(7, 1).eax, 4); }
 static int runs_avx512(void) {
     Leaf seventh = leaf(7, 0);
     int f = bit(seventh.ebx, 16), dq = bit(seventh.ebx, 17), bw = bit(seventh.ebx, 30), vl = bit(seventh.ebx, 31);
-    int vnni = bit(seventh.ecx, 11), bf16 = bit(leaf(7, 1).eax, 5);
-    return runs_avx2() && f && dq && bw && vl && vnni && bf16 && system_saves(0xE6);
+    return runs_avx2() && f && dq && bw && vl && bit(seventh.ecx, 11) && system_saves(0xE6);
 }
+
+static int has_avx512bf16(void) { return runs_avx512() && bit(leaf(7, 1).eax, 5); }
+
+// Only AMD's are worth it: on a Sapphire Rapids, products of pairs take longer than two fused products of float32.
+static int runs_avx512bf16(void) { return has_avx512bf16() && leaf(0, 0).ecx == 0x444d4163; }  // Authenti-cAMD
 
 // Linux gives a process the tiles' state when it asks for it.
 static int tiles_granted(void) {
@@ -60,7 +64,7 @@ static int tiles_granted(void) {
 static int runs_amx(void) {
     uint32_t edx = leaf(7, 0).edx;
     int bf16 = bit(edx, 22), tile = bit(edx, 24), int8 = bit(edx, 25);
-    return runs_avx512() && bf16 && tile && int8 && system_saves(0x600E6) && tiles_granted();
+    return has_avx512bf16() && bf16 && tile && int8 && system_saves(0x600E6) && tiles_granted();
 }
 
 int mdi_cpu_runs(const char *isa) {
@@ -68,6 +72,7 @@ int mdi_cpu_runs(const char *isa) {
     if (!strcmp(isa, "avx2")) return runs_avx2();
     if (!strcmp(isa, "avx2vnni")) return runs_avx2vnni();
     if (!strcmp(isa, "avx512")) return runs_avx512();
+    if (!strcmp(isa, "avx512bf16")) return runs_avx512bf16();
     if (!strcmp(isa, "amx")) return runs_amx();
     return 0;
 }

@@ -78,8 +78,8 @@ static void unpack(int kind, const char *panel, long begin, long end, float *blo
 
 INLINE void float_tiles(const Work *work, int kind, int panels, const char *w, long jump, long first, long rows, long begin,
                         long end) {
-    for (long row = first; row < first + rows; row += TILE_ROWS) {
-        int count = tile_rows(work->product->rows, row);
+    for (long row = first; row < first + rows; row += work->x.tile_rows) {
+        int count = tile_rows(&work->x, work->product->rows, row);
         const float *x = work->x.floats + (row * work->x.inputs + begin * count) / (kind == BF16_PAIRS ? 2 : 1);
         float *sums = work->sums + (row - first) * PANEL;
         if (panels == 2 && FEW_ROWS) float_tile_of(kind, count, 2, x, w, jump, end - begin, sums);

@@ -24,6 +24,16 @@ INLINE vint broadcast(const int8_t *four) {
 // Compilers keep loaded activations for the next vector of weights, and then have no registers for the sums.
 INLINE void load_anew(void) { __asm__ volatile("" : : : "memory"); }
 
+// Adds a group's integer sum, scaled by its activations' scale and its weights'.
+INLINE vfloat add_group8(int group_scales, vfloat total, vfloat x_scale, vfloat scale, vfloat sum) {
+    return group_scales ? vf_fma(vf_mul(total, x_scale), scale, sum) : vf_fma(total, x_scale, sum);
+}
+
+INLINE vfloat add_group4(int has_zeros, vfloat total, vfloat x_scale, int32_t x_sum, vfloat zero, vfloat scale, vfloat sum) {
+    if (has_zeros) total = vf_sub(total, vf_mul(zero, vf_set1((float)x_sum)));  // exact: below 2^24
+    return vf_fma(vf_mul(total, x_scale), scale, sum);
+}
+
 INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
                       float *sums) {
     int vectors = panels * PANEL_VECTORS;
@@ -52,7 +62,7 @@ INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char
             vfloat scale = vf_set1(x.scales[r]);
             UNROLL for (int v = 0; v < vectors; v++) {
                 vfloat total = vi_to_float(dot[r][v]);
-                sum[r][v] = group_scales ? vf_fma(vf_mul(total, scale), scales[v], sum[r][v]) : vf_fma(total, scale, sum[r][v]);
+                sum[r][v] = add_group8(group_scales, total, scale, scales[v], sum[r][v]);
             }
         }
     }
@@ -109,8 +119,7 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
             if (has_zeros && !unpacked) zero = vf_load_uint8((const uint8_t *)weights_of(w + 2 * PANEL, jump, PANEL, v));
             UNROLL for (int r = 0; r < rows; r++) {
                 vfloat total = vi_to_float(vi_small_total(dot[r][v]));
-                if (has_zeros) total = vf_sub(total, vf_mul(zero, vf_set1((float)x.sums[r])));  // exact: below 2^24
-                sum[r][v] = vf_fma(vf_mul(total, vf_set1(x.scales[r])), scale, sum[r][v]);
+                sum[r][v] = add_group4(has_zeros, total, vf_set1(x.scales[r]), x.sums[r], zero, scale, sum[r][v]);
             }
         }
     }
@@ -144,8 +153,8 @@ INLINE void int_tiles(const Work *work, Layout layout, int panels, const char *w
                       long end) {
     int group = work->weight->group;
     long groups = work->x.inputs / group;
-    for (long row = first; row < first + rows; row += TILE_ROWS) {
-        int count = tile_rows(work->product->rows, row);
+    for (long row = first; row < first + rows; row += work->x.tile_rows) {
+        int count = tile_rows(&work->x, work->product->rows, row);
         long at = row * groups + begin / group * count;
         const int8_t *values = work->x.values + row * work->x.inputs + begin * count;
         for (int r = 0; r < count; r += INT_ROWS) {

@@ -9,6 +9,16 @@
 #include "int_products.h"
 #include "memory.h"
 #include "pool.h"
+#if defined(MDI_AMX)
+#include "tile_products.h"
+#else
+static int takes_tiles(const Product *product) { return (void)product, 0; }
+static void begin_tiles(const Product *product) { (void)product; }
+static void tiles_release(void) {}
+static void multiply_tiles(const Work *work, const char *panel, long first, long rows, long begin, long end) {
+    (void)work, (void)panel, (void)first, (void)rows, (void)begin, (void)end;
+}
+#endif
 
 static size_t aligned(size_t size) { return (size + 63) & ~(size_t)63; }
 
@@ -17,6 +27,8 @@ static size_t place_activations(const Product *product, Activations *x) {
     const Weight *weight = product->weight;
     x->inputs = weight->kind == BFLOAT16 ? (weight->inputs + 1) / 2 * 2 : weight->inputs;
     x->in_pairs = HAS_BF16_DOT && weight->kind == BFLOAT16 && product->dtype == BFLOAT16;
+    x->on_tiles = takes_tiles(product);
+    x->tile_rows = x->on_tiles ? 16 : TILE_ROWS;
     size_t numbers = (size_t)(product->rows * x->inputs);
     x->floats = (float *)product->scratch;
     if (!weight->group) return aligned(numbers * sizeof(float));
@@ -94,7 +106,8 @@ static void compute(const Work *work, long panel, long apart, long first, long r
     for (int shard = 0; shard < shards; shard++) {
         long from = weight->inputs / shards * shard, to = shard + 1 < shards ? from + weight->inputs / shards : work->x.inputs;
         memset(work->sums, 0, (size_t)places * PANEL * sizeof(float));
-        if (weight->group) multiply_ints(work, panels, begin, jump, first, rows, from, to);
+        if (work->x.on_tiles) multiply_tiles(work, begin, first, rows, from, to);
+        else if (weight->group) multiply_ints(work, panels, begin, jump, first, rows, from, to);
         else multiply_floats(work, panels, begin, jump, first, rows, from, to);
         if (weight->scales) scale_sums(weight, work->sums, panel, rows);
         if (weight->scales && apart) scale_sums(weight, work->sums + SUMS_JUMP, panel + apart, rows);
@@ -107,6 +120,23 @@ static void compute(const Work *work, long panel, long apart, long first, long r
     if (apart) finish(product, totals + SUMS_JUMP, panel + apart, first, rows);
 }
 
+// One thread's panels.
+static void multiply_panels(const Work *work, int thread, int n_threads) {
+    const Product *product = work->product;
+    const Weight *weight = work->weight;
+    long begin = weight->n_panels * thread / n_threads, end = weight->n_panels * (thread + 1) / n_threads;
+    if (product->rows <= FEW_ROWS) {
+        long half = (end - begin + 1) / 2;
+        for (long panel = begin; panel < begin + half; panel++)
+            compute(work, panel, panel + half < end ? half : 0, 0, product->rows);
+        return;
+    }
+    for (long first = 0; first < product->rows; first += ROWS_AT_ONCE) {
+        long rows = product->rows - first < ROWS_AT_ONCE ? product->rows - first : ROWS_AT_ONCE;
+        for (long panel = begin; panel < end; panel++) compute(work, panel, 0, first, rows);
+    }
+}
+
 void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
     const Weight *weight = product->weight;
     Work work = {.product = product, .weight = weight};
@@ -115,20 +145,13 @@ void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
     work.totals = (float *)(own + SUMS_SIZE);
     work.block = own + 2 * SUMS_SIZE;
     if (weight->group) quantize_activations(product, &work.x, thread, n_threads);
+    else if (work.x.on_tiles) pack_steps(product, &work.x, thread, n_threads);
     else if (work.x.in_pairs) pack_pairs(product, &work.x, thread, n_threads);
     else pack_floats(product, &work.x, thread, n_threads);
     mdi_barrier();
-    long begin = weight->n_panels * thread / n_threads, end = weight->n_panels * (thread + 1) / n_threads;
-    if (product->rows <= FEW_ROWS) {
-        long half = (end - begin + 1) / 2;
-        for (long panel = begin; panel < begin + half; panel++)
-            compute(&work, panel, panel + half < end ? half : 0, 0, product->rows);
-        return;
-    }
-    for (long first = 0; first < product->rows; first += ROWS_AT_ONCE) {
-        long rows = product->rows - first < ROWS_AT_ONCE ? product->rows - first : ROWS_AT_ONCE;
-        for (long panel = begin; panel < end; panel++) compute(&work, panel, 0, first, rows);
-    }
+    if (work.x.on_tiles) begin_tiles(product);
+    multiply_panels(&work, thread, n_threads);
+    if (work.x.on_tiles) tiles_release();
 }
 
 static void run_part(void *product, int thread, int n_threads) { KERNEL(product_part)(product, thread, n_threads); }

@@ -74,7 +74,7 @@ INLINE void store_as(void *to, long index, float value, int dtype) {
 
 #if defined(EMULATED_AVX512)
 #include "vector_scalar.h"
-#elif defined(MDI_AVX512) || defined(MDI_AMX)
+#elif defined(MDI_AVX512) || defined(MDI_AVX512BF16) || defined(MDI_AMX)
 #include "vector_avx512.h"
 #elif defined(MDI_AVX2) || defined(MDI_AVX2VNNI)
 #include "vector_avx2.h"

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX-512 with VNNI and bf16.
+// Vectors of 16 floats: AVX-512 with VNNI, with and without bf16.
 #pragma once
 
 #include <immintrin.h>
@@ -86,10 +86,15 @@ INLINE vfloat vf_high_bf16(vint pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
 }
 
+#if defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 INLINE vfloat vf_dot_bf16(vfloat sum, vint weights, vint x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
 }
+#else
+#define HAS_BF16_DOT 0
+INLINE vfloat vf_dot_bf16(vfloat sum, vint weights, vint x) { return (void)weights, (void)x, sum; }  // never called
+#endif
 
 INLINE vint vi_low_nibbles(vint bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 INLINE vint vi_high_nibbles(vint bytes) { return vi_low_nibbles(_mm512_srli_epi16(bytes, 4)); }

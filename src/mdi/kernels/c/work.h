@@ -6,7 +6,7 @@
 
 enum {
     PANEL_VECTORS = PANEL / LANES,
-    ROWS_AT_ONCE = 516,
+    ROWS_AT_ONCE = 528,  // a multiple of every height of a tile
     SUMS_JUMP = TILE_ROWS * PANEL,  // floats between the sums of two panels that are computed together
     SUMS_SIZE = ROWS_AT_ONCE * PANEL * sizeof(float),
     BLOCK_SIZE = 256 * PANEL * sizeof(float),  // bytes of a panel's part that is unpacked for many rows
@@ -18,12 +18,14 @@ enum {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// Activations of a product, in tiles of TILE_ROWS rows, for all threads.
+// Activations of a product, in tiles of rows, for all threads.
 typedef struct {
     long inputs;     // filled up to whole steps of a panel
     int in_pairs;    // bfloat16 is multiplied in pairs: see vf_dot_bf16
-    float *floats;   // [inputs][rows], for float weights; in pairs [inputs / 2][rows][2] bfloat16
-    int8_t *values;  // [inputs / 4][rows][4], for quantised ones: x = value * scale
+    int on_tiles;    // see tile_products.h
+    int tile_rows;   // TILE_ROWS, or 16 on tiles
+    float *floats;   // [inputs][rows], for float weights; in pairs [inputs / 2][rows][2] bfloat16; on tiles [inputs / 32][rows][32]
+    int8_t *values;  // [inputs / 4][rows][4], for quantised ones: x = value * scale; on tiles [groups][rows][group]
     float *scales;   // [groups][rows]
     int32_t *sums;   // [groups][rows]: of the values; for weights without zeros, what a sum of the group begins with
 } Activations;
@@ -37,10 +39,13 @@ typedef struct {
     char *block;
 } Work;
 
+enum { STEP_BYTES = 64 };  // of a row, that are multiplied at once on tiles
 enum { GROUP4 = 32 };  // inputs of a group of an int4 weight, and the bytes that it takes in a panel:
 INLINE long group4_size(int has_zeros) { return PANEL * (2 + has_zeros + GROUP4 / 2); }
 
-INLINE int tile_rows(long rows, long first) { return rows - first < TILE_ROWS ? (int)(rows - first) : TILE_ROWS; }
+INLINE int tile_rows(const Activations *x, long rows, long first) {
+    return rows - first < x->tile_rows ? (int)(rows - first) : x->tile_rows;
+}
 
 INLINE float *sums_of(float *sums, int row, int vector) {
     return sums + vector / PANEL_VECTORS * SUMS_JUMP + row * PANEL + vector % PANEL_VECTORS * LANES;
