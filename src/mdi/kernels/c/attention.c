@@ -6,212 +6,198 @@
 // A row's bits depend on its position and on the keys and values up to it, on nothing beside it. Keys are cut, from
 // key 0 on, into partitions of 512, and these into blocks of 64:
 //
-//   a score is one sum over head_dim: LANES partial sums, added in a fixed order;
+//   a score is one accumulator over head_dim, channels in order;
 //   within a partition, blocks follow each other as in arXiv:2205.14135, in float32: the largest score so far, the sum
 //   of the weights, and the weighted sum of the values, one accumulator a channel, keys in order;
 //   a row's partitions are computed independently, and merged in their order.
 //
-// The query heads of one key head share what is read of the cache. An item of work is a key head and up to ITEM_ROWS
-// rows (token by token, the heads of the group) of one sequence: with all partitions one after the other, or, where
-// a sequence has few rows and a long context, with one partition, so that the context spreads over all threads.
+// An item of work is some rows of one sequence, at most ITEM_ROWS: the query heads of one key head, which share what is
+// read of the cache, token by token; of few tokens all key heads, as memory is read fastest in one piece. It has all
+// partitions, or, where a sequence has few rows and a long context, some, so that the context spreads over all threads.
 #include "attention.h"
 
 #include <math.h>
 
+#include "attention_tiles.h"
+#include "floats.h"
 #include "memory.h"
 #include "pool.h"
-#include "vector.h"
 
-enum { PARTITION = 512, BLOCK = 64, ITEM_ROWS = 96, SPREAD_TOKENS = 8 };
-#if defined(MDI_SCALAR)
-enum { QUERIES = 2, KEYS = 1, VECTORS = 1 };  // tiles: what lies in registers
-#else
-enum { QUERIES = 6, KEYS = 2, VECTORS = 2 };
-#endif
-#define UNROLL _Pragma("GCC unroll 6")  // sums stay in registers
+enum { PARTITION = 512, ITEM_ROWS = 96, SPREAD_TOKENS = 8, ITEMS_PER_THREAD = 2, CACHE_LINE = 64 };
 
 typedef struct {  // the softmax of some rows over some keys: largest score, sum of weights, weighted sum of values
     float *largest, *sum, *mixed;  // [rows], [rows], [rows][width]
 } Softmax;
 
-typedef struct {  // where the next block of keys and values lies: fetched while this one is computed with
-    const char *keys, *values;
-    long stride, size;  // bytes from key to key; bytes of a key
-} Ahead;
-
 typedef struct {  // a thread's own memory
-    float *queries, *keys, *values, *scores;  // [ITEM_ROWS][width], [BLOCK][width] twice, [ITEM_ROWS][BLOCK]
-    float *key_scales, *value_scales;         // [BLOCK], of an int8 cache
+    float *panel;                      // of keys or values
+    float *queries, *scores;           // [rows][width], [rows][BLOCK]
+    float *key_scales, *value_scales;  // [BLOCK], of an int8 cache
+    float *highest, *kept;             // [rows]: the largest score with the block's; what earlier sums are multiplied by
+    int *seen;                         // [rows]: keys of the block that a row attends to
     Softmax part, total;
     Ahead ahead;
 } Scratch;
 
-typedef struct {  // some tokens of a run, all heads of one key head's group, over partitions [first, last)
+typedef struct {  // how a run is cut into items
+    long tokens, heads, partitions;  // of an item; heads are key heads
+    int spreads;                     // an item has some of the partitions
+} Cut;
+
+typedef struct {  // tokens of a run, with some key heads' groups, over partitions [first, last)
     const Run *run;
-    long token, tokens, head, first_partition, last_partition;
+    long token, tokens, head, heads, first_partition, last_partition;
     float *partials;  // of a spread run: [tokens][heads][partitions][width + 2], else NULL
 } Item;
 
 typedef struct {
     const Attention *call;
-    long group, width, item_tokens;  // query heads of a key head; head_dim in whole vectors; tokens of an item
+    long group, width;  // query heads of a key head; head_dim in whole vectors
+    int n_threads, heads_together;
     float scale;
     float *partials;  // of spread runs
 } Work;
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long pieces(long length, long size) { return (length + size - 1) / size; }
+INLINE long number_bytes(int dtype) { return dtype == INT8_CACHE ? 1 : dtype_bytes(dtype); }
 
-// Keys that a run's last row attends to.
-INLINE long keys_of(const Attention *call, const Run *run) {
-    return call->causal ? run->start + run->length : call->slot_rows;
+// The first keys_of_token(token) keys of a slot are what a token of a run attends to.
+INLINE long keys_of_token(const Attention *call, const Run *run, long token) {
+    return call->causal ? run->start + token + 1 : call->slot_rows;
 }
-INLINE long partitions_of(const Attention *call, const Run *run) { return pieces(keys_of(call, run), PARTITION); }
+INLINE long partitions_of(const Attention *call, const Run *run) {
+    return pieces(keys_of_token(call, run, run->length - 1), PARTITION);
+}
 INLINE int spreads(const Attention *call, const Run *run) {
     return run->length <= SPREAD_TOKENS && partitions_of(call, run) > 1;
 }
+INLINE int has_few_rows(const Attention *call, const Run *run) { return run->length * call->heads <= ITEM_ROWS; }
 INLINE long partials_of(const Work *work, const Run *run) {
     return run->length * work->call->heads * partitions_of(work->call, run) * (work->width + 2);
 }
 
-// [rows][from_stride] of a dtype, from index `first` on, to float32 [rows][width], times a factor, zeros behind head_dim.
-static void widen(const void *from, long first, long from_stride, int dtype, long rows, long head_dim, long width, float factor,
-                  float *to) {
-    vfloat by = vf_set1(factor);
-    for (long row = 0; row < rows; row++, to += width) {
-        long d = 0, at = first + row * from_stride;
-        if (dtype == FLOAT32)
-            for (; d + LANES <= head_dim; d += LANES) vf_store(to + d, vf_mul(by, vf_load_as(from, at + d, FLOAT32)));
-        else if (dtype == BFLOAT16)
-            for (; d + LANES <= head_dim; d += LANES) vf_store(to + d, vf_mul(by, vf_load_as(from, at + d, BFLOAT16)));
-        else if (dtype == FLOAT16)
-            for (; d + LANES <= head_dim; d += LANES) vf_store(to + d, vf_mul(by, vf_load_as(from, at + d, FLOAT16)));
-        else
-            for (; d < head_dim; d++) to[d] = (float)((const int8_t *)from)[at + d];
-        for (; d < width; d++) to[d] = d < head_dim ? load_as(from, at + d, dtype) * factor : 0.0f;
+static Cut cut_of(const Work *work, const Run *run) {
+    const Attention *call = work->call;
+    long heads = work->heads_together && has_few_rows(call, run) ? call->kv_heads : 1, partitions = partitions_of(call, run);
+    int spread = spreads(call, run);
+    if (spread) partitions = most(1, partitions / (ITEMS_PER_THREAD * work->n_threads));
+    return (Cut){most(1, ITEM_ROWS / (work->group * heads)), heads, partitions, spread};
+}
+
+// A token's queries of one key head: [group][width] of float32, times a factor.
+static void widen_queries(const Work *work, long at, float *to) {
+    const Attention *call = work->call;
+    for (long head = 0; head < work->group; head++, at += call->head_dim, to += work->width) {
+        widen_row(call->queries, at, call->dtype, call->head_dim, to);
+        for (long d = 0; d < call->head_dim; d++) to[d] *= work->scale;
     }
 }
 
-INLINE void score_tile(const float *queries, const float *keys, long width, float *scores, int n_queries, int n_keys) {
-    vfloat sums[QUERIES][KEYS];
-    UNROLL for (int q = 0; q < n_queries; q++)
-        UNROLL for (int k = 0; k < n_keys; k++) sums[q][k] = vf_zero();
-    for (long d = 0; d < width; d += LANES) {
-        vfloat key[KEYS];
-        UNROLL for (int k = 0; k < n_keys; k++) key[k] = vf_load(keys + k * width + d);
-        UNROLL for (int q = 0; q < n_queries; q++) {
-            vfloat query = vf_load(queries + q * width + d);
-            UNROLL for (int k = 0; k < n_keys; k++) sums[q][k] = vf_fma(query, key[k], sums[q][k]);
-        }
+// While a block is computed, the rows of the cache behind it are fetched, if the item has all of their heads.
+static Ahead ahead_of(const Work *work, const Scratch *scratch, const Item *item, long next) {
+    const Attention *call = work->call;
+    if (item->heads < call->kv_heads) return (Ahead){(const char *)scratch->panel, 0};
+    long bytes = number_bytes(call->cache_dtype), row = item->run->slot * call->slot_rows + next;
+    return (Ahead){(const char *)call->keys + row * call->key_stride * bytes, PANEL * bytes};
+}
+
+static void score_block(const Work *work, Scratch *scratch, const Rows *keys, const float *queries, float *scores, long rows) {
+    for (long key = 0; key < keys->n_keys; key += PANEL) {
+        pack_keys(keys, key, scratch->panel);
+        score_rows(queries, work->width, scratch->panel, keys->head_dim, rows, scores + key,
+                   rows <= TILE_ROWS ? &scratch->ahead : NULL);
     }
-    UNROLL for (int q = 0; q < n_queries; q++)
-        UNROLL for (int k = 0; k < n_keys; k++) scores[q * BLOCK + k] = vf_sum(sums[q][k]);
 }
 
-// The processor itself does not foresee short pieces with gaps between them. Keys are fetched while scores are computed,
-// values while values are mixed.
-INLINE void fetch(const char *from, const Ahead *ahead, long key, long end) {
-    for (; key < end; key++)
-        for (long at = 0; at < ahead->size; at += 64) __builtin_prefetch(from + key * ahead->stride + at);
-}
-
-INLINE void score_strip(const float *queries, const float *keys, const Ahead *ahead, long width, long n_keys,
-                        float *scores, int n_queries) {
-    long key = 0;
-    for (; key + KEYS <= n_keys; key += KEYS) {
-        if (ahead) fetch(ahead->keys, ahead, key, key + KEYS);
-        score_tile(queries, keys + key * width, width, scores + key, n_queries, KEYS);
-    }
-    for (; key < n_keys; key++) score_tile(queries, keys + key * width, width, scores + key, n_queries, 1);
-}
-
-// mixed = mixed * kept + weights x values, for VECTORS vectors of channels.
-INLINE void value_tile(const float *weights, const float *values, long width, long n_keys, const float *kept,
-                       float *mixed, int n_queries, int n_vectors) {
-    vfloat sums[QUERIES][VECTORS];
-    UNROLL for (int q = 0; q < n_queries; q++)
-        UNROLL for (int v = 0; v < n_vectors; v++)
-            sums[q][v] = vf_mul(vf_load(mixed + q * width + v * LANES), vf_set1(kept[q]));
-    for (long key = 0; key < n_keys; key++, values += width) {
-        vfloat value[VECTORS];
-        UNROLL for (int v = 0; v < n_vectors; v++) value[v] = vf_load(values + v * LANES);
-        UNROLL for (int q = 0; q < n_queries; q++) {
-            vfloat weight = vf_set1(weights[q * BLOCK + key]);
-            UNROLL for (int v = 0; v < n_vectors; v++) sums[q][v] = vf_fma(weight, value[v], sums[q][v]);
-        }
-    }
-    UNROLL for (int q = 0; q < n_queries; q++)
-        UNROLL for (int v = 0; v < n_vectors; v++) vf_store(mixed + q * width + v * LANES, sums[q][v]);
-}
-
-INLINE void value_strip(const float *weights, const float *values, const Ahead *ahead, long width, long n_keys,
-                        const float *kept, float *mixed, int n_queries) {
-    long d = 0;
-    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) {
-        if (ahead) fetch(ahead->values, ahead, d * BLOCK / width, (d + VECTORS * LANES) * BLOCK / width);
-        value_tile(weights, values + d, width, n_keys, kept, mixed + d, n_queries, VECTORS);
-    }
-    for (; d < width; d += LANES)
-        value_tile(weights, values + d, width, n_keys, kept, mixed + d, n_queries, 1);
-}
-
-// One row's scores become weights: exp(score - largest), zeros behind. Returns what earlier sums are multiplied by.
-static float weigh(Scratch *scratch, const float *key_scales, const float *value_scales, long row, long n_keys) {
-    Softmax *part = &scratch->part;
-    float *scores = scratch->scores + row * BLOCK;
-    long end = pieces(n_keys, LANES) * LANES;
+// The keys that a row does not see have a score of -infinity. Returns the largest score.
+static float mask_scores(float *scores, const float *key_scales, long n_keys, float largest) {
+    vfloat highest = vf_set1(largest);
     if (key_scales)
-        for (long key = 0; key < n_keys; key++) scores[key] *= key_scales[key];
-    for (long key = n_keys; key < end; key++) scores[key] = -INFINITY;
-    vfloat largest = vf_set1(part->largest[row]), sum = vf_zero();
-    for (long key = 0; key < end; key += LANES) largest = vf_max(vf_load(scores + key), largest);
-    float highest = vf_largest(largest), before[LANES];
-    vf_store(before, vf_exp(vf_set1(part->largest[row] - highest)));
-    for (long key = 0; key < end; key += LANES) {
+        for (long key = 0; key < n_keys; key += LANES)
+            vf_store(scores + key, vf_mul(vf_load(scores + key), vf_load(key_scales + key)));
+    for (long key = n_keys; key % LANES; key++) scores[key] = -INFINITY;
+    for (long key = 0; key < n_keys; key += LANES) highest = vf_max(vf_load(scores + key), highest);
+    return vf_largest(highest);
+}
+
+// Scores become weights, exp(score - highest), zeros behind those of the row. Returns their sum.
+static float weigh_scores(float *scores, const float *value_scales, long n_keys, float highest) {
+    vfloat sum = vf_zero();
+    for (long key = 0; key < n_keys; key += LANES) {
         vfloat weight = vf_exp(vf_sub(vf_load(scores + key), vf_set1(highest)));
         sum = vf_add(sum, weight);
-        vf_store(scores + key, weight);
+        vf_store(scores + key, value_scales ? vf_mul(weight, vf_load(value_scales + key)) : weight);
     }
-    if (value_scales)
-        for (long key = 0; key < n_keys; key++) scores[key] *= value_scales[key];
-    part->largest[row] = highest;
-    part->sum[row] = part->sum[row] * before[0] + vf_sum(sum);
-    return before[0];
+    return vf_sum(sum);
 }
 
-INLINE void attend_strip(Scratch *scratch, const float *key_scales, const float *value_scales, long row, long n_keys,
-                         long width, int n_queries) {
-    float *scores = scratch->scores + row * BLOCK, kept[QUERIES];
-    const Ahead *ahead = row == 0 && scratch->ahead.keys ? &scratch->ahead : NULL;
-    score_strip(scratch->queries + row * width, scratch->keys, ahead, width, n_keys, scores, n_queries);
-    for (int q = 0; q < n_queries; q++) kept[q] = weigh(scratch, key_scales, value_scales, row + q, n_keys);
-    value_strip(scores, scratch->values, ahead, width, n_keys, kept, scratch->part.mixed + row * width, n_queries);
+static void weigh_block(Scratch *scratch, int quantized, float *largest, float *sum, long first, long rows) {
+    const float *key_scales = quantized ? scratch->key_scales : NULL;
+    const float *value_scales = quantized ? scratch->value_scales : NULL;
+    float *highest = scratch->highest, *kept = scratch->kept;
+    for (long row = first; row < rows; row++)
+        highest[row] = mask_scores(scratch->scores + row * BLOCK, key_scales, scratch->seen[row], largest[row]);
+    for (long row = first; row < rows; row += LANES)
+        vf_store(kept + row, vf_exp(vf_sub(vf_load(largest + row), vf_load(highest + row))));
+    for (long row = first; row < rows; row++) {
+        float added = weigh_scores(scratch->scores + row * BLOCK, value_scales, scratch->seen[row], highest[row]);
+        sum[row] = sum[row] * kept[row] + added;
+        largest[row] = highest[row];
+    }
 }
 
-// Rows [row, end) attend to the first n_keys keys of the block.
-static void attend_rows(Scratch *scratch, int quantized, long row, long end, long n_keys, long width) {
-    const float *ks = quantized ? scratch->key_scales : NULL, *vs = quantized ? scratch->value_scales : NULL;
-    for (; row + QUERIES <= end; row += QUERIES) attend_strip(scratch, ks, vs, row, n_keys, width, QUERIES);
-    if (QUERIES > 4 && end - row >= 4) attend_strip(scratch, ks, vs, row, n_keys, width, 4), row += 4;
-    if (QUERIES > 2 && end - row >= 2) attend_strip(scratch, ks, vs, row, n_keys, width, 2), row += 2;
-    if (end - row >= 1) attend_strip(scratch, ks, vs, row, n_keys, width, 1);
+// Values are read in place where they are read once: by few rows, in whole vectors.
+static void mix_block(const Work *work, Scratch *scratch, const Rows *values, float *mixed, long first, long rows) {
+    int in_place = rows - first <= TILE_ROWS && values->head_dim == work->width;
+    Rows panel = {scratch->panel, 0, PANEL, values->n_keys, PANEL, FLOAT32}, some = *values;
+    for (long d = 0; d < work->width; d += PANEL, some.at += PANEL) {
+        if (!in_place) pack_values(values, d, scratch->panel);
+        mix_rows(scratch->scores + first * BLOCK, in_place ? &some : &panel, scratch->seen + first, scratch->kept + first,
+                 mixed + first * work->width + d, work->width, rows - first,
+                 in_place ? &scratch->ahead : NULL, (work->width - d) / LANES);
+    }
 }
 
-// ahead: whether a whole block of these keys follows.
-static void load_block(const Work *work, Scratch *scratch, long slot, long first, long n_keys, long head, int ahead) {
+static void load_scales(const Attention *call, Scratch *scratch, long row, long head, long n_keys) {
+    long at = row * 2 * call->kv_heads + head;
+    for (long key = 0; key < BLOCK; key++, at += 2 * call->kv_heads) {
+        scratch->key_scales[key] = key < n_keys ? call->key_scales[at] : 0.0f;
+        scratch->value_scales[key] = key < n_keys ? call->value_scales[at] : 0.0f;
+    }
+}
+
+// A key head's rows over one block of its keys, from the one at `cached` in the cache on; rows before `first` see none.
+static void attend_head(const Work *work, Scratch *scratch, long head, long cached, long n_keys, float *queries,
+                        const Softmax *part, long first, long rows) {
     const Attention *call = work->call;
-    long item = call->cache_dtype == INT8_CACHE ? 1 : dtype_bytes(call->cache_dtype);
-    long row = slot * call->slot_rows + first, at = row * call->key_stride + head * call->head_dim;
-    widen(call->keys, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f, scratch->keys);
-    widen(call->values, at, call->key_stride, call->cache_dtype, n_keys, call->head_dim, work->width, 1.0f,
-          scratch->values);
-    long next = (at + BLOCK * call->key_stride) * item;
-    scratch->ahead = (Ahead){ahead ? (const char *)call->keys + next : NULL, (const char *)call->values + next,
-                             call->key_stride * item, call->head_dim * item};
-    if (call->cache_dtype != INT8_CACHE) return;
-    for (long key = 0; key < n_keys; key++) {
-        scratch->key_scales[key] = call->key_scales[(row + key) * 2 * call->kv_heads + head];
-        scratch->value_scales[key] = call->value_scales[(row + key) * 2 * call->kv_heads + head];
+    int quantized = call->cache_dtype == INT8_CACHE;
+    Rows keys = {call->keys, cached * call->key_stride + head * call->head_dim, call->key_stride, n_keys, call->head_dim,
+                 call->cache_dtype};
+    Rows values = keys;
+    values.numbers = call->values;
+    if (quantized) load_scales(call, scratch, cached, head, n_keys);
+    score_block(work, scratch, &keys, queries + first * work->width, scratch->scores + first * BLOCK, rows - first);
+    weigh_block(scratch, quantized, part->largest, part->sum, first, rows);
+    mix_block(work, scratch, &values, part->mixed, first, rows);
+}
+
+// An item's rows over a block of keys. last: the end of the item's keys.
+static void attend_block(const Work *work, Scratch *scratch, const Item *item, long block, long last) {
+    const Attention *call = work->call;
+    long rows = item->tokens * work->group, first = rows, n_keys = least(BLOCK, last - block);
+    while (first > 0) {
+        long seen = keys_of_token(call, item->run, item->token + (first - 1) / work->group) - block;
+        if (seen <= 0) break;
+        scratch->seen[--first] = (int)least(seen, n_keys);
+    }
+    scratch->ahead = ahead_of(work, scratch, item, least(block + BLOCK, last));
+    for (long head = 0; head < item->heads; head++) {
+        Softmax part = {scratch->part.largest + head * rows, scratch->part.sum + head * rows,
+                        scratch->part.mixed + head * rows * work->width};
+        attend_head(work, scratch, item->head + head, item->run->slot * call->slot_rows + block, n_keys,
+                    scratch->queries + head * rows * work->width, &part, first, rows);
     }
 }
 
@@ -220,27 +206,11 @@ static void begin(Softmax *softmax, long rows, long width) {
     memset(softmax->mixed, 0, sizeof(float) * rows * width);
 }
 
-// The first keys_of(token) keys of a slot are what a token of a run attends to.
-INLINE long keys_of_token(const Attention *call, const Run *run, long token) {
-    return call->causal ? run->start + token + 1 : call->slot_rows;
-}
-
 // An item's rows over one partition: into scratch->part.
-static void attend_partition(const Work *work, Scratch *scratch, const Item *item, long partition) {
-    const Attention *call = work->call;
-    long group = work->group, width = work->width, quantized = call->cache_dtype == INT8_CACHE;
-    long last = keys_of_token(call, item->run, item->token + item->tokens - 1);
-    begin(&scratch->part, item->tokens * group, width);
-    for (long block = partition * PARTITION; block < least((partition + 1) * PARTITION, last); block += BLOCK) {
-        long n_keys = least(BLOCK, last - block), token = 0;
-        load_block(work, scratch, item->run->slot, block, n_keys, item->head, block + 2 * BLOCK <= last);
-        for (long seen; token < item->tokens; token++) {  // the tokens that see no key of the block, or not all
-            seen = keys_of_token(call, item->run, item->token + token) - block;
-            if (seen >= n_keys) break;
-            if (seen > 0) attend_rows(scratch, quantized, token * group, (token + 1) * group, seen, width);
-        }
-        attend_rows(scratch, quantized, token * group, item->tokens * group, n_keys, width);
-    }
+static void attend_partition(const Work *work, Scratch *scratch, const Item *item, long partition, long last) {
+    begin(&scratch->part, item->heads * item->tokens * work->group, work->width);
+    for (long block = partition * PARTITION; block < least((partition + 1) * PARTITION, last); block += BLOCK)
+        attend_block(work, scratch, item, block, last);
 }
 
 // Adds what a row's next partition gave to what its earlier ones did.
@@ -265,36 +235,47 @@ static void write_row(const Work *work, long row, long head, float sum, const fl
     for (; d < call->head_dim; d++) store_as(call->out, at + d, mixed[d] / sum, call->dtype);
 }
 
-static void keep_partials(const Work *work, const Scratch *scratch, const Item *item) {
-    long group = work->group, size = work->width + 2, partitions = partitions_of(work->call, item->run);
-    for (long row = 0; row < item->tokens * group; row++) {
-        long token = item->token + row / group, head = item->head * group + row % group;
-        float *to = item->partials + ((token * work->call->heads + head) * partitions + item->first_partition) * size;
-        to[0] = scratch->part.largest[row], to[1] = scratch->part.sum[row];
-        memcpy(to + 2, scratch->part.mixed + row * work->width, sizeof(float) * work->width);
+// The token of an item's row, counted from the run's first one, and its query head.
+INLINE long token_of(const Work *work, const Item *item, long row) { return item->token + row / work->group % item->tokens; }
+INLINE long head_of(const Work *work, const Item *item, long row) {
+    return (item->head + row / (item->tokens * work->group)) * work->group + row % work->group;
+}
+
+static void keep_partials(const Work *work, const Softmax *part, const Item *item, long rows, long partition) {
+    long size = work->width + 2, partitions = partitions_of(work->call, item->run);
+    for (long row = 0; row < rows; row++) {
+        long at = token_of(work, item, row) * work->call->heads + head_of(work, item, row);
+        float *to = item->partials + (at * partitions + partition) * size;
+        to[0] = part->largest[row], to[1] = part->sum[row];
+        memcpy(to + 2, part->mixed + row * work->width, sizeof(float) * work->width);
     }
+}
+
+static void merge_partition(const Work *work, Scratch *scratch, const Item *item, long rows, long partition) {
+    Softmax *part = &scratch->part, *total = &scratch->total;
+    for (long row = 0; row < rows; row++)
+        if (keys_of_token(work->call, item->run, token_of(work, item, row)) > partition * PARTITION)
+            merge(&total->largest[row], &total->sum[row], total->mixed + row * work->width, part->largest[row],
+                  part->sum[row], part->mixed + row * work->width, work->width);
 }
 
 static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
     const Attention *call = work->call;
-    long group = work->group, width = work->width, rows = item->tokens * group;
-    for (long token = 0; token < item->tokens; token++) {
-        long at = (item->run->row + item->token + token) * call->query_stride + item->head * group * call->head_dim;
-        widen(call->queries, at, call->head_dim, call->dtype, group, call->head_dim, width, work->scale,
-              scratch->queries + token * group * width);
+    long width = work->width, rows = item->heads * item->tokens * work->group;
+    for (long row = 0; row < rows; row += work->group) {
+        long at = (item->run->row + token_of(work, item, row)) * call->query_stride;
+        widen_queries(work, at + head_of(work, item, row) * call->head_dim, scratch->queries + row * width);
     }
     begin(&scratch->total, rows, width);
+    long last = least(item->last_partition * PARTITION, keys_of_token(call, item->run, item->token + item->tokens - 1));
     for (long partition = item->first_partition; partition < item->last_partition; partition++) {
-        attend_partition(work, scratch, item, partition);
-        if (item->partials) keep_partials(work, scratch, item);
-        for (long row = 0; row < rows && !item->partials; row++)
-            if (keys_of_token(call, item->run, item->token + row / group) > partition * PARTITION)
-                merge(&scratch->total.largest[row], &scratch->total.sum[row], scratch->total.mixed + row * width,
-                      scratch->part.largest[row], scratch->part.sum[row], scratch->part.mixed + row * width, width);
+        attend_partition(work, scratch, item, partition, last);
+        if (item->partials) keep_partials(work, &scratch->part, item, rows, partition);
+        else merge_partition(work, scratch, item, rows, partition);
     }
     for (long row = 0; row < rows && !item->partials; row++)
-        write_row(work, item->run->row + item->token + row / group, item->head * group + row % group,
-                  scratch->total.sum[row], scratch->total.mixed + row * width);
+        write_row(work, item->run->row + token_of(work, item, row), head_of(work, item, row), scratch->total.sum[row],
+                  scratch->total.mixed + row * width);
 }
 
 // The tokens of a run that have an item of their own for each partition: merges these.
@@ -310,21 +291,22 @@ static void merge_run(const Work *work, Scratch *scratch, const Run *run, const 
     }
 }
 
-static long item_rows(const Work *work) { return ITEM_ROWS > work->group ? ITEM_ROWS : work->group; }
+// Rows of an item, with room behind for a whole vector of them.
+static long item_rows(const Work *work) { return pieces(most(ITEM_ROWS, work->group), LANES) * LANES + LANES; }
+static long panel_size(const Work *work) { return PANEL * most(work->width, BLOCK); }
 
 static size_t thread_size(const Work *work) {
-    long rows = item_rows(work), width = work->width;
-    size_t floats = 3 * rows * width + 2 * BLOCK * width + rows * BLOCK + 2 * BLOCK + 4 * rows;
-    return (floats * sizeof(float) + 63) & ~(size_t)63;
+    long rows = item_rows(work);
+    size_t floats = panel_size(work) + rows * (3 * work->width + BLOCK + 7) + 2 * BLOCK;
+    return (floats * sizeof(float) + CACHE_LINE - 1) & ~(size_t)(CACHE_LINE - 1);
 }
 
 static Scratch scratch_of(const Work *work, int thread) {
     long rows = item_rows(work), width = work->width;
     Scratch scratch;
-    float *at = scratch.queries = (float *)(work->call->scratch + thread * thread_size(work));
-    scratch.keys = at += rows * width;
-    scratch.values = at += BLOCK * width;
-    scratch.part.mixed = at += BLOCK * width;
+    float *at = scratch.panel = (float *)(work->call->scratch + thread * thread_size(work));
+    scratch.queries = at += panel_size(work);
+    scratch.part.mixed = at += rows * width;
     scratch.total.mixed = at += rows * width;
     scratch.scores = at += rows * width;
     scratch.key_scales = at += rows * BLOCK;
@@ -333,6 +315,9 @@ static Scratch scratch_of(const Work *work, int thread) {
     scratch.part.sum = at += rows;
     scratch.total.largest = at += rows;
     scratch.total.sum = at += rows;
+    scratch.highest = at += rows;
+    scratch.kept = at += rows;
+    scratch.seen = (int *)(at + rows);
     return scratch;
 }
 
@@ -342,25 +327,34 @@ static void attend_claimed(const Work *work, Scratch *scratch) {
     long index = 0, mine = atomic_fetch_add(call->claimed, 1);
     float *partials = work->partials;
     for (const Run *run = call->runs; run < call->runs + call->n_runs; run++) {
-        int spread = spreads(call, run);
-        for (long token = 0; token < run->length; token += work->item_tokens) {
-            long tokens = least(work->item_tokens, run->length - token);
+        Cut cut = cut_of(work, run);
+        for (long token = 0; token < run->length; token += cut.tokens) {
+            long tokens = least(cut.tokens, run->length - token);
             long end = pieces(keys_of_token(call, run, token + tokens - 1), PARTITION);
-            for (long first = 0; first < end; first += spread ? 1 : end)
-                for (long head = 0; head < call->kv_heads; head++) {
+            for (long first = 0; first < end; first += cut.partitions)
+                for (long head = 0; head < call->kv_heads; head += cut.heads) {
                     if (index++ != mine) continue;
-                    Item item = {run, token, tokens, head, first, spread ? first + 1 : end, spread ? partials : NULL};
+                    Item item = {run, token, tokens, head, cut.heads, first, least(first + cut.partitions, end),
+                                 cut.spreads ? partials : NULL};
                     attend_item(work, scratch, &item);
                     mine = atomic_fetch_add(call->claimed, 1);
                 }
         }
-        if (spread) partials += partials_of(work, run);
+        if (cut.spreads) partials += partials_of(work, run);
     }
 }
 
+// Whether threads have enough to do where an item has all heads.
+static int heads_together(const Attention *call, int n_threads) {
+    long items = 0;
+    for (const Run *run = call->runs; run < call->runs + call->n_runs && items < n_threads; run++)
+        items += spreads(call, run) ? partitions_of(call, run) : 1;
+    return items >= n_threads;
+}
+
 static Work work_of(const Attention *call, int n_threads) {
-    Work work = {.call = call, .group = call->heads / call->kv_heads, .width = pieces(call->head_dim, LANES) * LANES};
-    work.item_tokens = work.group < ITEM_ROWS ? ITEM_ROWS / work.group : 1;
+    Work work = {.call = call, .group = call->heads / call->kv_heads, .width = pieces(call->head_dim, LANES) * LANES,
+                 .n_threads = n_threads, .heads_together = heads_together(call, n_threads)};
     work.scale = 1.0f / sqrtf((float)call->head_dim);
     if (call->scratch) work.partials = (float *)(call->scratch + n_threads * thread_size(&work));
     return work;

@@ -10,6 +10,7 @@
 //   vf_sum vf_largest                           across lanes, in a fixed order
 //   vf_exp vf_sigmoid vf_gelu vf_tanh
 //   vi_zero vi_set1 vi_add vi_sub vi_round vi_to_float vi_store_int8   int32 lanes; vi_round: to nearest even
+//   vi_byte vi_transpose                        byte i of each lane, with its sign; LANES vectors, rows to columns
 #pragma once
 
 #include <math.h>
@@ -19,6 +20,13 @@
 #include "kernel.h"
 
 #define INLINE static inline __attribute__((always_inline))
+
+// Before a loop of constant length over vectors, which then stay in registers.
+#if defined(MDI_SCALAR) || defined(EMULATED_AVX512)
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // Types of tensors, as kernels are given them.
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

@@ -33,6 +33,26 @@ INLINE vfloat vf_power2(vint n) {  // -126 <= n <= 127
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 
+INLINE vint vi_byte(vint a, int i) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * i), 24); }
+
+INLINE void vi_transpose(vint rows[LANES]) {
+    vint pairs[8], fours[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        rows[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+    }
+}
+
 INLINE float vf_sum(vfloat a) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -71,6 +91,10 @@ INLINE void vf_store_f16(uint16_t *to, vfloat value) {
 INLINE void vi_store_int8(int8_t *to, vint a) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(words, words));
+}
+
+INLINE vfloat vf_load_int8(const int8_t *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }
 
 // Products: 16 outputs in a panel, 6 rows by 2 vectors in the registers; up to 3 rows take two panels at once.

@@ -35,6 +35,33 @@ INLINE vfloat vf_power2(vint n) {  // -126 <= n <= 127
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
 }
 
+INLINE vint vi_byte(vint a, int i) {
+    return _mm512_srai_epi32(_mm512_slli_epi32(a, (unsigned)(24 - 8 * i)), 24);
+}
+
+INLINE void vi_transpose(vint rows[LANES]) {
+    vint pairs[16], fours[16], halves[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) {  // fours[i + j]: column 4k + j of four rows, in the quarter k
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 8)  // halves: quarters 0 and 2, and 1 and 3, of eight rows
+        UNROLL for (int j = i; j < i + 4; j++) {
+            halves[j] = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0x88);
+            halves[j + 4] = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0xdd);
+        }
+    UNROLL for (int j = 0; j < 8; j++) {
+        rows[j] = _mm512_shuffle_i32x4(halves[j], halves[j + 8], 0x88);
+        rows[j + 8] = _mm512_shuffle_i32x4(halves[j], halves[j + 8], 0xdd);
+    }
+}
+
 INLINE float vf_sum(vfloat a) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -69,6 +96,10 @@ INLINE vfloat vf_load_f16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_
 
 INLINE void vf_store_f16(uint16_t *to, vfloat value) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+INLINE vfloat vf_load_int8(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 }
 
 INLINE vfloat vf_load_uint8(const uint8_t *from) {

@@ -40,6 +40,14 @@ INLINE vint vi_round(vfloat a) { return vcvtnq_s32_f32(a); }
 INLINE vfloat vi_to_float(vint a) { return vcvtq_f32_s32(a); }
 INLINE vfloat vf_power2(vint n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
 
+INLINE vint vi_byte(vint a, int i) { return vshrq_n_s32(vshlq_s32(a, vdupq_n_s32(24 - 8 * i)), 24); }
+
+INLINE void vi_transpose(vint rows[LANES]) {
+    int32x4x2_t low = vzipq_s32(rows[0], rows[2]), high = vzipq_s32(rows[1], rows[3]);
+    int32x4x2_t first = vzipq_s32(low.val[0], high.val[0]), last = vzipq_s32(low.val[1], high.val[1]);
+    rows[0] = first.val[0], rows[1] = first.val[1], rows[2] = last.val[0], rows[3] = last.val[1];
+}
+
 INLINE float vf_sum(vfloat a) {
     float32x2_t two = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
@@ -59,6 +67,12 @@ INLINE void vf_store_bf16(uint16_t *to, vfloat value) {
 
 INLINE vfloat vf_load_f16(const uint16_t *from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
 INLINE void vf_store_f16(uint16_t *to, vfloat value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
+
+INLINE vfloat vf_load_int8(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 
 INLINE vfloat vf_load_uint8(const uint8_t *from) {
     uint32_t four;

@@ -73,6 +73,16 @@ INLINE vfloat vf_low_bf16(vint a) { return (vfloat)(a << 16); }
 INLINE vfloat vf_high_bf16(vint a) { return (vfloat)(a & -0x10000); }
 INLINE vfloat vf_load_uint8(const uint8_t *from) { vfloat r = {0}; EACH_LANE r[i] = from[i]; return r; }
 
+INLINE vfloat vf_load_int8(const int8_t *from) { vfloat r = {0}; EACH_LANE r[i] = from[i]; return r; }
+
+INLINE vint vi_byte(vint a, int i) { return a << (24 - 8 * i) >> 24; }
+
+INLINE void vi_transpose(vint rows[LANES]) {
+    vint columns[LANES];
+    for (int column = 0; column < LANES; column++) EACH_LANE columns[column][i] = rows[i][column];
+    memcpy(rows, columns, sizeof columns);
+}
+
 INLINE vint vi_low_nibbles(vint a) { return a & 0x0f0f0f0f; }
 INLINE vint vi_high_nibbles(vint a) { return a >> 4 & 0x0f0f0f0f; }
 

@@ -12,12 +12,6 @@ enum {
     BLOCK_SIZE = 256 * PANEL * sizeof(float),  // bytes of a panel's part that is unpacked for many rows
 };
 
-#if defined(MDI_SCALAR) || defined(EMULATED_AVX512)
-#define UNROLL
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 // Activations of a product, in tiles of rows, for all threads.
 typedef struct {
     long inputs;     // filled up to whole steps of a panel
