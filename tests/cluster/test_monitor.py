@@ -12,9 +12,11 @@ import pytest
 from testing.links import fake_node, free_port
 
 from mdi.cluster import node_client
-from mdi.cluster.monitor import Beat, Heartbeat, Monitor
+from mdi.cluster.monitor import Beat, Heartbeat, Monitor, warn_of_other_kernels
 from mdi.cluster.node_client import NodeAddress
 from mdi.core.errors import LinkError
+from mdi.kernels.library import kernels_in_use
+from mdi.rpc import node_pb2
 from mdi.rpc.authority import Authority
 from mdi.rpc.channel import HEARTBEAT_S
 from mdi.rpc.diagnose import diagnose
@@ -123,3 +125,12 @@ def test_one_heartbeat_a_node_which_follows_it_to_another_address(
         assert moved is not heartbeat
         assert monitor.heartbeat(NodeAddress("finisher", second)) is moved
         assert next_beat(monitor, moved).answer
+
+
+def test_a_node_that_computes_with_other_kernels_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    here = kernels_in_use("cpu")
+    for device, kernels in [("cpu", here), ("cuda:0", "torch"), ("cpu", "")]:
+        warn_of_other_kernels("secondary0", node_pb2.NodeStatus(device=device, kernels=kernels))
+    assert not caplog.records
+    warn_of_other_kernels("finisher", node_pb2.NodeStatus(device="cpu", kernels="abacus"))
+    assert f"node finisher computes with abacus, this machine with {here}: an answer" in caplog.text

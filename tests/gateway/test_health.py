@@ -62,4 +62,13 @@ def test_nodes_are_shown_with_what_they_hold_and_do(server: FakeServer) -> None:
     assert (answer["recovering"], answer["recoveries"], answer["failed_requests"]) == (False, 3, 2)
     [node] = answer["nodes"]
     assert (node["name"], node["state"], node["first_layer"], node["last_layer"]) == ("starter", "ready", 0, 2)
-    assert {"resident_bytes", "pid", "busy_share", "sent_bytes", "received_bytes", "round_trip_s", "restarts"} < {*node}
+    assert {
+        "resident_bytes",
+        "pid",
+        "busy_share",
+        "sent_bytes",
+        "received_bytes",
+        "round_trip_s",
+        "restarts",
+        "kernels",
+    } < {*node}

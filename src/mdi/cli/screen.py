@@ -52,7 +52,9 @@ def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> Table:
     for node in nodes:
         layers = f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare"
         numbers = described(node.dtype, node.quantization) if node.dtype else ""
-        table.add_row(node.name, layers, numbers, node.device, f"{node.resident_bytes / 1e6:,.0f} MB")
+        table.add_row(
+            node.name, layers, numbers, f"{node.device} {node.kernels}", f"{node.resident_bytes / 1e6:,.0f} MB"
+        )
     return table
 
 

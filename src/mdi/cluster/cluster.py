@@ -35,6 +35,7 @@ from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
+from mdi.kernels.library import kernels_in_use
 from mdi.kernels.threads import set_threads
 from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
@@ -116,6 +117,7 @@ class Cluster:
             last_layer=spec.last_layer,
             dtype=dtype_name(self._loaded.dtype),
             device=str(self._loaded.device),
+            kernels=kernels_in_use(str(self._loaded.device)),
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
             busy_share=self.stage.busy.share(),

@@ -12,6 +12,7 @@ from mdi.cluster.loop_thread import LoopThread
 from mdi.cluster.node_client import RPC_TIMEOUT_S, NodeAddress, NodeClient
 from mdi.core.errors import LinkError
 from mdi.core.status import NodeState, NodeStatus
+from mdi.kernels.library import kernels_in_use
 from mdi.rpc import node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 from mdi.rpc.tls import Identity
@@ -74,6 +75,8 @@ class Heartbeat:
                 failure, missed = error, (self.last.missed if self.last else 0) + 1
         beat = self.last = Beat(asked_s, time.monotonic() - asked_s, answer, failure, missed)
         if answer:
+            if self._answered is None:
+                warn_of_other_kernels(self.client.node.name, answer)
             self._answered = beat
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -150,6 +153,19 @@ class Heartbeat:
             await asyncio.sleep(HEARTBEAT_S)
 
 
+def warn_of_other_kernels(name: str, status: node_pb2.NodeStatus) -> None:
+    """Logs where a CPU's kernels differ from those here: their results differ in the last bits."""
+    here = kernels_in_use("cpu")
+    if status.device.startswith("cpu") and status.kernels not in ("", here):
+        log.warning(
+            "node %s computes with %s, this machine with %s: an answer that goes on elsewhere after a loss may differ; "
+            "MDI_CPU=... sets one for all",
+            name,
+            status.kernels,
+            here,
+        )
+
+
 class Monitor:
     """The heartbeats of all nodes, and the thread that calls them. identity: encrypts all links; None: in the clear."""
 
@@ -194,6 +210,7 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         last_layer=status.last_layer,
         dtype=status.dtype,
         device=status.device,
+        kernels=status.kernels,
         resident_bytes=status.resident_bytes,
         pid=status.pid,
         busy_share=status.busy_share,

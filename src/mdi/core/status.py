@@ -20,7 +20,7 @@ class NodeStatus:
     busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
     started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
     name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
-    quantization: of the model.
+    quantization: of the model. kernels: what computes: an instruction set of the kernels, or "torch".
     """
 
     name: str
@@ -38,6 +38,7 @@ class NodeStatus:
     restarts: int = 0
     spare: str = ""
     node: str = ""
+    kernels: str = ""
     quantization: ModelQuantization = UNQUANTIZED
 
 

@@ -52,6 +52,12 @@ def library() -> Library | None:
         return None
 
 
+def kernels_in_use(device: str) -> str:
+    """What computes on a device: an instruction set of the kernels, or "torch"."""
+    loaded = library() if device.startswith("cpu") else None
+    return loaded.isa if loaded else "torch"
+
+
 class UnusableError(MDIError):
     """The library is missing, damaged, or built for another machine or of other sources."""
 

@@ -18,6 +18,7 @@ from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, LinkError, MDIError
+from mdi.kernels.library import kernels_in_use
 from mdi.models.weights import LoadedStage
 from mdi.node.settings import NodeSettings
 from mdi.node.store import ChunkStore, StoredChunk
@@ -80,6 +81,7 @@ class Lifecycle:
             node=self.node,
             role=self.role,
             device=self._settings.device,
+            kernels=kernels_in_use(self._settings.device),
             manifest_digest=self.manifest_digest,
             leaving=self._released is not None,
         )

@@ -228,7 +228,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "leaving")
+    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "kernels", "leaving")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         LOADING: _ClassVar[NodeStatus.State]
@@ -261,6 +261,7 @@ class NodeStatus(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     state: NodeStatus.State
     error: str
@@ -282,8 +283,9 @@ class NodeStatus(_message.Message):
     sent_bytes: int
     received_bytes: int
     free_bytes: float
+    kernels: str
     leaving: bool
-    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., kernels: _Optional[str] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class ResultsRequest(_message.Message):
     __slots__ = ("epoch",)
