@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.quantization import INT4
-from mdi.layers.gptq import DAMPING, SHRINKAGE, Compensation, Hessian, quantize_with
+from mdi.layers.gptq import DAMPING, SHRINKAGE, Compensation, quantize_with
 from mdi.layers.quantize import NotFiniteError, ScaleError, dequantize, quantize
 
 INPUTS, OUTPUTS = 128, 96
@@ -24,44 +24,36 @@ def activations(rows: int, seed: int) -> Tensor:
     return (random_tensor(rows, 24, seed=seed) @ mixing + 0.5 * random_tensor(rows, INPUTS, seed=seed + 1)) * sizes
 
 
-def compensation(x: Tensor) -> Compensation:
-    hessian = Hessian()
-    for part in torch.split(x, 100):
-        hessian.add(part)
-    return Compensation.of(hessian.mean(), INT4)
-
-
 def lost(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
     return float((x @ (rounded - weight).T).square().mean())
 
 
 def test_the_product_errs_less_on_activations_that_were_not_in_the_calibration() -> None:
     weight, held_out = random_tensor(OUTPUTS, INPUTS, seed=0), activations(500, seed=2)
-    calibrated = dequantize(quantize_with(weight, compensation(activations(2000, seed=4))))
+    calibrated = dequantize(quantize_with(weight, Compensation.of(activations(2000, seed=4), INT4)))
     assert lost(weight, calibrated, held_out) < 0.5 * lost(weight, dequantize(quantize(weight, INT4)), held_out)
 
 
 def test_few_activations_do_not_make_it_worse_than_the_nearest() -> None:
     weight, held_out = random_tensor(OUTPUTS, INPUTS, seed=0), activations(500, seed=2)
-    calibrated = dequantize(quantize_with(weight, compensation(activations(INPUTS // 2, seed=4))))
+    calibrated = dequantize(quantize_with(weight, Compensation.of(activations(INPUTS // 2, seed=4), INT4)))
     assert lost(weight, calibrated, held_out) < lost(weight, dequantize(quantize(weight, INT4)), held_out)
 
 
-def test_the_factor_is_that_of_the_inverse_drawn_towards_the_diagonal() -> None:
-    hessian = activations(500, seed=0)
-    hessian = hessian.T @ hessian
+def test_the_factor_is_that_of_the_activations_drawn_towards_their_diagonal() -> None:
+    x = activations(700, seed=0)  # more than are summed at once
+    hessian = (x.double().T @ x.double()) / len(x)
     drawn = hessian * (1 - SHRINKAGE)
     drawn.diagonal().copy_(hessian.diagonal() + DAMPING * hessian.diagonal().mean())
-    made = Compensation.of(hessian.clone(), INT4)
-    expected = drawn[made.order][:, made.order].double().inverse()
-    assert torch.equal(made.factor, made.factor.triu())
-    assert torch.allclose(
-        made.factor.double().T @ made.factor.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.max())
-    )
+    made = Compensation.of(x, INT4)
+    factor = made.factor.double() * made.weights.double()
+    assert torch.equal(factor, factor.triu())
+    expected = drawn[made.order][:, made.order]
+    assert torch.allclose(factor @ factor.T, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
 
 
 def test_groups_stay_whole_and_come_by_their_weight() -> None:
-    order = compensation(activations(300, seed=0)).order.view(-1, 32)
+    order = Compensation.of(activations(300, seed=0), INT4).order.view(-1, 32)
     assert torch.equal(order.flatten().sort().values, torch.arange(INPUTS))
     assert all(len(set((group // 32).tolist())) == 1 for group in order)
 
@@ -75,7 +67,7 @@ def test_where_inputs_do_not_go_together_each_weight_errs_no_more_than_the_neare
 def test_inputs_and_outputs_that_are_always_zero_are_no_exception() -> None:
     weight, x = random_tensor(OUTPUTS, INPUTS, seed=0), activations(300, seed=0)
     weight[:, :32], weight[3], x[:, 64:70] = 0, 0, 0
-    made = dequantize(quantize_with(weight, compensation(x)))
+    made = dequantize(quantize_with(weight, Compensation.of(x, INT4)))
     assert made.isfinite().all()
     assert not made[3].any()
     assert dequantize(quantize_with(weight, Compensation.of(torch.zeros(INPUTS, INPUTS), INT4))).isfinite().all()

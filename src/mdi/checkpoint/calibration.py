@@ -1,13 +1,14 @@
 """int4 weights that are calibrated with a text: what a model's layers read in it decides how they are rounded.
 
-The text runs through the layers one after the other, each with the weights that the layers before it have by then.
-Memory is needed for one layer in float32, its activations, and one matrix of inputs x inputs for each product.
+The text runs once through the products, one after the other: each is calibrated with the inputs that it gets from the
+weights before it, as they are rounded by then. Memory is needed for one product in float32, the activations of the
+whole text, and one matrix of inputs x inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,7 @@ from mdi.checkpoint.weights import RoundedWeights, UnfitError, not_finite
 from mdi.core.batch import Batch, Slice
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
-from mdi.core.reduce import Reduce, alone
-from mdi.layers.gptq import Compensation, Hessian, quantize_with
+from mdi.layers.gptq import Compensation, quantize_with
 from mdi.layers.linear import Linear
 from mdi.layers.norm import RMSNorm
 from mdi.layers.quantize import NotFiniteError, ScaleError
@@ -75,8 +75,8 @@ class CalibrationText:
         """Hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def sequences(self, source: Source) -> list[Tensor]:
-        """The text as a checkpoint's tokens: up to MAX_SEQUENCES of SEQUENCE, spread evenly over it.
+    def sequences(self, source: Source) -> Tensor:
+        """The text as a checkpoint's tokens: up to MAX_SEQUENCES, spread evenly over it: int64 [sequences, SEQUENCE].
 
         Control tokens in the text are control tokens. Raises ConfigError where it is too short.
         """
@@ -88,8 +88,7 @@ class CalibrationText:
                 "are needed: add text of the kind that the model will read"
             )
         n_taken = min(n_whole, MAX_SEQUENCES)
-        starts = [index * n_whole // n_taken * SEQUENCE for index in range(n_taken)]
-        return [ids[start : start + SEQUENCE] for start in starts]
+        return ids[: n_whole * SEQUENCE].view(n_whole, SEQUENCE)[torch.arange(n_taken) * n_whole // n_taken]
 
 
 @dataclass
@@ -125,47 +124,41 @@ class CalibratedWeights:
 
     def _calibrated(self) -> Iterator[dict[str, QuantizedTensor]]:
         """The matrices of every layer, then the LM head's."""
-        embedding = self.tensor(EMBEDDING)
-        hidden = [embedding[ids].float() for ids in self.text.sequences(self.source)]
-        del embedding
-        for layer in range(self.source.model_config.n_layers):
-            made = self._calibrated_layer(layer, hidden)
+        config, ids = self.source.model_config, self.text.sequences(self.source)
+        slices = tuple(Slice(slot, 0, SEQUENCE) for slot in range(len(ids)))
+        batch = Batch(0, slices, text_positions(0, SEQUENCE).repeat(1, len(ids)))
+        hidden = self.tensor(EMBEDDING)[ids.flatten()].float()
+        for index in range(config.n_layers):
+            made: dict[str, QuantizedTensor] = {}
+            stage = Stage(self._layer(index, made), n_slots=len(ids), sequence_length=SEQUENCE)
+            hidden = stage.run(batch, hidden)
+            del stage
             yield made
-            hidden = _through(self._layer(layer, made), hidden)
-        yield self._calibrated_head(hidden)
-
-    def _calibrated_layer(self, index: int, hidden: Sequence[Tensor]) -> dict[str, QuantizedTensor]:
-        loaded, hessians = self._layer(index, {}), {product: Hessian() for product in PRODUCTS}
-        for product, hessian in hessians.items():
-            layer = loaded.decoder.layers[0]
-            setattr(layer, product, _Observed(getattr(layer, product), hessian))
-        _through(loaded, hidden, reduce=_each_product)
-        del loaded, layer
-        made: dict[str, QuantizedTensor] = {}
-        for product, names in PRODUCTS.items():
-            made |= self._calibrate([f"{LAYERS}{index}.{name}.weight" for name in names], hessians.pop(product))
-        return made
-
-    def _calibrated_head(self, hidden: Sequence[Tensor]) -> dict[str, QuantizedTensor]:
-        config, hessian = self.source.model_config, Hessian()
         norm = RMSNorm(_Float32(self, {}), stem(FINAL_NORM), config.hidden_size, config.rms_eps)
-        for sequence in hidden:
-            hessian.add(norm(sequence))
-        return self._calibrate([LM_HEAD], hessian)
+        yield self.calibrate([LM_HEAD], norm(hidden))
 
-    def _calibrate(self, names: Sequence[str], hessian: Hessian) -> dict[str, QuantizedTensor]:
-        """Those of these weights that have a 4-bit format. hessian: of their inputs."""
-        formats = {name: format_of(name, hessian.inputs, self.quantization) for name in names}
+    def _layer(self, index: int, made: dict[str, QuantizedTensor]) -> LoadedStage:
+        """A layer in float32 whose products are made by their first inputs, and then are in `made`."""
+        spec, get = StageSpec(index, index + 1), _Float32(self, made)
+        loaded = load_stage(self.source.model_config, spec, torch.device("cpu"), _WithoutMatrices(get))
+        layer = loaded.decoder.layers[0]
+        for product, names in PRODUCTS.items():
+            weights = [f"{LAYERS}{index}.{name}.weight" for name in names]
+            setattr(layer, product, _Uncalibrated(get, weights, getattr(layer, product)))
+        return loaded
+
+    def calibrate(self, names: Sequence[str], x: Tensor) -> dict[str, QuantizedTensor]:
+        """Those of these weights that have a 4-bit format. x: their inputs, float32 [tokens, inputs]."""
+        formats = {name: format_of(name, x.shape[1], self.quantization) for name in names}
         wanted = {name: format_ for name, format_ in formats.items() if format_ and format_.bits == 4}
-        if not wanted:
-            return {}
-        mean = hessian.mean()
-        if not mean.isfinite().all():
+        if not torch.linalg.vector_norm(x).isfinite():
             raise CheckpointError(
                 f"what {names[0]} reads in the calibration text is infinite or no number: a weight before it is "
                 "damaged; download or convert the checkpoint again"
             )
-        compensation = Compensation.of(mean, next(iter(wanted.values())))
+        if not wanted:
+            return {}
+        compensation = Compensation.of(x, next(iter(wanted.values())))
         return {name: self._quantize(name, compensation) for name in wanted}
 
     def _quantize(self, name: str, compensation: Compensation) -> QuantizedTensor:
@@ -176,18 +169,13 @@ class CalibratedWeights:
         except ScaleError as error:
             raise UnfitError(name, str(error)) from None
 
-    def _layer(self, index: int, made: Mapping[str, QuantizedTensor]) -> LoadedStage:
-        """One layer in float32. made: its calibrated matrices; the others are as the checkpoint has them."""
-        spec = StageSpec(index, index + 1)
-        return load_stage(self.source.model_config, spec, torch.device("cpu"), _Float32(self, made))
-
 
 @dataclass(frozen=True)
 class _Float32:
-    """A `GetTensor` of weights in float32, some of them calibrated."""
+    """A `GetTensor` of weights in float32, and of those that are calibrated by now."""
 
     weights: CalibratedWeights
-    made: Mapping[str, QuantizedTensor]
+    made: dict[str, QuantizedTensor]
     dtype: torch.dtype = torch.float32
 
     def __call__(self, name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> Tensor:
@@ -197,28 +185,33 @@ class _Float32:
         return self.made[name] if name in self.made else self(name, shape)
 
 
-class _Observed(Linear):
-    """A product that adds its inputs to a Hessian."""
+@dataclass(frozen=True)
+class _WithoutMatrices:
+    """A `GetTensor` whose matrices have no contents (torch's device "meta")."""
 
-    def __init__(self, product: Linear, hessian: Hessian) -> None:
-        self.product = product
-        self.hessian = hessian
+    get: _Float32
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: str | None = None, /) -> Tensor:
+        return self.get(name, shape, dtype)
+
+    def matrix(self, _name: str, shape: tuple[int, ...], /) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+
+class _Uncalibrated(Linear):
+    """A product without weights. Its inputs make them, all at once. names: of the weights, in order."""
+
+    def __init__(self, get: _Float32, names: Sequence[str], product: Linear) -> None:
+        super().__init__(product.weight, product.bias, product.activation)
+        self.get = get
+        self.names = names
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.hessian.add(x)
-        return self.product(x)
-
-
-def _each_product(partial: Tensor) -> Tensor:
-    """A `Reduce` of one rank. Unlike `alone`, it has products computed one by one, and not by one kernel a layer."""
-    return partial
-
-
-def _through(loaded: LoadedStage, hidden: Sequence[Tensor], reduce: Reduce = alone) -> list[Tensor]:
-    """What a layer makes of sequences: each [SEQUENCE, hidden_size]."""
-    stage = Stage(loaded, n_slots=1, sequence_length=SEQUENCE, reduce=reduce)
-    batch = Batch(0, (Slice(0, 0, SEQUENCE),), text_positions(0, SEQUENCE))
-    return [stage.run(batch, sequence) for sequence in hidden]
+        self.get.made.update(self.get.weights.calibrate(self.names, x))
+        outputs = {stem(name): self.get.weights.source.spec(name).shape[0] for name in self.names}
+        made = Linear.load(self.get, outputs, x.shape[1], bias=self.bias is not None, activation=self.activation)
+        return made(x)
 
 
 def _token_ids(path: Path, text: str) -> list[int]:
