@@ -46,10 +46,10 @@ class Compensation:
     def of(cls, x: Tensor, quantization: Quantization) -> Compensation:
         """x: activations, float32 [rows, inputs]. The inputs are a multiple of the format's group."""
         assert quantization.group
-        weights = torch.linalg.vector_norm(x, dim=0).square_().div_(len(x))
+        weights = sum((rows.square().sum(0) for rows in torch.split(x, BLOCK)), torch.zeros(x.shape[1])).div_(len(x))
         order = _order(weights, quantization.group)
         backwards = order.flip(0)  # H = R R^T with an upper R is factored from the other end
-        hessian = _lower_half(x[:, backwards]).mul_((1 - SHRINKAGE) / len(x))
+        hessian = _lower_half(x.index_select(1, backwards)).mul_((1 - SHRINKAGE) / len(x))
         hessian.diagonal().copy_(weights[backwards] + (float(weights.mean()) * DAMPING or 1.0))
         factor = torch.linalg.cholesky(hessian).flip(0, 1)
         largest = factor.diagonal().clone()
