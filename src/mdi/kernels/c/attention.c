@@ -23,7 +23,7 @@
 #include "memory.h"
 #include "pool.h"
 
-enum { PARTITION = 512, ITEM_ROWS = 96, SPREAD_TOKENS = 8, ITEMS_PER_THREAD = 2, CACHE_LINE = 64 };
+enum { PARTITION = 512, ITEM_ROWS = 192, SPREAD_TOKENS = 8, ITEMS_PER_THREAD = 2, CACHE_LINE = 64 };
 
 typedef struct {  // the softmax of some rows over some keys: largest score, sum of weights, weighted sum of values
     float *largest, *sum, *mixed;  // [rows], [rows], [rows][width]
@@ -80,10 +80,12 @@ INLINE long partials_of(const Work *work, const Run *run) {
 
 static Cut cut_of(const Work *work, const Run *run) {
     const Attention *call = work->call;
-    long heads = work->heads_together && has_few_rows(call, run) ? call->kv_heads : 1, partitions = partitions_of(call, run);
-    int spread = spreads(call, run);
-    if (spread) partitions = most(1, partitions / (ITEMS_PER_THREAD * work->n_threads));
-    return (Cut){most(1, ITEM_ROWS / (work->group * heads)), heads, partitions, spread};
+    int together = work->heads_together && has_few_rows(call, run), spread = spreads(call, run);
+    long heads = together ? call->kv_heads : 1, partitions = partitions_of(call, run);
+    long share = ITEMS_PER_THREAD * work->n_threads;  // of the run's tokens, or of its partitions
+    if (spread) partitions = most(1, partitions / share);
+    long tokens = spread ? run->length : pieces(run->length * call->kv_heads, share * heads);
+    return (Cut){most(1, least(tokens, ITEM_ROWS / (work->group * heads))), heads, partitions, spread};
 }
 
 // A token's queries of one key head: [group][width] of float32, times a factor.
@@ -91,7 +93,7 @@ static void widen_queries(const Work *work, long at, float *to) {
     const Attention *call = work->call;
     for (long head = 0; head < work->group; head++, at += call->head_dim, to += work->width) {
         widen_row(call->queries, at, call->dtype, call->head_dim, to);
-        for (long d = 0; d < call->head_dim; d++) to[d] *= work->scale;
+        for (long d = 0; d < work->width; d += LANES) vf_store(to + d, vf_mul(vf_load(to + d), vf_set1(work->scale)));
     }
 }
 
@@ -103,7 +105,8 @@ static Ahead ahead_of(const Work *work, const Scratch *scratch, const Item *item
     return (Ahead){(const char *)call->keys + row * call->key_stride * bytes, PANEL * bytes};
 }
 
-static void score_block(const Work *work, Scratch *scratch, const Rows *keys, const float *queries, float *scores, long rows) {
+static void score_block(const Work *work, Scratch *scratch, const Rows *keys, const float *queries, float *scores,
+                        long rows) {
     for (long key = 0; key < keys->n_keys; key += PANEL) {
         pack_keys(keys, key, scratch->panel);
         score_rows(queries, work->width, scratch->panel, keys->head_dim, rows, scores + key,
@@ -122,11 +125,11 @@ static float mask_scores(float *scores, const float *key_scales, long n_keys, fl
     return vf_largest(highest);
 }
 
-// Scores become weights, exp(score - highest), zeros behind those of the row. Returns their sum.
+// Scores become weights, 2^(score - highest), zeros behind those of the row. Returns their sum.
 static float weigh_scores(float *scores, const float *value_scales, long n_keys, float highest) {
     vfloat sum = vf_zero();
     for (long key = 0; key < n_keys; key += LANES) {
-        vfloat weight = vf_exp(vf_sub(vf_load(scores + key), vf_set1(highest)));
+        vfloat weight = vf_exp2(vf_sub(vf_load(scores + key), vf_set1(highest)));
         sum = vf_add(sum, weight);
         vf_store(scores + key, value_scales ? vf_mul(weight, vf_load(value_scales + key)) : weight);
     }
@@ -140,7 +143,7 @@ static void weigh_block(Scratch *scratch, int quantized, float *largest, float *
     for (long row = first; row < rows; row++)
         highest[row] = mask_scores(scratch->scores + row * BLOCK, key_scales, scratch->seen[row], largest[row]);
     for (long row = first; row < rows; row += LANES)
-        vf_store(kept + row, vf_exp(vf_sub(vf_load(largest + row), vf_load(highest + row))));
+        vf_store(kept + row, vf_exp2(vf_sub(vf_load(largest + row), vf_load(highest + row))));
     for (long row = first; row < rows; row++) {
         float added = weigh_scores(scratch->scores + row * BLOCK, value_scales, scratch->seen[row], highest[row]);
         sum[row] = sum[row] * kept[row] + added;
@@ -186,11 +189,11 @@ static void attend_head(const Work *work, Scratch *scratch, long head, long cach
 // An item's rows over a block of keys. last: the end of the item's keys.
 static void attend_block(const Work *work, Scratch *scratch, const Item *item, long block, long last) {
     const Attention *call = work->call;
-    long rows = item->tokens * work->group, first = rows, n_keys = least(BLOCK, last - block);
-    while (first > 0) {
-        long seen = keys_of_token(call, item->run, item->token + (first - 1) / work->group) - block;
+    long group = work->group, rows = item->tokens * group, first = rows, n_keys = least(BLOCK, last - block);
+    for (long token = item->tokens - 1; token >= 0; token--, first -= group) {
+        long seen = keys_of_token(call, item->run, item->token + token) - block;
         if (seen <= 0) break;
-        scratch->seen[--first] = (int)least(seen, n_keys);
+        for (long row = token * group; row < (token + 1) * group; row++) scratch->seen[row] = (int)least(seen, n_keys);
     }
     scratch->ahead = ahead_of(work, scratch, item, least(block + BLOCK, last));
     for (long head = 0; head < item->heads; head++) {
@@ -217,7 +220,7 @@ static void attend_partition(const Work *work, Scratch *scratch, const Item *ite
 static void merge(float *largest, float *sum, float *mixed, float part_largest, float part_sum, const float *part_mixed,
                   long width) {
     float highest = part_largest > *largest ? part_largest : *largest;
-    vfloat kept = vf_exp(vf_set1(*largest - highest)), added = vf_exp(vf_set1(part_largest - highest));
+    vfloat kept = vf_exp2(vf_set1(*largest - highest)), added = vf_exp2(vf_set1(part_largest - highest));
     for (long d = 0; d < width; d += LANES)
         vf_store(mixed + d, vf_fma(vf_load(part_mixed + d), added, vf_mul(vf_load(mixed + d), kept)));
     float sums[LANES];
@@ -328,7 +331,7 @@ static void attend_claimed(const Work *work, Scratch *scratch) {
     float *partials = work->partials;
     for (const Run *run = call->runs; run < call->runs + call->n_runs; run++) {
         Cut cut = cut_of(work, run);
-        for (long token = 0; token < run->length; token += cut.tokens) {
+        for (long token = (run->length - 1) / cut.tokens * cut.tokens; token >= 0; token -= cut.tokens) {  // longest first
             long tokens = least(cut.tokens, run->length - token);
             long end = pieces(keys_of_token(call, run, token + tokens - 1), PARTITION);
             for (long first = 0; first < end; first += cut.partitions)
@@ -355,7 +358,7 @@ static int heads_together(const Attention *call, int n_threads) {
 static Work work_of(const Attention *call, int n_threads) {
     Work work = {.call = call, .group = call->heads / call->kv_heads, .width = pieces(call->head_dim, LANES) * LANES,
                  .n_threads = n_threads, .heads_together = heads_together(call, n_threads)};
-    work.scale = 1.0f / sqrtf((float)call->head_dim);
+    work.scale = 1.44269504f / sqrtf((float)call->head_dim);  // scores are exponents of 2
     if (call->scratch) work.partials = (float *)(call->scratch + n_threads * thread_size(&work));
     return work;
 }

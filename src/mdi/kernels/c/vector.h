@@ -8,7 +8,7 @@
 //   vf_add vf_sub vf_mul vf_div vf_fma          vf_fma(a, b, c) = a * b + c
 //   vf_max vf_min vf_abs vf_sqrt                vf_max(a, b), vf_min(a, b) are b where either is NaN
 //   vf_sum vf_largest                           across lanes, in a fixed order
-//   vf_exp vf_sigmoid vf_gelu vf_tanh
+//   vf_exp vf_exp2 vf_sigmoid vf_gelu vf_tanh
 //   vi_zero vi_set1 vi_add vi_sub vi_round vi_to_float vi_store_int8   int32 lanes; vi_round: to nearest even
 //   vi_byte vi_transpose                        byte i of each lane, with its sign; LANES vectors, rows to columns
 #pragma once
@@ -135,6 +135,20 @@ INLINE vfloat vf_exp(vfloat x) {
     series = vf_fma(series, r, vf_set1(1.0f));
     vint half = vi_halve(n);
     return vf_mul(vf_mul(series, vf_power2(half)), vf_power2(vi_sub(n, half)));
+}
+
+// 2^x for x <= 0 within 2 units in the last place, exactly 1 for 0; 2^-126 below. 2^r with |r| <= 0.5 by the polynomial of
+// degree 5 with the least relative error.
+INLINE vfloat vf_exp2(vfloat x) {
+    x = vf_max(vf_set1(-126.0f), x);
+    vint n = vi_round(x);
+    vfloat r = vf_sub(x, vi_to_float(n)), series = vf_set1(0.001326472731307149f);
+    series = vf_fma(series, r, vf_set1(0.009671512991189957f));
+    series = vf_fma(series, r, vf_set1(0.05550733581185341f));
+    series = vf_fma(series, r, vf_set1(0.24022242426872253f));
+    series = vf_fma(series, r, vf_set1(0.6931470036506653f));
+    series = vf_fma(series, r, vf_set1(1.0f));
+    return vf_mul(series, vf_power2(n));
 }
 
 INLINE vfloat vf_sigmoid(vfloat x) {
