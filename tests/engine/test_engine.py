@@ -6,6 +6,8 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -352,3 +354,19 @@ def test_a_text_model_answers_text_and_refuses_images(tmp_path: Path, photograph
         assert engine.chat("Hello", GREEDY).token_ids
         with pytest.raises(InputError, match="text only"):
             engine.submit(about(photograph))
+
+
+def test_loading_and_answering_need_no_compiler(tiny_checkpoint: Path, tmp_path: Path, photograph: bytes) -> None:
+    """torch imports one, and sympy, when a tensor without contents is joined: 100 MB and seconds of every node."""
+    (tmp_path / "photograph").write_bytes(photograph)
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mdi import Engine, SamplingParams\n"
+        "with Engine(sys.argv[1], sequence_length=512) as engine:\n"
+        "    parts = [{'type': 'image', 'image': Path(sys.argv[2])}, {'type': 'text', 'text': 'What is this?'}]\n"
+        "    engine.chat([{'role': 'user', 'content': parts}], SamplingParams(max_tokens=2))\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint), str(tmp_path / "photograph")]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0

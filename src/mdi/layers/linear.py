@@ -49,7 +49,7 @@ class Linear:
         Raises CheckpointError for a weight that cannot be computed with.
         """
         weight = _joined([get.matrix(f"{name}.weight", (size, *inputs)) for name, size in outputs.items()], get.dtype)
-        joined_bias = torch.cat([get(f"{name}.bias", (size,)) for name, size in outputs.items()]) if bias else None
+        joined_bias = _stacked([get(f"{name}.bias", (size,)) for name, size in outputs.items()]) if bias else None
         device = (weight.values if isinstance(weight, QuantizedTensor) else weight).device
         if device.type != "cpu" or get.dtype not in FLOATS or library() is None:
             if isinstance(weight, QuantizedTensor):
@@ -110,6 +110,14 @@ def _dense(weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.flatten(1)
 
 
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all. For tensors without contents torch.cat would import torch's compiler: seconds, and 100 MB."""
+    first = parts[0]
+    if first.is_meta:
+        return first.new_empty(sum(map(len, parts)), *first.shape[1:])
+    return torch.cat(list(parts))
+
+
 def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> Tensor | QuantizedTensor:
     """One weight with the outputs of all. Where only some are quantised, or have zeros, all are dequantised."""
     first = weights[0]
@@ -118,11 +126,11 @@ def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> 
     quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
     forms = {(weight.quantization, weight.zeros is None) for weight in quantized}
     if len(quantized) < len(weights) or len(forms) > 1:
-        return torch.cat([_dense(weight, dtype) for weight in weights])
+        return _stacked([_dense(weight, dtype) for weight in weights])
     zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
     return QuantizedTensor(
         quantized[0].quantization,
-        torch.cat([weight.values for weight in quantized]),
-        torch.cat([weight.scales for weight in quantized]),
-        torch.cat(zeros) if zeros else None,
+        _stacked([weight.values for weight in quantized]),
+        _stacked([weight.scales for weight in quantized]),
+        _stacked(zeros) if zeros else None,
     )

@@ -133,8 +133,7 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
     long in_panel = swiglu ? PANEL / 2 : PANEL, columns = swiglu ? outputs / 2 : outputs;
     weight->n_panels = (columns + in_panel - 1) / in_panel;
     weight->panel_size = panel_size(weight);
-    weight->size = (size_t)weight->n_panels * weight->panel_size;
-    weight->panels = mdi_allocate(weight->size);
+    weight->panels = mdi_allocate((size_t)weight->n_panels * weight->panel_size);
     if (kind == INT8 && !group_scales) weight->scales = calloc((size_t)(weight->n_panels * PANEL), sizeof(float));
     if (!weight->panels || (kind == INT8 && !group_scales && !weight->scales)) {
         KERNEL(discard)(weight);
@@ -147,7 +146,7 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
 }
 
 void KERNEL(discard)(Weight *weight) {
-    if (weight->panels) mdi_free(weight->panels, weight->size);
+    if (weight->panels) mdi_free(weight->panels);
     free(weight->scales);
     free(weight);
 }

@@ -30,7 +30,6 @@ typedef struct {
     int has_zeros;      // int4
     long n_panels;
     size_t panel_size;  // bytes
-    size_t size;
     char *panels;
     float *scales;      // int8 with one scale per output: [n_panels][PANEL]
 } Weight;
