@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mdi.kernels import attention, build
 from mdi.kernels.library import library
+from tests.kernels.test_products import SETS, emulated
 
 Run = tuple[int, int, int, int]  # first row, slot, position, rows
 
@@ -90,6 +92,67 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype, set_threads:
                 assert torch.equal(attend(queries, cache, [*parts, (200, 0, 520, 9)])[:200], whole)
                 alone = [attend(queries[row : row + 1], cache, [(0, 1, start + row, 1)]) for row in range(190, 200)]
                 assert torch.equal(torch.cat(alone), whole[190:])
+
+
+EMULATED = pytest.param(("emulated", "avx512bf16"), marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[*SETS, EMULATED], ids=str)
+def any_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> attention.Kernels:
+    """Of every instruction set that this machine runs, and of AVX-512 in plain C."""
+    found = library()
+    assert found is not None
+    if isinstance(request.param, tuple):
+        sources = ("attention.c", "rotary.c", "norms.c")
+        found = emulated(tmp_path_factory.mktemp("emulated"), request.param[1], sources)
+    elif found.shared("cpu_runs", ctypes.c_char_p, result=ctypes.c_int)(request.param.encode()):
+        found = replace(found, isa=request.param)
+    else:
+        pytest.skip("another processor's")
+    return attention.Kernels.of(found)
+
+
+@pytest.fixture
+def _any_set(any_kernels: attention.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernels", lambda: any_kernels)
+
+
+@pytest.mark.usefixtures("_any_set")
+def test_every_instruction_set_computes_it(dtype: torch.dtype) -> None:
+    for shape in [(12, 2, 128), (7, 1, 64), (3, 1, 20), (4, 4, 80)]:
+        queries, cache = made(shape, [(0, 0, 500, 40)], dtype)
+        whole, exact = attend(queries, cache, [(0, 0, 500, 40)]), exactly(queries, cache, [(0, 0, 500, 40)])
+        assert (whole.double() - exact).norm() < DTYPES[dtype] * exact.norm()
+        for first, last in [(3, 4), (10, 13), (11, 40)]:
+            assert torch.equal(
+                attend(queries[first:last], cache, [(0, 0, 500 + first, last - first)]), whole[first:last]
+            )
+
+
+@pytest.mark.usefixtures("_any_set")
+def test_every_instruction_set_reads_int8(dtype: torch.dtype) -> None:
+    queries, _ = made((12, 2, 128), [(0, 0, 540, 9)], dtype)
+    generator = torch.Generator().manual_seed(2)
+    cache = torch.randint(-127, 128, (1, 549, 2, 2, 128), dtype=torch.int8, generator=generator)
+    scales = torch.rand(1, 549, 2, 2, generator=generator) / 64
+    whole = attention.attend(queries, cache, torch.tensor([(0, 0, 540, 9)]), scales)
+    exact = exactly(queries, cache * scales[..., None].double(), [(0, 0, 540, 9)])
+    assert (whole.double() - exact).norm() < DTYPES[dtype] * exact.norm()
+    assert torch.equal(attention.attend(queries[4:5], cache, torch.tensor([(0, 0, 544, 1)]), scales), whole[4:5])
+
+
+@pytest.mark.usefixtures("_any_set")
+def test_every_instruction_set_attends_fully(dtype: torch.dtype) -> None:
+    """In a vision tower every row to all of its frame, whichever rows are computed at once."""
+    qkv = torch.randn(150, 3, 2, 80, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.empty(75, 160, dtype=dtype)
+    attention.attend_fully(qkv, slice(75, 150), 75, out)
+    queries, keys, values = qkv[75:].double().permute(1, 2, 0, 3)
+    exact = ((queries @ keys.mT / 80**0.5).softmax(-1) @ values).transpose(0, 1).flatten(1)
+    assert (out.double() - exact).norm() < DTYPES[dtype] * exact.norm()
+    few = torch.empty(7, 160, dtype=dtype)
+    attention.attend_fully(qkv, slice(80, 87), 75, few)
+    assert torch.equal(few, out[5:12])
 
 
 def test_rows_of_a_strided_batch_are_read_in_place() -> None:

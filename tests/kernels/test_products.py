@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Kernels.of(replace(loaded, isa=request.param))
 
 
-def emulated(folder: Path, isa: str) -> Library:
-    """A library of the products that is compiled with vectors of 16 floats, unsigned weights and pairs of bfloat16."""
+def emulated(folder: Path, isa: str, kernels: Sequence[str] = ("products.c", "pack.c")) -> Library:
+    """A library of some kernels that is compiled with vectors of 16 floats, unsigned weights and pairs of bfloat16."""
     try:
         compiler = build.find_compiler(build.this_machine())
     except build.BuildError:
         pytest.skip("no compiler")
-    sources = [str(build.SOURCES / name) for name in ("products.c", "pack.c", "pool.c", "memory.c")]
+    sources = [str(build.SOURCES / name) for name in (*kernels, "pool.c", "memory.c")]
     named = [f"-DMDI_ISA={isa}", f"-DMDI_{isa.upper()}", "-DEMULATED_AVX512"]
     path = folder / "emulated.so"
     command = [*compiler, *build.FLAGS, "-O1", "-Wno-psabi", *named, "-shared", *sources, "-lm", "-o", str(path)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdi.kernels.library import library
+from mdi.kernels.library import Library, library
 from mdi.kernels.packed import FLOATS
 
 CACHE_DTYPES = {**FLOATS, torch.int8: 3}
@@ -48,15 +48,17 @@ class Kernels:
     attention: Callable[..., int]
     rotate: Callable[..., None]
 
+    @classmethod
+    def of(cls, found: Library) -> Kernels:
+        attention = found.kernel("attention", ctypes.POINTER(Attention), result=c_int)
+        return cls(attention, found.kernel("rotate", ctypes.POINTER(Rotary)))
+
 
 @functools.cache
 def kernels() -> Kernels | None:
     """None where there is no library."""
     found = library()
-    if found is None:
-        return None
-    attention = found.kernel("attention", ctypes.POINTER(Attention), result=c_int)
-    return Kernels(attention, found.kernel("rotate", ctypes.POINTER(Rotary)))
+    return None if found is None else Kernels.of(found)
 
 
 def works_on(device: torch.device) -> bool:

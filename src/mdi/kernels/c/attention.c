@@ -33,7 +33,7 @@ typedef struct {  // a thread's own memory
     float *panel;                      // of keys or values
     float *queries, *scores;           // [rows][width], [rows][BLOCK]
     float *key_scales, *value_scales;  // [BLOCK], of an int8 cache
-    float *highest, *kept;             // [rows]: the largest score with the block's; what earlier sums are multiplied by
+    float *highest, *kept;             // [rows]: the largest score so far; what earlier sums are multiplied by
     int *seen;                         // [rows]: keys of the block that a row attends to
     Softmax part, total;
     Ahead ahead;
@@ -151,15 +151,19 @@ static void weigh_block(Scratch *scratch, int quantized, float *largest, float *
     }
 }
 
-// Values are read in place where they are read once: by few rows, in whole vectors.
+// Values are read in place where they are read once: by few rows, in whole panels.
 static void mix_block(const Work *work, Scratch *scratch, const Rows *values, float *mixed, long first, long rows) {
-    int in_place = rows - first <= TILE_ROWS && values->head_dim == work->width;
+    int in_place = rows - first <= TILE_ROWS && values->head_dim % PANEL == 0;
     Rows panel = {scratch->panel, 0, PANEL, values->n_keys, PANEL, FLOAT32}, some = *values;
-    for (long d = 0; d < work->width; d += PANEL, some.at += PANEL) {
-        if (!in_place) pack_values(values, d, scratch->panel);
-        mix_rows(scratch->scores + first * BLOCK, in_place ? &some : &panel, scratch->seen + first, scratch->kept + first,
-                 mixed + first * work->width + d, work->width, rows - first,
-                 in_place ? &scratch->ahead : NULL, (work->width - d) / LANES);
+    Mix mix = {scratch->scores + first * BLOCK, scratch->kept + first, scratch->seen + first,
+               mixed + first * work->width, work->width, rows - first};
+    for (long d = 0; d < work->width; d += PANEL, some.at += PANEL, mix.mixed += PANEL) {
+        if (in_place) {
+            mix_in_place(mix, &some, &scratch->ahead);
+        } else {
+            pack_values(values, d, scratch->panel);
+            mix_panel(mix, panel, (work->width - d) / LANES);
+        }
     }
 }
 
@@ -176,8 +180,8 @@ static void attend_head(const Work *work, Scratch *scratch, long head, long cach
                         const Softmax *part, long first, long rows) {
     const Attention *call = work->call;
     int quantized = call->cache_dtype == INT8_CACHE;
-    Rows keys = {call->keys, cached * call->key_stride + head * call->head_dim, call->key_stride, n_keys, call->head_dim,
-                 call->cache_dtype};
+    long at = cached * call->key_stride + head * call->head_dim;
+    Rows keys = {call->keys, at, call->key_stride, n_keys, call->head_dim, call->cache_dtype};
     Rows values = keys;
     values.numbers = call->values;
     if (quantized) load_scales(call, scratch, cached, head, n_keys);
@@ -239,7 +243,9 @@ static void write_row(const Work *work, long row, long head, float sum, const fl
 }
 
 // The token of an item's row, counted from the run's first one, and its query head.
-INLINE long token_of(const Work *work, const Item *item, long row) { return item->token + row / work->group % item->tokens; }
+INLINE long token_of(const Work *work, const Item *item, long row) {
+    return item->token + row / work->group % item->tokens;
+}
 INLINE long head_of(const Work *work, const Item *item, long row) {
     return (item->head + row / (item->tokens * work->group)) * work->group + row % work->group;
 }
@@ -284,10 +290,11 @@ static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
 // The tokens of a run that have an item of their own for each partition: merges these.
 static void merge_run(const Work *work, Scratch *scratch, const Run *run, const float *partials, long token) {
     long size = work->width + 2, partitions = partitions_of(work->call, run), heads = work->call->heads;
+    long seen = pieces(keys_of_token(work->call, run, token), PARTITION);
     for (long head = 0; head < heads; head++) {
         const float *part = partials + (token * heads + head) * partitions * size;
         begin(&scratch->total, 1, work->width);
-        for (long partition = 0; partition * PARTITION < keys_of_token(work->call, run, token); partition++, part += size)
+        for (long partition = 0; partition < seen; partition++, part += size)
             merge(scratch->total.largest, scratch->total.sum, scratch->total.mixed, part[0], part[1], part + 2,
                   work->width);
         write_row(work, run->row + token, head, scratch->total.sum[0], scratch->total.mixed);
@@ -331,7 +338,8 @@ static void attend_claimed(const Work *work, Scratch *scratch) {
     float *partials = work->partials;
     for (const Run *run = call->runs; run < call->runs + call->n_runs; run++) {
         Cut cut = cut_of(work, run);
-        for (long token = (run->length - 1) / cut.tokens * cut.tokens; token >= 0; token -= cut.tokens) {  // longest first
+        long token = (run->length - 1) / cut.tokens * cut.tokens;
+        for (; token >= 0; token -= cut.tokens) {  // those with the most keys first
             long tokens = least(cut.tokens, run->length - token);
             long end = pieces(keys_of_token(call, run, token + tokens - 1), PARTITION);
             for (long first = 0; first < end; first += cut.partitions)

@@ -1,5 +1,5 @@
-// Tiles of attention: scores of some queries and PANEL keys, and values mixed by weights, PANEL channels at a time. What
-// they are given of keys and values lies in panels, made of the cache in its own dtype:
+// Tiles of attention: scores of some queries and PANEL keys, and values mixed by weights, PANEL channels at a time. Keys
+// and values are given in panels of float32, made of the cache in its dtype; few rows read values in the cache itself.
 //
 //   keys    [head_dim][PANEL keys]     a score is one accumulator, channels in order
 //   values  [BLOCK keys][PANEL channels]  a channel is one accumulator, keys in order
@@ -28,7 +28,9 @@ INLINE void fetch(const Ahead *ahead, long steps) {
 
 // Rows of the next tile, where so many are left: no tile is much smaller than the others.
 INLINE long tile_rows_of(long left) {
-    return left >= 2 * TILE_ROWS ? TILE_ROWS : left > TILE_ROWS ? (left + 1) / 2 : left;
+    if (left >= 2 * TILE_ROWS) return TILE_ROWS;
+    long rows = left > TILE_ROWS ? (left + 1) / 2 : left;
+    return rows == 5 ? 3 : rows;
 }
 
 INLINE vfloat load_numbers(const void *from, long index, int dtype) {
@@ -91,7 +93,8 @@ INLINE void pack_values_as(const Rows *values, long first, float *panel, int dty
     long end = values->head_dim - first;
     for (long key = 0, at = values->at + first; key < values->n_keys; key++, at += values->stride, panel += PANEL) {
         long d = 0;
-        for (; d + LANES <= end && d < PANEL; d += LANES) vf_store(panel + d, load_numbers(values->numbers, at + d, dtype));
+        for (; d + LANES <= end && d < PANEL; d += LANES)
+            vf_store(panel + d, load_numbers(values->numbers, at + d, dtype));
         for (; d < PANEL; d++) panel[d] = d < end ? load_number(values->numbers, at + d, dtype) : 0.0f;
     }
 }
@@ -129,7 +132,6 @@ INLINE void score_rows_of(const float *queries, long width, const float *keys, l
         n = tile_rows_of(rows);
         switch (n) {
             case 6: score_tile(queries, width, keys, head_dim, scores, ahead, 6); break;
-            case 5: score_tile(queries, width, keys, head_dim, scores, ahead, 5); break;
             case 4: score_tile(queries, width, keys, head_dim, scores, ahead, 4); break;
             case 3: score_tile(queries, width, keys, head_dim, scores, ahead, 3); break;
             case 2: score_tile(queries, width, keys, head_dim, scores, ahead, 2); break;
@@ -146,74 +148,75 @@ static void score_rows(const float *queries, long width, const float *keys, long
     else score_rows_of(queries, width, keys, head_dim, rows, scores, NULL);
 }
 
-// mixed = mixed * kept + weights x values, over keys [first, last). Without kept, mixed as it is.
-INLINE void value_tile(const float *weights, const Rows *values, long first, long last, const float *kept, float *mixed,
-                       long width, const Ahead *ahead, int n_rows, int n_vectors, int dtype) {
+typedef struct {  // rows that mix values: mixed = mixed * kept + weights x values
+    const float *weights, *kept;  // [rows][BLOCK]; [rows], or NULL for 1
+    const int *seen;              // [rows]: the keys of a row, no fewer than those of the row before
+    float *mixed;                 // [rows][width]
+    long width, rows;
+} Mix;
+
+INLINE void value_tile(Mix mix, const Rows *values, long first, long last, const Ahead *ahead, int n_rows, int n_vectors,
+                       int dtype) {
     vfloat sums[LARGEST_TILE][VECTORS];
     long at = values->at + first * values->stride, stride = values->stride;
     UNROLL for (int row = 0; row < n_rows; row++)
         UNROLL for (int v = 0; v < n_vectors; v++) {
-            vfloat before = vf_load(mixed + row * width + v * LANES);
-            sums[row][v] = kept ? vf_mul(before, vf_set1(kept[row])) : before;
+            vfloat before = vf_load(mix.mixed + row * mix.width + v * LANES);
+            sums[row][v] = mix.kept ? vf_mul(before, vf_set1(mix.kept[row])) : before;
         }
     for (long key = first; key < last; key++, at += stride) {
         if (ahead) fetch(ahead, key - first);
         vfloat value[VECTORS];
         UNROLL for (int v = 0; v < n_vectors; v++) value[v] = load_numbers(values->numbers, at + v * LANES, dtype);
         UNROLL for (int row = 0; row < n_rows; row++) {
-            vfloat weight = vf_set1(weights[row * BLOCK + key]);
+            vfloat weight = vf_set1(mix.weights[row * BLOCK + key]);
             UNROLL for (int v = 0; v < n_vectors; v++) sums[row][v] = vf_fma(weight, value[v], sums[row][v]);
         }
     }
     UNROLL for (int row = 0; row < n_rows; row++)
-        UNROLL for (int v = 0; v < n_vectors; v++) vf_store(mixed + row * width + v * LANES, sums[row][v]);
+        UNROLL for (int v = 0; v < n_vectors; v++) vf_store(mix.mixed + row * mix.width + v * LANES, sums[row][v]);
 }
 
-// A tile's rows over the keys that all of them see (the first row sees the fewest), then each over the rest of its own.
-INLINE void mix_tile(const float *weights, const Rows *values, const int *seen, const float *kept, float *mixed,
-                     long width, const Ahead *ahead, int n_rows, int n_vectors, int dtype) {
-    value_tile(weights, values, 0, seen[0], kept, mixed, width, ahead, n_rows, n_vectors, dtype);
-    for (int row = 1; row < n_rows; row++)
-        if (seen[row] > seen[0])
-            value_tile(weights + row * BLOCK, values, seen[0], seen[row], NULL, mixed + row * width, width, ahead, 1, n_vectors, dtype);
+INLINE Mix mix_from(Mix mix, long row) {
+    return (Mix){mix.weights + row * BLOCK, mix.kept + row, mix.seen + row, mix.mixed + row * mix.width, mix.width,
+                 mix.rows - row};
 }
 
-INLINE void mix_vectors(const float *weights, const Rows *values, const int *seen, const float *kept, float *mixed,
-                        long width, long rows, Ahead *ahead, int n_vectors, int dtype) {
-    for (long row = 0, n; row < rows; row += n, weights += n * BLOCK, seen += n, kept += n, mixed += n * width) {
-        n = tile_rows_of(rows - row);
+// A tile's rows over the keys that all of them see, then each over the rest of its own.
+INLINE void mix_vectors(Mix mix, const Rows *values, Ahead *ahead, int n_vectors, int dtype) {
+    for (long n; mix.rows > 0; mix = mix_from(mix, n)) {
+        n = tile_rows_of(mix.rows);
+        int seen = mix.seen[0];
         switch (n) {
-            case 6: mix_tile(weights, values, seen, kept, mixed, width, ahead, 6, n_vectors, dtype); break;
-            case 5: mix_tile(weights, values, seen, kept, mixed, width, ahead, 5, n_vectors, dtype); break;
-            case 4: mix_tile(weights, values, seen, kept, mixed, width, ahead, 4, n_vectors, dtype); break;
-            case 3: mix_tile(weights, values, seen, kept, mixed, width, ahead, 3, n_vectors, dtype); break;
-            case 2: mix_tile(weights, values, seen, kept, mixed, width, ahead, 2, n_vectors, dtype); break;
-            case 1: mix_tile(weights, values, seen, kept, mixed, width, ahead, 1, n_vectors, dtype); break;
+            case 6: value_tile(mix, values, 0, seen, ahead, 6, n_vectors, dtype); break;
+            case 4: value_tile(mix, values, 0, seen, ahead, 4, n_vectors, dtype); break;
+            case 3: value_tile(mix, values, 0, seen, ahead, 3, n_vectors, dtype); break;
+            case 2: value_tile(mix, values, 0, seen, ahead, 2, n_vectors, dtype); break;
+            case 1: value_tile(mix, values, 0, seen, ahead, 1, n_vectors, dtype); break;
         }
-        if (ahead) ahead->from += *seen * ahead->step;
+        for (long row = 1; mix.seen[n - 1] > seen && row < n; row++) {
+            Mix rest = mix_from(mix, row);
+            rest.kept = NULL;
+            if (rest.seen[0] > seen) value_tile(rest, values, seen, rest.seen[0], NULL, 1, n_vectors, dtype);
+        }
+        if (ahead) ahead->from += seen * ahead->step;
     }
 }
 
-INLINE void mix_rows_as(const float *weights, const Rows *values, const int *seen, const float *kept, float *mixed,
-                        long width, long rows, Ahead *ahead, long n_vectors, int dtype) {
-    Rows vector = *values;
-    if (n_vectors >= VECTORS) mix_vectors(weights, values, seen, kept, mixed, width, rows, ahead, VECTORS, dtype);
+// n_vectors of channels of a panel of values.
+static void mix_panel(Mix mix, Rows values, long n_vectors) {
+    if (n_vectors >= VECTORS) mix_vectors(mix, &values, NULL, VECTORS, FLOAT32);
     else
-        for (long v = 0; v < n_vectors; v++, vector.at += LANES)
-            mix_vectors(weights, &vector, seen, kept, mixed + v * LANES, width, rows, ahead, 1, dtype);
+        for (long v = 0; v < n_vectors; v++, values.at += LANES, mix.mixed += LANES)
+            mix_vectors(mix, &values, NULL, 1, FLOAT32);
 }
 
-// n_vectors of channels of values, added to mixed [rows][width]; weights [rows][BLOCK], seen and kept [rows].
-static void mix_rows(const float *weights, const Rows *values, const int *seen, const float *kept, float *mixed,
-                     long width, long rows, Ahead *ahead, long n_vectors) {
-    if (!ahead) {
-        mix_rows_as(weights, values, seen, kept, mixed, width, rows, NULL, n_vectors, FLOAT32);
-        return;
-    }
+// PANEL channels of values in the cache.
+static void mix_in_place(Mix mix, const Rows *values, Ahead *ahead) {
     switch (values->dtype) {
-        case FLOAT32: mix_rows_as(weights, values, seen, kept, mixed, width, rows, ahead, n_vectors, FLOAT32); break;
-        case BFLOAT16: mix_rows_as(weights, values, seen, kept, mixed, width, rows, ahead, n_vectors, BFLOAT16); break;
-        case FLOAT16: mix_rows_as(weights, values, seen, kept, mixed, width, rows, ahead, n_vectors, FLOAT16); break;
-        case INT8_NUMBERS: mix_rows_as(weights, values, seen, kept, mixed, width, rows, ahead, n_vectors, INT8_NUMBERS); break;
+        case FLOAT32: mix_vectors(mix, values, ahead, VECTORS, FLOAT32); break;
+        case BFLOAT16: mix_vectors(mix, values, ahead, VECTORS, BFLOAT16); break;
+        case FLOAT16: mix_vectors(mix, values, ahead, VECTORS, FLOAT16); break;
+        case INT8_NUMBERS: mix_vectors(mix, values, ahead, VECTORS, INT8_NUMBERS); break;
     }
 }

@@ -6,16 +6,28 @@
 #include "floats.h"
 #include "pool.h"
 
+// row * scale * weight + bias, or without bias.
+static void scale_row(float *row, float scale, const float *weight, const float *bias, long size) {
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vfloat scaled = vf_mul(vf_mul(vf_load(row + i), vf_set1(scale)), vf_load(weight + i));
+        vf_store(row + i, bias ? vf_add(scaled, vf_load(bias + i)) : scaled);
+    }
+    for (; i < size; i++) row[i] = row[i] * scale * weight[i] + (bias ? bias[i] : 0.0f);
+}
+
 void KERNEL(rms_norm_row)(float *row, const float *weight, long size, float eps) {
     float scale = 1.0f / sqrtf(sum_squares(row, size) / (float)size + eps);
-    for (long i = 0; i < size; i++) row[i] = row[i] * scale * weight[i];
+    scale_row(row, scale, weight, NULL, size);
 }
 
 static void layer_norm_row(float *row, const float *weight, const float *bias, long size, float eps) {
     float mean = sum_row(row, size) / (float)size;
-    for (long i = 0; i < size; i++) row[i] -= mean;
+    long i = 0;
+    for (; i + LANES <= size; i += LANES) vf_store(row + i, vf_sub(vf_load(row + i), vf_set1(mean)));
+    for (; i < size; i++) row[i] -= mean;
     float scale = 1.0f / sqrtf(sum_squares(row, size) / (float)size + eps);
-    for (long i = 0; i < size; i++) row[i] = row[i] * scale * weight[i] + bias[i];
+    scale_row(row, scale, weight, bias, size);
 }
 
 INLINE void norm_part(const Norm *norm, int thread, int n_threads, int centred) {

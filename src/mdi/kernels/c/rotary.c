@@ -16,7 +16,14 @@ static void rotated(const Rotary *rotary, long row, long at, const float *norm, 
     const float *cosines = rotary->cos + row * half, *sines = rotary->sin + row * half;
     widen_row(rotary->heads, at, rotary->dtype, rotary->head_dim, head);
     if (norm) KERNEL(rms_norm_row)(head, norm, rotary->head_dim, rotary->eps);
-    for (long i = 0; i < half; i++) {
+    long i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        vfloat a = vf_load(head + i), b = vf_load(head + half + i);
+        vfloat cosine = vf_load(cosines + i), sine = vf_load(sines + i);
+        vf_store(head + i, vf_sub(vf_mul(a, cosine), vf_mul(b, sine)));
+        vf_store(head + half + i, vf_add(vf_mul(b, cosine), vf_mul(a, sine)));
+    }
+    for (; i < half; i++) {
         float a = head[i], b = head[half + i];
         head[i] = a * cosines[i] - b * sines[i];
         head[half + i] = b * cosines[i] + a * sines[i];
