@@ -14,6 +14,7 @@ import argparse
 import gc
 import math
 import pydoc
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ MODULES = (
     "unittest", "urllib.request", "xml.dom", "zipfile",
 )  # fmt: skip
 WINDOW = 1024
-ROWS = 128  # logits that are compared at once
+ROWS = 4  # logits that are compared at once: they stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ KINDS = (
     Kind("int8", ModelQuantization("int8", "int8"), None, 0.003, 0.002),
     Kind("int4, nearest", ModelQuantization("int4", "int4")),
     Kind("int4, calibrated", ModelQuantization("int4", "int4"), CalibrationText.default(), 0.055),
-    Kind("int4, calibrated, int8 head", ModelQuantization("int4", "int8"), CalibrationText.default()),
 )
 
 
@@ -108,6 +108,7 @@ def main() -> None:
 def windows_of(path: Path, n_tokens: int) -> list[Tensor]:
     """Token ids of Python's own documentation, in windows that are read from nothing."""
     text = "\n".join(pydoc.plain(pydoc.render_doc(name)) for name in MODULES)
+    text = re.sub(r"0x[0-9a-f]+", "0x0", text)  # addresses of objects, which no two runs have in common
     ids = torch.tensor(Tokenizer(path).backend.encode(text).ids)
     n_windows = min(len(ids), n_tokens) // WINDOW
     return list(ids[: n_windows * WINDOW].view(-1, WINDOW))
@@ -120,6 +121,8 @@ def measure(source: Source, windows: list[Tensor]) -> dict[str, Score]:
     scores = {name: Score() for name in ("float32", *stages)}
     for ids in track(windows, "reading"):
         exact = logits(reference, ids)
+        for rows in parts(len(ids)):
+            exact[rows] = exact[rows].log_softmax(-1)
         add(scores["float32"], exact, exact, ids)
         for name, stage in stages.items():
             add(scores[name], exact, logits(stage, ids), ids)
@@ -149,11 +152,11 @@ def logits(stage: Stage, ids: Tensor) -> Tensor:
 
 
 def add(score: Score, exact: Tensor, other: Tensor, ids: Tensor) -> None:
-    """Adds a window: the logits after each of its tokens but the last, which predict the next one."""
+    """Adds a window: what is predicted after each of its tokens but the last. exact: log p; other: logits."""
     for rows in parts(len(ids) - 1):
-        target, log_p = exact[rows].float().log_softmax(-1), other[rows].float().log_softmax(-1)
+        log_p = other[rows].float().log_softmax(-1)
         score.nll -= float(log_p.gather(1, ids[1:][rows, None]).double().sum())
-        score.divergence += float((target.exp() * (target - log_p)).double().sum())
+        score.divergence += float((exact[rows].exp() * (exact[rows] - log_p)).sum())
     score.tokens += len(ids) - 1
 
 
