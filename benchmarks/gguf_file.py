@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -17,6 +16,7 @@ from rich.progress import track
 
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import parse_dtype
+from mdi.models.config import ModelConfig
 
 ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2": "qwen2"}  # of config.json -> of llama.cpp
 OUTER = {
@@ -51,7 +51,7 @@ def gguf_file(checkpoint: Path, kind: str) -> Path:
 def write_gguf(source: Source, path: Path, kind: str) -> None:
     """Writes the file, with a progress bar. Needs memory for the largest tensor in float32, three times."""
     writer = gguf.GGUFWriter(path, ARCHITECTURES[source.config["model_type"]])
-    _add_config(writer, source.config)
+    _add_config(writer, source.model_config)
     names = _names(source)
     for name, new in names.items():
         shape = source.spec(name).shape
@@ -88,16 +88,16 @@ def _renamed(name: str) -> str | None:
     return f"blk.{layer}.{INNER[inner]}.{part}"
 
 
-def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    if sections := (config.get("rope_scaling") or {}).get("mrope_section"):
+def _add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    if sections := config.rope.sections:
         writer.add_rope_dimension_sections([*sections, 0])
-    writer.add_vocab_size(config["vocab_size"])
+    writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
