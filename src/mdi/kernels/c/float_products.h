@@ -17,6 +17,7 @@ INLINE void float_tile(int kind, int rows, int panels, const float *x, const cha
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
     for (long k = 0; k < inputs; k++, x += rows) {
+        if (rows <= FETCH_ROWS) fetch_ahead(w, jump, panels, step_size);
         if (kind == BF16_PAIRS) {
             k++;
             vint pairs[2 * PANEL_VECTORS];

@@ -98,6 +98,7 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
     for (long g = 0; g < groups; g++, x.scales += x.stride, x.sums += x.stride, x.values += GROUP4 * x.stride, w += size) {
+        if (!unpacked && rows <= FETCH_ROWS) fetch_ahead(w, jump, panels, size);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(has_zeros ? 0 : x.sums[r]);
         for (int step = 0; step < (unpacked ? 8 : 4); step++)
