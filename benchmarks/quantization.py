@@ -2,7 +2,7 @@
 
     pip install -e '.[bench,dev]'
     python -m benchmarks.quantization                    # 50,000 tokens of Python's documentation: over an hour
-    python -m benchmarks.quantization --tokens 3000      # some minutes
+    python -m benchmarks.quantization --tokens 3072      # some minutes, and those of calibrating once
 
 The model is Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_model`). Its float32 weights are the reference. Ours are
 chunks of `mdi prepare`, computed as a node computes them, activations quantised. All read the same windows.
@@ -179,6 +179,8 @@ def figures(scores: dict[str, Score]) -> Iterator[Figure]:
     exact, peer = scores["float32"].perplexity, scores.get("llama.cpp Q4_0")
     kinds = {kind.name: kind for kind in KINDS}
     for name, score in scores.items():
+        if name == "float32":
+            continue
         kind = kinds.get(name, Kind(name))
         if not name.startswith("llama"):
             yield Figure(name, "KL divergence", f"{score.kl:.5f}", "float32", score.kl, kind.kl, at_most=True)
