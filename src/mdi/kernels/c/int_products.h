@@ -34,6 +34,33 @@ INLINE vfloat add_group4(int has_zeros, vfloat total, vfloat x_scale, int32_t x_
     return vf_fma(vf_mul(total, x_scale), scale, sum);
 }
 
+#if defined(HAS_ROW_PAIRS)
+// The dot products of an even number of rows with so many inputs, a multiple of 8, of a panel of int8.
+INLINE void add_row_pairs(int rows, Tile x, const char *w, long inputs, vint dot[INT_ROWS][2 * PANEL_VECTORS]) {
+    vint sum[INT_ROWS / 2][2 * PANEL_VECTORS];
+    UNROLL for (int pair = 0; pair < rows / 2; pair++)
+        UNROLL for (int v = 0; v < 2 * PANEL_VECTORS; v++) sum[pair][v] = vi_zero();
+    for (const char *end = w + inputs * PANEL; w < end; w += 8 * PANEL, x.values += 8 * x.stride)
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
+            vint first = vi_load(weights_of(w, 0, 4 * PANEL, v)), second = vi_load(weights_of(w + 4 * PANEL, 0, 4 * PANEL, v));
+            vint low = vi_two_outputs(first, second, 0), high = vi_two_outputs(first, second, 1);
+            UNROLL for (int pair = 0; pair < rows / 2; pair++) {
+                vint two = vi_two_rows(x.values + 8 * pair, x.values + 4 * x.stride + 8 * pair);
+                sum[pair][2 * v] = vi_dot_rows(sum[pair][2 * v], two, low);
+                sum[pair][2 * v + 1] = vi_dot_rows(sum[pair][2 * v + 1], two, high);
+            }
+        }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++)
+            dot[r][v] = vi_add(dot[r][v], vi_row_of(sum[r / 2][2 * v], sum[r / 2][2 * v + 1], r % 2));
+}
+#else
+#define HAS_ROW_PAIRS 0
+INLINE void add_row_pairs(int rows, Tile x, const char *w, long inputs, vint dot[INT_ROWS][2 * PANEL_VECTORS]) {
+    (void)rows, (void)x, (void)w, (void)inputs, (void)dot;
+}
+#endif
+
 INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
                       float *sums) {
     int vectors = panels * PANEL_VECTORS;
@@ -49,7 +76,11 @@ INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(x.sums[r]);
         const char *end = w + group * PANEL;
-        do {  // the group is never empty, which saves copies of the sums
+        if (HAS_ROW_PAIRS && rows % 2 == 0 && panels == 1 && group % 8 == 0) {
+            add_row_pairs(rows, x, w, group, dot);
+            x.values += group * x.stride;
+            w = end;
+        } else do {  // the group is never empty, which saves copies of the sums
             UNROLL for (int v = 0; v < vectors; v++) {
                 vint weights = vi_load(weights_of(w, jump, 4 * PANEL, v));
                 UNROLL for (int r = 0; r < rows; r++) dot[r][v] = vi_dot(dot[r][v], weights, broadcast(x.values + 4 * r));
@@ -101,7 +132,9 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
         if (!unpacked && rows <= FETCH_ROWS) fetch_ahead(w, jump, panels, size);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(has_zeros ? 0 : x.sums[r]);
-        for (int step = 0; step < (unpacked ? 8 : 4); step++)
+        int pairs = HAS_ROW_PAIRS && unpacked && rows % 2 == 0 && panels == 1;
+        if (pairs) add_row_pairs(rows, x, w + head, GROUP4, dot);
+        for (int step = 0; !pairs && step < (unpacked ? 8 : 4); step++)
             UNROLL for (int v = 0; v < vectors; v++) {
                 vint bytes = vi_load(weights_of(w + head + step * 4 * PANEL, jump, 4 * PANEL, v));
                 vint low = unpacked ? bytes : vi_low_nibbles(bytes), high = vi_high_nibbles(bytes);

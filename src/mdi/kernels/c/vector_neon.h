@@ -118,3 +118,21 @@ INLINE vint vi_dot(vint sum, vint weights, vint x) {
 }
 INLINE vint vi_dot_small(vint sum, vint weights, vint x) { return vi_dot(sum, weights, x); }
 INLINE vint vi_small_total(vint sum) { return sum; }
+
+#if defined(MDI_NEONBF16)  // with i8mm: two rows by two outputs, eight inputs at a time
+#define HAS_ROW_PAIRS 1
+INLINE vint vi_dot_rows(vint sum, vint rows, vint outputs) {
+    return vmmlaq_s32(sum, vreinterpretq_s8_s32(rows), vreinterpretq_s8_s32(outputs));
+}
+INLINE vint vi_two_outputs(vint first, vint second, int high) {  // of two steps of 4 outputs
+    return high ? vzip2q_s32(first, second) : vzip1q_s32(first, second);
+}
+INLINE vint vi_two_rows(const int8_t *first, const int8_t *second) {  // of two steps
+    int32x2_t a = vreinterpret_s32_s8(vld1_s8(first)), b = vreinterpret_s32_s8(vld1_s8(second));
+    return vcombine_s32(vzip1_s32(a, b), vzip2_s32(a, b));
+}
+INLINE vint vi_row_of(vint low, vint high, int second) {  // of sums of outputs 0 and 1, and 2 and 3
+    int64x2_t a = vreinterpretq_s64_s32(low), b = vreinterpretq_s64_s32(high);
+    return vreinterpretq_s32_s64(second ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
+}
+#endif
