@@ -5,7 +5,7 @@
 
 #include "work.h"
 
-enum { BLOCK_INPUTS = 256, DIRECT_ROWS = 2 * TILE_ROWS };
+enum { BLOCK_INPUTS = 256, DIRECT_ROWS = 4 * TILE_ROWS };
 enum { BF16_PAIRS = 16 };  // kind of a tile: weights and activations in bfloat16, two inputs a step
 
 // x: [inputs][rows]. w: the first panel's part that is multiplied; the second panel's is `jump` bytes behind. The sums
