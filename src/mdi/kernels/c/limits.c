@@ -51,14 +51,17 @@ static void float_part(void *context, int thread, int n_threads) {
 INLINE void tiles_part(Trial *trial, int is_int8) {
     tiles_configure(TILE_HEIGHT, TILE_BYTES);
     for (long step = 0; step < trial->steps; step++) {
-        if (is_int8) tile_dot_int8(0, 4, 6);
-        else tile_dot_bf16(0, 4, 6);
-        if (is_int8) tile_dot_int8(1, 4, 7);
-        else tile_dot_bf16(1, 4, 7);
-        if (is_int8) tile_dot_int8(2, 5, 6);
-        else tile_dot_bf16(2, 5, 6);
-        if (is_int8) tile_dot_int8(3, 5, 7);
-        else tile_dot_bf16(3, 5, 7);
+        if (is_int8) {
+            tile_dot_int8(0, 4, 6);
+            tile_dot_int8(1, 4, 7);
+            tile_dot_int8(2, 5, 6);
+            tile_dot_int8(3, 5, 7);
+        } else {
+            tile_dot_bf16(0, 4, 6);
+            tile_dot_bf16(1, 4, 7);
+            tile_dot_bf16(2, 5, 6);
+            tile_dot_bf16(3, 5, 7);
+        }
     }
     tiles_release();
 }

@@ -1,7 +1,7 @@
 // Products for any number of rows. A row has the same bits in each of them: every output has one accumulator, to which the
 // inputs are added in order. Blocks of inputs and of rows only say when an accumulator is in registers and when in memory.
 //
-//   activations -> packed by all threads: tiles of TILE_ROWS rows, float32 or int8
+//   activations -> packed by all threads: tiles of rows, in float32, bfloat16 or int8
 //   panels      -> each thread has its own; few rows read two panels at once
 //   sums        -> scaled, added over shards, then bias, activation and residual, rounded once
 #include "activations.h"
