@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Copy, Result, Token, TokenSampling, Visual
+from mdi.core.capabilities import Capabilities
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
@@ -102,6 +103,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         """Restores the first state: echoes, refuses nothing, has no calls."""
+        self.capabilities = Capabilities(max_model_len=512, modalities=("text", "image", "video"), tool_syntax="hermes")
         self.error: MDIError | None = None
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
         self.answer_ready: Callable[[], bool] = lambda: True

@@ -109,7 +109,7 @@ def test_the_bytes_of_a_chat_are_those_of_its_text(tokenizer: Tokenizer, ids: li
     """A15: chat logprobs."""
     pieces = answer(tokenizer, ids, [], skip)
     logprobs = chat_logprobs(TinyTokens(tokenizer), skip)
-    entries = [entry for piece in pieces for entry in (logprobs(0, piece) or {})["content"]]
+    entries = [entry for piece in pieces for entry in (logprobs(piece.tokens) or {})["content"]]
     joined = b"".join(bytes(entry["bytes"]) for entry in entries)
     assert joined.decode(errors="replace") == "".join(piece.text for piece in pieces)
     assert len(entries) == len(ids)

@@ -18,6 +18,7 @@ from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source, open_source
 from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
+from mdi.core.capabilities import Capabilities
 from mdi.core.config import EngineConfig
 from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
 from mdi.core.messages import PromptInput
@@ -90,6 +91,12 @@ class Engine:
         except BaseException:
             self._cluster.close()
             raise
+        self.capabilities = Capabilities(
+            self.sequence_length,
+            ("text", "image", "video") if source.model_config.vision else ("text",),
+            self._tokenizer.tool_syntax,
+            self._tokenizer.reasoning,
+        )
         self._loop = self._start_loop(config)
         self._preparation = Preparation(self._prompts, self._start, self._refuse)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from mdi.core.capabilities import Capabilities
 from mdi.core.errors import MDIError
 from mdi.core.messages import PromptInput
 from mdi.core.outputs import Piece, Usage
@@ -28,6 +29,8 @@ class TextEngine(Protocol):
     def model_name(self) -> str: ...
     @property
     def model_names(self) -> tuple[str, ...]: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
     @property
     def error(self) -> MDIError | None: ...
     @property

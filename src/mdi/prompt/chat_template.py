@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,7 +37,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str, file: str) -> None:
         self._tokenizer = tokenizer
-        self._text = text
+        self.text = text
         try:
             self.literals = list(_literals(text))
             with suppress(InputError):  # it may ask for other messages
@@ -48,6 +48,17 @@ class ChatTemplate:
             ) from None
         self.computes = any(operation in text for operation in COMPUTING)
         self._reads_as = cache(self._probe)
+
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template writes tools into the prompt."""
+        parameters = {"type": "object", "properties": {}}
+        tool = {"type": "function", "function": {"name": WORD, "description": WORD, "parameters": parameters}}
+        for content in ("x", [{"type": "text", "text": "x"}]):
+            with suppress(InputError):
+                if WORD in self._render([{"role": "user", "content": content}], {}, [tool]):
+                    return True
+        return False
 
     def conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages in the form of chat templates.
@@ -73,10 +84,17 @@ class ChatTemplate:
                 raise
             return self._render(with_texts, settings)
 
-    def _render(self, conversation: list[dict[str, Any]], settings: TemplateSettings) -> str:
+    def _render(
+        self, conversation: list[dict[str, Any]], settings: TemplateSettings, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                conversation, chat_template=self._text, tokenize=False, add_generation_prompt=True, **settings
+                conversation,
+                tools,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=True,
+                **settings,
             )
             return text
         except jinja2.TemplateSyntaxError:

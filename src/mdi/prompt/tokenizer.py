@@ -15,6 +15,7 @@ from mdi.core.template_settings import TemplateSettings
 from mdi.prompt.chat_template import check_template_files, read_chat_template
 from mdi.prompt.control_tokens import ControlTokens
 from mdi.prompt.pieces import Pieces
+from mdi.tools.families import reasoning_marks, syntax_of
 
 SENTENCE = "The 2 quick brown foxes"
 
@@ -44,6 +45,17 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def tool_syntax(self) -> str:
+        """How the model writes calls of tools: see `mdi.tools`."""
+        template = self._template
+        return syntax_of(template.text if template and template.reads_tools else "")
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """The marks around the model's thoughts, if it thinks."""
+        return reasoning_marks(self._template.text if self._template else "", self.backend.get_vocab())
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id.

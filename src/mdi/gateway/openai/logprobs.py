@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import codecs
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from mdi.core.batch import Token
 from mdi.core.outputs import Piece, Sample
 from mdi.gateway.engine import TextEngine
 
 LOWEST = -9999.0  # JSON has no infinity
 
 LogprobsOf = Callable[[int, Piece | Sample], dict[str, Any] | None]
-"""Makes the `logprobs` of a choice, from the sample's index and its next tokens."""
+"""Makes the `logprobs` of a completion's choice, from the sample's index and its next tokens."""
+
+ChatLogprobsOf = Callable[[Sequence[Token]], dict[str, Any] | None]
+"""Makes the `logprobs` of a chat's choice from its next tokens."""
 
 
-def no_logprobs(_index: int, _part: Piece | Sample) -> None:
+def no_logprobs(*_part: object) -> None:
     """No logprobs: the request does not ask for them."""
 
 
-def chat_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
+def chat_logprobs(engine: TextEngine, skip_special_tokens: bool) -> ChatLogprobsOf:
     """The `logprobs` of a chat's choices, or of its chunks. Tokens that the text leaves out have no bytes."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
@@ -28,10 +32,10 @@ def chat_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
         name = engine.token_bytes(token_id).decode(errors="replace")
         return {"token": name, "logprob": max(logprob, LOWEST), "bytes": list(shown)}
 
-    def logprobs_of(_index: int, part: Piece | Sample) -> dict[str, Any]:
+    def logprobs_of(tokens: Sequence[Token]) -> dict[str, Any]:
         content = [
             entry(token.id, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top_logprobs]}
-            for token in part.tokens
+            for token in tokens
         ]
         return {"content": content, "refusal": None}
 

@@ -1,0 +1,1 @@
+"""How model families write calls of tools: how each is found, its grammars and its parsers."""
