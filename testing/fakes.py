@@ -20,6 +20,7 @@ from mdi.core.capabilities import Capabilities
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
+from mdi.core.status import Load
 from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
@@ -50,35 +51,35 @@ def echo(prompt: Prompt, params: SamplingParams) -> Iterable[Step]:
 class FakeRequest:
     """A scripted request: puts its steps into a real `Stream` and records whether it was cancelled before its end."""
 
-    def __init__(self, steps: Iterable[Step]) -> None:
+    def __init__(self, steps: Iterable[Step], prompt_token_ids: tuple[int, ...] = ()) -> None:
         self.stream = Stream(self._cancel)
-        self.stream.prompt_tokens = 7
+        self.stream.prompt_token_ids = prompt_token_ids
         self.cancelled = threading.Event()
         self._steps = deque(steps)
         self._lock = threading.RLock()
-        self._ended = False
+        self.ended = False
         self.resume()
 
     def resume(self) -> None:
         """Continues to the next HOLD, error, or end. From any thread."""
         with self._lock:
-            while self._steps and not self._ended:
+            while self._steps and not self.ended:
                 step = self._steps.popleft()
                 if isinstance(step, Hold):
                     return
-                self._ended = isinstance(step, MDIError)
+                self.ended = isinstance(step, MDIError)
                 self.stream.put(step)
             self._end()
 
     def _cancel(self) -> None:
         with self._lock:
-            if not self._ended:
+            if not self.ended:
                 self.cancelled.set()
                 self._end()
 
     def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             self.stream.put(None)
 
 
@@ -90,7 +91,12 @@ class Call:
     params: SamplingParams
     min_pixels: int | None
     max_pixels: int | None
-    settings: TemplateSettings
+    conversation: Conversation | None = None
+
+    @property
+    def settings(self) -> TemplateSettings:
+        """For the chat template."""
+        return self.conversation.settings if self.conversation else {}
 
 
 class FakeEngine:
@@ -125,18 +131,38 @@ class FakeEngine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
-        params = params or SamplingParams()
-        settings: TemplateSettings = {}
+        return self._begin(prompt, params or SamplingParams(), min_pixels, max_pixels, self.script)
+
+    def prepare(self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Stream:
+        return self._begin(prompt, SamplingParams(), min_pixels, max_pixels, lambda *_: ())
+
+    def _begin(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams,
+        min_pixels: int | None,
+        max_pixels: int | None,
+        script: Script,
+    ) -> Stream:
+        conversation = prompt if isinstance(prompt, Conversation) else None
         if isinstance(prompt, Conversation):
-            settings, prompt = prompt.settings, prompt.messages
+            prompt = prompt.messages
         read = prompt if isinstance(prompt, (str, RawText, TokenIds)) else parse_messages(prompt)
         if error := self.refuse(read):
             raise error
-        self.calls.append(Call(read, params, min_pixels, max_pixels, settings))
-        request = FakeRequest(self.script(read, params))
+        self.calls.append(Call(read, params, min_pixels, max_pixels, conversation))
+        ids = read.ids if isinstance(read, TokenIds) else tuple(range(7))
+        request = FakeRequest(script(read, params), ids)
         self.requests.append(request)
         self.submitted.set()
         return request.stream
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, token_ids)).decode()
+
+    @property
+    def load(self) -> Load:
+        return Load(running=sum(not request.ended for request in self.requests), waiting=0)
 
     def nodes(self) -> list[NodeStatus]:
         return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10, node="starter")]

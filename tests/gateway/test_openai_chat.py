@@ -11,6 +11,7 @@ import pytest
 
 from mdi.core.messages import ImagePart, Message, TextPart, VideoPart
 from mdi.core.sampling import SamplingParams
+from mdi.gateway.openai.ignored import HEADER
 from tests.gateway.conftest import CHAT, HELLO, REAL_KEY, FakeServer, RealServer, data_url, video_chat
 
 
@@ -239,3 +240,61 @@ def test_bad_chats_are_refused_by_name(real: RealServer, stream: bool, change: A
     error = answer.json()["error"]
     assert error["param"] == field
     assert error["message"]
+
+
+def test_usage_so_far_comes_with_every_chunk(open_server: FakeServer, client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True, stream_options=options))
+    used = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert len(used) == len(chunks)
+    assert used == sorted(used)
+    assert used[0] == 1
+    assert used[-1] == 2
+
+
+def test_a_chat_gives_token_ids_as_vllm(open_server: FakeServer, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "fake", "messages": HELLO, "extra_body": {"return_token_ids": True}}
+    answer: Any = client.chat.completions.create(**asked).to_dict()
+    assert answer["prompt_token_ids"] == list(range(7))
+    assert answer["choices"][0]["token_ids"] == [1, 1]
+    chunks: list[Any] = [chunk.to_dict() for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [list(range(7)), *[None] * (len(chunks) - 1)]
+    assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())] == [1, 1]
+
+
+def test_settings_of_media_come_in_vllms_form_too(server: FakeServer) -> None:
+    settings = {"size": {"shortest_edge": 100, "longest_edge": 200}, "fps": 4, "max_pixels": 200}
+    parts = [{"type": "video", "video": "https://x/a.mp4"}, {"type": "video", "video": "https://x/b.mp4", "fps": 1}]
+    messages = [{"role": "user", "content": parts}]
+    asked = {**CHAT, "messages": messages, "mm_processor_kwargs": settings | {"do_resize": True}}
+    answer = server.post("/v1/chat/completions", json=asked)
+    call = server.engine.calls[-1]
+    assert (call.min_pixels, call.max_pixels) == (100, 200)
+    assert [server.engine.part(number).fps for number in (0, 1)] == [4, 1]
+    assert answer.headers[HEADER] == "mm_processor_kwargs.do_resize"
+
+
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("mm_processor_kwargs.fps", {"mm_processor_kwargs": {"fps": 0}}),
+        ("mm_processor_kwargs.size", {"mm_processor_kwargs": {"size": 5}}),
+        ("mm_processor_kwargs.max_pixels", {"mm_processor_kwargs": {"max_pixels": 5}, "max_pixels": 6}),
+        ("continue_final_message", {"continue_final_message": True}),
+        ("return_token_ids", {"return_token_ids": 1}),
+    ],
+)
+def test_malformed_settings_are_named(server: FakeServer, field: str, asked: Any) -> None:
+    answer = server.post("/v1/chat/completions", json=CHAT | asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+
+
+def test_an_answer_may_continue_the_last_message(real: RealServer) -> None:
+    given = [*HELLO, {"role": "assistant", "content": "The sky is"}]
+    ending = {"add_generation_prompt": False, "continue_final_message": True}
+    asked = {"model": "tiny", "messages": given, "max_tokens": 1, "return_token_ids": True}
+    ids = real.post("/v1/chat/completions", json=asked | ending).json()["prompt_token_ids"]
+    assert real.engine.detokenize(ids).endswith("The sky is")
+    ended = real.post("/v1/chat/completions", json=asked).json()["prompt_token_ids"]
+    assert not real.engine.detokenize(ended).endswith("The sky is")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 from testing.fakes import HOLD
 
@@ -36,3 +38,35 @@ def test_the_openai_client_completes_text(real: RealServer) -> None:
     whole = real.client.completions.create(model="tiny", prompt="Once", max_tokens=6, temperature=0)
     chunks = real.client.completions.create(model="tiny", prompt="Once", max_tokens=6, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+
+
+def test_echo_puts_the_prompt_before_each_answer(open_server: FakeServer, client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="fake", prompt=["a", "b"], n=2, echo=True)
+    assert [choice.text for choice in answer.choices] == ["aa #0", "aa #1", "bb #0", "bb #1"]
+    texts = ["", ""]
+    for chunk in client.completions.create(model="fake", prompt=[5, 6], n=2, echo=True, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == ["<5><6>ok #0", "<5><6>ok #1"]
+
+
+def test_token_ids_are_given_as_in_vllm(open_server: FakeServer, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "fake", "prompt": [[5, 6], [7]], "extra_body": {"return_token_ids": True}}
+    choices = client.completions.create(**asked).to_dict()["choices"]
+    assert [(choice["prompt_token_ids"], choice["token_ids"]) for choice in choices] == [
+        ([5, 6], [1, 1]),
+        ([7], [1, 1]),
+    ]
+    chunks = [chunk.to_dict()["choices"][0] for chunk in client.completions.create(**asked, stream=True)]
+    assert [chunk["token_ids"] for chunk in chunks] == [[1]] * 4
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [[5, 6], None, [7], None]
+
+
+def test_special_tokens_may_be_left_out(server: FakeServer) -> None:
+    server.post("/v1/completions", json={"model": "fake", "prompt": "a", "add_special_tokens": False})
+    assert server.engine.calls[-1].prompt == RawText("a", add_special_tokens=False)
+
+
+def test_echo_with_logprobs_is_refused(server: FakeServer) -> None:
+    answer = server.post("/v1/completions", json={"model": "fake", "prompt": "a", "echo": True, "logprobs": 0})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "echo"

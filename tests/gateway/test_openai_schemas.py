@@ -40,7 +40,7 @@ def test_fields_that_ask_for_nothing_are_accepted(server: FakeServer, fields: di
         ("chat/completions", "stop_token_ids", [-1]),
         ("chat/completions", "max_completion_tokens", -2),
         ("chat/completions", "stop", 5),
-        ("completions", "echo", True),
+        ("chat/completions", "echo", True),
         ("completions", "suffix", "x"),
         ("completions", "best_of", 3),
         ("completions", "logprobs", 21),

@@ -95,13 +95,26 @@ Chat = Sequence[Message | Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, with settings for the chat template. Raises InputError for settings that no template may get."""
+    """Messages, with settings for the chat template.
+
+    add_generation_prompt: the prompt ends where the assistant's answer begins. continue_final_message: it ends within
+    the last message, which the answer continues. Raises InputError for settings that no template may get, and for both
+    of these together.
+    """
 
     messages: Chat
     settings: TemplateSettings = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InputError(
+                "an answer cannot both continue the last message and begin a new one: set add_generation_prompt to "
+                "false",
+                "continue_final_message",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +123,11 @@ class RawText:
 
     The tokenizer adds its own special tokens, such as a BOS token, and recognises special tokens by their names in the
     text. Text of strangers belongs into messages instead, where it never becomes a special token.
+    add_special_tokens: False adds none.
     """
 
     text: str
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

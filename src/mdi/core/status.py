@@ -43,6 +43,14 @@ class NodeStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """How many requests are being computed, and how many wait: for their media, their prompt or a slot."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryStatus:
     """Recovery from lost nodes. recovering: nodes are being brought back now, and running requests wait.
 

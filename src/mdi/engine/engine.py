@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,13 +25,14 @@ from mdi.core.messages import PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
-from mdi.core.status import NodeStatus, RecoveryStatus
+from mdi.core.status import Load, NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.loop import Cancel, Inbox, StepLoop, Submit
 from mdi.engine.preparation import Preparation
 from mdi.engine.scheduler import Scheduler
-from mdi.engine.sequence import Request, Sequence
+from mdi.engine.sequence import Request
+from mdi.engine.sequence import Sequence as RunningSequence
 from mdi.engine.stream import Stream
 from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
@@ -98,7 +99,7 @@ class Engine:
             self._tokenizer.reasoning,
         )
         self._loop = self._start_loop(config)
-        self._preparation = Preparation(self._prompts, self._start, self._refuse)
+        self._preparation = Preparation(self._prompts, self._start, self._end)
 
     def submit(
         self,
@@ -114,15 +115,25 @@ class Engine:
         `RawText` or `TokenIds`. Raises InputError for malformed messages and unknown ids, OverloadedError when the
         queue is full, LinkError when a node is lost; the stream raises later errors (media, lengths).
         """
-        checked = self._prompts.check(prompt)
-        sampling = (params or SamplingParams()).resolved(self._defaults, self.sequence_length)
-        self._check_token_ids(sampling)
-        pixels = PixelRange(min_pixels, max_pixels)
-        stream = Stream(lambda: self._cancel(request))
-        request = Request(stream, sampling, work=self._preparation.work())
-        self._accept(request)
-        self._preparation.begin(request, checked, pixels)
-        return stream
+        return self._begin(prompt, params or SamplingParams(), PixelRange(min_pixels, max_pixels), computes=True)
+
+    def prepare(self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Stream:
+        """Makes the prompt of a request and computes nothing: a stream without pieces, which then has its token ids.
+
+        Images and videos are fetched and decoded for the number of their tokens. Raises what `submit` does.
+        """
+        return self._begin(prompt, SamplingParams(), PixelRange(min_pixels, max_pixels), computes=False)
+
+    def tokenize(self, prompt: PromptInput, **pixels: int) -> tuple[int, ...]:
+        """The token ids that a request of this prompt has. See `prepare`."""
+        stream = self.prepare(prompt, **pixels)
+        stream.completion()
+        return stream.prompt_token_ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones by their names. Raises InputError for ids that the model lacks."""
+        self._check_vocabulary("tokens", token_ids)
+        return self._tokenizer.decode(token_ids)
 
     def chat(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Completion:
         """Runs a request to its end. See `submit`."""
@@ -172,6 +183,14 @@ class Engine:
         return True
 
     @property
+    def load(self) -> Load:
+        """How many requests are being computed, and how many wait."""
+        with self._lock:
+            requests = list(self._requests)
+        running = sum(any(sequence.slot is not None for sequence in list(request.sequences)) for request in requests)
+        return Load(running, len(requests) - running)
+
+    @property
     def recovery(self) -> RecoveryStatus:
         """Whether nodes are being brought back, how often that happened, and how many requests failed by it."""
         return self._loop.recovery
@@ -218,7 +237,7 @@ class Engine:
 
     def _start_loop(self, config: EngineConfig) -> StepLoop:
         cluster = self._cluster
-        scheduler: Scheduler[Sequence] = Scheduler(
+        scheduler: Scheduler[RunningSequence] = Scheduler(
             n_slots=cluster.cache.n_slots,
             cache_tokens=cluster.cache.tokens,
             token_budget=TOKEN_BUDGET,
@@ -231,8 +250,21 @@ class Engine:
     def _check_token_ids(self, sampling: Sampling) -> None:
         """Raises InputError for ids beyond the vocabulary: the finisher indexes logits with them."""
         for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            if unknown := [token_id for token_id in ids if token_id >= self._vocab_size]:
-                raise InputError(f"{field}: the model has {self._vocab_size} tokens, and no token {unknown[0]}", field)
+            self._check_vocabulary(field, ids)
+
+    def _check_vocabulary(self, field: str, ids: Iterable[int]) -> None:
+        if unknown := [token_id for token_id in ids if not 0 <= token_id < self._vocab_size]:
+            raise InputError(f"{field}: the model has {self._vocab_size} tokens, and no token {unknown[0]}", field)
+
+    def _begin(self, prompt: PromptInput, params: SamplingParams, pixels: PixelRange, *, computes: bool) -> Stream:
+        checked = self._prompts.check(prompt)
+        sampling = params.resolved(self._defaults, self.sequence_length)
+        self._check_token_ids(sampling)
+        stream = Stream(lambda: self._cancel(request))
+        request = Request(stream, sampling, computes=computes, work=self._preparation.work())
+        self._accept(request)
+        self._preparation.begin(request, checked, pixels)
+        return stream
 
     def _accept(self, request: Request) -> None:
         with self._lock:
@@ -255,8 +287,11 @@ class Engine:
 
     def _start(self, request: Request, prompt: Prompt) -> None:
         request.set_prompt(prompt, self._tokenizer.backend, self._end_ids, self.sequence_length)
-        self._inbox.put(Submit(request))
+        if request.computes:
+            self._inbox.put(Submit(request))
+        else:
+            self._end(request, None)
 
-    def _refuse(self, request: Request, error: MDIError | None) -> None:
+    def _end(self, request: Request, error: MDIError | None) -> None:
         self._ended(request)
         request.stream.put(error)

@@ -29,6 +29,7 @@ class Request:
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
     error: what ends it once none of its sequences is in flight.
+    computes: False for one that ends as soon as its prompt is known.
     work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
     token_mask: called with a sequence before each draw; gives the tokens that may come next, as
@@ -44,6 +45,7 @@ class Request:
     error: MDIError | None = None
     prefilled: bool = False
     token_mask: TokenMask | None = None
+    computes: bool = True
     work: Work = field(default_factory=Work)
     arrived_s: float = field(default_factory=time.monotonic)
 
@@ -51,7 +53,7 @@ class Request:
         """Makes the request's sequences. end_ids: tokens that end an answer, beside those the request names."""
         sampling = self.sampling
         self.prompt = prompt
-        self.stream.prompt_tokens = len(prompt.token_ids)
+        self.stream.prompt_token_ids = prompt.token_ids
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
         self.sequences = [

@@ -15,16 +15,22 @@ class Stream:
 
     Iteration raises the error that ended the request early: InputError for media or lengths that do not fit, LinkError
     for a lost node, ClosedError at shutdown. A cancelled stream ends without an error.
+
+    prompt_token_ids: of the prompt, media included; none before the first piece.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
-        self.prompt_tokens = 0
+        self.prompt_token_ids: tuple[int, ...] = ()
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._cancel = cancel
         self._items: queue.SimpleQueue[Piece | MDIError | None] = queue.SimpleQueue()
         self._wake: Callable[[], None] | None = None
         self._ended = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
 
     @property
     def usage(self) -> Usage:

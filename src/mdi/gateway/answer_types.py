@@ -74,11 +74,17 @@ class AnswerMessage(TypedDict):
     content: str
 
 
-class ChatChoice(TypedDict):
+class _ChatChoice(TypedDict):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+
+
+class ChatChoice(_ChatChoice, total=False):
+    """token_ids: with return_token_ids."""
+
+    token_ids: list[int]
 
 
 class Delta(TypedDict, total=False):
@@ -86,34 +92,60 @@ class Delta(TypedDict, total=False):
     content: str
 
 
-class ChatChunkChoice(TypedDict):
+class _ChatChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
-class TextChoice(TypedDict):
+class ChatChunkChoice(_ChatChunkChoice, total=False):
+    """token_ids: with return_token_ids."""
+
+    token_ids: list[int]
+
+
+class _TextChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason
 
 
-class TextChunkChoice(TypedDict):
+class TextChoice(_TextChoice, total=False):
+    """token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk."""
+
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+
+
+class _TextChunkChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
 
 
-class ChatCompletion(TypedDict):
+class TextChunkChoice(_TextChunkChoice, total=False):
+    """token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk."""
+
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+
+
+class _ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
     usage: TokenUsage
+
+
+class ChatCompletion(_ChatCompletion, total=False):
+    """prompt_token_ids: with return_token_ids."""
+
+    prompt_token_ids: list[int]
 
 
 class _ChatChunk(TypedDict):
@@ -125,7 +157,10 @@ class _ChatChunk(TypedDict):
 
 
 class ChatCompletionChunk(_ChatChunk, total=False):
+    """usage: with stream_options. prompt_token_ids: in the first chunk, with return_token_ids."""
+
     usage: TokenUsage
+    prompt_token_ids: list[int]
 
 
 class TextCompletion(TypedDict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from mdi.core.capabilities import Capabilities
@@ -10,7 +10,7 @@ from mdi.core.errors import MDIError
 from mdi.core.messages import PromptInput
 from mdi.core.outputs import Piece, Usage
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import NodeStatus, RecoveryStatus
+from mdi.core.status import Load, NodeStatus, RecoveryStatus
 
 
 class Running(Protocol):
@@ -20,6 +20,13 @@ class Running(Protocol):
     def usage(self) -> Usage: ...
     def __aiter__(self) -> AsyncIterator[Piece]: ...
     def cancel(self) -> None: ...
+
+
+class Submitted(Running, Protocol):
+    """One running request. prompt_token_ids: of its prompt; none before its first piece, or its end."""
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
 
 
 class TextEngine(Protocol):
@@ -34,6 +41,8 @@ class TextEngine(Protocol):
     @property
     def error(self) -> MDIError | None: ...
     @property
+    def load(self) -> Load: ...
+    @property
     def recovery(self) -> RecoveryStatus: ...
     def nodes(self) -> list[NodeStatus]: ...
     def ready(self, timeout_s: float) -> bool: ...
@@ -45,4 +54,8 @@ class TextEngine(Protocol):
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-    ) -> Running: ...
+    ) -> Submitted: ...
+    def prepare(
+        self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Submitted: ...
+    def detokenize(self, token_ids: Sequence[int]) -> str: ...

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from mdi.gateway import answer_types as types
 from mdi.gateway.generate import MultimodalRequest, TextRequest
 from mdi.gateway.middleware.api_key import OPEN_PATHS
+from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import HEADER
-from mdi.gateway.openai.schemas import ChatRequest, CompletionRequest
+from mdi.gateway.openai.schemas import ChatRequest
 from mdi.gateway.uploads import UPLOAD_FIELDS
 
 JSON, FORM, EVENTS = "application/json", "multipart/form-data", "text/event-stream"

@@ -20,6 +20,7 @@ from mdi.core.messages import (
     VideoPart,
     parse_messages,
 )
+from mdi.core.template_settings import TemplateSettings
 from mdi.core.tracing import Recorder
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, Work, decode_image, fetch, image_patches, open_video
@@ -177,7 +178,7 @@ class PromptBuilder:
         if isinstance(prompt, TokenIds):
             return Draft(prompt.ids, (), "prompt")
         if isinstance(prompt, RawText):
-            token_ids = self._tokenizer.encode_raw(prompt.text)
+            token_ids = self._tokenizer.encode_raw(prompt.text, prompt.add_special_tokens)
             self._check_ids(token_ids)
             return Draft(tuple(token_ids), (), "prompt")
         if not isinstance(prompt, str):
@@ -190,7 +191,7 @@ class PromptBuilder:
 
     def _tokenise_chat(self, chat: Conversation, pixels: PixelRange, field: str) -> Draft:
         messages = parse_messages(chat.messages)
-        token_ids = self._tokenizer.encode_chat(messages, chat.settings, lambda text: self._check_text(text, field))
+        token_ids = self._tokenizer.encode_chat(messages, _settings(chat), lambda text: self._check_text(text, field))
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
@@ -303,6 +304,13 @@ class PromptBuilder:
                 f"length is {self._sequence_length}: shorten the prompt{self._or_remedy}",
                 field,
             )
+
+
+def _settings(chat: Conversation) -> TemplateSettings:
+    """The settings of a conversation, with how its prompt ends."""
+    if chat.continue_final_message:
+        return {**chat.settings, "add_generation_prompt": False, "continue_final_message": True}
+    return {**chat.settings, "add_generation_prompt": chat.add_generation_prompt}
 
 
 def _certain_text(messages: Sequence[Message]) -> str:

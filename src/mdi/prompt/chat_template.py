@@ -93,8 +93,7 @@ class ChatTemplate:
                 tools,
                 chat_template=self.text,
                 tokenize=False,
-                add_generation_prompt=True,
-                **settings,
+                **{"add_generation_prompt": True, **settings},
             )
             return text
         except jinja2.TemplateSyntaxError:

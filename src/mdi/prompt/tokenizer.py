@@ -72,10 +72,14 @@ class Tokenizer:
         """Plain text to ids, normalised first as the checkpoint asks; control tokens in it are plain text."""
         return self._control.encode_text(text)
 
-    def encode_raw(self, text: str) -> list[int]:
+    def encode_raw(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids as transformers does: special tokens by their names, and those that the tokenizer adds."""
-        ids: list[int] = self._loaded(text, verbose=False).input_ids
+        ids: list[int] = self._loaded(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids to text, special tokens by their names."""
+        return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def encode_chat(
         self,

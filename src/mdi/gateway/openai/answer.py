@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -18,12 +19,16 @@ from mdi.gateway.streaming import completion, events
 
 
 class Choices(Protocol):
-    """The form of a route's choices. kind, chunk_kind: OpenAI's names of a whole answer and of a chunk."""
+    """The form of a route's choices. kind, chunk_kind: OpenAI's names of a whole answer and of a chunk.
+
+    shared: fields beside the choices, of a whole answer or of the first chunk.
+    """
 
     id_prefix: str
     kind: str
     chunk_kind: str
 
+    def shared(self) -> dict[str, Any]: ...
     def whole(self, index: int, sample: Sample) -> dict[str, Any]: ...
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]: ...
 
@@ -36,20 +41,32 @@ async def answer(
 
     async def chunks(pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
         chunk = envelope | {"object": choices.chunk_kind}
+        usage, first = Usage(0, 0), True
         async for piece in pieces:
+            usage = _so_far(running.usage, usage, piece)
             for choice in choices.chunks(piece):
-                yield chunk | {"choices": [choice]}
+                shared = choices.shared() if first else {}
+                shown = {"usage": usage_json(usage)} if body.wants_usage_so_far else {}
+                yield chunk | {"choices": [choice]} | shared | shown
+                first = False
         if body.wants_usage:
-            yield chunk | {"choices": [], "usage": _usage(running.usage)}
+            yield chunk | {"choices": [], "usage": usage_json(running.usage)}
 
     if body.stream:
         return await events(request, running, timeout_s, chunks)
     done = await completion(request, running, timeout_s)
     made = [choices.whole(index, sample) for index, sample in enumerate(done.samples)]
-    return JsonAnswer(envelope | {"object": choices.kind, "choices": made, "usage": _usage(done.usage)})
+    content = envelope | {"object": choices.kind, "choices": made, "usage": usage_json(done.usage)}
+    return JsonAnswer(content | choices.shared())
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _so_far(whole: Usage, before: Usage, piece: Piece) -> Usage:
+    """The usage up to a piece: the engine may be ahead of what is sent."""
+    return replace(whole, completion_tokens=before.completion_tokens + len(piece.tokens))
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Usage in OpenAI's form."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

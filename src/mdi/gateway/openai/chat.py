@@ -17,11 +17,13 @@ from mdi.gateway.answer_parts import (
     ArgumentsDelta,
     CallStart,
     Finish,
+    Part,
     ReasoningDelta,
     TextDelta,
 )
-from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
+from mdi.gateway.media_settings import MediaSettings
 from mdi.gateway.openai.answer import answer
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import ChatLogprobsOf, chat_logprobs, no_logprobs
@@ -39,7 +41,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         body.check_fields(ignored)
         running = _submit(engine, body, ignored)
         logprobs_of = chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs
-        choices = ChatChoices(AnswerReader(), logprobs_of)
+        choices = ChatChoices(running, AnswerReader(), logprobs_of, shows_ids=body.return_token_ids)
         response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
@@ -47,28 +49,43 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     return routes
 
 
-def _submit(engine: TextEngine, body: ChatRequest, ignored: IgnoredFields) -> Running:
-    messages = parse_messages(body.messages, ignored)
-    conversation = Conversation(messages, body.chat_template_kwargs or {})
-    return engine.submit(conversation, body.params(), min_pixels=body.min_pixels, max_pixels=body.max_pixels)
+def _submit(engine: TextEngine, body: ChatRequest, ignored: IgnoredFields) -> Submitted:
+    media = body.mm_processor_kwargs or MediaSettings()
+    media.check_fields(ignored)
+    messages = media.applied_to(parse_messages(body.messages, ignored))
+    conversation = Conversation(
+        messages, body.chat_template_kwargs or {}, body.add_generation_prompt, body.continue_final_message
+    )
+    return engine.submit(conversation, body.params(), **media.pixels(body.min_pixels, body.max_pixels))
 
 
 class ChatChoices:
-    """Choices of one chat. In a stream, the first chunk of a sample has the role, the last one the finish reason."""
+    """Choices of one chat. In a stream, the first chunk of a sample has the role, the last one the finish reason.
+
+    shows_ids: whether to give token ids, as vLLM does: those of the prompt beside the choices.
+    """
 
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, reader: AnswerReader, logprobs_of: ChatLogprobsOf) -> None:
+    def __init__(
+        self, running: Submitted, reader: AnswerReader, logprobs_of: ChatLogprobsOf, *, shows_ids: bool
+    ) -> None:
+        self._running = running
         self._reader = reader
         self._logprobs_of = logprobs_of
+        self._shows_ids = shows_ids
         self._started: set[int] = set()
+
+    def shared(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._running.prompt_token_ids} if self._shows_ids else {}
 
     def whole(self, index: int, sample: Sample) -> dict[str, Any]:
         answer = self._reader.whole(index, sample)
         logprobs = self._logprobs_of(answer.tokens)
-        return {"index": index, "message": _message(answer), "logprobs": logprobs, "finish_reason": answer.reason}
+        choice = {"index": index, "message": _message(answer), "logprobs": logprobs, "finish_reason": answer.reason}
+        return choice | self._ids(answer)
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.index not in self._started:
@@ -76,10 +93,12 @@ class ChatChoices:
             yield _chunk(piece.index, {"role": "assistant", "content": ""})
         for part in self._reader.parts(piece):
             logprobs = self._logprobs_of(part.tokens) if part.tokens else None
-            if isinstance(part, Finish):
-                yield _chunk(part.index, {}, part.reason, logprobs)
-            else:
-                yield _chunk(part.index, _delta(part), None, logprobs)
+            reason = part.reason if isinstance(part, Finish) else None
+            delta = {} if isinstance(part, Finish) else _delta(part)
+            yield _chunk(part.index, delta, reason, logprobs) | self._ids(part)
+
+    def _ids(self, part: Part | Answer) -> dict[str, Any]:
+        return {"token_ids": [token.id for token in part.tokens]} if self._shows_ids else {}
 
 
 def _message(answer: Answer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +15,13 @@ from mdi.core.errors import InputError
 from mdi.core.messages import RawText, TokenIds
 from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
-from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
 from mdi.gateway.openai.models import ServedModel
-from mdi.gateway.openai.schemas import CompletionRequest
 
 
 def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
@@ -32,8 +32,14 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         served.check(body.model)
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
-        running = _submit_all(engine, body.prompt, body.params())
-        choices = TextChoices(text_logprobs(engine, body.skip_special_tokens) if body.wants_logprobs else no_logprobs)
+        prompts = body.prompts
+        running = _submit_all(engine, prompts, body.params())
+        choices = TextChoices(
+            running,
+            text_logprobs(engine, body.skip_special_tokens) if body.wants_logprobs else no_logprobs,
+            [_text(engine, prompt) for prompt in prompts.values()] if body.echo else None,
+            shows_ids=body.return_token_ids,
+        )
         response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
@@ -41,7 +47,11 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     return routes
 
 
-def _submit_all(engine: TextEngine, prompts: Mapping[str, RawText | TokenIds], params: SamplingParams) -> Running:
+def _text(engine: TextEngine, prompt: RawText | TokenIds) -> str:
+    return prompt.text if isinstance(prompt, RawText) else engine.detokenize(prompt.ids)
+
+
+def _submit_all(engine: TextEngine, prompts: Mapping[str, RawText | TokenIds], params: SamplingParams) -> _Joined:
     """Starts one request for each prompt; if one is refused, none runs."""
     joined = _Joined([], params.n)
     try:
@@ -69,7 +79,7 @@ def _named(place: str) -> Iterator[None]:
 class _Joined:
     """Several running requests of `n` samples each as one: their pieces in the order of the requests, numbered on."""
 
-    parts: list[Running]
+    parts: list[Submitted]
     n: int
 
     @property
@@ -92,18 +102,39 @@ class _Joined:
 
 
 class TextChoices:
-    """Choices of one completion."""
+    """Choices of one completion. echoed: the prompts' texts, which the choices begin with; None for none of them.
+
+    shows_ids: whether to give token ids, as vLLM does: those of the prompt with the first part of each choice.
+    """
 
     id_prefix = "cmpl"
     kind = "text_completion"
     chunk_kind = kind
 
-    def __init__(self, logprobs_of: LogprobsOf) -> None:
+    def __init__(
+        self, joined: _Joined, logprobs_of: LogprobsOf, echoed: Sequence[str] | None, *, shows_ids: bool
+    ) -> None:
+        self._joined = joined
         self._logprobs_of = logprobs_of
+        self._echoed = echoed
+        self._shows_ids = shows_ids
+        self._started: set[int] = set()
+
+    def shared(self) -> dict[str, Any]:
+        return {}
 
     def whole(self, index: int, part: Sample | Piece) -> dict[str, Any]:
+        first = index not in self._started
+        self._started.add(index)
+        number = index // self._joined.n
+        text = self._echoed[number] + part.text if first and self._echoed else part.text
         logprobs = self._logprobs_of(index, part)
-        return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+        if self._shows_ids:
+            choice["token_ids"] = [token.id for token in part.tokens]
+            if first:
+                choice["prompt_token_ids"] = self._joined.parts[number].prompt_token_ids
+        return choice
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         return [self.whole(piece.index, piece)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from mdi.core.errors import InputError
-from mdi.core.messages import RawText, TokenIds
-from mdi.core.sampling import MAX_SAMPLES, Flag, SamplingParams, TokenLimit, TopLogprobsCount
+from mdi.core.sampling import Flag, SamplingParams, TokenLimit
 from mdi.core.unknown_fields import UnknownField
-from mdi.core.values import as_whole, checked_text
+from mdi.gateway.media_settings import MediaSettings
 from mdi.gateway.message_schema import TEMPLATE_SETTINGS, messages_schema
 from mdi.gateway.schemas import GatewayRequest
 
@@ -56,8 +55,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "format": ("",),
     "documents": ([],),
     "chat_template": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
@@ -74,6 +71,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
     include_obfuscation: Flag | None = None
 
 
@@ -84,11 +82,17 @@ class OpenAIRequest(GatewayRequest):
 
     model: str
     stream_options: StreamOptions | None = None
+    return_token_ids: Flag = False
 
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_usage_so_far(self) -> bool:
+        """Whether each chunk of a stream has the usage so far, as vLLM's with both options."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def check_fields(self, unknown: UnknownField) -> None:
         """Calls `unknown` with each unknown field. Raises InputError for fields that are not supported."""
@@ -108,59 +112,21 @@ def _check_without_effect(field: str, value: Any) -> None:
 
 
 class ChatRequest(OpenAIRequest):
-    """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it."""
+    """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it.
+
+    add_generation_prompt, continue_final_message: see `Conversation`. mm_processor_kwargs: see `MediaSettings`.
+    """
 
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(messages_schema(strict=False))]
     max_completion_tokens: TokenLimit = None
     logprobs: Flag | None = None
     chat_template_kwargs: Annotated[dict[str, Any], WithJsonSchema(TEMPLATE_SETTINGS)] | None = None
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
+    mm_processor_kwargs: MediaSettings | None = None
 
     def params(self, **changes: Any) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
             raise InputError("top_logprobs needs logprobs to be true", "top_logprobs")
         newer = "max_completion_tokens" in self.model_fields_set
         return super().params(max_tokens=self.max_completion_tokens if newer else self.max_tokens, **changes)
-
-
-def _prompts(given: Any) -> dict[str, RawText | TokenIds]:
-    """One prompt or several, by their places in the request: each is a text or a list of token ids."""
-    if isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], (int, float))):
-        return {"prompt": _prompt(given, "prompt")}
-    if not isinstance(given, list) or not 1 <= len(given) <= MAX_SAMPLES:
-        raise InputError(
-            f"prompt must be a text, a list of token ids, or a list of 1 to {MAX_SAMPLES} of these", "prompt"
-        )
-    places = [f"prompt[{number}]" for number in range(len(given))]
-    return {place: _prompt(prompt, place) for place, prompt in zip(places, given, strict=True)}
-
-
-def _prompt(given: Any, path: str) -> RawText | TokenIds:
-    if isinstance(given, str):
-        return RawText(checked_text(given, path))
-    if not isinstance(given, list):
-        raise InputError(f"{path} must be a text or a list of token ids", path)
-    ids = tuple(map(as_whole, given))
-    for index, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise InputError(f"{path}[{index}] must be a token id, which is a whole number", f"{path}[{index}]")
-    return TokenIds(ids)
-
-
-PromptText = Annotated[str, Field(min_length=1)]
-PromptIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[list[PromptText | PromptIds], Field(min_length=1, max_length=MAX_SAMPLES)]
-
-
-class CompletionRequest(OpenAIRequest):
-    """POST /v1/completions. logprobs: how many of the likeliest tokens to report; 0 reports the drawn ones alone."""
-
-    prompt: Annotated[
-        dict[str, RawText | TokenIds],
-        PlainValidator(_prompts, json_schema_input_type=PromptText | PromptIds | Prompts),
-    ]
-    max_tokens: TokenLimit = 16
-    top_logprobs: TopLogprobsCount = Field(0, alias="logprobs")
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return "top_logprobs" in self.model_fields_set
