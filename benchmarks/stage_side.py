@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.serve_side import serve
 from mdi.checkpoint.loader import load_chunk
 from mdi.core.batch import Batch, Slice, Token, TokenSampling
-from mdi.engine.engine import TOKEN_BUDGET
+from mdi.core.config import CacheSettings
 from mdi.kernels.threads import set_threads
 from mdi.models.stage import Stage
 
@@ -30,7 +30,7 @@ class Ours:
     def prefill(self, ids: list[int]) -> None:
         """From nothing, in batches as large as the engine makes them."""
         self._length = 0
-        *first, last = torch.split(torch.tensor(ids), TOKEN_BUDGET)
+        *first, last = torch.split(torch.tensor(ids), CacheSettings().batch_tokens)
         for chunk in first:
             self._step(chunk, samples=False)
         self._token = self._step(last)[0].id

@@ -71,6 +71,7 @@ def test_every_setting_has_a_name_of_its_own_and_a_meaning() -> None:
         ({"spare_after_s": math.nan}, "spare_after_s must be at least 0, got nan"),
         ({"nodes_config": Path("nodes.json"), "n_nodes": 2}, "the nodes-config says how many nodes there are"),
         ({"nodes_config": Path("nodes.json"), "layers": (3, 3)}, "the nodes-config says how many nodes there are"),
+        ({"max_sequences": 600}, "a step of 512 tokens has none for each of 600 samples: raise batch_tokens"),
         ({"recovery": ManualNodes()}, "recovery must be of RecoveryLimits, got ManualNodes"),
     ],
 )

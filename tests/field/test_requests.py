@@ -227,7 +227,7 @@ def test_unknown_fields_are_ignored_and_listed(lenient: FakeServer, stream: bool
         )
         answer.http_response.read()
     assert answer.status_code == 200
-    assert sorted(answer.headers["x-mdi-ignored-fields"].split(", ")) == IGNORED
+    assert sorted(answer.headers["x-mdi-ignored"].split(", ")) == IGNORED
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_unknown_fields_fill_neither_the_log_nor_the_header(
     for _ in range(3):
         answer = lenient.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 200
-        assert len(answer.headers["x-mdi-ignored-fields"]) < 8000
+        assert len(answer.headers["x-mdi-ignored"]) < 8000
     assert len(caplog.records) <= 100
     assert max(len(record.getMessage()) for record in caplog.records) < 500
 
@@ -273,7 +273,7 @@ def test_a_header_lists_any_name(lenient: FakeServer, name: str) -> None:
     for fields, n_names in (({name: 1}, 1), ({"other": None, name: None}, 2)):
         answer = lenient.post("/v1/chat/completions", json=CHAT | fields)
         assert answer.status_code == 200
-        assert len(answer.headers["x-mdi-ignored-fields"].split(", ")) == n_names
+        assert len(answer.headers["x-mdi-ignored"].split(", ")) == n_names
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E
 
 @pytest.fixture(scope="package")
 def shared() -> Iterator[FakeServer]:
-    config = GatewayConfig(api_key=KEY, max_body_bytes=8 * 2**20, aliases=("gpt-4o", "org/name"))
+    config = GatewayConfig(api_key=KEY, max_body_bytes=8 * 2**20, served_model_name=("fake", "gpt-4o", "org/name"))
     with serving(FakeEngine(), config) as server:
         yield server
 

@@ -21,7 +21,7 @@ def test_every_curl_on_the_page_is_answered(tmp_path: Path, photograph: bytes, c
     for name, content in (("circle.png", photograph), ("square.png", photograph), ("clip.mp4", clip)):
         (tmp_path / name).write_bytes(content)
     examples = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    with serving(FakeEngine(), GatewayConfig(aliases=("bundled",))) as server:
+    with serving(FakeEngine(), GatewayConfig(served_model_name=("bundled",))) as server:
         for example in examples:
             script = example.replace("http://127.0.0.1:8000", server.url)
             script = script.replace("curl ", "curl -sSw '\\n=> %{http_code}' ")

@@ -222,6 +222,19 @@ def test_an_invalid_url_is_refused(url: str) -> None:
     assert "not a valid" in refusal(url)
 
 
+def test_downloads_come_from_the_named_hosts_only(server: PictureServer, names: Callable[..., Names]) -> None:
+    """Redirects to others are refused as well, before a connection."""
+    names(here_test=[["127.0.0.1"]], there_test=[["127.0.0.1"]])
+    policy = replace(TRUSTING, media_domains=("Here.test",))
+    assert fetch(f"http://here.TEST:{server.server_port}/cat", policy) == BODY
+    assert "nothing is downloaded from 'there.test' here" in refusal(
+        f"http://there.test:{server.server_port}/cat", policy
+    )
+    target = f"http:~~there.test:{server.server_port}~cat"
+    assert "from 'there.test' here" in refusal(f"http://here.test:{server.server_port}/to/{target}", policy)
+    assert len(server.seen) == 2
+
+
 def test_downloads_can_be_switched_off(server: PictureServer) -> None:
     assert "nothing is downloaded here" in refusal(server.url + "/cat", replace(TRUSTING, remote=False))
     assert not server.seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_an_error_of_media_names_the_part(builder: PromptBuilder, clip: Path) ->
         with pytest.raises(MediaError) as caught:
             builder.build(asking(video(clip), part))
         assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        ({"max_images": 1}, "a request may have 1 images, and this one has 2"),
+        ({"max_videos": 0}, "a request may have 0 videos, and this one has 1"),
+        ({"max_images": 2, "max_videos": 1}, None),
+    ],
+)
+def test_images_and_videos_have_limits_of_their_own(
+    config: ModelConfig, tokenizer: Tokenizer, limits: Any, refused: str | None
+) -> None:
+    builder = PromptBuilder(config, tokenizer, PatchSpec(), MediaPolicy(**limits), 1024)
+    messages = asking(image("a.png"), image("b.png"), video("c.mp4"))
+    with nullcontext() if refused is None else pytest.raises(InputError, match=refused):
+        builder.check(messages)
 
 
 def test_a_model_without_vision_refuses_media(tokenizer: Tokenizer) -> None:

@@ -14,6 +14,7 @@ from testing.small_tokenizers import byte_fallback_tokenizer, write_tokenizer
 from transformers import AutoTokenizer
 
 from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.messages import parse_messages
 from mdi.prompt.tokenizer import Tokenizer
 
@@ -47,6 +48,19 @@ def test_a_chat_is_tokenised_as_transformers_does(
         messages, tokenize=False, add_generation_prompt=True
     )
     assert tokenizer.encode_chat(parse_messages(messages)) == AutoTokenizer.from_pretrained(path)(theirs).input_ids
+
+
+def test_another_chat_template_comes_from_a_file_or_as_a_text(path: Path, tmp_path: Path) -> None:
+    template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template)
+    expected = AutoTokenizer.from_pretrained(path)("[Hi][yes]").input_ids
+    messages = parse_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}])
+    for given_as in (template, str(tmp_path / "own.jinja")):
+        assert Tokenizer(path, given_as).encode_chat(messages) == expected
+    with pytest.raises(ConfigError, match=r"there is no file 'none\.jinja' with a chat template"):
+        Tokenizer(path, "none.jinja")
+    with pytest.raises(CheckpointError, match="chat template in --chat-template is damaged"):
+        Tokenizer(path, "{% for")
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,11 +8,12 @@ from typing import Any
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.source import Source
 from mdi.core.entries import Entries, TokenIds, check_ids
-from mdi.core.errors import CheckpointError, InputError
+from mdi.core.errors import CheckpointError, ConfigError, InputError
 from mdi.core.sampling import SamplingParams
 from mdi.models.entries import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
+CHECKPOINTS, NO_DEFAULTS = "auto", "vllm"  # in place of a folder
 
 NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
@@ -76,11 +77,18 @@ class GenerationEntries(Entries):
         )
 
 
-def generation_defaults(path: Path) -> SamplingParams:
+def generation_defaults(path: Path, where: str = CHECKPOINTS) -> SamplingParams:
     """The sampling defaults of the checkpoint in this folder, from generation_config.json.
 
-    Raises CheckpointError, naming the file and the entry, for wrong values and for what is not computed here.
+    where: "auto", "vllm" for none (tokens are drawn at temperature 1), or a folder with another such file. Raises
+    CheckpointError, naming the file and the entry, for wrong values and for what is not computed here.
     """
+    if where == NO_DEFAULTS:
+        return SamplingParams(temperature=1.0)
+    if where != CHECKPOINTS:
+        path = Path(where)
+        if not (path / GENERATION_CONFIG).is_file():
+            raise ConfigError(f"there is no {GENERATION_CONFIG} in {where!r}: name a folder that has one, or auto")
     config = read_json(path / GENERATION_CONFIG, optional=True)
     for key, neutral in NEUTRAL.items():
         if config.get(key) not in (None, neutral):

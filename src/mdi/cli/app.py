@@ -13,6 +13,7 @@ from rich.text import Text
 from mdi.cli import cache, certs
 from mdi.cli.ask import ask
 from mdi.cli.bench import bench
+from mdi.cli.config_file import CommandLikeVllms
 from mdi.cli.demo import demo
 from mdi.cli.plan import plan
 from mdi.cli.prepare import prepare
@@ -30,7 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, plan, serve, secondary, ask, verify, bench, demo):
+app.command(cls=CommandLikeVllms)(serve)
+for command in (prepare, plan, secondary, ask, verify, bench, demo):
     app.command()(command)
 app.add_typer(certs.app, name="certs")
 app.add_typer(cache.app, name="cache")

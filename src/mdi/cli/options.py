@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdi.cli import values
 from mdi.core.config import EngineConfig, ModelSettings, meaning
 from mdi.core.errors import ConfigError
 from mdi.core.quantization import ModelQuantization
@@ -33,14 +34,19 @@ def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help=meaning("checkpoint"))]
-NNodes = Annotated[int, setting("n_nodes", "--n-nodes", min=1)]
+NNodes = Annotated[int, setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)]
 Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]
-Dtype = Annotated[str | None, setting("dtype")]
+Dtype = Annotated[str | None, setting("dtype", parser=values.dtype, metavar="TEXT")]
 Device = Annotated[str | None, setting("device")]
-SequenceLength = Annotated[int | None, setting("sequence_length")]
-MaxSequences = Annotated[int, setting("max_sequences", min=1)]
+SequenceLength = Annotated[
+    int | None,
+    setting("sequence_length", "--sequence-length", "--max-model-len", parser=values.tokens, metavar="INTEGER"),
+]
+MaxSequences = Annotated[int, setting("max_sequences", "--max-sequences", "--max-num-seqs", min=1)]
 KvCacheGb = Annotated[float | None, setting("kv_cache_gb", "--kv-cache-gb")]
-KvCacheDtype = Annotated[str | None, setting("kv_cache_dtype", "--kv-cache-dtype")]
+KvCacheDtype = Annotated[
+    str | None, setting("kv_cache_dtype", "--kv-cache-dtype", parser=values.unless_auto, metavar="TEXT")
+]
 Shards = Annotated[int, setting("shards", min=1)]
 MaxPixels = Annotated[int | None, setting("max_pixels")]
 MinPixels = Annotated[int | None, setting("min_pixels")]
@@ -55,7 +61,7 @@ Videos = Annotated[list[str] | None, typer.Option("--video", help="Path, URL or 
 class CheckpointOptions:
     """Where a checkpoint comes from."""
 
-    ckpt_folder: Annotated[Path, setting("ckpt_folder")] = DEFAULTS.model.ckpt_folder
+    ckpt_folder: Annotated[Path, setting("ckpt_folder", "--ckpt-folder", "--download-dir")] = DEFAULTS.model.ckpt_folder
     hf_token: Annotated[str | None, setting("hf_token", envvar="HF_TOKEN")] = None
 
     def open(self, model: str, *, download: bool = True) -> Source:
@@ -78,7 +84,7 @@ class CheckpointOptions:
 class QuantizationOptions:
     """In which formats the weights are."""
 
-    quantization: Annotated[str | None, setting("quantization")] = None
+    quantization: Annotated[str | None, setting("quantization", "--quantization", "-q")] = None
     head_quantization: Annotated[str | None, setting("head_quantization")] = None
     vision_quantization: Annotated[str | None, setting("vision_quantization")] = None
 

@@ -57,7 +57,7 @@ def plan(
     config = checkpoint.open(model).model_config
     n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
     quantization = formats.asked or UNQUANTIZED
-    cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb, kv_cache_dtype)
+    cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)

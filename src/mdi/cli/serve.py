@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mdi.cli.config_file import use_config_file
+from mdi.cli.gateway_options import GatewayOptions
 from mdi.cli.options import (
     DEFAULTS,
     EngineOptions,
@@ -21,67 +23,75 @@ from mdi.cli.options import (
     setting,
 )
 from mdi.cli.screen import err, nodes_table
-from mdi.core.config import MEBIBYTE, GatewayConfig
+from mdi.cli.values import limits_of_kinds, tokens, words
+from mdi.core.config import MEBIBYTE
 from mdi.core.errors import ConfigError
-
-GATEWAY = GatewayConfig()
 
 
 @grouped
 def serve(
     options: EngineOptions,
+    gateway: GatewayOptions,
     model: Annotated[str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.")] = None,
     ckpt: Annotated[str | None, typer.Option(help="The same as the argument.")] = None,
-    host: Annotated[str, setting("host")] = GATEWAY.host,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000,
+    config: Annotated[  # noqa: ARG001  # its callback has used it
+        Path | None,
+        typer.Option(
+            help="YAML file with options of this command, under their long names; typed ones override it.",
+            is_eager=True,
+            callback=use_config_file,
+        ),
+    ] = None,
     sequence_length: SequenceLength = None,
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
+    batch_tokens: Annotated[
+        int, setting("batch_tokens", "--batch-tokens", "--max-num-batched-tokens", parser=tokens, metavar="INTEGER")
+    ] = DEFAULTS.cache.batch_tokens,
     kv_cache_gb: KvCacheGb = None,
     kv_cache_dtype: KvCacheDtype = None,
     shards: Shards = DEFAULTS.cluster.shards,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", help="Nodes that compute each layer together: 1 for now.")
+    ] = 1,
     vision_cache_mb: Annotated[
         int, typer.Option(min=0, help="Mebibytes for encoded images and videos, kept for further requests.")
     ] = DEFAULTS.cache.vision_cache_bytes // MEBIBYTE,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
-    media_dir: Annotated[Path | None, setting("media_dir")] = None,
-    api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None,
-    allow_host: Annotated[list[str] | None, setting("allow_hosts", "--allow-host")] = None,
-    allow_origin: Annotated[list[str] | None, setting("allow_origins", "--allow-origin")] = None,
-    max_body_mb: Annotated[
-        int, typer.Option(min=1, help="Mebibytes of a request sent as JSON, files as data: URLs included.")
-    ] = GATEWAY.max_body_bytes // MEBIBYTE,
-    max_upload_mb: Annotated[
-        int, typer.Option(min=1, help="Mebibytes of a request sent as a form with files.")
-    ] = GATEWAY.max_upload_bytes // MEBIBYTE,
-    strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False,
-    drain_timeout: Annotated[float, setting("drain_timeout_s", min=0)] = GATEWAY.drain_timeout_s,
+    media_dir: Annotated[Path | None, setting("media_dir", "--media-dir", "--allowed-local-media-path")] = None,
+    media_domain: Annotated[
+        list[str] | None, setting("media_domains", "--media-domain", "--allowed-media-domains")
+    ] = None,
+    limit_mm_per_prompt: Annotated[
+        str | None, typer.Option(help="Most images and videos of one request: image=2,video=1, or a JSON object.")
+    ] = None,
+    chat_template: Annotated[str | None, setting("chat_template")] = None,
+    generation_config: Annotated[str, setting("generation_config")] = DEFAULTS.model.generation_config,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    from mdi.gateway.server import bind, raise_open_files
+    if tensor_parallel != 1:
+        raise ConfigError(
+            f"-tp {tensor_parallel}: one node computes a whole layer. Split the model by layers instead, with "
+            f"--pipeline-parallel-size {tensor_parallel}"
+        )
+    from mdi.gateway.server import bind, check_certificate, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
-    config = GatewayConfig(
-        host=host,
-        api_key=api_key,
-        allow_hosts=tuple(allow_host or ()),
-        allow_origins=tuple(allow_origin or ()),
-        max_body_bytes=max_body_mb * MEBIBYTE,
-        max_upload_bytes=max_upload_mb * MEBIBYTE,
-        strict_requests=strict_requests,
-        drain_timeout_s=drain_timeout,
-    )
+    http = gateway.config()
+    check_certificate(http)
+    limits = limits_of_kinds(limit_mm_per_prompt, "--limit-mm-per-prompt")
     raise_open_files()
     with (
-        bind(host, port) as bound,
+        bind(gateway.host, gateway.port) as bound,
         options.start(
             model or ckpt or "",
             sequence_length=sequence_length,
             max_sequences=max_sequences,
+            batch_tokens=batch_tokens,
             kv_cache_gb=kv_cache_gb,
             kv_cache_dtype=kv_cache_dtype,
             shards=shards,
@@ -89,10 +99,15 @@ def serve(
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             media_dir=media_dir,
+            media_domains=words(media_domain, "--media-domain"),
+            max_images=limits.get("image"),
+            max_videos=limits.get("video"),
             any_file=False,
+            chat_template=chat_template,
+            generation_config=generation_config,
             recovery_timeout_s=recovery_timeout,
             spare_after_s=spare_after,
         ) as engine,
     ):
         err.print(nodes_table(engine.model_name, engine.nodes()))
-        serve_http(engine, bound, config)
+        serve_http(engine, bound, http)

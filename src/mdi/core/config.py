@@ -19,6 +19,8 @@ T = TypeVar("T")
 FORMATS = (*QUANTIZATIONS, NONE)
 MEBIBYTE = 2**20
 DEFAULT_SEQUENCE_LENGTH = 32_768
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+ROOT_PATH = re.compile(r"(/[^/\s?#]+)+")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -84,6 +86,14 @@ class ModelSettings(Section):
     device: str | None = setting(None, "Where this node computes: cpu (the default), cuda, cuda:1, mps.")
     ckpt_folder: Path = setting(Path("checkpoints"), "Where checkpoints from the hub are kept.")
     hf_token: str | None = setting(None, "Access token for gated checkpoints.")
+    chat_template: str | None = setting(
+        None, "File with a chat template in Jinja, or its text, in place of the checkpoint's."
+    )
+    generation_config: str = setting(
+        "auto",
+        "Where the defaults of sampling are: auto, the checkpoint's generation_config.json; vllm, nowhere; or a folder "
+        "with such a file.",
+    )
 
     @property
     def formats(self) -> ModelQuantization | None:
@@ -93,7 +103,7 @@ class ModelSettings(Section):
 
 @dataclass(frozen=True)
 class CacheSettings(Section):
-    """How much the KV cache and the cache of encoded media hold."""
+    """How much the KV cache and the cache of encoded media hold, and how much is computed at once."""
 
     sequence_length: int | None = setting(
         None,
@@ -101,6 +111,9 @@ class CacheSettings(Section):
         f"{DEFAULT_SEQUENCE_LENGTH}, where memory permits.",
     )
     max_sequences: int = setting(16, "Samples that run at once; more wait.", low=1)
+    batch_tokens: int = setting(  # from here on more rows make no product faster
+        512, "Most tokens that are computed in one step: one of each running sample, the rest of prompts.", low=1
+    )
     kv_cache_gb: float | None = setting(
         None,
         "Most gigabytes of keys and values that each node keeps for its layers. If not given: half of what is free "
@@ -117,6 +130,14 @@ class CacheSettings(Section):
         "Memory for encoded images and videos, for later requests that show the same; 0 keeps none.",
         low=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_tokens < self.max_sequences:
+            raise ConfigError(
+                f"a step of {self.batch_tokens} tokens has none for each of {self.max_sequences} samples: raise "
+                "batch_tokens (--max-num-batched-tokens), or lower max_sequences (--max-num-seqs)"
+            )
 
     def sequence_length_for(self, max_positions: int) -> int:
         """The longest sequence, for a model of so many positions. Raises ConfigError beyond them."""
@@ -150,7 +171,12 @@ class MediaPolicy(Section):
     any_file: bool = setting(False, "Any file this process can read; for Python and the command line.")
     remote: bool = setting(True, "Whether http and https URLs are fetched at all.")
     private_hosts: bool = setting(False, "Fetch from loopback, private and other non-public addresses, too.")
+    media_domains: tuple[str, ...] = setting(
+        (), "A host that images and videos are fetched from; may be repeated. If none is given: any public one."
+    )
     max_media: int = setting(256, "Most images and videos of one request.", low=0)
+    max_images: int | None = setting(None, "Most images of one request.", low=0)
+    max_videos: int | None = setting(None, "Most videos of one request.", low=0)
     max_bytes: int = setting(32 * MEBIBYTE, "Longest image file, in bytes as sent.", low=0)
     max_video_bytes: int = setting(256 * MEBIBYTE, "Longest video file, in bytes as sent.", low=0)
     max_image_pixels: int = setting(  # lets the 108-megapixel pictures of phones through
@@ -230,7 +256,7 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class GatewayConfig(Section):
-    """All settings of the HTTP server. aliases: further names of the model."""
+    """All settings of the HTTP server."""
 
     host: str = setting("127.0.0.1", "Address the HTTP server binds.")
     allow_hosts: tuple[str, ...] = setting(
@@ -240,7 +266,9 @@ class GatewayConfig(Section):
         (), "A site whose pages may use this server, like https://chat.example.com; * is all. May be repeated."
     )
     api_key: str | None = setting(None, "Key that requests must bring.")
-    aliases: tuple[str, ...] = ()
+    served_model_name: tuple[str, ...] = setting(
+        (), "A name of the model, in place of its own; may be repeated. The first one stands in answers."
+    )
     strict_requests: bool = setting(False, "Refuse unknown fields in OpenAI requests instead of ignoring them.")
     max_body_bytes: int = setting(64 * MEBIBYTE, "Longest JSON body of a request.", low=0)
     max_upload_bytes: int = setting(320 * MEBIBYTE, "Longest form with files.", low=0)  # a video and some images
@@ -255,14 +283,33 @@ class GatewayConfig(Section):
     stall_timeout_s: float = setting(
         60.0, "Seconds in which no more of a request arrives, or no more of an answer is read.", above=0
     )
+    root_path: str = setting("", "Path under which a proxy shows this server, like /mdi.")
+    ssl_certfile: Path | None = setting(
+        None, "Certificate of this server, and those that lead to its authority: HTTPS."
+    )
+    ssl_keyfile: Path | None = setting(None, "Key of the certificate, if it is not in the same file.")
+    ssl_keyfile_password: str | None = setting(None, "Password of the key.")
+    ssl_ca_certs: Path | None = setting(None, "Authorities of clients: each must then have a certificate of one.")
+    uvicorn_log_level: str = setting("error", "How much the HTTP library logs.", choices=LOG_LEVELS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_tls()
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"a root path begins with / and does not end with it, like /mdi; got {self.root_path!r}")
+        if "" in self.served_model_name:
+            raise ConfigError("a name of the model is empty: leave it out, or name it")
         if self.api_key == "":
             raise ConfigError("the API key is empty: give one, or none at all")
         for origin in self.allow_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(f"an origin is like https://chat.example.com:8080, without a path; got {origin!r}")
+
+    def _check_tls(self) -> None:
+        """Raises ConfigError for what says how to do HTTPS without a certificate to do it with."""
+        needing = ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs")
+        if self.ssl_certfile is None and (given := [name for name in needing if getattr(self, name) is not None]):
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs a certificate: give it with --ssl-certfile")
 
 
 def meaning(name: str) -> str:

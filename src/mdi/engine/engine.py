@@ -41,7 +41,6 @@ from mdi.prompt.vocabulary import check_vocabulary
 
 READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
-TOKEN_BUDGET = 512  # tokens in a batch: from here on more rows make no product faster
 
 
 class Engine:
@@ -75,10 +74,10 @@ class Engine:
         self.model_names = names(config.model.checkpoint, path)
         self.model_name = self.model_names[0]
         self.max_queue = config.limits.max_queue
-        self._defaults = generation_defaults(path)
+        self._defaults = generation_defaults(path, config.model.generation_config)
         self._end_ids = end_ids(source)
         self._vocab_size = source.model_config.vocab_size
-        self._tokenizer = Tokenizer(path)
+        self._tokenizer = Tokenizer(path, config.model.chat_template)
         check_vocabulary(self._tokenizer.backend, source.model_config)
         self._media_specs = media_specs(source, config.limits.min_pixels, config.limits.max_pixels)
         self._requests: set[Request] = set()
@@ -240,7 +239,7 @@ class Engine:
         scheduler: Scheduler[RunningSequence] = Scheduler(
             n_slots=cluster.cache.n_slots,
             cache_tokens=cluster.cache.tokens,
-            token_budget=TOKEN_BUDGET,
+            token_budget=config.cache.batch_tokens,
             max_in_flight=cluster.n_nodes,
         )
         embeddings = EmbeddingCache(config.cache.vision_cache_bytes)

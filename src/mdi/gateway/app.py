@@ -13,6 +13,7 @@ from mdi.gateway.middleware.api_key import ApiKey
 from mdi.gateway.middleware.body_limit import BodyLimit
 from mdi.gateway.middleware.foreign_pages import ForeignPages
 from mdi.gateway.middleware.head import HeadAsGet
+from mdi.gateway.middleware.root_path import RootPath
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.streaming import Answers
 
@@ -30,7 +31,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, config))
-    openapi.complete(app, (engine.model_name, *config.aliases), needs_key=config.api_key is not None)
+    openapi.complete(app, config.served_model_name or (engine.model_name,), needs_key=config.api_key is not None)
     return app
 
 
@@ -52,3 +53,5 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
         )
     if config.api_key is None:
         app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)

@@ -8,6 +8,7 @@ import math
 import resource
 import signal
 import socket
+import ssl
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -43,7 +44,8 @@ def serve(engine: TextEngine, bound: socket.socket, config: GatewayConfig = Gate
     """Serves on a bound socket until SIGINT or SIGTERM, and then until running requests have ended: see `Server`."""
     address, port = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    print(f"serving {engine.model_name} at http://{shown}:{port}", flush=True)  # noqa: T201
+    scheme = "https" if config.ssl_certfile else "http"
+    print(f"serving {engine.model_name} at {scheme}://{shown}:{port}", flush=True)  # noqa: T201
     Server(create_app(engine, config), config).run(sockets=[bound])
 
 
@@ -67,6 +69,37 @@ def bind(host: str, port: int) -> socket.socket:
             f"port {port} on {host} cannot be bound ({error.strerror}): choose another with --port"
         ) from None
     return bound
+
+
+def check_certificate(config: GatewayConfig) -> None:
+    """Raises ConfigError for a certificate, key or authorities that cannot be used, before the model is loaded."""
+    if config.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    password = config.ssl_keyfile_password or ""  # with None, OpenSSL asks for one on the terminal
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password)
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except (OSError, ValueError) as error:  # ValueError: a password with other characters
+        given = (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)
+        files = ", ".join(str(path) for path in given if path)
+        raise ConfigError(
+            f"no HTTPS with {files} ({error}): name PEM files that fit together, and a password"
+        ) from None
+
+
+def _tls(config: GatewayConfig) -> dict[str, Any]:
+    """uvicorn's settings for HTTPS. With authorities for clients, none is served without a certificate."""
+    if config.ssl_certfile is None:
+        return {}
+    return {
+        "ssl_certfile": config.ssl_certfile,
+        "ssl_keyfile": config.ssl_keyfile,
+        "ssl_keyfile_password": config.ssl_keyfile_password,
+        "ssl_ca_certs": config.ssl_ca_certs,
+        "ssl_cert_reqs": ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+    }
 
 
 def raise_open_files() -> int:
@@ -98,12 +131,14 @@ class Server(uvicorn.Server):
                 app,
                 http=cast(type[Connection], partial(Connection, limit)),  # called as the class would be
                 ws="none",
-                log_level="error",
+                log_level=config.uvicorn_log_level,
+                access_log=False,
                 backlog=BACKLOG,
                 headers=HEADERS,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(self._drain_s + 2 * LAST_EVENTS_S),
+                **_tls(config),
             )
         )
         self._limits = config

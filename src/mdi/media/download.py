@@ -17,7 +17,7 @@ import httpx
 
 from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
-from mdi.media.policy import allows_address, check_size, shortened
+from mdi.media.policy import allows_address, check_host, check_size, shortened
 from mdi.media.work import Deadline, Work
 
 MAX_REDIRECTS = 3
@@ -67,7 +67,8 @@ def _port(url: httpx.URL) -> int:
 
 
 def _request(url: httpx.URL, name: str, policy: MediaPolicy, deadline: Deadline) -> bytes | httpx.URL:
-    """One GET to a checked address: the body, or where it redirects to."""
+    """One GET to a checked host and address: the body, or where it redirects to."""
+    check_host(policy, url.host)
     network = _PinnedNetwork(_checked_addresses(url, policy, deadline), deadline)
     target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     headers = {**HEADERS, "Host": url.netloc.decode("ascii")}

@@ -19,6 +19,12 @@ def allows_address(policy: MediaPolicy, address: str) -> bool:
     return policy.private_hosts or is_public(address)
 
 
+def check_host(policy: MediaPolicy, host: str) -> None:
+    """Raises MediaError for a host that is not one of media_domains, if these are given."""
+    if policy.media_domains and host.lower().removesuffix(".") not in map(str.lower, policy.media_domains):
+        raise MediaError(f"nothing is downloaded from {shortened(host)!r} here; send a data: URL")
+
+
 def check_size(policy: MediaPolicy, size_bytes: int) -> None:
     """Raises MediaError for a file above max_bytes."""
     if size_bytes > policy.max_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,12 +157,14 @@ class PromptBuilder:
 
     def _check_media(self, parts: Sequence[MediaPart]) -> None:
         """Raises InputError for more media, or frames of one video, than a request may have."""
-        if len(parts) > self._policy.max_media:
-            raise InputError(
-                f"a request may have {self._policy.max_media} images and videos, and this one has {len(parts)}: "
-                "send fewer",
-                "messages",
-            )
+        kinds = Counter(part.kind for part in parts)
+        for name, most, given in (
+            ("images and videos", self._policy.max_media, len(parts)),
+            ("images", self._policy.max_images, kinds["image"]),
+            ("videos", self._policy.max_videos, kinds["video"]),
+        ):
+            if most is not None and given > most:
+                raise InputError(f"a request may have {most} {name}, and this one has {given}: send fewer", "messages")
         for part in parts:
             if isinstance(part.source, tuple):
                 self._video.check_frames(len(part.source))

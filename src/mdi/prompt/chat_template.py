@@ -15,7 +15,7 @@ import jinja2
 
 from mdi.checkpoint.json_file import read_file, read_json
 from mdi.checkpoint.processing import PROCESSOR
-from mdi.core.errors import CheckpointError, InputError
+from mdi.core.errors import CheckpointError, ConfigError, InputError
 from mdi.core.messages import Message, Part, TextPart
 from mdi.core.template_settings import TemplateSettings
 from mdi.models.entries import CONFIG
@@ -137,11 +137,14 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"tool_calls": calls} if calls else message
 
 
-def read_chat_template(path: Path, tokenizer: Any) -> ChatTemplate | None:
+def read_chat_template(path: Path, tokenizer: Any, given: str | None = None) -> ChatTemplate | None:
     """The template that transformers uses: the processor's for models with a vision tower, else the tokenizer's.
 
-    Raises CheckpointError, naming the file, for templates that are damaged or contradict each other.
+    given: a file with another one, or its text. Raises CheckpointError, naming the file, for templates that are damaged
+    or contradict each other, ConfigError for a given file that there is not.
     """
+    if given is not None:
+        return _given_template(given, tokenizer)
     found = _processor_template(path) if "vision_config" in read_json(path / CONFIG, optional=True) else None
     if found is None and tokenizer.chat_template is not None:
         stored = (name for name in (JINJA, NAMED) if (path / name).exists())
@@ -158,6 +161,15 @@ def read_chat_template(path: Path, tokenizer: Any) -> ChatTemplate | None:
     if not isinstance(template, str) or not template.strip():
         raise CheckpointError(f"{file} has no chat template with the name default: download it again")
     return ChatTemplate(tokenizer, template, file)
+
+
+def _given_template(given: str, tokenizer: Any) -> ChatTemplate:
+    """A text is told from a file's name by characters that templates have, as vLLM does."""
+    if not any(sign in given for sign in "{}\n"):
+        if not Path(given).is_file():
+            raise ConfigError(f"there is no file {given!r} with a chat template: name one, or give its text")
+        return ChatTemplate(tokenizer, _read_text(Path(given)), Path(given).name)
+    return ChatTemplate(tokenizer, given, "--chat-template")
 
 
 def _processor_template(path: Path) -> tuple[Any, str] | None:

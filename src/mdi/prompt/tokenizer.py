@@ -23,18 +23,19 @@ SENTENCE = "The 2 quick brown foxes"
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, loaded by transformers. backend: the tokenizer itself.
 
-    Ids are those of transformers' `apply_chat_template`; see `ControlTokens` for text that holds control tokens.
-    Raises CheckpointError, naming the file, where a file is missing or damaged.
+    chat_template: a file with another template, or its text. Ids are those of transformers' `apply_chat_template`; see
+    `ControlTokens` for text that holds control tokens. Raises CheckpointError, naming the file, where one is missing
+    or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chat_template: str | None = None) -> None:
         self._loaded = _load(path)
         self.backend: Backend = self._loaded.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = self._loaded.split_special_tokens
         _check_text(self.backend, path)
-        self._template = template = read_chat_template(path, self._loaded)
+        self._template = template = read_chat_template(path, self._loaded, chat_template)
         self._control = ControlTokens(
             self.backend, template.literals if template else [], computes=bool(template and template.computes)
         )

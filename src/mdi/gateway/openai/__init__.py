@@ -11,7 +11,7 @@ from mdi.gateway.openai import chat, completions, models
 
 def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
     routes = APIRouter(prefix="/v1")
-    served = models.ServedModel(engine, config.aliases)
+    served = models.ServedModel(engine, config.served_model_name)
     routes.include_router(models.router(served))
     routes.include_router(chat.router(engine, served, config))
     routes.include_router(completions.router(engine, served, config))

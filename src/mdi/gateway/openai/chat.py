@@ -42,7 +42,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         running = _submit(engine, body, ignored)
         logprobs_of = chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs
         choices = ChatChoices(running, AnswerReader(), logprobs_of, shows_ids=body.return_token_ids)
-        response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response = await answer(request, body, running, choices, served.name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
 

@@ -40,7 +40,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
             [_text(engine, prompt) for prompt in prompts.values()] if body.echo else None,
             shows_ids=body.return_token_ids,
         )
-        response = await answer(request, body, running, choices, engine.model_name, config.request_timeout_s)
+        response = await answer(request, body, running, choices, served.name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
 

@@ -7,7 +7,7 @@ from urllib.parse import quote
 from mdi.core.errors import InputError
 from mdi.core.unknown_fields import general_name, warn_once
 
-HEADER = "x-mdi-ignored-fields"
+HEADER = "x-mdi-ignored"
 MAX_LISTED = 32  # a header has a limited length
 
 

@@ -1,4 +1,4 @@
-"""GET /v1/models and GET /v1/models/{name}: the served model under its name and its aliases."""
+"""GET /v1/models and GET /v1/models/{name}: the served model under its names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from mdi.gateway.engine import TextEngine
 
 
 class ServedModel:
-    """The names of the served model: its own and its aliases, which are listed, and those it was started with."""
+    """The names of the served model: its own or those given in its place, and those it was started with.
 
-    def __init__(self, engine: TextEngine, aliases: Sequence[str]) -> None:
-        self.names = (engine.model_name, *aliases)
+    name: the one that stands in answers.
+    """
+
+    def __init__(self, engine: TextEngine, given: Sequence[str]) -> None:
+        self.names = tuple(given) or (engine.model_name,)
+        self.name = self.names[0]
         self._also = engine.model_names  # may be a path on this machine, so they are not listed
         self._started = int(time.time())
 
