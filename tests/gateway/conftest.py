@@ -101,7 +101,7 @@ def shared() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def server(shared: FakeServer) -> FakeServer:
-    """Serves a scripted engine, with a key and aliases."""
+    """Serves a scripted engine, with a key and several names."""
     shared.engine.reset()
     return shared
 

@@ -8,7 +8,7 @@ import pytest
 from tests.gateway.conftest import CHAT, HELLO, FakeServer, RealServer
 
 
-def test_the_model_answers_to_its_aliases(server: FakeServer) -> None:
+def test_the_model_answers_to_its_given_names(server: FakeServer) -> None:
     listed = server.get("/v1/models").json()["data"]
     assert [model["id"] for model in listed] == ["fake", "gpt-4o", "org/name"]
     assert server.get("/v1/models/org/name").json()["id"] == "org/name"
