@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
+from mdi.kernels import vocabulary
 
 FIRST_CANDIDATES = 1024
 """Likeliest tokens that are sorted first. The whole vocabulary is sorted only when the draw is not among them."""
@@ -20,20 +22,36 @@ GREEDY_TEMPERATURE = 1e-5
 def sample(logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
     """Draws one token for each row. logits: [rows, vocab_size] in any float dtype; samplings: one for each row.
 
-    Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own. Rows are
-    computed one by one: how a sum over several rows is split among threads depends on how many they are.
+    Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own.
     """
-    return tuple(map(_sample_row, logits.float(), samplings))
+    rows = logits.float()
+    return tuple(map(_sample_row, rows, _peaks(rows, [1.0] * len(rows)), samplings))
 
 
-def _sample_row(logits: Tensor, sampling: TokenSampling) -> Token:
-    """logits: float32 [vocab_size]."""
+def _sample_row(logits: Tensor, peak: tuple[int, float], sampling: TokenSampling) -> Token:
+    """logits: float32 [vocab_size]. peak: theirs, at temperature 1."""
+    likeliest, total = peak
     adjusted = _adjusted(logits, sampling)
-    greedy = sampling.temperature < GREEDY_TEMPERATURE
-    picked = int(adjusted.argmax()) if greedy else _draw(adjusted, sampling)
-    normaliser = logits.logsumexp(0)
+    if sampling.temperature >= GREEDY_TEMPERATURE:
+        picked = _draw(adjusted, sampling)
+    else:
+        picked = likeliest if adjusted is logits else int(adjusted.argmax())
+    normaliser = float(logits[likeliest]) + math.log(total)
     top_logprobs = _top(logits, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
-    return Token(picked, float(logits[picked] - normaliser), top_logprobs)
+    return Token(picked, float(logits[picked]) - normaliser, top_logprobs)
+
+
+def _peaks(logits: Tensor, temperatures: Sequence[float]) -> list[tuple[int, float]]:
+    """Of each row: the likeliest token, and the probability of all tokens as a multiple of its own.
+
+    A row's numbers do not depend on the others: torch would split a sum over several rows among threads otherwise.
+    """
+    if vocabulary.compute(logits):
+        return vocabulary.peaks(logits, temperatures)
+    likeliest = [int(row.argmax()) for row in logits]
+    each = zip(logits, likeliest, temperatures, strict=True)
+    sums = [float(_weights(row, row[token], temperature).sum()) for row, token, temperature in each]
+    return list(zip(likeliest, sums, strict=True))
 
 
 def uniform(sampling: TokenSampling) -> float:
@@ -89,9 +107,9 @@ def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:
     return logits
 
 
-def _top(logits: Tensor, normaliser: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    values, ids = logits.topk(min(count, len(logits)))
-    return tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
+def _top(logits: Tensor, normaliser: float, count: int) -> tuple[tuple[int, float], ...]:
+    values, ids = _likeliest(logits, min(count, len(logits)))
+    return tuple(zip(ids.tolist(), (values.double() - normaliser).tolist(), strict=True))
 
 
 def _draw(logits: Tensor, sampling: TokenSampling) -> int:
@@ -103,11 +121,12 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
     if 0 < sampling.top_k < vocab_size:
         top, ids = _likeliest(logits, sampling.top_k)
         weights = _weights(top, top[0], sampling.temperature)
-        return _pick(weights, ids, weights.sum(), sampling, complete=True)
-    total = _weights(logits, logits.max(), sampling.temperature).sum()
+        return _pick(weights, ids, float(weights.sum()), sampling, complete=True)
+    [(_, total)] = _peaks(logits[None], [sampling.temperature])
     if vocab_size > FIRST_CANDIDATES:
         top, ids = _likeliest(logits, FIRST_CANDIDATES)
-        picked = _pick(_weights(top, top[0], sampling.temperature), ids, total, sampling, complete=False)
+        weights = _weights(top, top[0], sampling.temperature)
+        picked = _pick(weights, ids, total, sampling, complete=len(top) < FIRST_CANDIDATES)
         if picked >= 0:
             return picked
     top, ids = logits.sort(descending=True, stable=True)
@@ -115,9 +134,15 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
 
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest logits and their ids, as a stable sort of all has them: equal ones in the order of their ids."""
-    lowest = logits.topk(count).values[-1]
-    ids = (logits >= lowest).nonzero()[:, 0]
+    """The highest logits and their ids, as a stable sort of all has them: equal ones in the order of their ids.
+
+    Fewer than `count` where the others are minus infinity: forbidden.
+    """
+    if vocabulary.compute(logits):
+        ids = vocabulary.highest(logits, count)
+    else:
+        lowest = logits.topk(count).values[-1]
+        ids = ((logits >= lowest) & (logits > -torch.inf)).nonzero()[:, 0]
     top, order = logits[ids].sort(descending=True, stable=True)
     return top[:count], ids[order[:count]]
 
@@ -127,7 +152,7 @@ def _weights(logits: Tensor, highest: Tensor, temperature: float) -> Tensor:
     return (logits.double() - highest).div_(temperature).exp_()
 
 
-def _pick(weights: Tensor, ids: Tensor, total: Tensor, sampling: TokenSampling, *, complete: bool) -> int:
+def _pick(weights: Tensor, ids: Tensor, total: float, sampling: TokenSampling, *, complete: bool) -> int:
     """The drawn id, or -1 where an incomplete list of candidates does not decide.
 
     weights: of the candidates `ids`, descending from 1. total: of all candidates, listed or not.
@@ -136,8 +161,8 @@ def _pick(weights: Tensor, ids: Tensor, total: Tensor, sampling: TokenSampling, 
     kept = 1 + int((cumulative[:-1] < sampling.top_p * total).sum())
     kept = max(1, min(kept, int(((weights > 0) & (weights >= sampling.min_p)).sum())))
     if complete or kept < len(weights):
-        target = uniform(sampling) * cumulative[kept - 1]
-    elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) * total < cumulative[-1]:
+        target = uniform(sampling) * float(cumulative[kept - 1])
+    elif sampling.top_p == 1.0 and sampling.min_p == 0.0 and uniform(sampling) * total < float(cumulative[-1]):
         target = uniform(sampling) * total  # nothing is filtered: all candidates count, listed or not
     else:
         return -1

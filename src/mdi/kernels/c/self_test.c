@@ -6,6 +6,7 @@
 #include "products.h"
 #include "rotary.h"
 #include "vector.h"
+#include "vocabulary.h"
 
 Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, int *);
 void SCALAR(discard)(Weight *);
@@ -14,6 +15,8 @@ int SCALAR(attention)(Attention *);
 void SCALAR(rms_norm)(const Norm *);
 void SCALAR(layer_norm)(const Norm *);
 void SCALAR(rotate)(const Rotary *);
+void SCALAR(peaks)(const Peaks *);
+int64_t SCALAR(highest)(const float *, int64_t, int64_t, int64_t *);
 
 enum { ROWS = 7, OUTPUTS = 70, INPUTS = 128 };
 enum { PRODUCT_ROWS = 23, N_OUT = PRODUCT_ROWS * OUTPUTS };  // more than one tile has, and not all of the next one
@@ -164,11 +167,31 @@ static int rotations_pass(void) {
     return 1;
 }
 
+static int vocabulary_passes(void) {
+    enum { LOGITS = 2 * 1500 + 5, VOCABULARIES = 3, COUNT = 900 };  // more than one block, and part of a vector
+    static float logits[VOCABULARIES * LOGITS];
+    const float scales[VOCABULARIES] = {1, 20, 0.1f};
+    int64_t highest[VOCABULARIES], expected[VOCABULARIES];
+    double sums[VOCABULARIES], reference[VOCABULARIES];
+    fill(logits, VOCABULARIES * LOGITS, FLOAT32, 14);
+    Peaks peaks = {logits, scales, highest, sums, VOCABULARIES, LOGITS};
+    KERNEL(peaks)(&peaks);
+    peaks.highest = expected;
+    peaks.sums = reference;
+    SCALAR(peaks)(&peaks);
+    for (int i = 0; i < VOCABULARIES; i++)
+        if (highest[i] != expected[i] || !(fabs(sums[i] - reference[i]) <= 1e-5 * reference[i])) return 0;
+    int64_t ours[COUNT], theirs[COUNT];
+    if (KERNEL(highest)(logits, LOGITS, COUNT, ours) != COUNT) return 0;
+    return SCALAR(highest)(logits, LOGITS, COUNT, theirs) == COUNT && !memcmp(ours, theirs, sizeof ours);
+}
+
 // NULL, or the kernels that fail.
 const char *KERNEL(self_test)(void) {
     if (!products_pass()) return "products";
     if (!attentions_pass()) return "attention";
     if (!norms_pass()) return "norms";
     if (!rotations_pass()) return "rotation";
+    if (!vocabulary_passes()) return "vocabulary";
     return NULL;
 }
