@@ -23,12 +23,13 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError, OverloadedError
 from mdi.gateway.app import create_app
+from mdi.gateway.middleware.api_key import OPEN_PATHS
 from mdi.media import MediaPolicy
 from tests.gateway.conftest import CHAT, FakeServer, RealServer, serving
 
 Document = dict[str, Any]
 ERRORS = {"400", "401", "403", "413", "415", "429", "500", "503", "504"}
-QUESTIONS = ("/generate", "/generate/multimodal", "/v1/chat/completions", "/v1/completions")
+QUESTIONS = ("/generate", "/generate/multimodal", "/v1/chat/completions", "/v1/completions", "/tokenize")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_every_route_declares_its_errors_and_none_that_never_comes(document: Doc
             statuses = set(operation["responses"])
             assert "422" not in statuses
             assert {"200", "403", "500"} <= statuses
-            assert ("401" in statuses) == (not path.startswith("/health")) == ("security" in operation)
+            assert ("401" in statuses) == (path not in OPEN_PATHS) == ("security" in operation)
             if path in QUESTIONS:
                 assert statuses >= ERRORS
-                assert ("404" in statuses) == path.startswith("/v1")
+                assert ("404" in statuses) == (not path.startswith("/generate"))
     assert "HTTPValidationError" not in document["components"]["schemas"]
     assert set(document["components"]["securitySchemes"]) == {"key"}
 
@@ -89,7 +90,13 @@ def test_answers_are_as_the_document_says(tiny: RealServer) -> None:
         assert len(events) >= 2
         for event in events:
             check(document, path, event if event == "[DONE]" else json.dumps(event))
-    for path in ("/v1/models", "/v1/nodes", "/health", "/health/ready"):
+    for asked in ({"prompt": "x", "return_token_strs": True}, {"messages": CHAT["messages"]}):
+        check(document, "/tokenize", tiny.post("/tokenize", json=asked).json())
+    check(document, "/tokenize", tiny.post("/tokenize", json={}).json(), 400)
+    check(document, "/detokenize", tiny.post("/detokenize", json={"tokens": [5]}).json())
+    check(document, "/detokenize", tiny.post("/detokenize", json={"tokens": [99999]}).json(), 400)
+    check(document, "/ping", tiny.post("/ping").json())
+    for path in ("/v1/models", "/v1/nodes", "/health", "/health/ready", "/ping", "/version", "/load"):
         check(document, path, tiny.get(path).json(), method="get")
     check(document, "/v1/models/{name}", tiny.get("/v1/models/tiny").json(), method="get")
     check(document, "/v1/models/{name}", tiny.get("/v1/models/x").json(), 404, "get")

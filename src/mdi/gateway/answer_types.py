@@ -189,11 +189,43 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    max_model_len: int
+    modalities: list[Literal["text", "image", "video"]]
+    capabilities: list[Literal["completion", "tools", "vision", "thinking"]]
 
 
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+
+
+class _Tokens(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Tokens(_Tokens, total=False):
+    """Token ids of a prompt. token_strs: with return_token_strs."""
+
+    token_strs: list[str]
+
+
+class Text(TypedDict):
+    prompt: str
+
+
+class Version(TypedDict):
+    version: str
+
+
+class ServerLoad(TypedDict):
+    """Requests: all of them, those that are being computed, and those that wait."""
+
+    server_load: int
+    running: int
+    waiting: int
 
 
 class Samples(TypedDict):

@@ -7,7 +7,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
-from mdi.gateway import errors, generate, health, openai, openapi
+from mdi.gateway import errors, generate, health, openai, openapi, tokenize
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.middleware.api_key import ApiKey
 from mdi.gateway.middleware.body_limit import BodyLimit
@@ -15,6 +15,7 @@ from mdi.gateway.middleware.foreign_pages import ForeignPages
 from mdi.gateway.middleware.head import HeadAsGet
 from mdi.gateway.middleware.root_path import RootPath
 from mdi.gateway.openai.ignored import HEADER
+from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.streaming import Answers
 
 
@@ -28,10 +29,12 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.state.answers = Answers()
     errors.install(app)
     _add_checks(app, config)
+    served = ServedModel(engine, config.served_model_name)
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
-    app.include_router(openai.router(engine, config))
-    openapi.complete(app, config.served_model_name or (engine.model_name,), needs_key=config.api_key is not None)
+    app.include_router(openai.router(engine, served, config))
+    app.include_router(tokenize.router(engine, served, config))
+    openapi.complete(app, served.names, needs_key=config.api_key is not None)
     return app
 
 

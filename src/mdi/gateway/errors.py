@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -46,6 +46,15 @@ TYPES = {  # OpenAI's names
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+ANTHROPICS_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 RETRY_AFTER_S = 1
 MAX_CHARACTERS = 1000  # of a text in an error: it may quote what was sent
 CLIENT_GONE = 499  # for logs, as nginx; no client receives it
@@ -61,12 +70,20 @@ class ErrorAnswer:
     code: str | None = None
 
     def body(self, path: str) -> dict[str, Any]:
-        """The JSON that the path's clients expect: OpenAI's under /v1, `detail` and `field` elsewhere."""
+        """The JSON that the path's clients expect: OpenAI's or Anthropic's, or `detail` and `field`."""
         message, field = _shortened(self.message), _shortened(self.field)
-        if not path.startswith("/v1/"):
+        if is_anthropics(path):
+            return self._anthropics(message, field)
+        if not is_openais(path):
             return {"detail": message, "field": field}
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": message, "type": kind, "param": field, "code": self.code}}
+
+    def _anthropics(self, message: str, field: str | None) -> dict[str, Any]:
+        """Anthropic's error, which has no place for the field but the message."""
+        kind = ANTHROPICS_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        text = f"{field}: {message}" if field and field not in message else message
+        return {"type": "error", "error": {"type": kind, "message": text}}
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         if self.status == 429:
@@ -75,6 +92,20 @@ class ErrorAnswer:
         return Response(content, self.status, headers, "application/json")
 
 
+def is_anthropics(path: str) -> bool:
+    """Whether a path is one of Anthropic's."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def is_openais(path: str) -> bool:
+    """Whether a path is one of OpenAI's, or of those that vLLM adds in its form."""
+    return (path.startswith("/v1/") and not is_anthropics(path)) or path in ("/tokenize", "/detokenize")
+
+
+@overload
+def _shortened(text: str) -> str: ...
+@overload
+def _shortened(text: None) -> None: ...
 def _shortened(text: str | None) -> str | None:
     return text if text is None or len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 

@@ -1,4 +1,4 @@
-"""Liveness, readiness and node status: /health, /health/ready and /v1/nodes."""
+"""Liveness, readiness, load and node status: /health, /ping, /health/ready, /load, /version and /v1/nodes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
+from mdi import __version__
 from mdi.gateway.engine import TextEngine
 
 READY_TIMEOUT_S = 10.0
@@ -22,6 +23,23 @@ def router(engine: TextEngine) -> APIRouter:
     async def health() -> JSONResponse:
         """200 unless the server must be restarted. Computes nothing and calls no node."""
         return _failed(engine) or JSONResponse({"status": _status(engine, "ok"), "model": engine.model_name})
+
+    @routes.get("/ping")
+    @routes.post("/ping", operation_id="ping")
+    async def ping() -> JSONResponse:
+        """The same, under the path that Amazon SageMaker asks."""
+        return await health()
+
+    @routes.get("/load")
+    async def load() -> JSONResponse:
+        """How many requests there are, as in vLLM, and how many of them are being computed and wait."""
+        now = engine.load
+        return JSONResponse({"server_load": now.running + now.waiting, **asdict(now)})
+
+    @routes.get("/version")
+    async def version() -> JSONResponse:
+        """The version of this server."""
+        return JSONResponse({"version": __version__})
 
     @routes.get("/health/ready")
     async def ready() -> JSONResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,13 @@ from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.schemas import PixelCount
 
 FIELD = "mm_processor_kwargs"
+
+
+class Pixels(TypedDict):
+    """Limits on the area of images and frames, as `TextEngine.submit` takes them."""
+
+    min_pixels: int | None
+    max_pixels: int | None
 
 
 class Size(BaseModel):
@@ -46,7 +53,7 @@ class MediaSettings(BaseModel):
         for name in (self.size and self.size.model_extra) or ():
             unknown(f"{FIELD}.size.{name}")
 
-    def pixels(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, int | None]:
+    def pixels(self, min_pixels: int | None, max_pixels: int | None) -> Pixels:
         """The request's limits on areas. Raises InputError where it sets two different ones."""
         size = self.size or Size()
         low = {"min_pixels": min_pixels, f"{FIELD}.min_pixels": self.min_pixels}

@@ -11,11 +11,13 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from mdi.gateway import answer_types as types
+from mdi.gateway.errors import is_openais
 from mdi.gateway.generate import MultimodalRequest, TextRequest
 from mdi.gateway.middleware.api_key import OPEN_PATHS
 from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.schemas import ChatRequest
+from mdi.gateway.tokenize import DetokenizeRequest, TokenizeRequest
 from mdi.gateway.uploads import UPLOAD_FIELDS
 
 JSON, FORM, EVENTS = "application/json", "multipart/form-data", "text/event-stream"
@@ -42,6 +44,11 @@ ANSWERS = {
     "/v1/completions": RouteAnswers(types.TextCompletion, types.TextCompletionChunk, CompletionRequest),
     "/v1/models": RouteAnswers(types.ModelList),
     "/v1/models/{name}": RouteAnswers(types.Model),
+    "/tokenize": RouteAnswers(types.Tokens, asked=TokenizeRequest),
+    "/detokenize": RouteAnswers(types.Text, asked=DetokenizeRequest),
+    "/version": RouteAnswers(types.Version),
+    "/load": RouteAnswers(types.ServerLoad),
+    "/ping": RouteAnswers(types.Health, others={503: types.Unready}),
     "/v1/nodes": RouteAnswers(types.Nodes),
     "/health": RouteAnswers(types.Health, others={503: types.Unready}),
     "/health/ready": RouteAnswers(types.Ready, others={503: types.Unready}),
@@ -121,8 +128,8 @@ class _Schemas:
 
 
 def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
-    answers, openai = ANSWERS[path], path.startswith("/v1/")
-    asks = method == "post"
+    answers, openai = ANSWERS[path], is_openais(path)
+    asks = method == "post" and answers.asked is not None
     content: dict[str, Any] = {JSON: {"schema": schemas.of(answers.whole)}}
     error = schemas.of(types.OpenAIError if openai else types.PlainError)
     if answers.event:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import HTTPException
-from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from mdi.core.errors import InputError
+from mdi.core.errors import InputError, invalid
 from mdi.core.sampling import Flag, SamplingParams, Whole
 
 NOT_JSON = "send the body as JSON, with Content-Type: application/json"
@@ -18,12 +18,16 @@ NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: applica
 PixelCount = Annotated[int, Field(strict=True, ge=1, le=2**53), Whole]
 
 
-class GatewayRequest(SamplingParams):
-    """Sampling settings, limits on the area of images and frames, and whether to stream the answer."""
+class Body(BaseModel):
+    """The JSON body of a request. Raises InputError, naming the field, for what is none."""
 
-    min_pixels: PixelCount | None = None
-    max_pixels: PixelCount | None = None
-    stream: Flag | None = None
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(body)
+        except ValidationError as error:
+            raise invalid(error.errors()) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -45,6 +49,14 @@ class GatewayRequest(SamplingParams):
             if name not in described.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
                 described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
         return schema
+
+
+class GatewayRequest(Body, SamplingParams):
+    """Sampling settings, limits on the area of images and frames, and whether to stream the answer."""
+
+    min_pixels: PixelCount | None = None
+    max_pixels: PixelCount | None = None
+    stream: Flag | None = None
 
     def params(self, **changes: Any) -> SamplingParams:
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields} | changes)

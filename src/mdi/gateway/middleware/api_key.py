@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mdi.gateway.errors import ErrorAnswer
 
-OPEN_PATHS = ("/health", "/health/ready")
+OPEN_PATHS = ("/health", "/health/ready", "/ping")
 UNAUTHORIZED = "this server needs its API key: send Authorization: Bearer KEY"
 
 

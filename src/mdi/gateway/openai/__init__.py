@@ -6,13 +6,13 @@ from fastapi import APIRouter
 
 from mdi.core.config import GatewayConfig
 from mdi.gateway.engine import TextEngine
-from mdi.gateway.openai import chat, completions, models
+from mdi.gateway.openai import chat, completions, embeddings, models
 
 
-def router(engine: TextEngine, config: GatewayConfig) -> APIRouter:
+def router(engine: TextEngine, served: models.ServedModel, config: GatewayConfig) -> APIRouter:
     routes = APIRouter(prefix="/v1")
-    served = models.ServedModel(engine, config.served_model_name)
     routes.include_router(models.router(served))
     routes.include_router(chat.router(engine, served, config))
     routes.include_router(completions.router(engine, served, config))
+    routes.include_router(embeddings.router(served))
     return routes

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from mdi.core.config import GatewayConfig
 from mdi.core.messages import Conversation, parse_messages
 from mdi.core.outputs import Piece, Sample
+from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.answer_parts import (
     Answer,
     AnswerReader,
@@ -23,7 +24,7 @@ from mdi.gateway.answer_parts import (
 )
 from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
-from mdi.gateway.media_settings import MediaSettings
+from mdi.gateway.media_settings import MediaSettings, Pixels
 from mdi.gateway.openai.answer import answer
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import ChatLogprobsOf, chat_logprobs, no_logprobs
@@ -39,9 +40,9 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         served.check(body.model)
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
-        running = _submit(engine, body, ignored)
+        running, reader = submit_chat(engine, body, ignored)
         logprobs_of = chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs
-        choices = ChatChoices(running, AnswerReader(), logprobs_of, shows_ids=body.return_token_ids)
+        choices = ChatChoices(running, reader, logprobs_of, shows_ids=body.return_token_ids)
         response = await answer(request, body, running, choices, served.name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
@@ -49,14 +50,21 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
     return routes
 
 
-def _submit(engine: TextEngine, body: ChatRequest, ignored: IgnoredFields) -> Submitted:
+def submit_chat(engine: TextEngine, body: ChatRequest, unknown: UnknownField) -> tuple[Submitted, AnswerReader]:
+    """Starts the request of a chat. Every route that answers chats asks in this form."""
+    conversation, pixels = chat_prompt(body, unknown)
+    return engine.submit(conversation, body.params(), **pixels), AnswerReader()
+
+
+def chat_prompt(body: ChatRequest, unknown: UnknownField) -> tuple[Conversation, Pixels]:
+    """What a chat asks: its conversation, and its limits on the area of images and frames."""
     media = body.mm_processor_kwargs or MediaSettings()
-    media.check_fields(ignored)
-    messages = media.applied_to(parse_messages(body.messages, ignored))
+    media.check_fields(unknown)
+    messages = media.applied_to(parse_messages(body.messages, unknown))
     conversation = Conversation(
         messages, body.chat_template_kwargs or {}, body.add_generation_prompt, body.continue_final_message
     )
-    return engine.submit(conversation, body.params(), **media.pixels(body.min_pixels, body.max_pixels))
+    return conversation, media.pixels(body.min_pixels, body.max_pixels)
 
 
 class ChatChoices:

@@ -47,7 +47,7 @@ def text_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
     texts: dict[int, _Offsets] = defaultdict(_Offsets)
 
     def name(token_id: int) -> str:
-        return _name(engine.token_bytes(token_id))
+        return token_name(engine.token_bytes(token_id))
 
     def logprobs_of(index: int, part: Piece | Sample) -> dict[str, Any]:
         shown = [engine.token_bytes(token.id, skip_special_tokens=skip_special_tokens) for token in part.tokens]
@@ -89,7 +89,7 @@ class _Offsets:
         return start
 
 
-def _name(token: bytes) -> str:
+def token_name(token: bytes) -> str:
     """A token's text, or, as OpenAI writes it, the bytes of one that is no whole characters: `bytes:\\xf0\\x9f`."""
     try:
         return token.decode()

@@ -19,6 +19,7 @@ class ServedModel:
     """
 
     def __init__(self, engine: TextEngine, given: Sequence[str]) -> None:
+        self._engine = engine
         self.names = tuple(given) or (engine.model_name,)
         self.name = self.names[0]
         self._also = engine.model_names  # may be a path on this machine, so they are not listed
@@ -31,7 +32,24 @@ class ServedModel:
             raise ModelNotFoundError(f"the model {name!r} is not served here: ask for {served}", "model")
 
     def described(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._started, "owned_by": "mdi"}
+        """OpenAI's fields, vLLM's (root, max_model_len), and what the model reads and can do."""
+        can = self._engine.capabilities
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "mdi",
+            "root": self._engine.model_name,
+            "max_model_len": can.max_model_len,
+            "modalities": can.modalities,
+            "capabilities": self._abilities(),
+        }
+
+    def _abilities(self) -> list[str]:
+        """In Ollama's words."""
+        can = self._engine.capabilities
+        optional = {"vision": "image" in can.modalities, "thinking": can.reasoning is not None}
+        return ["completion", "tools", *(ability for ability, has in optional.items() if has)]
 
 
 def router(served: ServedModel) -> APIRouter:
