@@ -17,6 +17,7 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver, GaveUp, Rewired
 from mdi.core.batch import Batch, Copy, Result, Token, TokenSampling, Visual
 from mdi.core.capabilities import Capabilities
+from mdi.core.constraint import Constraint
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
@@ -92,6 +93,7 @@ class Call:
     min_pixels: int | None
     max_pixels: int | None
     conversation: Conversation | None = None
+    constraint: Constraint | None = None
 
     @property
     def settings(self) -> TemplateSettings:
@@ -128,10 +130,11 @@ class FakeEngine:
         prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
+        constraint: Constraint | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
-        return self._begin(prompt, params or SamplingParams(), min_pixels, max_pixels, self.script)
+        return self._begin(prompt, params or SamplingParams(), min_pixels, max_pixels, self.script, constraint)
 
     def prepare(self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Stream:
         return self._begin(prompt, SamplingParams(), min_pixels, max_pixels, lambda *_: ())
@@ -143,6 +146,7 @@ class FakeEngine:
         min_pixels: int | None,
         max_pixels: int | None,
         script: Script,
+        constraint: Constraint | None = None,
     ) -> Stream:
         conversation = prompt if isinstance(prompt, Conversation) else None
         if isinstance(prompt, Conversation):
@@ -150,7 +154,7 @@ class FakeEngine:
         read = prompt if isinstance(prompt, (str, RawText, TokenIds)) else parse_messages(prompt)
         if error := self.refuse(read):
             raise error
-        self.calls.append(Call(read, params, min_pixels, max_pixels, conversation))
+        self.calls.append(Call(read, params, min_pixels, max_pixels, conversation, constraint))
         ids = read.ids if isinstance(read, TokenIds) else tuple(range(7))
         request = FakeRequest(script(read, params), ids)
         self.requests.append(request)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mdi import Engine, SamplingParams
+from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
-from mdi.engine import engine as engine_module
-from mdi.engine.sequence import Request, Sequence
 from mdi.prompt.builder import PixelRange
 
 QUESTION = "Say it again, say it again, say it again."
@@ -100,19 +99,13 @@ def test_a_penalised_answer_survives_the_loss_of_a_node(engine: Engine) -> None:
     assert tuple(token.id for piece in pieces for token in piece.tokens) == undisturbed
 
 
-def test_a_token_mask_constrains_the_answer_on_all_nodes_and_after_a_loss(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def letters(sequence: Sequence) -> bytes:
-        allowed = b"xy" if len(sequence.generated) % 2 else b"abc"
-        return sum(1 << letter for letter in allowed).to_bytes(64, "little")
-
-    monkeypatch.setattr(engine_module, "Request", partial(Request, token_mask=letters))
+def test_a_constraint_holds_on_all_nodes_and_after_a_loss(engine: Engine) -> None:
+    pairs = Constraint("start: /([abc][xy])*/", "pairs")
     params = SamplingParams(temperature=1, seed=5, max_tokens=60, ignore_eos=True)
-    undisturbed = engine.chat(QUESTION, params)
-    assert all(letter in ("xy" if number % 2 else "abc") for number, letter in enumerate(undisturbed.text))
+    undisturbed = engine.submit(QUESTION, params, constraint=pairs).completion()
+    assert re.fullmatch("([abc][xy]){30}", undisturbed.text)
     assert len(set(undisturbed.text)) == 5
-    stream = engine.submit(QUESTION, params)
+    stream = engine.submit(QUESTION, params, constraint=pairs)
     pieces = [next(stream) for _ in range(5)]
     os.kill(engine.nodes()[1].pid, signal.SIGKILL)
     pieces += stream

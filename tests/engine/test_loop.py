@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,15 +19,16 @@ from testing.fakes import FakeLink, FakeStage
 from testing.waiting import wait_for
 from tokenizers import Tokenizer
 
-from mdi.core.batch import Batch, Token
+from mdi.core.batch import Batch, Token, token_bits
 from mdi.core.errors import ClosedError, LinkError, MDIError
 from mdi.core.outputs import Completion, Piece
 from mdi.core.outputs import Sample as OneSample
 from mdi.core.sampling import SamplingParams
 from mdi.engine.embedding_cache import EmbeddingCache
+from mdi.engine.grammar import Matcher
 from mdi.engine.loop import Cancel, Close, Inbox, StepLoop, Submit
 from mdi.engine.scheduler import Scheduler
-from mdi.engine.sequence import Request, TokenMask
+from mdi.engine.sequence import Request
 from mdi.engine.sequence import Sequence as Sample
 from mdi.engine.stream import Stream
 from mdi.engine.vision_queue import VisionQueue
@@ -62,9 +63,9 @@ class World:
         self.loop.close()
         self.link.close()
 
-    def submit(self, prompt: Prompt, params: SamplingParams, token_mask: TokenMask | None = None) -> Request:
+    def submit(self, prompt: Prompt, params: SamplingParams, matcher: Matcher | None = None) -> Request:
         stream = Stream(lambda: self.inbox.put(Cancel(request)))
-        request = Request(stream, params.resolved(SamplingParams(), LENGTH), token_mask=token_mask)
+        request = Request(stream, params.resolved(SamplingParams(), LENGTH), matcher=matcher)
         request.set_prompt(prompt, self._tokenizer, frozenset({END}), LENGTH)
         self.inbox.put(Submit(request))
         return request
@@ -186,12 +187,23 @@ def test_nodes_were_really_lost(make_world: Callable[..., World]) -> None:
     assert not world.loop.recovery.recovering
 
 
-def in_turns(sequence: Sample) -> bytes | None:
-    """Allows x or y after an even number of tokens, all after every third answer token, and z otherwise."""
-    if len(sequence.generated) % 3 == 2:
-        return None
-    allowed = b"z" if sequence.length % 2 else b"xy"
-    return sum(1 << letter for letter in allowed).to_bytes(32, "little")
+class InTurns(Matcher):
+    """Allows x or y after an even number of answer tokens, z after an odd one, and all after every third."""
+
+    def __init__(self, taken: int = 0) -> None:
+        self.complete = False
+        self._taken = taken
+
+    def copy(self) -> InTurns:
+        return InTurns(self._taken)
+
+    def push(self, token_id: int) -> None:
+        self._taken += 1
+
+    def mask(self, end_ids: Iterable[int], *, may_end: bool) -> bytes:
+        if self._taken % 3 == 2:
+            return bytes([255] * 32)
+        return bytes(token_bits(b"z" if self._taken % 2 else b"xy"))
 
 
 @pytest.mark.parametrize("breaks", [(), (0, 2, 5), (1, 1, 1, 1)])
@@ -201,8 +213,8 @@ def test_a_token_mask_constrains_the_answer_also_after_a_loss(
 ) -> None:
     free, masked, undisturbed = make_world(), make_world(breaks=breaks), make_world()
     answers = [
-        world.submit(text("mask"), params, mask).stream.completion()
-        for world, mask in ((free, None), (masked, in_turns), (undisturbed, in_turns))
+        world.submit(text("mask"), params, matcher).stream.completion()
+        for world, matcher in ((free, None), (masked, InTurns()), (undisturbed, InTurns()))
     ]
     constrained = [bytes([token]) for number, token in enumerate(answers[1].token_ids) if number % 3 != 2]
     expected = [b"xy" if number % 2 == 0 else b"z" for number in range(params.max_tokens or 0) if number % 3 != 2]

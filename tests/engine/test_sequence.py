@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from mdi.core.batch import Token, token_bits
 from mdi.core.sampling import SamplingParams
-from mdi.engine.sequence import Request, SeenTokens, Sequence, TokenMask, detokenizer_of
+from mdi.engine.sequence import Request, SeenTokens, Sequence, detokenizer_of
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Prompt
 
@@ -27,9 +27,9 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
 
 
-def sequence_of(tokenizer: Tokenizer, token_mask: TokenMask | None = None, **params: Any) -> Sequence:
+def sequence_of(tokenizer: Tokenizer, **params: Any) -> Sequence:
     sampling = SamplingParams(**params).resolved(SamplingParams(), longest=100)
-    request = Request(Stream(lambda: None), sampling, PROMPT, token_mask=token_mask)
+    request = Request(Stream(lambda: None), sampling, PROMPT)
     detokenizer = detokenizer_of(sampling, tokenizer)
     return Sequence(request, 0, PROMPT, detokenizer, sampling.max_tokens, frozenset({END}))
 
@@ -71,15 +71,6 @@ def test_tokens_without_certain_text_come_with_the_next_piece(tokenizer: Tokeniz
     assert piece
     assert piece.text == "日"
     assert piece.tokens == (first, *rest)
-
-
-def test_a_draw_carries_the_mask_of_its_position(tokenizer: Tokenizer) -> None:
-    masks = {2: b"\x01", 3: None}
-    sequence = sequence_of(tokenizer, lambda sequence: masks[sequence.length])
-    assert sequence.sampling().token_mask == b"\x01"
-    sequence.append(tokens("a"))
-    assert sequence.sampling().token_mask is None
-    assert sequence_of(tokenizer).sampling().token_mask is None
 
 
 @given(st.lists(st.integers(0, 70)), st.lists(st.integers(0, 90)))

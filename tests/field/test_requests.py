@@ -280,10 +280,6 @@ def test_a_header_lists_any_name(lenient: FakeServer, name: str) -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}),
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
-        ("structured_outputs", {"json": {}}),
         ("include_stop_str_in_output", True),
         ("continue_final_message", True),
     ],

@@ -20,6 +20,7 @@ from mdi.cluster.cluster import Cluster
 from mdi.cluster.launchers.manual import Waiting
 from mdi.core.capabilities import Capabilities
 from mdi.core.config import EngineConfig
+from mdi.core.constraint import Constraint
 from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
 from mdi.core.messages import PromptInput
 from mdi.core.outputs import Completion, Piece
@@ -28,6 +29,7 @@ from mdi.core.sampling import Sampling, SamplingParams
 from mdi.core.status import Load, NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
+from mdi.engine.grammar import Grammars
 from mdi.engine.loop import Cancel, Inbox, StepLoop, Submit
 from mdi.engine.preparation import Preparation
 from mdi.engine.scheduler import Scheduler
@@ -98,23 +100,28 @@ class Engine:
             self._tokenizer.reasoning,
         )
         self._loop = self._start_loop(config)
-        self._preparation = Preparation(self._prompts, self._start, self._end)
+        grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)
+        self._preparation = Preparation(self._prompts, grammars, self._start, self._end)
 
     def submit(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
+        constraint: Constraint | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Stream:
         """Starts a request and returns its stream of pieces.
 
         prompt: messages in the chat form, a plain string (one user message where the model has a chat template),
-        `RawText` or `TokenIds`. Raises InputError for malformed messages and unknown ids, OverloadedError when the
-        queue is full, LinkError when a node is lost; the stream raises later errors (media, lengths).
+        `RawText` or `TokenIds`. constraint: what the answers must look like. Raises InputError for malformed messages
+        and unknown ids, OverloadedError when the queue is full, LinkError when a node is lost; the stream raises later
+        errors (constraint, media, lengths).
         """
-        return self._begin(prompt, params or SamplingParams(), PixelRange(min_pixels, max_pixels), computes=True)
+        return self._begin(
+            prompt, params or SamplingParams(), PixelRange(min_pixels, max_pixels), constraint=constraint
+        )
 
     def prepare(self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Stream:
         """Makes the prompt of a request and computes nothing: a stream without pieces, which then has its token ids.
@@ -134,13 +141,13 @@ class Engine:
         self._check_vocabulary("tokens", token_ids)
         return self._tokenizer.decode(token_ids)
 
-    def chat(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Completion:
+    def chat(self, prompt: PromptInput, params: SamplingParams | None = None, **settings: Any) -> Completion:
         """Runs a request to its end. See `submit`."""
-        return self.submit(prompt, params, **pixels).completion()
+        return self.submit(prompt, params, **settings).completion()
 
-    def stream(self, prompt: PromptInput, params: SamplingParams | None = None, **pixels: int) -> Iterator[Piece]:
+    def stream(self, prompt: PromptInput, params: SamplingParams | None = None, **settings: Any) -> Iterator[Piece]:
         """Runs a request, piece by piece; leaving the iteration cancels it. See `submit`."""
-        stream = self.submit(prompt, params, **pixels)
+        stream = self.submit(prompt, params, **settings)
         try:
             yield from stream
         finally:
@@ -255,12 +262,21 @@ class Engine:
         if unknown := [token_id for token_id in ids if not 0 <= token_id < self._vocab_size]:
             raise InputError(f"{field}: the model has {self._vocab_size} tokens, and no token {unknown[0]}", field)
 
-    def _begin(self, prompt: PromptInput, params: SamplingParams, pixels: PixelRange, *, computes: bool) -> Stream:
+    def _begin(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams,
+        pixels: PixelRange,
+        *,
+        constraint: Constraint | None = None,
+        computes: bool = True,
+    ) -> Stream:
         checked = self._prompts.check(prompt)
         sampling = params.resolved(self._defaults, self.sequence_length)
         self._check_token_ids(sampling)
         stream = Stream(lambda: self._cancel(request))
-        request = Request(stream, sampling, computes=computes, work=self._preparation.work())
+        work = self._preparation.work()
+        request = Request(stream, sampling, constraint=constraint, computes=computes, work=work)
         self._accept(request)
         self._preparation.begin(request, checked, pixels)
         return stream

@@ -16,7 +16,7 @@ from itertools import count, islice
 from mdi.cluster.delivery import Delivery, GaveUp, Link, Rewired
 from mdi.core.batch import Batch, Result, Token
 from mdi.core.dtypes import dtype_name
-from mdi.core.errors import ClosedError, LinkError, MDIError, NumbersError
+from mdi.core.errors import ClosedError, InputError, LinkError, MDIError, NumbersError
 from mdi.core.status import RecoveryStatus
 from mdi.engine.packing import pack
 from mdi.engine.prefill_budget import PrefillBudget
@@ -209,11 +209,14 @@ class StepLoop:
                 self._remove(sequence)
 
     def _append(self, sequence: Sequence, drawn: tuple[Token, ...]) -> None:
-        """Adds tokens to an answer. An unexpected error ends this request, and no other."""
+        """Adds tokens to an answer. An error ends this request, and no other."""
         request = sequence.request
         try:
             if piece := sequence.append(drawn):
                 request.stream.put(piece)
+        except InputError as error:
+            request.error = error
+            self._cancel(request)
         except Exception:
             log.exception("the tokens of an answer could not be read")
             request.error = MDIError("the tokens of the answer could not be read; the server's log has the details")

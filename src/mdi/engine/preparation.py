@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from mdi.core.config import MEBIBYTE
 from mdi.core.cores import usable_cores
 from mdi.core.errors import ClosedError, MDIError
+from mdi.engine.grammar import Grammars
 from mdi.engine.sequence import Request
 from mdi.media import AbandonedError, Memory, Turns, Work
 from mdi.prompt.builder import CheckedPrompt, Draft, PixelRange, Prompt, PromptBuilder
@@ -36,15 +37,18 @@ class Preparation:
     def __init__(
         self,
         prompts: PromptBuilder,
+        grammars: Grammars,
         ready: Callable[[Request, Prompt], None],
         refused: Callable[[Request, MDIError | None], None],
     ) -> None:
         self._prompts = prompts
+        self._grammars = grammars
         self._ready = ready
         self._refused = refused
         self._turns = Turns(usable_cores())
         self._memory = Memory(MEDIA_BYTES)
         self._tokenising = ThreadPoolExecutor(TOKENISING_THREADS, thread_name_prefix="mdi-tokenise")
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="mdi-grammar")
         self._media_threads: dict[threading.Thread, Work] = {}
         self._closed = False
 
@@ -54,17 +58,31 @@ class Preparation:
 
     def begin(self, request: Request, prompt: CheckedPrompt, pixels: PixelRange) -> None:
         """Starts to prepare a request whose messages are checked."""
-        self._tokenising.submit(self._attempt, request, lambda: self._tokenise(request, prompt, pixels))
+
+        def tokenise() -> None:
+            self._tokenising.submit(self._attempt, request, lambda: self._tokenise(request, prompt, pixels))
+
+        if request.constraint:
+            self._compiling.submit(self._attempt, request, lambda: self._compile(request, tokenise))
+        else:
+            tokenise()
 
     def close(self) -> None:
         """Drops what waits, and ends what runs with ClosedError."""
         self._closed = True
+        self._compiling.shutdown(cancel_futures=True)
         self._tokenising.shutdown(cancel_futures=True)
         threads = dict(self._media_threads)
         for work in threads.values():
             work.cancel()
         for thread in threads:
             thread.join(CLOSING_S)
+
+    def _compile(self, request: Request, then: Callable[[], None]) -> None:
+        request.work.check()
+        assert request.constraint
+        request.matcher = self._grammars.matcher(request.constraint)
+        then()
 
     def _tokenise(self, request: Request, prompt: CheckedPrompt, pixels: PixelRange) -> None:
         request.work.check()

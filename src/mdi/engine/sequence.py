@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling, token_bits
+from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import Sampling
+from mdi.engine.grammar import Matcher
 from mdi.engine.stream import Stream
 from mdi.media import Work
 from mdi.prompt.builder import Media, Prompt
@@ -32,8 +34,7 @@ class Request:
     computes: False for one that ends as soon as its prompt is known.
     work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
-    token_mask: called with a sequence before each draw; gives the tokens that may come next, as
-    `TokenSampling.token_mask`. It depends on the sequence's tokens only, so that a replay gets the same masks.
+    constraint: what its answers must look like. matcher: the constraint at the beginning of an answer, once compiled.
     """
 
     stream: Stream
@@ -44,8 +45,9 @@ class Request:
     cancelled: bool = False
     error: MDIError | None = None
     prefilled: bool = False
-    token_mask: TokenMask | None = None
     computes: bool = True
+    constraint: Constraint | None = None
+    matcher: Matcher | None = None
     work: Work = field(default_factory=Work)
     arrived_s: float = field(default_factory=time.monotonic)
 
@@ -57,9 +59,12 @@ class Request:
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
         self.sequences = [
-            Sequence(self, index, prompt, detokenizer_of(sampling, tokenizer), max_tokens, ends)
+            Sequence(self, index, prompt, detokenizer_of(sampling, tokenizer), max_tokens, ends, self._new_matcher())
             for index in range(sampling.n)
         ]
+
+    def _new_matcher(self) -> Matcher | None:
+        return self.matcher and self.matcher.copy()
 
     @property
     def encoded(self) -> bool:
@@ -112,14 +117,12 @@ class SeenTokens:
         self.bits[token_id // 8] |= 1 << token_id % 8
 
 
-TokenMask = Callable[["Sequence"], bytes | None]
-
-
 @dataclass(eq=False)
 class Sequence:
     """Sample `index` of a request.
 
-    end_ids: tokens that end it. finished: its answer is complete. in_flight, arrival: see `scheduler.Schedulable`.
+    end_ids: tokens that end it. matcher: what may come next in it; None allows all. finished: its answer is complete.
+    in_flight, arrival: see `scheduler.Schedulable`.
     slot, computed, cached_tokens, prefix_keys: see `slots.Cached`.
     """
 
@@ -129,6 +132,7 @@ class Sequence:
     detokenizer: Detokenizer
     max_tokens: int
     end_ids: frozenset[int]
+    matcher: Matcher | None = None
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
@@ -182,14 +186,19 @@ class Sequence:
             position=self.length,
             top_logprobs=params.top_logprobs,
             adjustment=self._adjustment(),
-            token_mask=self.request.token_mask(self) if self.request.token_mask else None,
+            token_mask=self._token_mask(),
         )
+
+    def _token_mask(self) -> bytes | None:
+        if self.matcher is None:
+            return None
+        return self.matcher.mask(self.end_ids, may_end=len(self.generated) >= self.request.sampling.min_tokens)
 
     def _adjustment(self) -> LogitAdjustment | None:
         params = self.request.sampling
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         biases = dict(params.logit_bias)
-        if len(self.generated) < params.min_tokens:
+        if self.matcher is None and len(self.generated) < params.min_tokens:
             biases |= dict.fromkeys(self.end_ids, -math.inf)
         if not penalised and not biases:
             return None
@@ -208,6 +217,7 @@ class Sequence:
     def append(self, tokens: Iterable[Token]) -> Piece | None:
         """Takes the tokens that one slice drew, up to the first that ends the answer: that sets `finished`.
 
+        Raises InputError where the request's constraint cannot be followed any further.
         Returns the piece of text that became certain, if any.
         """
         self.request.prefilled = True
@@ -230,4 +240,8 @@ class Sequence:
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.end_ids or self.detokenizer.stopped:
             return "stop"
+        if self.matcher:
+            self.matcher.push(token_id)
+            if self.matcher.complete:
+                return "stop"
         return "length" if len(self.generated) >= self.max_tokens else None

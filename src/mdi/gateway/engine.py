@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from mdi.core.capabilities import Capabilities
+from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
 from mdi.core.messages import PromptInput
 from mdi.core.outputs import Piece, Usage
@@ -52,6 +53,7 @@ class TextEngine(Protocol):
         prompt: PromptInput,
         params: SamplingParams | None = None,
         *,
+        constraint: Constraint | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Submitted: ...

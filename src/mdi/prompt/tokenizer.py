@@ -22,6 +22,7 @@ SENTENCE = "The 2 quick brown foxes"
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, loaded by transformers. backend: the tokenizer itself.
+    special_ids: its control tokens.
 
     chat_template: a file with another template, or its text. Ids are those of transformers' `apply_chat_template`; see
     `ControlTokens` for text that holds control tokens. Raises CheckpointError, naming the file, where one is missing
@@ -41,7 +42,7 @@ class Tokenizer:
         )
         self._pieces = Pieces(self.backend)
         added = self.backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
 
     @property
     def has_chat_template(self) -> bool:
@@ -63,7 +64,7 @@ class Tokenizer:
 
         skip_special_tokens: none for special tokens, as in a text without them.
         """
-        return b"" if skip_special_tokens and token_id in self._special_ids else self._pieces.bytes_of(token_id)
+        return b"" if skip_special_tokens and token_id in self.special_ids else self._pieces.bytes_of(token_id)
 
     def least_tokens(self, text: str, enough: int) -> int:
         """A number of tokens that this text does not fall short of, found without tokenising it. See `Pieces`."""

@@ -53,7 +53,8 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
 def submit_chat(engine: TextEngine, body: ChatRequest, unknown: UnknownField) -> tuple[Submitted, AnswerReader]:
     """Starts the request of a chat. Every route that answers chats asks in this form."""
     conversation, pixels = chat_prompt(body, unknown)
-    return engine.submit(conversation, body.params(), **pixels), AnswerReader()
+    running = engine.submit(conversation, body.params(), constraint=body.constraint, **pixels)
+    return running, AnswerReader()
 
 
 def chat_prompt(body: ChatRequest, unknown: UnknownField) -> tuple[Conversation, Pixels]:

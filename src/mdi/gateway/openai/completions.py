@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mdi.core.config import GatewayConfig
+from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
 from mdi.core.messages import RawText, TokenIds
 from mdi.core.outputs import Piece, Sample, Usage
@@ -33,7 +34,7 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
         prompts = body.prompts
-        running = _submit_all(engine, prompts, body.params())
+        running = _submit_all(engine, prompts, body.params(), body.constraint)
         choices = TextChoices(
             running,
             text_logprobs(engine, body.skip_special_tokens) if body.wants_logprobs else no_logprobs,
@@ -51,13 +52,18 @@ def _text(engine: TextEngine, prompt: RawText | TokenIds) -> str:
     return prompt.text if isinstance(prompt, RawText) else engine.detokenize(prompt.ids)
 
 
-def _submit_all(engine: TextEngine, prompts: Mapping[str, RawText | TokenIds], params: SamplingParams) -> _Joined:
+def _submit_all(
+    engine: TextEngine,
+    prompts: Mapping[str, RawText | TokenIds],
+    params: SamplingParams,
+    constraint: Constraint | None,
+) -> _Joined:
     """Starts one request for each prompt; if one is refused, none runs."""
     joined = _Joined([], params.n)
     try:
         for place, prompt in prompts.items():
             with _named(place):
-                joined.parts.append(engine.submit(prompt, params))
+                joined.parts.append(engine.submit(prompt, params, constraint=constraint))
     except BaseException:
         joined.cancel()
         raise

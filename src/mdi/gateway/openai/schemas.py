@@ -12,7 +12,7 @@ from mdi.core.sampling import Flag, SamplingParams, TokenLimit
 from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.media_settings import MediaSettings
 from mdi.gateway.message_schema import TEMPLATE_SETTINGS, messages_schema
-from mdi.gateway.schemas import GatewayRequest
+from mdi.gateway.openai.response_format import ConstrainedRequest
 
 IGNORED = frozenset(
     {
@@ -36,7 +36,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -46,11 +45,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
     # of other servers
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "grammar": ("",),
     "format": ("",),
     "documents": ([],),
@@ -75,7 +69,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Flag | None = None
 
 
-class OpenAIRequest(GatewayRequest):
+class OpenAIRequest(ConstrainedRequest):
     """The fields of both routes. `IGNORED` fields may have any value, `UNSUPPORTED` ones only values without effect."""
 
     model_config = ConfigDict(extra="allow")
@@ -101,6 +95,7 @@ class OpenAIRequest(GatewayRequest):
                 _check_without_effect(field, value)
             elif field not in IGNORED:
                 unknown(field)
+        self.check_constraint_fields(unknown)
         for field in (self.stream_options and self.stream_options.model_extra) or ():
             unknown(f"stream_options.{field}")
 

@@ -1,0 +1,32 @@
+"""What an answer must look like: a grammar for its text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BLANKS = r" |\n {0,20}"
+"""What may stand between the parts of JSON: a blank, or a line's end with the next line's indentation, or nothing.
+
+Without a limit a weak model writes blanks until its answer is cut.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A grammar that the text of every answer to a request follows.
+
+    grammar: in llguidance's dialect of Lark (its docs/syntax.md): `%json {...}` embeds a JSON schema, `/.../` a regular
+    expression, and `<|name|>` a special token. field: the request's name for it, for errors.
+    """
+
+    grammar: str
+    field: str
+
+
+def json_rule(schema: Mapping[str, Any] | bool, blanks: str = BLANKS) -> str:
+    """The part of a grammar that is JSON of a schema. blanks: a regular expression for what may stand between parts."""
+    given = dict(schema) if isinstance(schema, Mapping) else {} if schema else {"not": {}}
+    return "%json " + json.dumps({**given, "x-guidance": {"whitespace_pattern": blanks}})

@@ -1,0 +1,170 @@
+"""Grammars of answers, through llguidance: compiled once, and one matcher for each sequence."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import cached_property
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from mdi.core.constraint import Constraint
+from mdi.core.errors import InputError
+from mdi.prompt.tokenizer import Tokenizer
+
+MAX_KEPT = 64  # compiled grammars
+LIMITS = LLParserLimits(verbose_errors=False)
+GENERATED = ("failed to compile JSON schema: ", ": invalid regex ")  # behind it stands what the client wrote
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer, which it takes apart at the first: that takes 2 s for 151,936 tokens.
+
+    end_ids: the model's own end tokens, which are no text to any grammar. vocab_size: rows of the model's head; those
+    beyond the tokenizer are never allowed. From any thread.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Matcher] = OrderedDict()
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """A matcher at the beginning of an answer.
+
+        Raises InputError, naming the constraint's field, for a grammar that is malformed, not supported or too large.
+        """
+        with self._lock:
+            start = self._kept.pop(constraint.grammar, None) or self._compiled(constraint)
+            self._kept[constraint.grammar] = start
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+            return start.copy()
+
+    def _compiled(self, constraint: Constraint) -> Matcher:
+        matcher = LLMatcher(self._parts, constraint.grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise InputError(f"{constraint.field}: {_cause(matcher.get_error())}", constraint.field)
+        start = Matcher(matcher, constraint.field, self._vocab_size)
+        if start.complete:
+            raise InputError(f"{constraint.field} allows no text but the empty one", constraint.field)
+        return start
+
+    @cached_property
+    def _parts(self) -> LLTokenizer:
+        return LLTokenizer(_Vocabulary(self._tokenizer, self._end_ids, self._vocab_size))  # type: ignore[arg-type]
+
+
+class Matcher:
+    """Where one answer stands in its grammar. It depends on the answer's tokens, and on nothing else.
+
+    complete: no text can follow. may_end: the text so far is a whole answer.
+    """
+
+    def __init__(self, matcher: LLMatcher, field: str, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._field = field
+        self._vocab_size = vocab_size
+        self._look_ahead()
+
+    def copy(self) -> Matcher:
+        """Another answer at the same place."""
+        copy = object.__new__(Matcher)
+        copy.__dict__.update(self.__dict__, _matcher=self._matcher.deep_copy())
+        return copy
+
+    def push(self, token_id: int) -> None:
+        """Takes the next token of the answer.
+
+        Raises InputError where the grammar becomes too complex, or no token of the model goes on as it asks.
+        """
+        self._matcher.consume_token(token_id)
+        self._look_ahead()
+
+    def mask(self, end_ids: Iterable[int], *, may_end: bool) -> bytes:
+        """The tokens that may come next, as `TokenSampling.token_mask`; never none of them.
+
+        end_ids: tokens that end the answer: allowed where the grammar allows an end. may_end: whether they may come
+        yet; if not, they come only where nothing else can.
+        """
+        mask = bytearray(self._bits)
+        if not may_end:
+            for token_id in end_ids:
+                mask[token_id // 8] &= ~(1 << token_id % 8)
+            return bytes(mask) if _any(mask) else self._bits
+        if self.may_end:
+            for token_id in end_ids:
+                mask[token_id // 8] |= 1 << token_id % 8
+        return bytes(mask)
+
+    def _look_ahead(self) -> None:
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise InputError(f"{self._field}: {_cause(self._matcher.get_error())}", self._field)
+        end, bit = divmod(self._vocab_size, 8)
+        self.may_end = bool(bits[end] >> bit & 1)
+        last = bits[end] & (1 << bit) - 1
+        self._bits = bits[:end] + bytes([last]) if bit else bits[:end]
+        self.complete = self.may_end and not _any(self._bits)
+        if not self.may_end and not _any(self._bits):
+            raise InputError(f"{self._field}: no token of the model goes on as it asks", self._field)
+
+
+class _Vocabulary:
+    """A tokenizer, as llguidance takes it apart: the text of every token, and how text is best written in tokens.
+
+    The grammar's end is a token of its own behind the vocabulary: which tokens end an answer is up to each request.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = vocab_size
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)] + [b"<end>"]
+        self.special_token_ids = sorted({*tokenizer.special_ids, *end_ids, vocab_size})
+
+    def __call__(self, text: str) -> list[int]:
+        """Plain text to the tokens that the model would write it in; their bytes are those of the text."""
+        ids = self._tokenizer.encode(text)
+        if b"".join(self.tokens[token_id] for token_id in ids) == text.encode():
+            return ids
+        return self._longest(text.encode())
+
+    def _longest(self, data: bytes) -> list[int]:
+        ids, start = list[int](), 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._max_bytes), start, -1)
+            end = next((end for end in ends if data[start:end] in self._ids), None)
+            if end is None:
+                return ids
+            ids.append(self._ids[data[start:end]])
+            start = end
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = frozenset(self.special_token_ids)
+        return {data: index for index, data in enumerate(self.tokens) if data and index not in special}
+
+    @cached_property
+    def _max_bytes(self) -> int:
+        return max(map(len, self._ids))
+
+
+def _any(bits: bytes | bytearray) -> bool:
+    return bits.count(0) < len(bits)
+
+
+def _cause(error: str) -> str:
+    """What is wrong, in one line: llguidance shows the place in several."""
+    what = error.partition("\n")[0].removesuffix(":")
+    for own in GENERATED:
+        what = what.partition(own)[2] or what
+    detail = re.search("^error: (.*)", error, re.MULTILINE)
+    return f"{what}: {detail[1]}" if detail else what
