@@ -49,7 +49,7 @@ def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch,
             max_upload_bytes=2 * MEBIBYTE,
             drain_timeout_s=3,
             strict_requests=True,
-            api_key="k",
+            api_keys=("k",),
         )
     ]
 

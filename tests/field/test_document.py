@@ -34,7 +34,7 @@ QUESTIONS = ("/generate", "/generate/multimodal", "/v1/chat/completions", "/v1/c
 
 @pytest.fixture(scope="module")
 def document() -> Document:
-    return create_app(FakeEngine(), GatewayConfig(api_key="key")).openapi()
+    return create_app(FakeEngine(), GatewayConfig(api_keys=("key",))).openapi()
 
 
 def check(document: Document, path: str, answer: Any, status: int = 200, method: str = "post") -> None:

@@ -73,7 +73,7 @@ def test_a_server_for_other_machines_answers_to_addresses_but_not_to_any_name() 
 
 def test_a_server_with_a_key_answers_to_any_name_and_page_that_has_the_key() -> None:
     """B9: pages of other sites do not have it."""
-    server = Client(api_key="k")
+    server = Client(api_keys=("k",))
     assert server.ask(Host="evil.example").status_code == 401
     assert server.ask(Host="evil.example", Origin=PAGE, Authorization="Bearer k").status_code == 200
 
@@ -110,7 +110,7 @@ def test_a_page_of_this_server_is_not_foreign() -> None:
 @pytest.mark.parametrize("key", [None, "k"])
 def test_pages_of_an_allowed_site_may_ask(origins: tuple[str, ...], key: str | None) -> None:
     """C19: the browser's question is answered without a key, with all headers of the openai client."""
-    server = Client(allow_origins=origins, api_key=key)
+    server = Client(allow_origins=origins, api_keys=(key,) if key else ())
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": STAINLESS}
     answer = server.send("OPTIONS", "/v1/chat/completions", headers={"Origin": PAGE, **asked})
     assert answer.status_code == 200
@@ -123,7 +123,7 @@ def test_pages_of_an_allowed_site_may_ask(origins: tuple[str, ...], key: str | N
 
 def test_an_allowed_page_can_read_why_it_is_refused() -> None:
     """C19: errors have the headers, too."""
-    server = Client(allow_origins=(PAGE,), api_key="k", max_body_bytes=5)
+    server = Client(allow_origins=(PAGE,), api_keys=("k",), max_body_bytes=5)
     for answer in (server.ask(Origin=PAGE), server.ask(Origin=PAGE, Authorization="Bearer k")):
         assert answer.status_code in (401, 413)
         assert answer.headers["access-control-allow-origin"] == PAGE

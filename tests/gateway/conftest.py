@@ -86,7 +86,7 @@ def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Server(f"http://127.0.0.1:{port}", engine, config.api_key or "any", server)
+        yield Server(f"http://127.0.0.1:{port}", engine, config.api_keys[0] if config.api_keys else "any", server)
     finally:
         server.should_exit = True
         thread.join()
@@ -94,7 +94,7 @@ def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E
 
 @pytest.fixture(scope="package")
 def shared() -> Iterator[FakeServer]:
-    config = GatewayConfig(api_key=KEY, max_body_bytes=8 * 2**20, served_model_name=("fake", "gpt-4o", "org/name"))
+    config = GatewayConfig(api_keys=(KEY,), max_body_bytes=8 * 2**20, served_model_name=("fake", "gpt-4o", "org/name"))
     with serving(FakeEngine(), config) as server:
         yield server
 
@@ -128,7 +128,7 @@ def client(open_server: FakeServer) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="package")
 def real(tiny_checkpoint: Path) -> Iterator[RealServer]:
     """Serves a tiny model, with a key."""
-    config = GatewayConfig(api_key=REAL_KEY, max_body_bytes=2 * 2**20)
+    config = GatewayConfig(api_keys=(REAL_KEY,), max_body_bytes=2 * 2**20)
     with Engine(tiny_checkpoint, sequence_length=512, max_sequences=4, media=MediaPolicy(remote=False)) as engine:  # noqa: SIM117
         with serving(engine, config) as server:
             yield server

@@ -21,7 +21,7 @@ def test_a_port_in_use_is_named(real: RealServer) -> None:
 
 def test_an_empty_key_is_refused_at_the_start() -> None:
     with pytest.raises(ConfigError, match="empty"):
-        GatewayConfig(api_key="")
+        GatewayConfig(api_keys=("",))
 
 
 def test_the_gateway_loads_no_tensor_library() -> None:

@@ -13,7 +13,7 @@ from mdi.core.config import GatewayConfig
 from mdi.gateway.app import create_app
 from tests.gateway.conftest import CHAT
 
-app = create_app(FakeEngine(), GatewayConfig(root_path="/mdi", api_key="k", allow_origins=("https://a.example",)))
+app = create_app(FakeEngine(), GatewayConfig(root_path="/mdi", api_keys=("k",), allow_origins=("https://a.example",)))
 
 
 def send(path: str, app: FastAPI = app, key: str = "k", **request: object) -> httpx.Response:

@@ -23,7 +23,8 @@ class GatewayOptions:
     host: Annotated[str, setting("host")] = DEFAULTS.host
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the HTTP server; 0 picks a free one.")] = 8000
     served_model_name: Annotated[Strings, setting("served_model_name")] = None
-    api_key: Annotated[str | None, setting("api_key", envvar="MDI_API_KEY")] = None
+    api_key: Annotated[Strings, setting("api_keys", "--api-key", envvar="MDI_API_KEY")] = None
+    api_keys: Annotated[Path | None, setting("api_keys_file", "--api-keys")] = None
     allow_host: Annotated[Strings, setting("allow_hosts", "--allow-host", "--allowed-hosts")] = None
     allow_origin: Annotated[Strings, setting("allow_origins", "--allow-origin", "--allowed-origins")] = None
     root_path: Annotated[str, setting("root_path")] = DEFAULTS.root_path
@@ -41,6 +42,10 @@ class GatewayOptions:
     )
     strict_requests: Annotated[bool, setting("strict_requests", "--strict-requests")] = False
     drain_timeout: Annotated[float, setting("drain_timeout_s", min=0)] = DEFAULTS.drain_timeout_s
+    no_access_log: Annotated[
+        bool,
+        typer.Option("--no-access-log", "--disable-uvicorn-access-log", help="Log no line for each request."),
+    ] = False
     uvicorn_log_level: Annotated[str, setting("uvicorn_log_level")] = DEFAULTS.uvicorn_log_level
 
     def config(self) -> GatewayConfig:
@@ -48,7 +53,8 @@ class GatewayOptions:
         return GatewayConfig(
             host=self.host,
             served_model_name=words(self.served_model_name, "--served-model-name"),
-            api_key=self.api_key,
+            api_keys=tuple(self.api_key or ()),
+            api_keys_file=self.api_keys,
             allow_hosts=words(self.allow_host, "--allow-host"),
             allow_origins=words(self.allow_origin, "--allow-origin"),
             root_path=self.root_path,

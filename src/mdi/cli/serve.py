@@ -66,6 +66,11 @@ def serve(
         str | None, typer.Option(help="Most images and videos of one request: image=2,video=1, or a JSON object.")
     ] = None,
     chat_template: Annotated[str | None, setting("chat_template")] = None,
+    tool_call_parser: Annotated[str, setting("tool_call_parser")] = DEFAULTS.model.tool_call_parser,
+    enable_auto_tool_choice: Annotated[  # noqa: ARG001
+        bool, typer.Option("--enable-auto-tool-choice", help="As in vLLM; the model may always choose tools here.")
+    ] = False,
+    reasoning_parser: Annotated[str, setting("reasoning_parser")] = DEFAULTS.model.reasoning_parser,
     generation_config: Annotated[str, setting("generation_config")] = DEFAULTS.model.generation_config,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
@@ -78,12 +83,15 @@ def serve(
             f"-tp {tensor_parallel}: one node computes a whole layer. Split the model by layers instead, with "
             f"--pipeline-parallel-size {tensor_parallel}"
         )
+    from mdi.gateway.middleware.request_log import show_access_log
     from mdi.gateway.server import bind, check_certificate, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
     http = gateway.config()
     check_certificate(http)
     limits = limits_of_kinds(limit_mm_per_prompt, "--limit-mm-per-prompt")
+    if not gateway.no_access_log:
+        show_access_log()
     raise_open_files()
     with (
         bind(gateway.host, gateway.port) as bound,
@@ -105,6 +113,8 @@ def serve(
             any_file=False,
             chat_template=chat_template,
             generation_config=generation_config,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
             recovery_timeout_s=recovery_timeout,
             spare_after_s=spare_after,
         ) as engine,

@@ -94,6 +94,13 @@ class ModelSettings(Section):
         "Where the defaults of sampling are: auto, the checkpoint's generation_config.json; vllm, nowhere; or a folder "
         "with such a file.",
     )
+    tool_call_parser: str = setting(
+        "auto",
+        "How the model writes calls of tools: hermes, llama3_json, mistral, generic; auto: as its template does.",
+    )
+    reasoning_parser: str = setting(
+        "auto", "How the model marks its thoughts: deepseek_r1, qwen3, mistral or none; auto: as its template does."
+    )
 
     @property
     def formats(self) -> ModelQuantization | None:
@@ -265,7 +272,10 @@ class GatewayConfig(Section):
     allow_origins: tuple[str, ...] = setting(
         (), "A site whose pages may use this server, like https://chat.example.com; * is all. May be repeated."
     )
-    api_key: str | None = setting(None, "Key that requests must bring.")
+    api_keys: tuple[str, ...] = setting((), "Key that requests must bring, one of several; may be repeated.")
+    api_keys_file: Path | None = setting(
+        None, "YAML file with API keys: names, limits and expiry. It is reread when it changes."
+    )
     served_model_name: tuple[str, ...] = setting(
         (), "A name of the model, in place of its own; may be repeated. The first one stands in answers."
     )
@@ -299,11 +309,16 @@ class GatewayConfig(Section):
             raise ConfigError(f"a root path begins with / and does not end with it, like /mdi; got {self.root_path!r}")
         if "" in self.served_model_name:
             raise ConfigError("a name of the model is empty: leave it out, or name it")
-        if self.api_key == "":
+        if "" in self.api_keys:
             raise ConfigError("the API key is empty: give one, or none at all")
         for origin in self.allow_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(f"an origin is like https://chat.example.com:8080, without a path; got {origin!r}")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests must bring an API key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
 
     def _check_tls(self) -> None:
         """Raises ConfigError for what says how to do HTTPS without a certificate to do it with."""

@@ -40,6 +40,7 @@ from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
+from mdi.tools.families import chosen_reasoning, chosen_syntax
 
 READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
@@ -81,6 +82,8 @@ class Engine:
         self._vocab_size = source.model_config.vocab_size
         self._tokenizer = Tokenizer(path, config.model.chat_template)
         check_vocabulary(self._tokenizer.backend, source.model_config)
+        syntax = chosen_syntax(config.model.tool_call_parser, self._tokenizer.tool_syntax)
+        reasoning = chosen_reasoning(config.model.reasoning_parser, self._tokenizer.reasoning)
         self._media_specs = media_specs(source, config.limits.min_pixels, config.limits.max_pixels)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
@@ -96,8 +99,8 @@ class Engine:
         self.capabilities = Capabilities(
             self.sequence_length,
             ("text", "image", "video") if source.model_config.vision else ("text",),
-            self._tokenizer.tool_syntax,
-            self._tokenizer.reasoning,
+            syntax,
+            reasoning,
         )
         self._loop = self._start_loop(config)
         grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)

@@ -9,13 +9,16 @@ from starlette.middleware.cors import CORSMiddleware
 from mdi.core.config import GatewayConfig
 from mdi.gateway import errors, generate, health, openai, openapi, tokenize
 from mdi.gateway.engine import TextEngine
-from mdi.gateway.middleware.api_key import ApiKey
+from mdi.gateway.keys import Keys
+from mdi.gateway.middleware.api_keys import ApiKeys
 from mdi.gateway.middleware.body_limit import BodyLimit
 from mdi.gateway.middleware.foreign_pages import ForeignPages
 from mdi.gateway.middleware.head import HeadAsGet
+from mdi.gateway.middleware.request_log import RequestLog
 from mdi.gateway.middleware.root_path import RootPath
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.models import ServedModel
+from mdi.gateway.request_record import REQUEST_ID
 from mdi.gateway.streaming import Answers
 
 
@@ -34,7 +37,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, served, config))
     app.include_router(tokenize.router(engine, served, config))
-    openapi.complete(app, served.names, needs_key=config.api_key is not None)
+    openapi.complete(app, served.names, needs_key=config.needs_key)
     return app
 
 
@@ -42,8 +45,8 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
     """Adds the middleware, from the innermost to the outermost."""
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_upload_bytes)
-    if config.api_key is not None:
-        app.add_middleware(ApiKey, key=config.api_key)
+    if config.needs_key:
+        app.add_middleware(ApiKeys, keys=Keys(config.api_keys, config.api_keys_file))
     if config.allow_origins:  # outside the key: preflights have none, and pages may read why they are refused
         app.add_middleware(
             CORSMiddleware,
@@ -52,9 +55,10 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
             allow_headers=("*",),
             allow_credentials=True,
             allow_private_network=True,
-            expose_headers=("Retry-After", HEADER),
+            expose_headers=("Retry-After", HEADER, REQUEST_ID),
         )
-    if config.api_key is None:
+    if not config.needs_key:
         app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
+    app.add_middleware(RequestLog)

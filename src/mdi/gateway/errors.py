@@ -25,6 +25,7 @@ from mdi.core.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
+from mdi.gateway.request_record import REQUEST_ID, record_of
 from mdi.gateway.schemas import NOT_AN_OBJECT
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,16 @@ CLIENT_GONE = 499  # for logs, as nginx; no client receives it
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """An error as HTTP. field: the request's name of the part that is wrong. code: OpenAI's, where it has one."""
+    """An error as HTTP. field: the request's name of the part that is wrong. code: OpenAI's, where it has one.
+
+    retry_after_s: when a request that is one too many may be sent again.
+    """
 
     status: int
     message: str
     field: str | None = None
     code: str | None = None
+    retry_after_s: int = RETRY_AFTER_S
 
     def body(self, path: str) -> dict[str, Any]:
         """The JSON that the path's clients expect: OpenAI's or Anthropic's, or `detail` and `field`."""
@@ -87,7 +92,7 @@ class ErrorAnswer:
 
     def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         if self.status == 429:
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            headers = {**(headers or {}), "Retry-After": str(self.retry_after_s)}
         content = json.dumps(self.body(path))  # as ASCII: a field's name may hold half of a surrogate pair
         return Response(content, self.status, headers, "application/json")
 
@@ -132,7 +137,9 @@ def install(app: FastAPI) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return answer_to(error, request.url.path).response(request.url.path)
+    """The request's id goes with it, because the answer to an unforeseen error passes no middleware."""
+    headers = {REQUEST_ID: record_of(request.scope).id}
+    return answer_to(error, request.url.path).response(request.url.path, headers)
 
 
 async def _answer_unreadable(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from mdi.gateway import answer_types as types
 from mdi.gateway.errors import is_openais
 from mdi.gateway.generate import MultimodalRequest, TextRequest
-from mdi.gateway.middleware.api_key import OPEN_PATHS
+from mdi.gateway.middleware.api_keys import OPEN_PATHS
 from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.schemas import ChatRequest

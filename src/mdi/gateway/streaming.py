@@ -16,6 +16,7 @@ from mdi.core.outputs import Completion, Piece, collect
 from mdi.gateway.engine import Running
 from mdi.gateway.errors import answer_to
 from mdi.gateway.json_text import json_text
+from mdi.gateway.request_record import record_of
 
 T = TypeVar("T")
 Render = Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]]
@@ -71,6 +72,7 @@ async def completion(request: Request, running: Running, timeout_s: float | None
     Raises ClientDisconnect when the client disconnects first, TimeoutError past the limit; both cancel the request.
     """
     answers: Answers = request.app.state.answers
+    record_of(request.scope).running = running
     try:
         pieces = await _while_connected(request, _all(answers.pieces(running, timeout_s)))
         return collect(pieces, running.usage)
@@ -84,6 +86,7 @@ async def events(request: Request, running: Running, timeout_s: float | None, re
     The response begins with the first event or after STATUS_S. An error before that is raised, for its own status.
     """
     answers: Answers = request.app.state.answers
+    record_of(request.scope).running = running
     contents = _Waited(render(answers.pieces(running, timeout_s)))
     try:
         if await _while_connected(request, contents.arrives(STATUS_S)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from mdi.core.errors import ConfigError
+
 MARKS = {"mistral": "[TOOL_CALLS]", "hermes": "<tool_call>", "llama3_json": '"parameters": '}
 """What the chat template of a family writes where a message has calls."""
 
@@ -12,6 +14,22 @@ SYNTAXES = (*MARKS, GENERIC)
 """Names as in vLLM's --tool-call-parser; generic for models whose template knows no tools."""
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+REASONING = {"deepseek_r1": THOUGHTS[0], "qwen3": THOUGHTS[0], "mistral": THOUGHTS[1], "none": None}
+"""Marks around thoughts under the names of vLLM's --reasoning-parser."""
+
+
+def chosen_syntax(setting: str, found: str) -> str:
+    """The syntax that a setting names; `found` for auto. Raises ConfigError for an unknown one."""
+    if setting not in ("auto", *SYNTAXES):
+        raise ConfigError(f"tool_call_parser must be auto or one of {', '.join(SYNTAXES)}, got {setting!r}")
+    return found if setting == "auto" else setting
+
+
+def chosen_reasoning(setting: str, found: tuple[str, str] | None) -> tuple[str, str] | None:
+    """The marks around thoughts that a setting names; `found` for auto. Raises ConfigError for an unknown one."""
+    if setting not in ("auto", *REASONING):
+        raise ConfigError(f"reasoning_parser must be auto or one of {', '.join(REASONING)}, got {setting!r}")
+    return found if setting == "auto" else REASONING[setting]
 
 
 def syntax_of(template: str) -> str:
