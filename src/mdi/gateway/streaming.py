@@ -95,7 +95,7 @@ async def events(request: Request, running: Running, timeout_s: float | None, re
         running.cancel()
         await contents.close()
         raise
-    return _Events(running, contents, request.url.path)
+    return _Events(running, contents, request)
 
 
 class _Events(StreamingResponse):
@@ -103,8 +103,8 @@ class _Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, contents: _Waited, path: str) -> None:
-        super().__init__(_body(contents, path), headers=HEADERS)
+    def __init__(self, running: Running, contents: _Waited, request: Request) -> None:
+        super().__init__(_body(contents, request), headers=HEADERS)
         self._running = running
         self._contents = contents
 
@@ -149,7 +149,7 @@ class _Waited:
             await asyncio.gather(self._next, return_exceptions=True)
 
 
-async def _body(contents: _Waited, path: str) -> AsyncIterator[str]:
+async def _body(contents: _Waited, request: Request) -> AsyncIterator[str]:
     """The text of the events. An error in the middle is the last one."""
     try:
         while True:
@@ -159,7 +159,9 @@ async def _body(contents: _Waited, path: str) -> AsyncIterator[str]:
     except StopAsyncIteration:
         yield DONE
     except Exception as error:
-        yield _event(answer_to(error, path).body(path))
+        answer = answer_to(error, request.url.path)
+        record_of(request.scope).late_error = answer.status
+        yield _event(answer.body(request.url.path))
 
 
 def _event(content: dict[str, Any]) -> str:
