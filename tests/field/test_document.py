@@ -14,7 +14,6 @@ import jsonschema_rs
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from mdi.gateway.middleware.api_keys import OPEN_PATHS
 from schemathesis.generation import GenerationMode
 from testing.checkpoints import tiny_config
 from testing.fakes import FakeEngine, piece
@@ -24,6 +23,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError, OverloadedError
 from mdi.gateway.app import create_app
+from mdi.gateway.middleware.api_keys import OPEN_PATHS
 from mdi.media import MediaPolicy
 from tests.gateway.conftest import CHAT, FakeServer, RealServer, serving
 
