@@ -17,6 +17,7 @@ from testing.fakes import HOLD, FakeEngine, echo, piece
 from mdi.core.config import GatewayConfig
 from mdi.core.outputs import Piece
 from mdi.gateway.app import create_app
+from mdi.gateway.request_record import PLACE, RequestRecord
 from mdi.gateway.streaming import events
 from tests.gateway.conftest import CHAT, KEY, LONG_WAIT_S, REAL_KEY, FakeServer, RealServer, serving
 
@@ -82,6 +83,7 @@ def test_a_client_that_left_just_before_its_stream_began_cancels_it() -> None:
 
     app = create_app(engine)
     scope: Any = {"type": "http", "app": app, "path": "/generate", "method": "POST", "headers": [], "query_string": b""}
+    scope[PLACE] = RequestRecord("id")
 
     async def stalled(*_message: Any) -> Any:
         await asyncio.Event().wait()
