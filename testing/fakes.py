@@ -115,6 +115,7 @@ class FakeEngine:
         self.error: MDIError | None = None
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
         self.answer_ready: Callable[[], bool] = lambda: True
+        self.opens_thought = False
         self.script: Script = echo
         self.refuse: Callable[[Prompt], Exception | None] = lambda _: None
         self.calls: list[Call] = []
@@ -157,6 +158,7 @@ class FakeEngine:
         self.calls.append(Call(read, params, min_pixels, max_pixels, conversation, constraint))
         ids = read.ids if isinstance(read, TokenIds) else tuple(range(7))
         request = FakeRequest(script(read, params), ids)
+        request.stream.opens_thought = self.opens_thought
         self.requests.append(request)
         self.submitted.set()
         return request.stream

@@ -131,7 +131,10 @@ def test_errors_in_place_of_answers_are_as_the_document_says(lenient: FakeServer
     engine.reset()
 
 
-CROSS_FIELDS = ("min_tokens is", "top_logprobs needs", "send one of them", "of a list every frame is taken")
+CROSS_FIELDS = (
+    *("min_tokens is", "top_logprobs needs", "send one of them", "of a list every frame is taken"),
+    *("which is not among the tools", "asks for a call, but there are no", "rename one"),
+)
 """What a request is refused for and its schema cannot say."""
 
 

@@ -220,7 +220,7 @@ BAD_CHATS = [
     ({"seed": 1.5}, 400, "seed"),
     ({"stop": [1]}, 400, "stop"),
     ({"model": "gpt-9"}, 404, "model"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0].function"),
     ({"presence_penalty": 2.5}, 400, "presence_penalty"),
     ({"logit_bias": {"1000000": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"a": 1}}, 400, "logit_bias.a"),

@@ -11,12 +11,16 @@ from mdi.core.values import checked_json, checked_text
 
 DETAILS = ("name", "reasoning_content", "tool_call_id", "tool_calls", "function_call")
 
+NEWER_REASONING = "reasoning"  # another name of reasoning_content
+
 
 def read_details(message: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The fields of `DETAILS` that say something. Raises InputError, naming the field, for what is none."""
     details: dict[str, Any] = {}
     for name in DETAILS:
         value, place = message.get(name), f"{path}.{name}"
+        if name == "reasoning_content" and value is None and isinstance(message.get(NEWER_REASONING), str):
+            value, place = message[NEWER_REASONING], f"{path}.{NEWER_REASONING}"
         if value is None or value == []:
             continue
         if name == "tool_calls":

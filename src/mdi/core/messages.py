@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mdi.core.errors import InputError, MediaError
-from mdi.core.message_details import DETAILS, read_details
+from mdi.core.message_details import DETAILS, NEWER_REASONING, read_details
 from mdi.core.template_settings import TemplateSettings, check_settings
+from mdi.core.tools import Tool
 from mdi.core.unknown_fields import UnknownField, warn_once
 from mdi.core.values import as_whole, checked_text
 
@@ -97,6 +98,8 @@ Chat = Sequence[Message | Mapping[str, Any]]
 class Conversation:
     """Messages, with settings for the chat template.
 
+    tools: functions that the model may call. marks: the answer's text has the marks of calls and thoughts, also where
+    they are special tokens, which it leaves out otherwise.
     add_generation_prompt: the prompt ends where the assistant's answer begins. continue_final_message: it ends within
     the last message, which the answer continues. Raises InputError for settings that no template may get, and for both
     of these together.
@@ -106,6 +109,8 @@ class Conversation:
     settings: TemplateSettings = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: tuple[Tool, ...] = ()
+    marks: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
@@ -191,7 +196,7 @@ def _message(message: Any, path: str, unknown: UnknownField) -> Message:
         return message
     if not isinstance(message, Mapping) or "role" not in message:
         raise InputError(f"{path} must have a role and a content", path)
-    _report_unknown(message, ("role", "content", "audio", *DETAILS, *WITHOUT_EFFECT), path, unknown)
+    _report_unknown(message, ("role", "content", "audio", NEWER_REASONING, *DETAILS, *WITHOUT_EFFECT), path, unknown)
     name = message["role"]
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:

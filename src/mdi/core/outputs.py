@@ -34,11 +34,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One complete answer. Its tokens include the end-of-sequence token that ended it; the text does not."""
+    """One complete answer. Its tokens include the end-of-sequence token that ended it; the text does not.
+
+    pieces: those that it came in.
+    """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -85,4 +89,4 @@ def _join(pieces: list[Piece]) -> Sample:
     reason = pieces[-1].finish_reason
     assert reason is not None
     text = "".join(piece.text for piece in pieces)
-    return Sample(text, tuple(token for piece in pieces for token in piece.tokens), reason)
+    return Sample(text, tuple(token for piece in pieces for token in piece.tokens), reason, tuple(pieces))

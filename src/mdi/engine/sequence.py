@@ -56,6 +56,7 @@ class Request:
         sampling = self.sampling
         self.prompt = prompt
         self.stream.prompt_token_ids = prompt.token_ids
+        self.stream.opens_thought = prompt.opens_thought
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
         self.sequences = [

@@ -16,11 +16,13 @@ class Stream:
     Iteration raises the error that ended the request early: InputError for media or lengths that do not fit, LinkError
     for a lost node, ClosedError at shutdown. A cancelled stream ends without an error.
 
-    prompt_token_ids: of the prompt, media included; none before the first piece.
+    prompt_token_ids: of the prompt, media included; none before the first piece. opens_thought: whether the prompt ends
+    with the mark that begins thoughts.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.prompt_token_ids: tuple[int, ...] = ()
+        self.opens_thought = False
         self.completion_tokens = 0
         self.cached_tokens = 0
         self._cancel = cancel

@@ -36,13 +36,24 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
-class TokenUsage(TypedDict):
-    """Tokens of a request: of the prompt, media included, and of all its answers together."""
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
 
+
+class _TokenUsage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class TokenUsage(_TokenUsage, total=False):
+    """Tokens of a request: of the prompt, media included, and of all its answers together.
+
+    completion_tokens_details: of chats with models that think.
+    """
+
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(TypedDict):
@@ -69,16 +80,41 @@ class TextLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class AnswerMessage(TypedDict):
+class CalledFunction(TypedDict):
+    """arguments: JSON text; of a call that was cut off (finish_reason is length), its beginning."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class _AnswerMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+
+
+class AnswerMessage(_AnswerMessage, total=False):
+    """reasoning: the model's thoughts, under both names that vLLM has had. function_call: answers `functions`."""
+
+    reasoning_content: str
+    reasoning: str
+    tool_calls: list[ToolCall]
+    function_call: CalledFunction
+
+
+ChatEnd = FinishReason | Literal["tool_calls", "function_call"]
 
 
 class _ChatChoice(TypedDict):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatEnd
 
 
 class ChatChoice(_ChatChoice, total=False):
@@ -87,16 +123,37 @@ class ChatChoice(_ChatChoice, total=False):
     token_ids: list[int]
 
 
+class FunctionDelta(TypedDict, total=False):
+    name: str
+    arguments: str
+
+
+class _ToolCallDelta(TypedDict):
+    index: int
+    function: FunctionDelta
+
+
+class ToolCallDelta(_ToolCallDelta, total=False):
+    """The first one of a call has its id, type and name."""
+
+    id: str
+    type: Literal["function"]
+
+
 class Delta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
+    reasoning: str
+    tool_calls: list[ToolCallDelta]
+    function_call: FunctionDelta
 
 
 class _ChatChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatEnd | None
 
 
 class ChatChunkChoice(_ChatChunkChoice, total=False):

@@ -24,10 +24,16 @@ class Running(Protocol):
 
 
 class Submitted(Running, Protocol):
-    """One running request. prompt_token_ids: of its prompt; none before its first piece, or its end."""
+    """One running request.
+
+    prompt_token_ids: of its prompt; none before its first piece, or its end. opens_thought: from then on, whether the
+    prompt ends with the mark that begins thoughts.
+    """
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def opens_thought(self) -> bool: ...
 
 
 class TextEngine(Protocol):

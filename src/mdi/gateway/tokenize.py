@@ -95,5 +95,5 @@ def _prepared(engine: TextEngine, body: TokenizeRequest, ignored: IgnoredFields)
             "the chat template writes the special tokens of messages: leave add_special_tokens out",
             "add_special_tokens",
         )
-    conversation, pixels = chat_prompt(body, ignored)
+    conversation, pixels = chat_prompt(body, body.tool_use(ignored), ignored)
     return engine.prepare(conversation, **pixels)

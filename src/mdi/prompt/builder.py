@@ -45,22 +45,27 @@ CheckedPrompt = str | RawText | TokenIds | Conversation
 class Draft:
     """A prompt whose text is tokenised. media: what is still to be fetched and decoded, in order of appearance.
 
-    field: the request's name for the prompt.
+    field: the request's name for the prompt. opens_thought: see `Prompt`.
     """
 
     token_ids: tuple[int, ...]
     media: tuple[MediaPart, ...]
     field: str
+    opens_thought: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for the model. positions: int64 [3, tokens]; delta: see `rope.prompt_positions`."""
+    """A prompt ready for the model. positions: int64 [3, tokens]; delta: see `rope.prompt_positions`.
+
+    opens_thought: it ends with the mark that begins the model's thoughts.
+    """
 
     token_ids: tuple[int, ...]
     positions: Tensor
     delta: int
     media: tuple[Media, ...]
+    opens_thought: bool = False
 
     def without_rows(self) -> Prompt:
         """The same prompt, without the rows of its media: they are encoded."""
@@ -194,13 +199,16 @@ class PromptBuilder:
 
     def _tokenise_chat(self, chat: Conversation, pixels: PixelRange, field: str) -> Draft:
         messages = parse_messages(chat.messages)
-        token_ids = self._tokenizer.encode_chat(messages, _settings(chat), lambda text: self._check_text(text, field))
+        token_ids = self._tokenizer.encode_chat(
+            messages, _settings(chat), lambda text: self._check_text(text, field), chat.tools
+        )
         self._check_length(len(token_ids), field)
         parts = _media_parts(messages)
         placed = [self._placeholders[token] for token in token_ids if token in self._placeholders]
         if placed != [part.kind for part in parts]:
             raise InputError("the model's chat template does not place these images and videos", "messages")
-        return Draft(tuple(token_ids), tuple(pixels.applied_to(part) for part in parts), field)
+        placed_parts = tuple(pixels.applied_to(part) for part in parts)
+        return Draft(tuple(token_ids), placed_parts, field, self._tokenizer.opens_thought(token_ids))
 
     def complete(self, draft: Draft, work: Work) -> Prompt:
         """Fetches and decodes the media one after the other. `work` holds the memory of their rows.
@@ -213,7 +221,7 @@ class PromptBuilder:
             used = len(draft.token_ids) - len(media) + sum(patches.n_tokens for patches in media)
             media.append(self._load(part, self._sequence_length - used, work))
             work.keep(media[-1].rows.nbytes)
-        prompt = self._assemble(draft.token_ids, media)
+        prompt = replace(self._assemble(draft.token_ids, media), opens_thought=draft.opens_thought)
         self._check_length(len(prompt.token_ids), draft.field)
         return prompt
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,13 +19,20 @@ from mdi.checkpoint.processing import PROCESSOR
 from mdi.core.errors import CheckpointError, ConfigError, InputError
 from mdi.core.messages import Message, Part, TextPart
 from mdi.core.template_settings import TemplateSettings
+from mdi.core.tools import Tool
 from mdi.models.entries import CONFIG
+from mdi.tools.generic import with_told_results, with_written_calls
 
 Content = str | list[dict[str, str]]
+Messages = list[dict[str, Any]]
+Rendered = dict[str, Any]
+"""What a template reads: messages and tools, by these names."""
 
 JINJA, LEGACY, NAMED = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPUTING = ("striptags", "unescape", "%c")  # operations that write characters which are in no text
+ID_ENDS = re.compile("[^a-zA-Z0-9]")
+SHORT_ID = 9
 WORD, UNREAD = "probeword", "unread-field"  # in conversations that are rendered to see what a template reads
 
 
@@ -41,7 +49,7 @@ class ChatTemplate:
         try:
             self.literals = list(_literals(text))
             with suppress(InputError):  # it may ask for other messages
-                self.render([{"role": "user", "content": WORD}])
+                self._render([{"role": "user", "content": WORD}], {})
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template in {file} is damaged (line {error.lineno}: {error.message}): download it again"
@@ -60,36 +68,44 @@ class ChatTemplate:
                     return True
         return False
 
-    def conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages in the form of chat templates.
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Rendered:
+        """Messages and tools in the form of chat templates.
 
         A template that concatenates content gets the texts of its parts as one string, a line each; one that goes
         through parts gets a string as a list of one part. Content that it reads either way stays as it is.
+        Calls, and results of tools, that it does not write are text of messages: see `mdi.tools.generic`.
         """
-        return [
+        if any("tool_calls" in message.details or "function_call" in message.details for message in messages):
+            messages = messages if self._writes_calls else with_written_calls(messages)
+        if any(message.role == "tool" for message in messages) and not any(self._reads_as("tool")):
+            messages = with_told_results(messages)
+        written = [
             {"role": message.role, "content": self._content(message.role, _content(message.content)), **message.details}
             for message in messages
         ]
+        return {"messages": written, "tools": [tool.described for tool in tools]}
 
-    def render(self, conversation: list[dict[str, Any]], settings: TemplateSettings = MappingProxyType({})) -> str:
+    def render(self, conversation: Rendered, settings: TemplateSettings = MappingProxyType({})) -> str:
         """The prompt's text, ready for the assistant's answer. Raises InputError where the template refuses.
 
-        A template that joins the arguments of calls with other texts, as DeepSeek's does, gets them as their JSON.
+        Templates that want calls in another form get them so: the arguments as JSON texts (DeepSeek's), short ids
+        (Mistral's), or a message for each call, its result behind it (Llama's).
         """
+        messages, tools = conversation["messages"], conversation["tools"] or None
         try:
-            return self._render(conversation, settings)
-        except InputError:
-            with_texts = list(map(_with_text_arguments, conversation))
-            if with_texts == conversation:
-                raise
-            return self._render(with_texts, settings)
+            return self._render(messages, settings, tools)
+        except InputError as error:
+            for change in (_with_text_arguments, _with_short_ids, _with_single_calls):
+                changed = change(messages)
+                if changed != messages:
+                    with suppress(InputError):
+                        return self._render(changed, settings, tools)
+            raise error
 
-    def _render(
-        self, conversation: list[dict[str, Any]], settings: TemplateSettings, tools: list[dict[str, Any]] | None = None
-    ) -> str:
+    def _render(self, messages: Messages, settings: TemplateSettings, tools: list[dict[str, Any]] | None = None) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                conversation,
+                messages,
                 tools,
                 chat_template=self.text,
                 tokenize=False,
@@ -109,6 +125,19 @@ class ChatTemplate:
             return content
         return "\n".join(part["text"] for part in content if part["type"] == "text")
 
+    @cached_property
+    def _writes_calls(self) -> bool:
+        """Whether the template writes the calls of a message."""
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": WORD, "arguments": {}}}
+        for content in ("x", [{"type": "text", "text": "x"}]):
+            user, result = {"role": "user", "content": content}, {"role": "tool", "content": content}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            for messages in ([user, calling], [user, calling, result | {"tool_call_id": call["id"]}]):
+                with suppress(InputError):
+                    if WORD in self.render({"messages": messages, "tools": []}):
+                        return True
+        return False
+
     def _probe(self, role: str) -> tuple[bool, bool]:
         """Whether the template writes a message's content as a string, and as parts."""
         parts = [{"type": "text", "text": WORD, UNREAD: UNREAD}]
@@ -121,20 +150,57 @@ class ChatTemplate:
             user, assistant = {"role": "user", "content": other}, {"role": "assistant", "content": other}
             conversations = {"system": [probed, user], "user": [probed], "assistant": [user, probed, user]}
             with suppress(InputError):
-                text = self.render(conversations.get(role, [user, assistant, probed]))
+                messages = conversations.get(role, [user, assistant, probed])
+                text = self.render({"messages": messages, "tools": []})
                 if WORD in text and UNREAD not in text:
                     return True
         return False
 
 
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with the arguments of its calls as JSON texts."""
-    calls = [dict(call, function=dict(call["function"])) for call in message.get("tool_calls") or ()]
-    for call in calls:
+def _with_text_arguments(messages: Messages) -> Messages:
+    """The messages, the arguments of their calls as JSON texts."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
         arguments = call["function"].get("arguments")
-        if not isinstance(arguments, str):
-            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return message | {"tool_calls": calls} if calls else message
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return call | {"function": call["function"] | {"arguments": text}}
+
+    return [_with_calls(message, map(changed, message.get("tool_calls") or ())) for message in messages]
+
+
+def _with_short_ids(messages: Messages) -> Messages:
+    """The messages, the ids of calls cut to their last letters and digits: Mistral's templates take nine."""
+
+    def short(given: dict[str, Any], name: str) -> dict[str, Any]:
+        return given | {name: ID_ENDS.sub("", given[name])[-SHORT_ID:]} if isinstance(given.get(name), str) else given
+
+    return [
+        _with_calls(short(message, "tool_call_id"), (short(call, "id") for call in message.get("tool_calls") or ()))
+        for message in messages
+    ]
+
+
+def _with_single_calls(messages: Messages) -> Messages:
+    """The messages, those of several calls as a message for each, with its result behind it."""
+    changed: Messages = []
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls") or ()
+        n_results = next((n for n, later in enumerate(rest) if later["role"] != "tool"), len(rest))
+        if len(calls) < 2 or n_results != len(calls):
+            changed.append(message)
+            continue
+        results, rest = rest[:n_results], rest[n_results:]
+        by_id = {result.get("tool_call_id"): result for result in results}
+        for call, result in zip(calls, results, strict=True):
+            changed += [message | {"tool_calls": [call]}, by_id.get(call.get("id"), result)]
+            message = message | {"content": ""}
+    return changed
+
+
+def _with_calls(message: dict[str, Any], calls: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return message | {"tool_calls": list(calls)} if message.get("tool_calls") else message
 
 
 def read_chat_template(path: Path, tokenizer: Any, given: str | None = None) -> ChatTemplate | None:

@@ -20,8 +20,13 @@ PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0
 OWN_FIELDS = frozenset(
     {"role", "content", "type", "text", "image", "video", "name", "reasoning_content"}
     | {"tool_calls", "tool_call_id", "function_call", "function", "arguments", "id"}
+    | {"messages", "tools", "description", "parameters", "properties", "required", "items", "enum", "anyOf", "default"}
 )
-OWN_WORDS = {"role": ("system", "user", "assistant", "tool", "function"), "type": ("text", "image", "video")}
+SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+OWN_WORDS = {
+    "role": ("system", "user", "assistant", "tool", "function"),
+    "type": ("text", "image", "video", "function", *SCHEMA_TYPES),
+}
 """Names of fields, and values, that are ours: templates compare and write them."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from mdi.checkpoint.tokenizer_files import check_tokenizer_files
 from mdi.core.errors import CheckpointError, InputError
 from mdi.core.messages import Message
 from mdi.core.template_settings import TemplateSettings
-from mdi.prompt.chat_template import check_template_files, read_chat_template
+from mdi.core.tools import Tool
+from mdi.prompt.chat_template import Rendered, check_template_files, read_chat_template
 from mdi.prompt.control_tokens import ControlTokens
 from mdi.prompt.pieces import Pieces
-from mdi.tools.families import reasoning_marks, syntax_of
+from mdi.tools.families import GENERIC, reasoning_marks, syntax_of
+from mdi.tools.generic import instructed
 
+END_TOKENS = 32  # that hold the mark at a prompt's end, also where it is no token
 SENTENCE = "The 2 quick brown foxes"
 
 
@@ -48,16 +52,22 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    @property
+    @cached_property
     def tool_syntax(self) -> str:
         """How the model writes calls of tools: see `mdi.tools`."""
         template = self._template
         return syntax_of(template.text if template and template.reads_tools else "")
 
-    @property
+    @cached_property
     def reasoning(self) -> tuple[str, str] | None:
         """The marks around the model's thoughts, if it thinks."""
         return reasoning_marks(self._template.text if self._template else "", self.backend.get_vocab())
+
+    def opens_thought(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with the mark that begins the model's thoughts."""
+        if self.reasoning is None:
+            return False
+        return self.decode(token_ids[-END_TOKENS:]).rstrip().endswith(self.reasoning[0])
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id.
@@ -88,22 +98,27 @@ class Tokenizer:
         messages: Sequence[Message],
         settings: TemplateSettings | None = None,
         check: Callable[[str], None] = lambda _: None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
-        """Messages through the chat template to ids, ready for the assistant's answer. settings: for the template.
+        """Messages and tools through the chat template to ids, ready for the assistant's answer.
 
-        Every image and video becomes the placeholder that the template gives it. check: called with the
-        rendered text before it is tokenised; may raise. Raises InputError where the template refuses the messages.
+        settings: for the template. tools: an instruction in the system message where the template writes none. Every
+        image and video becomes the placeholder that the template gives it. check: called with the rendered text before
+        it is tokenised; may raise. Raises InputError where the template refuses the messages.
         """
         template = self._template
         if template is None:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
 
-        def render(conversation: list[dict[str, Any]]) -> str:
+        if tools and self.tool_syntax == GENERIC:
+            messages, tools = instructed(messages, tools), ()
+
+        def render(conversation: Rendered) -> str:
             text = template.render(conversation, settings or {})
             check(text)
             return text
 
-        return self._control.encode(template.conversation(messages), render)
+        return self._control.encode(template.conversation(messages, tools), render)
 
 
 def _load(path: Path) -> Any:

@@ -21,7 +21,8 @@ from mdi.gateway.streaming import completion, events
 class Choices(Protocol):
     """The form of a route's choices. kind, chunk_kind: OpenAI's names of a whole answer and of a chunk.
 
-    shared: fields beside the choices, of a whole answer or of the first chunk.
+    shared: fields beside the choices, of a whole answer or of the first chunk. completion_details: fields of the usage
+    that are known once all choices are made.
     """
 
     id_prefix: str
@@ -29,6 +30,7 @@ class Choices(Protocol):
     chunk_kind: str
 
     def shared(self) -> dict[str, Any]: ...
+    def completion_details(self) -> dict[str, Any]: ...
     def whole(self, index: int, sample: Sample) -> dict[str, Any]: ...
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]: ...
 
@@ -50,13 +52,14 @@ async def answer(
                 yield chunk | {"choices": [choice]} | shared | shown
                 first = False
         if body.wants_usage:
-            yield chunk | {"choices": [], "usage": usage_json(running.usage)}
+            yield chunk | {"choices": [], "usage": usage_json(running.usage) | choices.completion_details()}
 
     if body.stream:
         return await events(request, running, timeout_s, chunks)
     done = await completion(request, running, timeout_s)
     made = [choices.whole(index, sample) for index, sample in enumerate(done.samples)]
-    content = envelope | {"object": choices.kind, "choices": made, "usage": usage_json(done.usage)}
+    usage = usage_json(done.usage) | choices.completion_details()
+    content = envelope | {"object": choices.kind, "choices": made, "usage": usage}
     return JsonAnswer(content | choices.shared())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from mdi.gateway.answer_parts import (
     AnswerReader,
     ArgumentsDelta,
     CallStart,
+    EndReason,
     Finish,
     Part,
     ReasoningDelta,
@@ -30,6 +32,7 @@ from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import ChatLogprobsOf, chat_logprobs, no_logprobs
 from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.openai.schemas import ChatRequest
+from mdi.gateway.tool_use import ToolUse
 
 
 def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> APIRouter:
@@ -41,8 +44,12 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
         running, reader = submit_chat(engine, body, ignored)
-        logprobs_of = chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs
-        choices = ChatChoices(running, reader, logprobs_of, shows_ids=body.return_token_ids)
+        choices = ChatChoices(
+            running,
+            reader,
+            chat_logprobs(engine, body.skip_special_tokens) if body.logprobs else no_logprobs,
+            _Shown(ids=body.return_token_ids, reasoning=body.include_reasoning, functions=bool(body.functions)),
+        )
         response = await answer(request, body, running, choices, served.name, config.request_timeout_s)
         response.headers.update(ignored.headers)
         return response
@@ -52,48 +59,71 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
 
 def submit_chat(engine: TextEngine, body: ChatRequest, unknown: UnknownField) -> tuple[Submitted, AnswerReader]:
     """Starts the request of a chat. Every route that answers chats asks in this form."""
-    conversation, pixels = chat_prompt(body, unknown)
+    tool_use = body.tool_use(unknown)
+    conversation, pixels = chat_prompt(body, tool_use, unknown)
     running = engine.submit(conversation, body.params(), constraint=body.constraint, **pixels)
-    return running, AnswerReader()
+    return running, tool_use.reader(engine.capabilities, running)
 
 
-def chat_prompt(body: ChatRequest, unknown: UnknownField) -> tuple[Conversation, Pixels]:
+def chat_prompt(body: ChatRequest, tool_use: ToolUse, unknown: UnknownField) -> tuple[Conversation, Pixels]:
     """What a chat asks: its conversation, and its limits on the area of images and frames."""
     media = body.mm_processor_kwargs or MediaSettings()
     media.check_fields(unknown)
     messages = media.applied_to(parse_messages(body.messages, unknown))
     conversation = Conversation(
-        messages, body.chat_template_kwargs or {}, body.add_generation_prompt, body.continue_final_message
+        messages,
+        body.template_settings,
+        body.add_generation_prompt,
+        body.continue_final_message,
+        tool_use.offered,
+        marks=True,
     )
     return conversation, media.pixels(body.min_pixels, body.max_pixels)
 
 
-class ChatChoices:
-    """Choices of one chat. In a stream, the first chunk of a sample has the role, the last one the finish reason.
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What an answer shows. ids: token ids, as vLLM does, those of the prompt beside the choices. reasoning: thoughts.
 
-    shows_ids: whether to give token ids, as vLLM does: those of the prompt beside the choices.
+    functions: calls in OpenAI's older form, of which an answer has one.
     """
+
+    ids: bool = False
+    reasoning: bool = True
+    functions: bool = False
+
+
+class ChatChoices:
+    """Choices of one chat. In a stream, the first chunk of a sample has the role, the last one the finish reason."""
 
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
     def __init__(
-        self, running: Submitted, reader: AnswerReader, logprobs_of: ChatLogprobsOf, *, shows_ids: bool
+        self, running: Submitted, reader: AnswerReader, logprobs_of: ChatLogprobsOf, shown: _Shown = _Shown()
     ) -> None:
         self._running = running
         self._reader = reader
         self._logprobs_of = logprobs_of
-        self._shows_ids = shows_ids
+        self._shown = shown
         self._started: set[int] = set()
 
     def shared(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self._running.prompt_token_ids} if self._shows_ids else {}
+        return {"prompt_token_ids": self._running.prompt_token_ids} if self._shown.ids else {}
+
+    def completion_details(self) -> dict[str, Any]:
+        tokens = self._reader.reasoning_tokens
+        return {} if tokens is None else {"completion_tokens_details": {"reasoning_tokens": tokens}}
 
     def whole(self, index: int, sample: Sample) -> dict[str, Any]:
         answer = self._reader.whole(index, sample)
-        logprobs = self._logprobs_of(answer.tokens)
-        choice = {"index": index, "message": _message(answer), "logprobs": logprobs, "finish_reason": answer.reason}
+        choice = {
+            "index": index,
+            "message": self._message(answer),
+            "logprobs": self._logprobs_of(answer.tokens),
+            "finish_reason": self._reason(answer.reason),
+        }
         return choice | self._ids(answer)
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
@@ -102,39 +132,55 @@ class ChatChoices:
             yield _chunk(piece.index, {"role": "assistant", "content": ""})
         for part in self._reader.parts(piece):
             logprobs = self._logprobs_of(part.tokens) if part.tokens else None
-            reason = part.reason if isinstance(part, Finish) else None
-            delta = {} if isinstance(part, Finish) else _delta(part)
-            yield _chunk(part.index, delta, reason, logprobs) | self._ids(part)
+            reason = self._reason(part.reason) if isinstance(part, Finish) else None
+            delta = self._delta(part)
+            if delta or reason or logprobs or self._shown.ids:
+                yield _chunk(part.index, delta, reason, logprobs) | self._ids(part)
 
     def _ids(self, part: Part | Answer) -> dict[str, Any]:
-        return {"token_ids": [token.id for token in part.tokens]} if self._shows_ids else {}
+        return {"token_ids": [token.id for token in part.tokens]} if self._shown.ids else {}
+
+    def _reason(self, reason: EndReason) -> str:
+        return "function_call" if self._shown.functions and reason == "tool_calls" else reason
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        """A whole answer as OpenAI's message: fields that say nothing are left out, but content."""
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if answer.calls else "")}
+        if answer.reasoning and self._shown.reasoning:
+            message |= _reasoning(answer.reasoning)
+        calls = [{"name": call.name, "arguments": call.arguments} for call in answer.calls]
+        if calls and self._shown.functions:
+            message["function_call"] = calls[0]
+        elif calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": function}
+                for call, function in zip(answer.calls, calls, strict=True)
+            ]
+        return message
+
+    def _delta(self, part: Part) -> dict[str, Any]:
+        """What a part adds to the message, as OpenAI's delta."""
+        match part:
+            case TextDelta():
+                return {"content": part.text}
+            case ReasoningDelta():
+                return _reasoning(part.text) if self._shown.reasoning else {}
+            case CallStart():
+                function = {"name": part.name, "arguments": ""}
+                if self._shown.functions:
+                    return {"function_call": function}
+                return {"tool_calls": [{"index": part.call, "id": part.id, "type": "function", "function": function}]}
+            case ArgumentsDelta() if self._shown.functions:
+                return {"function_call": {"arguments": part.text}}
+            case ArgumentsDelta():
+                return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+            case Finish():
+                return {}
 
 
-def _message(answer: Answer) -> dict[str, Any]:
-    """A whole answer as OpenAI's message: fields that say nothing are left out, but content."""
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if answer.calls else "")}
-    if answer.reasoning:
-        message["reasoning_content"] = message["reasoning"] = answer.reasoning
-    if answer.calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in answer.calls
-        ]
-    return message
-
-
-def _delta(part: TextDelta | ReasoningDelta | CallStart | ArgumentsDelta) -> dict[str, Any]:
-    """What a part adds to the message, as OpenAI's delta."""
-    match part:
-        case TextDelta():
-            return {"content": part.text}
-        case ReasoningDelta():
-            return {"reasoning_content": part.text, "reasoning": part.text}
-        case CallStart():
-            function = {"name": part.name, "arguments": ""}
-            return {"tool_calls": [{"index": part.call, "id": part.id, "type": "function", "function": function}]}
-        case ArgumentsDelta():
-            return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+def _reasoning(text: str) -> dict[str, Any]:
+    """Thoughts under both names that clients know: vLLM's former one, which DeepSeek has, and its newer one."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _chunk(

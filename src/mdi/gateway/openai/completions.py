@@ -126,6 +126,9 @@ class TextChoices:
         self._shows_ids = shows_ids
         self._started: set[int] = set()
 
+    def completion_details(self) -> dict[str, Any]:
+        return {}
+
     def shared(self) -> dict[str, Any]:
         return {}
 

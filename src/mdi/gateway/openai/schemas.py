@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from mdi.core.errors import InputError
 from mdi.core.sampling import Flag, SamplingParams, TokenLimit
+from mdi.core.template_settings import TemplateSettings
+from mdi.core.tools import parse_choice, parse_function_call, parse_functions, parse_tools
 from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.media_settings import MediaSettings
 from mdi.gateway.message_schema import TEMPLATE_SETTINGS, messages_schema
 from mdi.gateway.openai.response_format import ConstrainedRequest
+from mdi.gateway.tool_schema import FUNCTION_CALL, FUNCTIONS, TOOL_CHOICE, TOOLS
+from mdi.gateway.tool_use import ToolUse
 
 IGNORED = frozenset(
     {
@@ -20,22 +24,16 @@ IGNORED = frozenset(
         "metadata",
         "store",
         "service_tier",
-        "parallel_tool_calls",
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
         "prompt_cache_options",
-        "reasoning_effort",
         "verbosity",
     }
 )
 """OpenAI's fields that change nothing about an answer here."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -110,6 +108,8 @@ class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions. max_completion_tokens is OpenAI's newer name of max_tokens and overrides it.
 
     add_generation_prompt, continue_final_message: see `Conversation`. mm_processor_kwargs: see `MediaSettings`.
+    tools, tool_choice: see `core.tools`; functions and function_call are their older forms. reasoning_effort: a setting
+    for the chat template; none is enable_thinking false. include_reasoning: whether thoughts are sent.
     """
 
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(messages_schema(strict=False))]
@@ -119,6 +119,34 @@ class ChatRequest(OpenAIRequest):
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
     mm_processor_kwargs: MediaSettings | None = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] = None
+    parallel_tool_calls: Flag = True
+    functions: Annotated[Any, WithJsonSchema(FUNCTIONS)] = None
+    function_call: Annotated[Any, WithJsonSchema(FUNCTION_CALL)] = None
+    reasoning_effort: str | None = None
+    include_reasoning: Flag = True
+
+    def tool_use(self, unknown: UnknownField) -> ToolUse:
+        """The tools of the request. Raises InputError, naming the field, for malformed ones."""
+        tools = parse_tools([] if self.tools is None else self.tools, unknown)
+        functions = parse_functions([] if self.functions is None else self.functions, unknown)
+        if tools and functions:
+            raise InputError("functions is the older form of tools: send one of them", "functions")
+        function_call = parse_function_call(self.function_call, functions)
+        if functions:
+            return ToolUse(functions, function_call)
+        return ToolUse(tools, parse_choice(self.tool_choice, tools, parallel=self.parallel_tool_calls))
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        """Settings for the chat template."""
+        effort: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            effort = {"reasoning_effort": self.reasoning_effort}
+            if self.reasoning_effort == "none":
+                effort["enable_thinking"] = False
+        return effort | (self.chat_template_kwargs or {})
 
     def params(self, **changes: Any) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
