@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
+# Modules are compiled when they are imported first: most of torch and transformers never is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 KERNELS := src/mdi/kernels
 LIBRARY := $(KERNELS)/libmdi_kernels.so
 
@@ -13,28 +16,28 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(INSTALLED) $(LIBRARY)  ## three local nodes with a small model answer questions about a picture
 	$(BIN)/mdi demo
 
-test: $(INSTALLED) $(LIBRARY)  ## the tests, without the slow ones: some minutes
+test: $(DEVELOPED) $(LIBRARY)  ## the tests, without the slow ones: some minutes
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(INSTALLED) $(LIBRARY)  ## the slow ones: hosts (as root, with iproute2), outside clients, benchmarks, many lost nodes
+test-slow: $(DEVELOPED) $(LIBRARY)  ## the slow ones: hosts (as root, with iproute2), outside clients, benchmarks, many lost nodes
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow  ## all tests
 
-lint: $(INSTALLED)  ## ruff, types, and the rooms' borders
+lint: $(DEVELOPED)  ## ruff, types, and the rooms' borders
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED) $(LIBRARY)  ## the exact 2B shape against llama.cpp and transformers (needs 25 GB of disk, 14 GB of memory, a C++ compiler)
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python -m benchmarks.fullsize
 
-proto: $(INSTALLED)  ## regenerate messages and service after editing node.proto
+proto: $(DEVELOPED)  ## regenerate messages and service after editing node.proto
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. mdi/rpc/node.proto
 
-docs: $(INSTALLED)  ## write docs/commands.md from the command line itself
+docs: $(DEVELOPED)  ## write docs/commands.md from the command line itself
 	$(BIN)/python -m testing.docs
 
 wheels:  ## one wheel for each of Linux x86-64, Linux arm64 and macOS arm64, into dist/
@@ -49,8 +52,12 @@ clean:
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("MDI-LLM needs Python 3.11 or newer; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 $(LIBRARY): $(KERNELS)/build.py $(wildcard $(KERNELS)/c/*) | $(INSTALLED)
