@@ -65,7 +65,7 @@ class World:
 
     def submit(self, prompt: Prompt, params: SamplingParams, matcher: Matcher | None = None) -> Request:
         stream = Stream(lambda: self.inbox.put(Cancel(request)))
-        request = Request(stream, params.resolved(SamplingParams(), LENGTH), matcher=matcher)
+        request = Request(stream, params.resolved(SamplingParams(), LENGTH), rule=matcher)
         request.set_prompt(prompt, self._tokenizer, frozenset({END}), LENGTH)
         self.inbox.put(Submit(request))
         return request

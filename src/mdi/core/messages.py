@@ -98,8 +98,8 @@ Chat = Sequence[Message | Mapping[str, Any]]
 class Conversation:
     """Messages, with settings for the chat template.
 
-    tools: functions that the model may call. marks: the answer's text has the marks of calls and thoughts, also where
-    they are special tokens, which it leaves out otherwise.
+    tools: functions that the model may call. marks: of calls and thoughts, which the answer's text has also where they
+    are special tokens and others are left out.
     add_generation_prompt: the prompt ends where the assistant's answer begins. continue_final_message: it ends within
     the last message, which the answer continues. Raises InputError for settings that no template may get, and for both
     of these together.
@@ -110,7 +110,7 @@ class Conversation:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: tuple[Tool, ...] = ()
-    marks: bool = False
+    marks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_settings(self.settings)

@@ -22,7 +22,7 @@ from mdi.core.capabilities import Capabilities
 from mdi.core.config import EngineConfig
 from mdi.core.constraint import Constraint
 from mdi.core.errors import ClosedError, InputError, MDIError, OverloadedError
-from mdi.core.messages import PromptInput
+from mdi.core.messages import Conversation, PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
@@ -40,7 +40,6 @@ from mdi.engine.vision_queue import VisionQueue
 from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
-from mdi.tools.families import chosen_reasoning, chosen_syntax
 
 READINESS_PROBE = Prompt((0,), torch.zeros(3, 1, dtype=torch.int64), delta=0, media=())  # one token, of any vocabulary
 PROBE_POLL_S = 0.01
@@ -80,10 +79,10 @@ class Engine:
         self._defaults = generation_defaults(path, config.model.generation_config)
         self._end_ids = end_ids(source)
         self._vocab_size = source.model_config.vocab_size
-        self._tokenizer = Tokenizer(path, config.model.chat_template)
+        self._tokenizer = Tokenizer(
+            path, config.model.chat_template, config.model.tool_call_parser, config.model.reasoning_parser
+        )
         check_vocabulary(self._tokenizer.backend, source.model_config)
-        syntax = chosen_syntax(config.model.tool_call_parser, self._tokenizer.tool_syntax)
-        reasoning = chosen_reasoning(config.model.reasoning_parser, self._tokenizer.reasoning)
         self._media_specs = media_specs(source, config.limits.min_pixels, config.limits.max_pixels)
         self._requests: set[Request] = set()
         self._lock = threading.Lock()
@@ -99,8 +98,9 @@ class Engine:
         self.capabilities = Capabilities(
             self.sequence_length,
             ("text", "image", "video") if source.model_config.vision else ("text",),
-            syntax,
-            reasoning,
+            self._tokenizer.tool_syntax,
+            self._tokenizer.reasoning,
+            self._tokenizer.special_marks,
         )
         self._loop = self._start_loop(config)
         grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)
@@ -279,7 +279,9 @@ class Engine:
         self._check_token_ids(sampling)
         stream = Stream(lambda: self._cancel(request))
         work = self._preparation.work()
-        request = Request(stream, sampling, constraint=constraint, computes=computes, work=work)
+        names = prompt.marks if isinstance(prompt, Conversation) else ()
+        marks = frozenset(self._tokenizer.special_marks.get(name, -1) for name in names)
+        request = Request(stream, sampling, constraint=constraint, marks=marks, computes=computes, work=work)
         self._accept(request)
         self._preparation.begin(request, checked, pixels)
         return stream

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
+from mdi.engine.grammar_start import WhenBegun
 from mdi.prompt.tokenizer import Tokenizer
 
 MAX_KEPT = 64  # compiled grammars
@@ -33,8 +34,15 @@ class Grammars:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Matcher] = OrderedDict()
 
+    def rule(self, constraint: Constraint) -> Matcher | WhenBegun:
+        """The constraint at the beginning of an answer. Raises what `matcher` does."""
+        start = self.matcher(constraint)
+        if not constraint.begins and not constraint.opens:
+            return start
+        return WhenBegun(start, constraint, self._text_of, self._tokenizer.special_marks)
+
     def matcher(self, constraint: Constraint) -> Matcher:
-        """A matcher at the beginning of an answer.
+        """The constraint's grammar at its beginning.
 
         Raises InputError, naming the constraint's field, for a grammar that is malformed, not supported or too large.
         """
@@ -48,11 +56,16 @@ class Grammars:
     def _compiled(self, constraint: Constraint) -> Matcher:
         matcher = LLMatcher(self._parts, constraint.grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
+            for field, grammar in constraint.parts:
+                self._compiled(Constraint(grammar, field))
             raise InputError(f"{constraint.field}: {_cause(matcher.get_error())}", constraint.field)
-        start = Matcher(matcher, constraint.field, self._vocab_size)
+        start = Matcher(matcher, constraint.field, self._vocab_size, self._parts)
         if start.complete:
             raise InputError(f"{constraint.field} allows no text but the empty one", constraint.field)
         return start
+
+    def _text_of(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id, skip_special_tokens=True)
 
     @cached_property
     def _parts(self) -> LLTokenizer:
@@ -65,8 +78,9 @@ class Matcher:
     complete: no text can follow. may_end: the text so far is a whole answer.
     """
 
-    def __init__(self, matcher: LLMatcher, field: str, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, field: str, vocab_size: int, parts: LLTokenizer) -> None:
         self._matcher = matcher
+        self._parts = parts
         self._field = field
         self._vocab_size = vocab_size
         self._look_ahead()
@@ -84,6 +98,17 @@ class Matcher:
         """
         self._matcher.consume_token(token_id)
         self._look_ahead()
+
+    def accepts(self, token_ids: Sequence[int]) -> bool:
+        """Takes these tokens, if the grammar goes on so; if not, this matcher is of no more use."""
+        if self._matcher.try_consume_tokens(list(token_ids)) < len(token_ids):
+            return False
+        self._look_ahead()
+        return True
+
+    def accepts_text(self, text: bytes) -> bool:
+        """Takes a text, in whatever tokens. See `accepts`."""
+        return self.accepts(self._parts.tokenize_bytes(text))
 
     def mask(self, end_ids: Iterable[int], *, may_end: bool) -> bytes:
         """The tokens that may come next, as `TokenSampling.token_mask`; never none of them.

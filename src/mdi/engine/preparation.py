@@ -81,7 +81,7 @@ class Preparation:
     def _compile(self, request: Request, then: Callable[[], None]) -> None:
         request.work.check()
         assert request.constraint
-        request.matcher = self._grammars.matcher(request.constraint)
+        request.rule = self._grammars.rule(request.constraint)
         then()
 
     def _tokenise(self, request: Request, prompt: CheckedPrompt, pixels: PixelRange) -> None:

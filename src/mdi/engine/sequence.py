@@ -16,7 +16,7 @@ from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
 from mdi.core.outputs import FinishReason, Piece
 from mdi.core.sampling import Sampling
-from mdi.engine.grammar import Matcher
+from mdi.engine.grammar_start import AfterThoughts, Rule
 from mdi.engine.stream import Stream
 from mdi.media import Work
 from mdi.prompt.builder import Media, Prompt
@@ -34,7 +34,8 @@ class Request:
     computes: False for one that ends as soon as its prompt is known.
     work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
-    constraint: what its answers must look like. matcher: the constraint at the beginning of an answer, once compiled.
+    constraint: what its answers must look like. rule: the constraint at the beginning of an answer, once compiled.
+    marks: special tokens that the text shows although it leaves out others.
     """
 
     stream: Stream
@@ -47,25 +48,33 @@ class Request:
     prefilled: bool = False
     computes: bool = True
     constraint: Constraint | None = None
-    matcher: Matcher | None = None
+    rule: Rule | None = None
+    marks: frozenset[int] = frozenset()
     work: Work = field(default_factory=Work)
     arrived_s: float = field(default_factory=time.monotonic)
 
     def set_prompt(self, prompt: Prompt, tokenizer: Tokenizer, end_ids: frozenset[int], sequence_length: int) -> None:
         """Makes the request's sequences. end_ids: tokens that end an answer, beside those the request names."""
-        sampling = self.sampling
+        sampling, rule, thoughts = self.sampling, self.rule, prompt.thoughts
         self.prompt = prompt
         self.stream.prompt_token_ids = prompt.token_ids
-        self.stream.opens_thought = prompt.opens_thought
+        self.stream.opens_thought = thoughts is not None and thoughts.opened
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
+        if rule and thoughts and thoughts.marks:
+            rule = AfterThoughts(rule, thoughts.marks, opened=thoughts.opened)
         self.sequences = [
-            Sequence(self, index, prompt, detokenizer_of(sampling, tokenizer), max_tokens, ends, self._new_matcher())
+            Sequence(
+                self,
+                index,
+                prompt,
+                detokenizer_of(sampling, tokenizer, self.marks),
+                max_tokens,
+                ends,
+                rule and rule.copy(),
+            )
             for index in range(sampling.n)
         ]
-
-    def _new_matcher(self) -> Matcher | None:
-        return self.matcher and self.matcher.copy()
 
     @property
     def encoded(self) -> bool:
@@ -88,10 +97,14 @@ class Request:
         return self.prompt.media[len(self.embeddings)]
 
 
-def detokenizer_of(sampling: Sampling, tokenizer: Tokenizer) -> Detokenizer:
-    """The detokenizer of one sample."""
+def detokenizer_of(sampling: Sampling, tokenizer: Tokenizer, marks: frozenset[int] = frozenset()) -> Detokenizer:
+    """The detokenizer of one sample. marks: special tokens that it always shows."""
     return Detokenizer(
-        tokenizer, sampling.stop, min_tokens=sampling.min_tokens, skip_special_tokens=sampling.skip_special_tokens
+        tokenizer,
+        sampling.stop,
+        min_tokens=sampling.min_tokens,
+        skip_special_tokens=sampling.skip_special_tokens,
+        marks=marks,
     )
 
 
@@ -122,7 +135,7 @@ class SeenTokens:
 class Sequence:
     """Sample `index` of a request.
 
-    end_ids: tokens that end it. matcher: what may come next in it; None allows all. finished: its answer is complete.
+    end_ids: tokens that end it. rule: what may come next in it; None allows all. finished: its answer is complete.
     in_flight, arrival: see `scheduler.Schedulable`.
     slot, computed, cached_tokens, prefix_keys: see `slots.Cached`.
     """
@@ -133,7 +146,7 @@ class Sequence:
     detokenizer: Detokenizer
     max_tokens: int
     end_ids: frozenset[int]
-    matcher: Matcher | None = None
+    rule: Rule | None = None
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     computed: int = 0
@@ -176,7 +189,7 @@ class Sequence:
 
     def sampling(self) -> TokenSampling:
         """How the token after all known ones is drawn."""
-        params = self.request.sampling
+        params, token_mask = self.request.sampling, self._token_mask()
         return TokenSampling(
             params.temperature,
             params.top_k,
@@ -186,20 +199,21 @@ class Sequence:
             self.index,
             position=self.length,
             top_logprobs=params.top_logprobs,
-            adjustment=self._adjustment(),
-            token_mask=self._token_mask(),
+            adjustment=self._adjustment(masked=token_mask is not None),
+            token_mask=token_mask,
         )
 
     def _token_mask(self) -> bytes | None:
-        if self.matcher is None:
+        if self.rule is None:
             return None
-        return self.matcher.mask(self.end_ids, may_end=len(self.generated) >= self.request.sampling.min_tokens)
+        return self.rule.mask(self.end_ids, may_end=len(self.generated) >= self.request.sampling.min_tokens)
 
-    def _adjustment(self) -> LogitAdjustment | None:
+    def _adjustment(self, *, masked: bool) -> LogitAdjustment | None:
+        """masked: a mask says whether the answer may end here."""
         params = self.request.sampling
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         biases = dict(params.logit_bias)
-        if self.matcher is None and len(self.generated) < params.min_tokens:
+        if not masked and len(self.generated) < params.min_tokens:
             biases |= dict.fromkeys(self.end_ids, -math.inf)
         if not penalised and not biases:
             return None
@@ -241,8 +255,8 @@ class Sequence:
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.end_ids or self.detokenizer.stopped:
             return "stop"
-        if self.matcher:
-            self.matcher.push(token_id)
-            if self.matcher.complete:
+        if self.rule:
+            self.rule.push(token_id)
+            if self.rule.complete:
                 return "stop"
         return "length" if len(self.generated) >= self.max_tokens else None

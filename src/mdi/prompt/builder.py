@@ -26,7 +26,7 @@ from mdi.core.tracing import Recorder
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, Work, decode_image, fetch, image_patches, open_video
 from mdi.models.config import ModelConfig
-from mdi.prompt.tokenizer import Tokenizer
+from mdi.prompt.tokenizer import Thoughts, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,27 @@ CheckedPrompt = str | RawText | TokenIds | Conversation
 class Draft:
     """A prompt whose text is tokenised. media: what is still to be fetched and decoded, in order of appearance.
 
-    field: the request's name for the prompt. opens_thought: see `Prompt`.
+    field: the request's name for the prompt. thoughts: see `Prompt`.
     """
 
     token_ids: tuple[int, ...]
     media: tuple[MediaPart, ...]
     field: str
-    opens_thought: bool = False
+    thoughts: Thoughts | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready for the model. positions: int64 [3, tokens]; delta: see `rope.prompt_positions`.
 
-    opens_thought: it ends with the mark that begins the model's thoughts.
+    thoughts: how the model's thoughts may begin; None where none may.
     """
 
     token_ids: tuple[int, ...]
     positions: Tensor
     delta: int
     media: tuple[Media, ...]
-    opens_thought: bool = False
+    thoughts: Thoughts | None = None
 
     def without_rows(self) -> Prompt:
         """The same prompt, without the rows of its media: they are encoded."""
@@ -208,7 +208,7 @@ class PromptBuilder:
         if placed != [part.kind for part in parts]:
             raise InputError("the model's chat template does not place these images and videos", "messages")
         placed_parts = tuple(pixels.applied_to(part) for part in parts)
-        return Draft(tuple(token_ids), placed_parts, field, self._tokenizer.opens_thought(token_ids))
+        return Draft(tuple(token_ids), placed_parts, field, self._tokenizer.thoughts(token_ids))
 
     def complete(self, draft: Draft, work: Work) -> Prompt:
         """Fetches and decodes the media one after the other. `work` holds the memory of their rows.
@@ -221,7 +221,7 @@ class PromptBuilder:
             used = len(draft.token_ids) - len(media) + sum(patches.n_tokens for patches in media)
             media.append(self._load(part, self._sequence_length - used, work))
             work.keep(media[-1].rows.nbytes)
-        prompt = replace(self._assemble(draft.token_ids, media), opens_thought=draft.opens_thought)
+        prompt = replace(self._assemble(draft.token_ids, media), thoughts=draft.thoughts)
         self._check_length(len(prompt.token_ids), draft.field)
         return prompt
 

@@ -17,15 +17,25 @@ class Detokenizer:
 
     Text that could start a stop string is held back until it is certain. A stop string and the text after it are
     never returned. The first stop string to be complete counts; of several that end together, the longest.
-    min_tokens: stop strings count when they end after so many tokens. skip_special_tokens: see `SamplingParams`.
+    min_tokens: stop strings count when they end after so many tokens. skip_special_tokens: see `SamplingParams`. marks:
+    special tokens that are shown all the same, by their names; the text behind one is decoded as a text of its own.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+        marks: frozenset[int] = frozenset(),
     ) -> None:
         self.stopped = False
         self._searches = [StopSearch(text) for text in stop]
         self._min_tokens = min_tokens
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._marks = marks if skip_special_tokens else frozenset()
         self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens)
         self._n_tokens = 0
         self._pending = ""  # decoded and not returned: it could start a stop string
@@ -33,13 +43,19 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that became certain with this token. Sets `stopped` when a stop string is complete."""
         self._n_tokens += 1
-        self._take(self._decoder.push(token_id))
+        self._take(self._mark(token_id) if token_id in self._marks else self._decoder.push(token_id))
         return self._show(max((search.held for search in self._searches), default=0))
 
     def finish(self) -> str:
         """The rest of the text: what was held back, and bytes that never became a character (as U+FFFD)."""
         self._take(self._decoder.finish())
         return self._show(0)
+
+    def _mark(self, token_id: int) -> str:
+        """What was not certain before a mark, and the mark."""
+        before = self._decoder.finish()
+        self._decoder = IncrementalDecoder(self._tokenizer, self._skip)
+        return before + self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _take(self, text: str) -> None:
         """Adds text to what is pending, up to the first stop string that counts; nothing after it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,42 @@ from mdi.core.tools import Tool
 from mdi.prompt.chat_template import Rendered, check_template_files, read_chat_template
 from mdi.prompt.control_tokens import ControlTokens
 from mdi.prompt.pieces import Pieces
-from mdi.tools.families import GENERIC, reasoning_marks, syntax_of
+from mdi.tools.families import ALL_MARKS, GENERIC, chosen_reasoning, chosen_syntax, reasoning_marks, syntax_of
 from mdi.tools.generic import instructed
+from mdi.tools.syntax import SYNTAXES
 
 END_TOKENS = 32  # that hold the mark at a prompt's end, also where it is no token
 SENTENCE = "The 2 quick brown foxes"
 
 
+@dataclass(frozen=True)
+class Thoughts:
+    """Thoughts that may come before an answer.
+
+    opened: the prompt has the mark that begins them. marks: the tokens that begin and end them, if each is one token.
+    """
+
+    opened: bool
+    marks: tuple[int, int] | None
+
+
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, loaded by transformers. backend: the tokenizer itself.
-    special_ids: its control tokens.
+    special_ids: its control tokens. tool_syntax: how the model writes calls of tools: see `mdi.tools`. reasoning: the
+    marks around its thoughts, if it thinks; tool_call_parser and reasoning_parser: see `ModelSettings`.
 
     chat_template: a file with another template, or its text. Ids are those of transformers' `apply_chat_template`; see
     `ControlTokens` for text that holds control tokens. Raises CheckpointError, naming the file, where one is missing
     or damaged.
     """
 
-    def __init__(self, path: Path, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        chat_template: str | None = None,
+        tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> None:
         self._loaded = _load(path)
         self.backend: Backend = self._loaded.backend_tokenizer
         self.backend.no_truncation()
@@ -41,6 +60,10 @@ class Tokenizer:
         self.backend.encode_special_tokens = self._loaded.split_special_tokens
         _check_text(self.backend, path)
         self._template = template = read_chat_template(path, self._loaded, chat_template)
+        text = template.text if template else ""
+        syntax = syntax_of(text) if template and template.reads_tools else GENERIC
+        self.tool_syntax = chosen_syntax(tool_call_parser, syntax)
+        self.reasoning = chosen_reasoning(reasoning_parser, reasoning_marks(text, self.backend.get_vocab()))
         self._control = ControlTokens(
             self.backend, template.literals if template else [], computes=bool(template and template.computes)
         )
@@ -52,22 +75,23 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    @cached_property
-    def tool_syntax(self) -> str:
-        """How the model writes calls of tools: see `mdi.tools`."""
-        template = self._template
-        return syntax_of(template.text if template and template.reads_tools else "")
+    @property
+    def special_marks(self) -> dict[str, int]:
+        """The marks of calls and thoughts that are special tokens of this tokenizer, with their ids."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: index for index, token in added if token.special and token.content in ALL_MARKS}
 
-    @cached_property
-    def reasoning(self) -> tuple[str, str] | None:
-        """The marks around the model's thoughts, if it thinks."""
-        return reasoning_marks(self._template.text if self._template else "", self.backend.get_vocab())
-
-    def opens_thought(self, token_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends with the mark that begins the model's thoughts."""
+    def thoughts(self, token_ids: Sequence[int]) -> Thoughts | None:
+        """How the answer to a prompt of a chat may begin with thoughts; None where it may not."""
         if self.reasoning is None:
-            return False
-        return self.decode(token_ids[-END_TOKENS:]).rstrip().endswith(self.reasoning[0])
+            return None
+        start, end = self.reasoning
+        text = self.decode(token_ids[-END_TOKENS:]).rstrip()
+        if text.endswith(end):
+            return None
+        start_id, end_id = self.backend.token_to_id(start), self.backend.token_to_id(end)
+        marks = None if start_id is None or end_id is None else (start_id, end_id)
+        return Thoughts(text.endswith(start), marks)
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of a token: part of a text in UTF-8, not always whole characters; b"" for an unused id.
@@ -110,8 +134,8 @@ class Tokenizer:
         if template is None:
             raise InputError("this model has no chat template: send a plain prompt instead of messages", "messages")
 
-        if tools and self.tool_syntax == GENERIC:
-            messages, tools = instructed(messages, tools), ()
+        if tools and (self.tool_syntax == GENERIC or not template.reads_tools):
+            messages, tools = instructed(messages, tools, SYNTAXES[self.tool_syntax]), ()
 
         def render(conversation: Rendered) -> str:
             text = template.render(conversation, settings or {})

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from mdi.core.messages import Message, Part, TextPart
 from mdi.core.tools import Tool
-from mdi.tools.syntax import HERMES
+from mdi.tools.syntax import HERMES, Syntax
 
 INSTRUCTION = """\
 You may call functions to help with the request. These are the functions, one JSON object a line:
@@ -20,17 +20,16 @@ You may call functions to help with the request. These are the functions, one JS
 {tools}
 </tools>
 
-To call a function, write its name and its arguments as JSON between <tool_call> tags:
-<tool_call>
-{{"name": "the function's name", "arguments": {{"an argument's name": "its value"}}}}
-</tool_call>
+To call a function, write exactly this, with its name and arguments:
+{call}
 The results come back between <tool_response> tags."""
 
 
-def instructed(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Message, ...]:
+def instructed(messages: Sequence[Message], tools: Sequence[Tool], syntax: Syntax = HERMES) -> tuple[Message, ...]:
     """The messages, with the instruction at the end of the first system message, which is made where there is none."""
     described = "\n".join(json.dumps(tool.described["function"], ensure_ascii=False) for tool in tools)
-    text = INSTRUCTION.format(tools=described)
+    call = syntax.written([("NAME", '{"ARGUMENT": "VALUE"}')])
+    text = INSTRUCTION.format(tools=described, call=call)
     first, *rest = messages
     if first.role != "system":
         return (Message("system", text), *messages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -61,7 +61,9 @@ def submit_chat(engine: TextEngine, body: ChatRequest, unknown: UnknownField) ->
     """Starts the request of a chat. Every route that answers chats asks in this form."""
     tool_use = body.tool_use(unknown)
     conversation, pixels = chat_prompt(body, tool_use, unknown)
-    running = engine.submit(conversation, body.params(), constraint=body.constraint, **pixels)
+    conversation = replace(conversation, marks=tool_use.marks(engine.capabilities))
+    constraint = tool_use.constraint(engine.capabilities, body.constraint)
+    running = engine.submit(conversation, body.params(), constraint=constraint, **pixels)
     return running, tool_use.reader(engine.capabilities, running)
 
 
@@ -76,7 +78,6 @@ def chat_prompt(body: ChatRequest, tool_use: ToolUse, unknown: UnknownField) -> 
         body.add_generation_prompt,
         body.continue_final_message,
         tool_use.offered,
-        marks=True,
     )
     return conversation, media.pixels(body.min_pixels, body.max_pixels)
 
