@@ -70,6 +70,18 @@ class Server(Generic[E]):
         lines = [line.removeprefix("data: ") for line in answer.text.strip().split("\n\n") if line[0] != ":"]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
+    def named_events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream whose events have the names of their types."""
+        answer = self.post(path, json={**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        events = []
+        for event in answer.text.strip().split("\n\n"):
+            if event[0] != ":":
+                name, data = event.split("\n")
+                events.append(json.loads(data.removeprefix("data: ")))
+                assert name == f"event: {events[-1]['type']}"
+        return events
+
 
 FakeServer = Server[FakeEngine]
 RealServer = Server[Engine]

@@ -14,8 +14,10 @@ from mdi.gateway import answer_types as types
 from mdi.gateway.errors import is_openais
 from mdi.gateway.generate import MultimodalRequest, TextRequest
 from mdi.gateway.middleware.api_keys import OPEN_PATHS
+from mdi.gateway.openai import response_types
 from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import HEADER
+from mdi.gateway.openai.response_schema import ResponsesRequest
 from mdi.gateway.openai.schemas import ChatRequest
 from mdi.gateway.tokenize import DetokenizeRequest, TokenizeRequest
 from mdi.gateway.uploads import UPLOAD_FIELDS
@@ -28,13 +30,14 @@ REF = "#/components/schemas/{model}"
 class RouteAnswers:
     """What a route answers: the JSON, that of the events of its stream, and other answers by their status.
 
-    asked: the JSON that it reads.
+    asked: the JSON that it reads. named: events have the name of their type, and none marks the end.
     """
 
     whole: Any
     event: Any = None
     asked: Any = None
     others: Mapping[int, Any] | None = None
+    named: bool = False
 
 
 ANSWERS = {
@@ -42,6 +45,11 @@ ANSWERS = {
     "/generate/multimodal": RouteAnswers(types.Samples, types.SampleEvent, MultimodalRequest),
     "/v1/chat/completions": RouteAnswers(types.ChatCompletion, types.ChatCompletionChunk, ChatRequest),
     "/v1/completions": RouteAnswers(types.TextCompletion, types.TextCompletionChunk, CompletionRequest),
+    "/v1/responses": RouteAnswers(
+        response_types.ResponseObject, response_types.ResponseEvent, ResponsesRequest, named=True
+    ),
+    "/v1/responses/{name}": RouteAnswers(response_types.ResponseObject),
+    "DELETE /v1/responses/{name}": RouteAnswers(response_types.DeletedResponse),
     "/v1/models": RouteAnswers(types.ModelList),
     "/v1/models/{name}": RouteAnswers(types.Model),
     "/tokenize": RouteAnswers(types.Tokens, asked=TokenizeRequest),
@@ -91,12 +99,13 @@ def _complete(document: dict[str, Any], names: Sequence[str], needs_key: bool) -
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             operation["responses"] = _responses(path, method, schemas)
-            if asked := ANSWERS[path].asked:  # FastAPI's schema has rounded numbers
+            if asked := _answers(path, method).asked:  # FastAPI's schema has rounded numbers
                 operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas.of(asked)}}}
             if needs_key and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
-    for kind in (ChatRequest, CompletionRequest):
-        components[kind.__name__]["properties"]["model"]["enum"] = list(names)
+    for kind in (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest):
+        model = components[kind.__name__]["properties"]["model"]
+        model.get("anyOf", [model])[0]["enum"] = list(names)
     multimodal = document["paths"]["/generate/multimodal"]["post"]
     multimodal["requestBody"]["content"][FORM] = {"schema": _form()}
     _drop_unused(document, components)
@@ -127,13 +136,17 @@ class _Schemas:
         return {"$ref": REF.format(model=name)}
 
 
+def _answers(path: str, method: str) -> RouteAnswers:
+    return ANSWERS.get(f"{method.upper()} {path}") or ANSWERS[path]
+
+
 def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
-    answers, openai = ANSWERS[path], is_openais(path)
+    answers, openai = _answers(path, method), is_openais(path)
     asks = method == "post" and answers.asked is not None
     content: dict[str, Any] = {JSON: {"schema": schemas.of(answers.whole)}}
     error = schemas.of(types.OpenAIError if openai else types.PlainError)
     if answers.event:
-        content[EVENTS] = {"itemSchema": _event(schemas.of(answers.event), error)}
+        content[EVENTS] = {"itemSchema": _event(schemas.of(answers.event), error, named=answers.named)}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     if openai and asks:
         text = {"type": "string"}
@@ -149,8 +162,10 @@ def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
     return responses
 
 
-def _event(chunk: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+def _event(chunk: dict[str, Any], error: dict[str, Any], *, named: bool) -> dict[str, Any]:
     part = _as_text({"anyOf": [chunk, error]})
+    if named:
+        return {"type": "object", "properties": {"event": {"type": "string"}, "data": part}, "required": ["data"]}
     done = {"const": "[DONE]", "description": "The last event, unless an error ends the stream."}
     return {"type": "object", "properties": {"data": {"anyOf": [done, part]}}, "required": ["data"]}
 

@@ -80,9 +80,12 @@ async def completion(request: Request, running: Running, timeout_s: float | None
         running.cancel()
 
 
-async def events(request: Request, running: Running, timeout_s: float | None, render: Render) -> Response:
+async def events(
+    request: Request, running: Running, timeout_s: float | None, render: Render, *, named: bool = False
+) -> Response:
     """A running request as server-sent events, with comments while nothing comes.
 
+    named: every event is named by its `type`, and none marks the end.
     The response begins with the first event or after STATUS_S. An error before that is raised, for its own status.
     """
     answers: Answers = request.app.state.answers
@@ -95,7 +98,7 @@ async def events(request: Request, running: Running, timeout_s: float | None, re
         running.cancel()
         await contents.close()
         raise
-    return _Events(running, contents, request)
+    return _Events(running, contents, request, named)
 
 
 class _Events(StreamingResponse):
@@ -103,8 +106,8 @@ class _Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, contents: _Waited, request: Request) -> None:
-        super().__init__(_body(contents, request), headers=HEADERS)
+    def __init__(self, running: Running, contents: _Waited, request: Request, named: bool) -> None:
+        super().__init__(_body(contents, request, named), headers=HEADERS)
         self._running = running
         self._contents = contents
 
@@ -149,23 +152,25 @@ class _Waited:
             await asyncio.gather(self._next, return_exceptions=True)
 
 
-async def _body(contents: _Waited, request: Request) -> AsyncIterator[str]:
+async def _body(contents: _Waited, request: Request, named: bool) -> AsyncIterator[str]:
     """The text of the events. An error in the middle is the last one."""
     try:
         while True:
             while not await contents.arrives(COMMENT_S):
                 yield COMMENT
-            yield _event(contents.take())
+            yield _event(contents.take(), named)
     except StopAsyncIteration:
-        yield DONE
+        if not named:
+            yield DONE
     except Exception as error:
         answer = answer_to(error, request.url.path)
         record_of(request.scope).late_error = answer.status
-        yield _event(answer.body(request.url.path))
+        yield _event(answer.body(request.url.path), named)
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json_text(content)}\n\n"
+def _event(content: dict[str, Any], named: bool) -> str:
+    name = f"event: {content['type']}\n" if named and "type" in content else ""
+    return f"{name}data: {json_text(content)}\n\n"
 
 
 async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:

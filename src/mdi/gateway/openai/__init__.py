@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from mdi.core.config import GatewayConfig
 from mdi.gateway.engine import TextEngine
-from mdi.gateway.openai import chat, completions, embeddings, models
+from mdi.gateway.openai import chat, completions, embeddings, models, responses
 
 
 def router(engine: TextEngine, served: models.ServedModel, config: GatewayConfig) -> APIRouter:
@@ -14,5 +14,6 @@ def router(engine: TextEngine, served: models.ServedModel, config: GatewayConfig
     routes.include_router(models.router(served))
     routes.include_router(chat.router(engine, served, config))
     routes.include_router(completions.router(engine, served, config))
+    routes.include_router(responses.router(engine, served, config))
     routes.include_router(embeddings.router(served))
     return routes

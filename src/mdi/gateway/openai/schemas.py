@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
@@ -90,7 +91,7 @@ class OpenAIRequest(ConstrainedRequest):
         """Calls `unknown` with each unknown field. Raises InputError for fields that are not supported."""
         for field, value in (self.model_extra or {}).items():
             if field in UNSUPPORTED:
-                _check_without_effect(field, value)
+                check_without_effect(field, value, UNSUPPORTED[field])
             elif field not in IGNORED:
                 unknown(field)
         self.check_constraint_fields(unknown)
@@ -98,9 +99,10 @@ class OpenAIRequest(ConstrainedRequest):
             unknown(f"stream_options.{field}")
 
 
-def _check_without_effect(field: str, value: Any) -> None:
-    if value is not None and value not in UNSUPPORTED[field]:
-        choices = "".join(f", or send {json.dumps(choice)}" for choice in UNSUPPORTED[field])
+def check_without_effect(field: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises InputError for a value, beside null, that is none of the allowed ones: those that ask for nothing."""
+    if value is not None and value not in allowed:
+        choices = "".join(f", or send {json.dumps(choice)}" for choice in allowed)
         raise InputError(f"{field} is not supported: leave it out{choices}", field)
 
 
