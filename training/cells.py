@@ -75,7 +75,9 @@ class Cells:
         return pointed
 
     def spoken(self, question: Question) -> list[Spoken]:
-        """The parts of an answer that goes through the things of the one picture, or letters of a sign, in order."""
+        """The parts of an answer that goes through things, or through the letters of a sign, in order."""
+        if question.pieces:
+            return list(self._spoken_pieces(question))
         if question.skill not in ("read", "describe"):
             return []
         (picture,) = self.pictures
@@ -93,9 +95,20 @@ class Cells:
                 parts.append((first, behind, self._showing(frozenset([thing.look]))))
         return parts
 
+    def _spoken_pieces(self, question: Question) -> Iterator[Spoken]:
+        first = 0
+        for piece in question.pieces:
+            behind = first + len(piece.text)
+            sign = next((thing for thing in self.pictures[0].things if thing.look == piece.about and thing.text), None)
+            if sign is not None and piece.text == sign.text:
+                yield from self._spelled(sign, first)
+            elif piece.about is not None:
+                yield first, behind, self._showing(frozenset([piece.about]), question.nth)
+            first = behind
+
     def _spelled(self, thing: Thing, first: int) -> Iterator[Spoken]:
         for index, (_, x) in enumerate(_letter_middles(thing), start=first):
-            mask = torch.zeros(self.grid[0] * self.grid[1])
+            mask = torch.zeros(sum(map(len, self.looks)))
             mask[_cell(x, thing.y, self.pictures[0], self.grid)] = 1
             yield index, index + 1, mask
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from easy_vqa import get_train_questions
 
+from training.json_answers import in_json, whole_in_json
 from training.questions import Asker
 from training.samples import SYSTEM_PROMPTS
 from training.scenes import SceneMaker
+from training.tool_calls import Workshop, listed
 from training.unknown import BLIND, GREETING, UNKNOWN
 
 SIDE = 112
@@ -27,6 +29,25 @@ def corpus(n_scenes: int = 4000) -> Iterator[str]:
     yield from get_train_questions()[0][:4000]
     for prompt in SYSTEM_PROMPTS:
         yield from ("system", "user", "assistant", prompt) * 200
+
+
+def json_corpus(n_scenes: int = 600) -> Iterator[str]:
+    """What is said in JSON, to tools and by them; signs are in it, for they are spelled all the same."""
+    for index in range(n_scenes):
+        maker = SceneMaker(f"json corpus {index}")
+        random, scene = maker.random, maker.still(SIDE, SIDE)
+        for question in Asker(random).questions(scene, 6):
+            if question.skill != "strange":
+                whole = question.skill == "describe"
+                asked = whole_in_json(question, scene.pictures[0], random) if whole else in_json(question, random)
+                yield asked.text
+                yield asked.answer
+        workshop = Workshop(random)
+        tools = workshop.tools()
+        yield listed("", tools)
+        for question in workshop.conversation(scene, tools) or ():
+            yield question.text
+            yield question.answer
 
 
 def _is_sign(word: str) -> bool:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from mdi.checkpoint.random_weights import CHAT_TEMPLATE
 from mdi.media.patches import CLIP_MEAN, CLIP_STD
+from training.chat_template import CHAT_TEMPLATE
 from training.model import Student, hub_config
 from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
 
@@ -75,12 +75,23 @@ def export(student: Student, tokenizer: Path, folder: Path) -> None:
     )
 
 
-def load(student: Student, folder: Path) -> None:
-    """Gives a student the weights that `export` wrote; the heads that are thrown away stay as they are."""
+def load(student: Student, folder: Path, tokenizer: Tokenizer) -> None:
+    """Gives a student the weights that `export` wrote; the heads that are thrown away stay as they are.
+
+    tokenizer: the student's. A token that the checkpoint does not know begins as the mean of those it knows it by.
+    """
     tensors = load_file(folder / "model.safetensors")
-    for name, tensor in student.hf.state_dict().items():
-        if name != "lm_head.weight":  # tied to the embeddings
-            tensor.copy_(tensors[_hub_name(name)])
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        for name, tensor in student.hf.state_dict().items():
+            if name != "lm_head.weight":  # tied to the embeddings
+                stored = tensors[_hub_name(name)]
+                tensor[: len(stored)] = stored
+        embeddings = student.hf.get_input_embeddings().weight
+        for text, index in tokenizer.get_vocab().items():
+            if known.id_to_token(index) != text:
+                spelled = tokenizer.decode([index], skip_special_tokens=False)
+                embeddings[index] = embeddings[known.encode(spelled, add_special_tokens=False).ids].mean(0)
 
 
 def _hub_name(name: str) -> str:

@@ -108,6 +108,10 @@ class Student(nn.Module):
         self.register_buffer("shift", mean.repeat_interleave(area), persistent=False)
         self.register_buffer("scale", (1 / std).repeat_interleave(area), persistent=False)
 
+    def freeze_vision(self) -> None:
+        """Takes the vision tower as it is: it gets no gradient, and the cells are not asked for."""
+        self.hf.model.visual.requires_grad_(False)
+
     def encode(self, batch: TrainingBatch) -> Tensor:
         """Media tokens [n, media * t, cells, width]."""
         if batch.plan.kind == "blind":
@@ -203,7 +207,7 @@ class Student(nn.Module):
         return torch.stack(losses).sum()
 
     def _cell_loss(self, batch: TrainingBatch, media: Tensor) -> Tensor:
-        if batch.plan.kind in ("easy", "blind"):
+        if batch.plan.kind in ("easy", "blind") or not media.requires_grad:
             return media.new_zeros(())
         kind, color, centres = batch.cells.flatten(0, 2).unbind(-1)
         cells = media.flatten(0, 2)

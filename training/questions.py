@@ -22,11 +22,23 @@ Looks = frozenset[Look]
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of an answer. weight: share of the loss that its tokens get; 1 counts as what the model chooses.
+
+    about: look of the thing that it names.
+    """
+
+    text: str
+    weight: float = 1.0
+    about: Look | None = None
+
+
+@dataclass(frozen=True)
 class Question:
     """skill: what it takes to answer; the name under which accuracy is reported.
 
     about: looks of the things that the answer is about; other: those they are compared with; None: not known.
-    nth: the only picture that is asked about.
+    nth: the only picture that is asked about. pieces: the answer in parts, where they do not weigh the same.
     """
 
     skill: str
@@ -35,6 +47,7 @@ class Question:
     about: Looks | None = None
     other: Looks | None = None
     nth: int | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 # For each thing one can ask: wordings for training, and, behind them, wordings for held-out scenes only.
@@ -48,6 +61,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What kind of shape is {the}?",
             "What does {the} look like?",
             "Name the shape of {the}.",
+            "Say which shape {the} has.",
+            "Which sort of shape is {the}?",
+            "Tell me which shape {the} is.",
         ),
         ("Which kind of shape is {the}?", "Tell me the shape of {the}."),
     ),
@@ -74,6 +90,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Which color has {the}?",
             "Name the color of {the}.",
             "What colour is {the}?",
+            "Say which color {the} is.",
+            "Tell me which color {the} has.",
         ),
         ("Which color does {the} have?", "Tell me the color of {the}."),
     ),
@@ -91,6 +109,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Do you see {a}?",
             "Does the picture show {a}?",
             "Is {a} shown?",
+            "Is {a} in the image?",
+            "Can you find {a} in the picture?",
         ),
         ("Is {a} in the picture?", "Can you see {a} in the image?"),
     ),
@@ -114,6 +134,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Count the {things}.",
             "What is the number of {things}?",
             "How many {things}?",
+            "Say how many {things} there are.",
+            "How many {things} does the picture show?",
+            "How many {things} does this image have?",
+            "How many {things} are there in the picture?",
         ),
         ("How many {things} are in the picture?", "How many {things} does the image contain?"),
     ),
@@ -203,6 +227,14 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What does the sign say?",
             "Which text do you see?",
             "What is the text?",
+            "Which text do you see in the picture?",
+            "What text can you see in the image?",
+            "What text is in the image?",
+            "What text does the picture show?",
+            "What words do you see in the image?",
+            "What does the text in the image say?",
+            "What do the letters in the picture say?",
+            "Read what is written in the picture.",
         ),
         ("What text do you see in the image?", "What does the text in the picture say?"),
     ),
@@ -220,6 +252,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What is written at the {level}?",
             "Read the text at the {level}.",
             "What does the text at the {level} say?",
+            "What does it say at the {level}?",
+            "Which text is at the {level}?",
+            "What text do you see at the {level}?",
         ),
         ("What text is at the {level}?",),
     ),
@@ -232,6 +267,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What can you see in the picture?",
             "Describe this image in one sentence.",
             "Give a short description.",
+            "Describe the picture in one sentence.",
+            "Describe this image.",
+            "What things do you see in the image?",
         ),
         ("Describe this picture.", "Describe the image in one sentence."),
     ),
@@ -241,6 +279,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Do both images show the same?",
             "Are both pictures the same?",
             "Do the images show the same things?",
+            "Are the pictures the same?",
+            "Is it the same image twice?",
         ),
         ("Are both images the same?",),
     ),
@@ -249,6 +289,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Do both images show the same shape?",
             "Is the shape the same in both images?",
             "Are the two shapes the same?",
+            "Is it the same shape in both pictures?",
+            "Is it the same shape in the two images?",
+            "Is the shape in both images the same?",
         ),
         ("Is it the same shape in both images?",),
     ),
@@ -257,11 +300,23 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Do both shapes have the same color?",
             "Is the color the same in both images?",
             "Are the two shapes of the same color?",
+            "Is it the same color in both pictures?",
+            "Is it the same color in the two images?",
+            "Is the color in both images the same?",
         ),
         ("Is it the same color in both images?",),
     ),
     "changed": (
-        ("What changed?", "What is different?", "What changed between the images?", "What is the difference?"),
+        (
+            "What changed?",
+            "What is different?",
+            "What changed between the images?",
+            "What is the difference?",
+            "What is different in the second image?",
+            "What is different between the pictures?",
+            "What is the difference between the images?",
+            "What differs between the images?",
+        ),
         ("What is different between the images?",),
     ),
     "more": (
@@ -270,6 +325,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Which image shows more {things}?",
             "In which image are more {things}?",
             "Which picture has more {things}?",
+            "Which of the pictures shows more {things}?",
         ),
         ("Which picture shows more {things}?",),
     ),
@@ -282,6 +338,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "{question} Look at the {nth} image.",
             "In the {nth} image: {question}",
             "Look at the {nth} image. {question}",
+            "In the {nth} of the pictures: {question}",
+            "The {nth} picture: {question}",
         ),
         ("In the {nth} picture: {question}",),
     ),
@@ -329,6 +387,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "What shape disappears?",
             "What goes away?",
             "What disappears in the video?",
+            "Which of the shapes disappears in the video?",
+            "What shape disappears in the video?",
         ),
         ("Which shape disappears in the video?",),
     ),
@@ -339,8 +399,20 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Does anything appear in the video?",
             "Does something appear in the video?",
             "Is there a shape that appears in the video?",
+            "Does any shape appear in the video?",
+            "Does a new shape appear?",
+            "Does a shape show up in the video?",
         ),
         ("Does a shape appear in the video?",),
+    ),
+    "anything_gone": (
+        (
+            "Does anything disappear?",
+            "Does a shape disappear?",
+            "Does a shape disappear in the video?",
+            "Does something go away?",
+        ),
+        ("Does anything disappear in the video?",),
     ),
 }
 SKILL = {
@@ -349,7 +421,7 @@ SKILL = {
     "line": "read", "same": "compare", "same_shape": "compare", "same_color": "compare", "changed": "compare",
     "more": "compare", "which": "compare", "of_pair": "compare", "direction": "motion", "mover": "motion",
     "mover_color": "motion", "moves": "motion", "appears": "change", "appears_color": "change",
-    "vanishes": "change", "anything": "change", "absent": "exists", "background": "color",
+    "vanishes": "change", "anything": "change", "anything_gone": "change", "absent": "exists", "background": "color",
 }  # fmt: skip
 SKILLS = ("shape", "color", "exists", "count", "position", "read", "describe", "compare", "motion", "change")
 PLURALS = {"cross": "crosses", "shape": "shapes"}
@@ -403,7 +475,7 @@ class Asker:
         return self._shape_in(scene.fullest)
 
     def _shape_in(self, picture: Picture) -> Question | None:
-        shapes = _shapes(picture)
+        shapes = shapes_of(picture)
         if len(shapes) == 1 and self._random.random() < 0.6:
             return self._word("only_shape", shapes[0].kind, shapes)
         colors = Counter(thing.color for thing in shapes)
@@ -418,7 +490,7 @@ class Asker:
         return self._color_in(scene.fullest)
 
     def _color_in(self, picture: Picture) -> Question | None:
-        shapes = _shapes(picture)
+        shapes = shapes_of(picture)
         texts = [thing for thing in picture.things if thing.kind == "text"]
         if texts and (not shapes or self._random.random() < 0.2):
             return self._word("color", texts[0].color, texts, the="the text") if len(texts) == 1 else None
@@ -431,7 +503,7 @@ class Asker:
         kind = self._random.choice(unique)
         about = [thing for thing in shapes if thing.kind == kind]
         return self._word(
-            "color", about[0].color, about, the=f"the {kind}" if kinds[kind] == 1 else f"the {_plural(kind)}"
+            "color", about[0].color, about, the=f"the {kind}" if kinds[kind] == 1 else f"the {plural(kind)}"
         )
 
     def exists(self, scene: Scene) -> Question | None:
@@ -439,7 +511,7 @@ class Asker:
 
     def _exists_in(self, picture: Picture) -> Question | None:
         r = self._random
-        looks = {(thing.kind, thing.color) for thing in _shapes(picture)}
+        looks = {(thing.kind, thing.color) for thing in shapes_of(picture)}
         form = r.choice(("kind", "color", "both"))
         want = r.random() < 0.5
         if want and looks:
@@ -454,7 +526,7 @@ class Asker:
         ]
         found = [
             thing
-            for thing in _shapes(picture)
+            for thing in shapes_of(picture)
             if form == "color" or thing.kind == kind
             if form == "kind" or thing.color == color
         ]
@@ -468,7 +540,7 @@ class Asker:
         return self._count_in(scene.pictures[0])
 
     def _count_in(self, picture: Picture) -> Question | None:
-        name, counted = self._countable(_shapes(picture))
+        name, counted = self._countable(shapes_of(picture))
         return self._word("count", str(len(counted)), counted, things=name)
 
     def _countable(self, shapes: Sequence[Thing]) -> tuple[str, list[Thing]]:
@@ -482,18 +554,18 @@ class Asker:
         if form == "all":
             return "shapes", list(shapes)
         if form == "kind":
-            return _plural(kind), [thing for thing in shapes if thing.kind == kind]
+            return plural(kind), [thing for thing in shapes if thing.kind == kind]
         if form == "color":
             return f"{color} shapes", [thing for thing in shapes if thing.color == color]
         both = [thing for thing in shapes if (thing.kind, thing.color) == (kind, color)]
-        return f"{color} {_plural(kind)}", both
+        return f"{color} {plural(kind)}", both
 
     # Places
 
     def place(self, scene: Scene) -> Question | None:
         """Where one thing is in the picture."""
         picture = scene.pictures[0]
-        named = self._named(picture)
+        named = self.named(picture)
         if not named:
             return None
         name, thing = self._random.choice(named)
@@ -507,7 +579,7 @@ class Asker:
     def relation(self, scene: Scene) -> Question | None:
         """Where one thing is, seen from another."""
         r = self._random
-        named = self._named(scene.pictures[0])
+        named = self.named(scene.pictures[0])
         if len(named) < 2:
             return None
         (name, thing), (other_name, other) = r.sample(named, 2)
@@ -537,9 +609,9 @@ class Asker:
             return self._word("check", "no", [thing], [other], the=name, b=other_name, side=_side(side, r))
         return self._word("check", "yes", [thing], [other], the=name, b=other_name, side=_side(side, r))
 
-    def _named(self, picture: Picture) -> list[tuple[str, Thing]]:
+    def named(self, picture: Picture) -> list[tuple[str, Thing]]:
         """Things that one can speak of without doubt, with a name for each."""
-        shapes = _shapes(picture)
+        shapes = shapes_of(picture)
         kinds, colors = Counter(t.kind for t in shapes), Counter(t.color for t in shapes)
         looks = Counter((t.kind, t.color) for t in shapes)
         named = []
@@ -580,7 +652,7 @@ class Asker:
 
     def compare(self, scene: Scene) -> Question | None:
         r = self._random
-        first, second = (_shapes(picture) for picture in scene.pictures)
+        first, second = (shapes_of(picture) for picture in scene.pictures)
         looks = [Counter((t.kind, t.color) for t in shapes) for shapes in (first, second)]
         form = r.choice(("same", "shape", "color", "changed", "more", "which", "which", "nth", "nth"))
         if form == "same":
@@ -602,7 +674,7 @@ class Asker:
             if len(counted[0]) == len(counted[1]):
                 return None
             more = "first" if len(counted[0]) > len(counted[1]) else "second"
-            return self._word("more", more, (*counted[0], *counted[1]), things=_plural(kind))
+            return self._word("more", more, (*counted[0], *counted[1]), things=plural(kind))
         if form == "which":
             only = [set(looks[0]) - set(looks[1]), set(looks[1]) - set(looks[0])]
             side = r.randrange(2)
@@ -628,7 +700,7 @@ class Asker:
 
     def film(self, scene: Scene) -> Question | None:
         r = self._random
-        named = self._named(scene.fullest)
+        named = self.named(scene.fullest)
         mover = scene.mover
         forms = ["anything"]
         if mover:
@@ -639,7 +711,11 @@ class Asker:
             forms += ["vanishes"] * 3
         if not mover:
             forms.append("moves")
+        if not self._held_out:  # the exam is older
+            forms.append("anything_gone")
         form = r.choice(forms)
+        if form == "anything_gone":
+            return self._word(form, _yes(scene.vanishing is not None), filter(None, [scene.vanishing]))
         if form == "anything":
             return self._word("anything", _yes(scene.appearing is not None), filter(None, [scene.appearing]))
         if form == "appears" and scene.appearing:
@@ -679,23 +755,30 @@ def _looks(things: Iterable[Thing]) -> Looks:
     return frozenset(thing.look for thing in things)
 
 
-def _shapes(picture: Picture) -> list[Thing]:
+def shapes_of(picture: Picture) -> list[Thing]:
     return [thing for thing in picture.things if thing.kind != "text"]
 
 
-def _sentence(picture: Picture) -> str | None:
+def in_reading_order(picture: Picture) -> list[Thing] | None:
     """Everything in the picture from left to right; None where there is too much, or no clear order."""
     things = sorted(picture.things, key=lambda thing: thing.x)
     if not 1 <= len(things) <= 4 or any(b.x - a.x < MARGIN / 2 for a, b in pairwise(things)):
         return None
+    return things
+
+
+def _sentence(picture: Picture) -> str | None:
     names = [
-        f"the text {thing.text}" if thing.kind == "text" else _a(f"{thing.color} {thing.kind}") for thing in things
+        f"the text {thing.text}" if thing.kind == "text" else _a(f"{thing.color} {thing.kind}")
+        for thing in in_reading_order(picture) or ()
     ]
+    if not names:
+        return None
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return listed[0].upper() + listed[1:] + "."
 
 
-def _plural(kind: str) -> str:
+def plural(kind: str) -> str:
     return PLURALS.get(kind, kind + "s")
 
 

@@ -8,7 +8,7 @@ and starts at the same rotary position.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +22,11 @@ from torch import Tensor
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import smart_resize
 from training.cells import Cells, Grid
-from training.questions import WORDINGS, Asker, Question
+from training.json_answers import in_json, whole_in_json
+from training.questions import WORDINGS, Asker, Piece, Question
 from training.scenes import FACTOR, Picture, Scene, SceneMaker, draw
 from training.tokens import IGNORED, SYSTEM, ChatTokens
+from training.tool_calls import Tool, Workshop, listed
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 168 * 168  # scenes look alike at all sizes: more pixels would show no more
@@ -38,30 +40,37 @@ GRIDS: tuple[tuple[Grid, float], ...] = (
     ((4, 4), 0.12), ((4, 5), 0.25), ((5, 4), 0.25), ((5, 5), 0.04), ((4, 6), 0.04), ((6, 4), 0.04), ((5, 6), 0.2),
     ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
 )  # fmt: skip
-KINDS = (("still", 0.47), ("text", 0.19), ("pair", 0.14), ("film", 0.16), ("easy", 0.02), ("blind", 0.02))
-BRANCHES = {"still": 6, "easy": 6, "text": 3, "pair": 6, "film": 6}
+KINDS = (
+    ("still", 0.33), ("text", 0.13), ("pair", 0.2), ("film", 0.13), ("tools", 0.17), ("easy", 0.02), ("blind", 0.02),
+)  # fmt: skip
+BRANCHES = {"still": 8, "easy": 6, "text": 4, "pair": 8, "film": 8, "tools": 3}
+JSON_SHARE = 0.15  # of the questions
+REQUESTS = 4  # for tools, of a picture
+HARD_SHARE = 0.35  # of the scenes
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one batch holds."""
 
-    kind: str  # still, text, pair, film, easy
+    kind: str  # still, text, pair, film, tools, easy, blind
     grid: Grid
     n_frames: int  # frames of a film; 1 otherwise
     n_samples: int
     question_first: bool = False
     asks: bool = True  # or else the cells are all there is to learn
+    json_share: float = 0.0
 
 
 @dataclass
 class Layout:
-    """A conversation as tokens."""
+    """Conversations as tokens. numbers: of the question whose answer a token is a chosen part of, from 0; or -1."""
 
     ids: list[int]
     labels: list[int]
     weights: list[float]
     branches: list[int]
+    numbers: list[int]
     positions: Tensor  # [3, T]
     asked: list[int]  # where each question ends, the position of the token before its answer; then other such places
 
@@ -79,8 +88,8 @@ class Sample:
 class TrainingBatch:
     """The samples stacked, tokens padded.
 
-    rows: uint8 [n, media, t * patches, 1176]; cells: [n, media * t, cells, 3]; asked: row and position [n, 2],
-    those of the questions first; pointed: [n, 2, media * t * cells].
+    rows: uint8 [n, media, t * patches, 1176]; numbers: see `Layout`; cells: [n, media * t, cells, 3]; asked: row and
+    position [n, 2], those of the questions first; pointed: [n, 2, media * t * cells].
     """
 
     plan: Plan
@@ -89,6 +98,7 @@ class TrainingBatch:
     labels: Tensor
     weights: Tensor
     branches: Tensor
+    numbers: Tensor
     positions: Tensor
     cells: Tensor
     letters: Tensor
@@ -119,7 +129,8 @@ class BatchMaker:
         n_frames = random.choice((4, 4, 6, 8)) if kind == "film" else 1
         n_media = 2 if kind == "pair" else max(1, n_frames // TEMPORAL)
         patches = grid[0] * grid[1] * MERGE**2 * n_media
-        return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), random.random() < 0.06)
+        first = random.random() < 0.06 and kind != "tools"
+        return Plan(kind, grid, n_frames, max(3, self._patches_per_batch // patches), first, json_share=JSON_SHARE)
 
     def _vision_plan(self, random: Random) -> Plan:
         grid = _grid(random)
@@ -132,37 +143,73 @@ class BatchMaker:
         random = maker.random
         if plan.kind == "blind":
             return _blind_sample(self._tokens, random, plan)
+        tools: list[Tool] = []
         if plan.kind == "easy":
-            stills, questions = _easy_sample(random)
-            frames, pictures = [np.asarray(stills.resize((112, 112), Image.Resampling.BICUBIC))], []
+            still, questions = _easy_sample(random)
+            conversations = _turns(random, questions)
+            frames, pictures = [np.asarray(still.resize((112, 112), Image.Resampling.BICUBIC))], []
         else:
-            scene, questions = self._scene(maker, plan)
+            scene, tools, conversations = self._scene(maker, plan)
             smooth = random.random() < 0.8
             frames = [_pixels(picture, plan.grid, smooth) for picture in scene.pictures]
             pictures = list(scene.pictures)
         if plan.question_first:
-            questions = questions[:1]
+            conversations = [conversations[0][:1]]
         media = [[frame, frame] for frame in frames] if plan.kind != "film" else [frames]
         rows = torch.stack([torch.from_numpy(cut(np.stack(film))) for film in media])
         labelled = pictures if plan.kind != "film" else pictures[1::2]
         cells = Cells.of(labelled, plan.grid) if pictures else Cells.unknown(plan.grid)
-        layout = _lay_out(self._tokens, random, plan, questions)
+        layout = _lay_out(self._tokens, random, plan, conversations, tools)
+        questions = [question for conversation in conversations for question in conversation]
         pointed = cells.pointed(questions)
-        if plan.kind in ("still", "text"):
+        if pictures:
             pointed = _point_while_speaking(self._tokens, layout, questions, pointed, cells)
         return Sample(rows, layout, questions, cells, pointed)
 
-    def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Question]]:
-        """A scene that something can be asked about."""
+    def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Tool], list[list[Question]]]:
+        """A scene that something can be asked about; the tools and the conversations."""
+        r = maker.random
         makers = {"still": maker.still, "text": maker.text, "page": maker.page, "pair": maker.pair}
+        hard = not self._held_out and plan.asks and r.random() < HARD_SHARE
         while True:
-            width, height = _canvas(maker.random, plan.grid)
+            width, height = _canvas(r, plan.grid)
             film = plan.kind == "film"
-            scene = maker.film(width, height, plan.n_frames) if film else makers[plan.kind](width, height)
+            name = "still" if plan.kind == "tools" else plan.kind
+            scene = maker.film(width, height, plan.n_frames) if film else makers[name](width, height)
             if not plan.asks:
-                return scene, []
-            if questions := Asker(maker.random, self._held_out).questions(scene, BRANCHES[plan.kind]):
-                return scene, questions
+                return scene, [], []
+            if hard and not is_hard(scene):
+                continue
+            questions = Asker(r, self._held_out).questions(scene, BRANCHES[plan.kind])
+            questions = [self._maybe_in_json(question, scene, r, plan) for question in questions]
+            tools, requests = self._requests(scene, r) if plan.kind == "tools" else ([], [])
+            if questions:
+                return scene, tools, _turns(r, questions) + requests
+
+    def _maybe_in_json(self, question: Question, scene: Scene, random: Random, plan: Plan) -> Question:
+        if question.skill == "strange" or random.random() >= plan.json_share:
+            return question
+        if question.skill == "describe" and random.random() < 0.85:
+            return whole_in_json(question, scene.pictures[0], random)
+        return in_json(question, random, self._held_out)
+
+    def _requests(self, scene: Scene, random: Random) -> tuple[list[Tool], list[list[Question]]]:
+        workshop = Workshop(random, self._held_out)
+        tools = workshop.tools()
+        found = {
+            talk[0].text: talk for _ in range(2 * REQUESTS) if (talk := workshop.conversation(scene, tools)) is not None
+        }
+        return tools, list(found.values())[:REQUESTS]
+
+
+def is_hard(scene: Scene) -> bool:
+    """Whether a scene is of a kind that is learnt last and seldom drawn."""
+    shapes = [[thing for thing in picture.things if thing.kind != "text"] for picture in scene.pictures]
+    if scene.skill == "pair":
+        return len(shapes[0]) == len(shapes[1]) == 1
+    if scene.skill == "film":
+        return scene.vanishing is not None or scene.appearing is not None
+    return len(shapes[0]) > 3 or len(scene.pictures[0].things) - len(shapes[0]) > 1
 
 
 def _grid(random: Random) -> Grid:
@@ -227,7 +274,7 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
         text = wording.format_map(defaultdict(lambda: "the circle", names, question="What do you see?", nth="first"))
         question = Question("strange", random.choice((text, strange_question(random))), BLIND)
     empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
-    layout = _lay_out(tokens, random, plan, [question])
+    layout = _lay_out(tokens, random, plan, [[question]])
     cells = Cells.of([], plan.grid)
     return Sample(empty, layout, [question], cells, cells.pointed([question]))
 
@@ -235,8 +282,14 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
 # Tokens
 
 
-def _lay_out(tokens: ChatTokens, random: Random, plan: Plan, questions: Sequence[Question]) -> Layout:
-    system = tokens.system(random.choice(SYSTEM_PROMPTS))
+def _lay_out(
+    tokens: ChatTokens,
+    random: Random,
+    plan: Plan,
+    conversations: Sequence[Sequence[Question]],
+    tools: Sequence[Tool] = (),
+) -> Layout:
+    system = tokens.system(listed(random.choice(SYSTEM_PROMPTS), tools))
     frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
     pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
     n_media = {"pair": 2, "blind": 0}.get(plan.kind, 1)
@@ -244,39 +297,48 @@ def _lay_out(tokens: ChatTokens, random: Random, plan: Plan, questions: Sequence
     ids = system + tokens.user_start()
     grid = (frames, plan.grid[0] * MERGE, plan.grid[1] * MERGE)
     if plan.question_first:
-        ids += tokens.text(questions[0].text)
+        ids += tokens.text(conversations[0][0].text)
     spans = [MediaSpan(len(ids) + 1 + index * len(media), grid, MERGE) for index in range(n_media)]
     ids += media * n_media
     positions, delta = prompt_positions(len(ids), spans)
     next_position = len(ids) + delta
-    labels, weights, branches = [IGNORED] * len(ids), [0.0] * len(ids), [0] * len(ids)
+    labels, weights, branches, numbers = [IGNORED] * len(ids), [0.0] * len(ids), [0] * len(ids), [-1] * len(ids)
     pieces = [positions]
     ends: list[int] = []
-    turns = [questions] if plan.question_first else _turns(random, questions)
-    for branch, conversation in enumerate(turns, start=1):
+    for branch, conversation in enumerate(conversations, start=1):
         start = len(ids)
-        for number, question in enumerate(conversation):
-            asked = [] if number == 0 else tokens.turn_end() + tokens.user_start()
+        for turn, question in enumerate(conversation):
+            asked = [] if turn == 0 else tokens.turn_end() + tokens.user_start()
             asked += [] if plan.question_first else tokens.text(question.text)
             asked += tokens.answer_start()
             answer = tokens.answer(question.answer)
+            shares = _shares(tokens, question)
             ids += asked + answer
+            numbers += [-1] * len(asked) + [len(ends) if share == 1 else -1 for share in shares]
             ends.append(len(ids) - len(answer) - 1)
             labels += [IGNORED] * len(asked) + answer
-            weights += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer)
+            weights += [0.0] * len(asked) + [share * sum(shares) ** -0.5 for share in shares]
         length = len(ids) - start
         branches += [branch] * length
         pieces.append(torch.arange(next_position, next_position + length).expand(3, length))
-    return Layout(ids, labels, weights, branches, torch.cat(pieces, dim=1), ends)
+    return Layout(ids, labels, weights, branches, numbers, torch.cat(pieces, dim=1), ends)
 
 
-def _turns(random: Random, questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+def _shares(tokens: ChatTokens, question: Question) -> list[float]:
+    """Weight of each token of an answer, its end included: that of the piece in which it begins."""
+    by_character = [piece.weight for piece in question.pieces or (Piece(question.answer),) for _ in piece.text]
+    return [*(by_character[first] for first in tokens.first_characters(question.answer)), 1.0]
+
+
+def _turns(random: Random, questions: Sequence[Question]) -> list[list[Question]]:
     """Mostly single questions; now and then a conversation of two or three."""
+    turns: list[list[Question]] = []
     index = 0
     while index < len(questions):
         length = random.choices((1, 2, 3), (0.88, 0.09, 0.03))[0]
-        yield questions[index : index + length]
+        turns.append(list(questions[index : index + length]))
         index += length
+    return turns
 
 
 def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
@@ -299,6 +361,7 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
         padded("labels", IGNORED, torch.int64),
         padded("weights", 0.0, torch.float32),
         padded("branches", -1, torch.int64),
+        padded("numbers", -1, torch.int64),
         positions,
         torch.stack([sample.cells.shown for sample in samples]),
         torch.stack([sample.cells.letters for sample in samples]),

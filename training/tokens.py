@@ -1,12 +1,17 @@
 """The tokenizer of the bundled checkpoint, and ChatML as token ids.
 
 Byte-level BPE with Qwen's special tokens. Words of questions become tokens; what signs say stays letters and digits,
-because no sign is in the corpus: reading is spelling.
+because no sign is in the corpus: reading is spelling. Tokens for JSON and calls of tools come behind the special ones:
+the ids before them are those of checkpoints that knew neither.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,8 +21,9 @@ SPECIAL = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+CALLS = ("<tool_call>", "</tool_call>")  # tokens that are shown, as in Qwen2.5
 N_TEXT_TOKENS = 680
-VOCAB_SIZE = 704  # text, special tokens, and spare rows up to a round number
+VOCAB_SIZE = 832  # text, special tokens, calls, and the tokens that `with_json` adds
 PIECES = (  # Qwen2's split into words: single digits, contractions, runs of punctuation
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -44,6 +50,52 @@ def train_tokenizer(corpus: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def with_json(tokenizer: Tokenizer, corpus: Iterable[str]) -> Tokenizer:
+    """The tokenizer with tokens for calls, and with the most frequent merges of `corpus` behind its own merges.
+
+    Words with capitals or digits are not merged: signs are spelled, whatever is around them. A tokenizer that has the
+    tokens stays as it is.
+    """
+    if tokenizer.get_vocab_size() == VOCAB_SIZE:
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    for text in (*SPECIAL, *CALLS):
+        vocabulary[text] = len(vocabulary)
+    pieces = _pieces(tokenizer, corpus)
+    while len(vocabulary) < VOCAB_SIZE:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for piece, count in pieces.items():
+            pairs.update(dict.fromkeys(pairwise(piece), count))
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append([left, right])
+        vocabulary[left + right] = len(vocabulary)
+        pieces = Counter({_merged(piece, left, right): count for piece, count in pieces.items()})
+    extended = Tokenizer.from_str(json.dumps(content))
+    extended.add_tokens([AddedToken(text, special=False, normalized=False) for text in CALLS])
+    return extended
+
+
+def _pieces(tokenizer: Tokenizer, corpus: Iterable[str]) -> Counter[tuple[str, ...]]:
+    """How often each word of the corpus is there, as tokens."""
+    words = Counter(word for text in corpus for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    pieces: Counter[tuple[str, ...]] = Counter()
+    for word, count in words.items():
+        if not re.search("[A-Z0-9]", word):
+            pieces[tuple(token.value for token in tokenizer.model.tokenize(word))] += count
+    return pieces
+
+
+def _merged(piece: tuple[str, ...], left: str, right: str) -> tuple[str, ...]:
+    merged: list[str] = []
+    for token in piece:
+        if merged and (merged[-1], token) == (left, right):
+            merged[-1] = left + right
+        else:
+            merged.append(token)
+    return tuple(merged)
+
+
 class ChatTokens:
     """Pieces of a conversation as token ids, the same as the chat template gives for the whole."""
 
@@ -55,6 +107,10 @@ class ChatTokens:
 
     def text(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def first_characters(self, text: str) -> list[int]:
+        """Index of the first character of each token of `text`."""
+        return [start for start, _ in self._tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def last_characters(self, text: str) -> list[int]:
         """Index of the last character of each token of `text`."""

@@ -12,7 +12,7 @@ import ctypes
 import json
 import math
 import os
-import shutil
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -21,17 +21,18 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from training.corpus import corpus
+from training.corpus import corpus, json_corpus
 from training.curves import draw_curves
 from training.export import export, load
 from training.model import Student
-from training.muon import BatchedMuon
+from training.muon import BatchedMuon, fast_dtype
 from training.samples import BatchMaker, Plan, TrainingBatch
-from training.tokens import ChatTokens, train_tokenizer
+from training.tokens import ChatTokens, train_tokenizer, with_json
 
 WARMUP_STEPS = 150
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
@@ -40,27 +41,30 @@ CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
 EVALUATE_EVERY = 250
 VISION_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
-SAVE_EVERY = 100
+SAVE_EVERY_S = 120
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 N_WORKERS = 1  # processes that draw; one keeps up with two cores that compute
 EVALUATION = (
     Plan("still", (4, 5), 1, 64), Plan("text", (5, 4), 1, 64), Plan("pair", (4, 5), 1, 48), Plan("text", (6, 5), 1, 24),
     Plan("film", (5, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (5, 6), 1, 32),
+    Plan("pair", (5, 5), 1, 32), Plan("still", (5, 4), 1, 32, json_share=1.0), Plan("tools", (4, 5), 1, 40),
 )  # fmt: skip
 
 
 class Batches(Dataset[TrainingBatch]):
     """The batches of steps first..last, made by worker processes."""
 
-    def __init__(self, maker: BatchMaker, first: int, last: int, vision_steps: int) -> None:
-        self._maker, self._first, self._last, self._vision_steps = maker, first, last, vision_steps
+    def __init__(self, maker: BatchMaker, first: int, last: int, vision_steps: int, vision_every: int) -> None:
+        self._maker, self._first, self._last = maker, first, last
+        self._vision_steps, self._vision_every = vision_steps, vision_every
 
     def __len__(self) -> int:
         return self._last - self._first
 
     def __getitem__(self, index: int) -> TrainingBatch:
         step = self._first + index
-        return self._maker(step, asks=step >= self._vision_steps and step % VISION_EVERY != 0)
+        vision_alone = bool(self._vision_every) and step % self._vision_every == 0
+        return self._maker(step, asks=step >= self._vision_steps and not vision_alone)
 
 
 def rate(step: int, steps: int) -> float:
@@ -86,6 +90,10 @@ def optimizers(student: Student) -> list[Optimizer]:
     return [muon, AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() == torch.bfloat16)
+
+
 @torch.no_grad()
 def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
     """Share of held-out questions answered exactly, by skill. Greedy answers: each token given the true ones before."""
@@ -93,7 +101,7 @@ def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
     student.eval()
     for index, plan in enumerate(EVALUATION):
         batch = maker(index, plan)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits, labels, at, _ = student.read(batch, student.encode(batch))
         for skill, correct in answers(batch, logits.argmax(-1) == labels, at):
             right[skill].append(correct)
@@ -102,17 +110,11 @@ def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
 
 
 def answers(batch: TrainingBatch, correct: Tensor, at: Tensor) -> Iterator[tuple[str, bool]]:
-    """Skill of each question, and whether all tokens of its answer were right."""
+    """Skill of each question, and whether all that the model chooses of its answer was right."""
+    numbers = batch.numbers[:, 1:][at[0], at[1]]
     for row, questions in enumerate(batch.questions):
-        mine = at[0] == row
-        positions, hits = at[1][mine].tolist(), correct[mine].tolist()
-        runs: list[bool] = []
-        for index, hit in enumerate(hits):
-            if index and positions[index] == positions[index - 1] + 1:
-                runs[-1] = runs[-1] and hit
-            else:
-                runs.append(hit)
-        yield from ((question.skill, run) for question, run in zip(questions, runs, strict=True))
+        wrong = set(numbers[(at[0] == row) & ~correct].tolist())
+        yield from ((question.skill, number not in wrong) for number, question in enumerate(questions))
 
 
 def main() -> None:
@@ -121,6 +123,8 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="origin", help="folder of a checkpoint to start with")
     parser.add_argument("--steps", type=int, default=22000)
     parser.add_argument("--vision-steps", type=int, default=5500, help="the first steps train the vision tower alone")
+    parser.add_argument("--freeze-vision", action="store_true", help="train the language model alone")
+    parser.add_argument("--patches", type=int, default=2048, help="patches of the pictures of a batch")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
@@ -129,7 +133,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    run = Run(arguments.run, arguments.steps, arguments.vision_steps, arguments.rate, arguments.origin)
+    run = Run(
+        arguments.run,
+        arguments.steps,
+        arguments.vision_steps,
+        arguments.rate,
+        arguments.origin,
+        arguments.freeze_vision,
+        arguments.patches,
+    )
     if not arguments.export:
         run.train()
     export(run.student, arguments.run / "tokenizer.json", arguments.run / "checkpoint")
@@ -146,28 +158,40 @@ def keep_freed_memory() -> None:
 class Run:
     """One training run and its folder."""
 
-    def __init__(self, folder: Path, steps: int, vision_steps: int, peak: float, origin: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        vision_steps: int,
+        peak: float,
+        origin: Path | None = None,
+        frozen_vision: bool = False,
+        patches: int = 2048,
+    ) -> None:
         self.folder, self.steps, self.vision_steps, self.peak = folder, steps, vision_steps, peak
+        self.frozen_vision = frozen_vision
         tokenizer = folder / "tokenizer.json"
-        if origin and not tokenizer.exists():
-            shutil.copyfile(origin / "tokenizer.json", tokenizer)
         if not tokenizer.exists():
-            train_tokenizer(corpus()).save(str(tokenizer))
+            base = Tokenizer.from_file(str(origin / "tokenizer.json")) if origin else train_tokenizer(corpus())
+            with_json(base, json_corpus()).save(str(tokenizer))
         tokens = ChatTokens(tokenizer)
-        self.maker, self.held_out = BatchMaker(tokens), BatchMaker(tokens, held_out=True)
+        self.maker = BatchMaker(tokens, patches_per_batch=patches)
+        self.held_out = BatchMaker(tokens, held_out=True)
         self.student = Student()
+        if frozen_vision:
+            self.student.freeze_vision()
         self.optimizers = optimizers(self.student)
         self.step = 0
         if (folder / "state.pt").exists():
             self._resume()
         elif origin:
-            load(self.student, origin)
+            load(self.student, origin, Tokenizer.from_file(str(tokenizer)))
 
     def train(self, until: int | None = None) -> None:
         """Goes on to step `until`, by default to the end."""
         last = self.steps if until is None else until
         batches = DataLoader(
-            Batches(self.maker, self.step, last, self.vision_steps),
+            Batches(self.maker, self.step, last, self.vision_steps, 0 if self.frozen_vision else VISION_EVERY),
             batch_size=None,
             num_workers=N_WORKERS,
             prefetch_factor=6 if N_WORKERS else None,
@@ -175,6 +199,7 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             task = progress.add_task("training", total=self.steps, completed=self.step)
+            saved = logged = time.monotonic()
             recent: deque[tuple[float, ...]] = deque(maxlen=LOG_EVERY)
             for batch in batches:
                 recent.append(self._update(batch))
@@ -182,12 +207,20 @@ class Run:
                 progress.update(task, completed=self.step)
                 if self.step % LOG_EVERY == 0:
                     loss, grounding, cells = (_mean(losses) for losses in zip(*recent, strict=True))
-                    self._log(step=self.step, loss=round(loss, 4), grounding=round(grounding, 4), cells=round(cells, 4))
+                    self._log(
+                        step=self.step,
+                        loss=round(loss, 4),
+                        grounding=round(grounding, 4),
+                        cells=round(cells, 4),
+                        seconds_a_step=round((time.monotonic() - logged) / LOG_EVERY, 2),
+                    )
+                    logged = time.monotonic()
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
                 if self.step == last or (self.step % EVALUATE_EVERY == 0 and self.step > self.vision_steps):
                     self._evaluate()
-                if self.step == last or self.step % SAVE_EVERY == 0:
+                if self.step == last or time.monotonic() - saved > SAVE_EVERY_S:
                     self._save()
+                    saved = time.monotonic()
 
     def _evaluate(self) -> None:
         scores = evaluate(self.student, self.held_out)
@@ -198,7 +231,7 @@ class Run:
         share = rate(self.step, self.steps)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.peak * share * group["share"]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             losses = answers_loss, grounding_loss, cell_loss = self.student.loss(batch)
         torch.autograd.backward(answers_loss + GROUNDING_WEIGHT * grounding_loss + CELL_WEIGHT * cell_loss)
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.corpus import corpus
+from tokenizers import Tokenizer
+from training.corpus import corpus, json_corpus
 from training.export import export
 from training.model import Student
 from training.samples import BatchMaker
-from training.tokens import ChatTokens, train_tokenizer
+from training.tokens import ChatTokens, train_tokenizer, with_json
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,17 @@ def student() -> Student:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+def plain_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without the tokens for JSON."""
+    path = tmp_path_factory.mktemp("tokenizer") / "plain.json"
     train_tokenizer(corpus()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(plain_tokenizer_file: Path) -> Path:
+    path = plain_tokenizer_file.with_name("tokenizer.json")
+    with_json(Tokenizer.from_file(str(plain_tokenizer_file)), json_corpus()).save(str(path))
     return path
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from training.cells import COLOR_NAMES
@@ -136,6 +137,42 @@ def test_a_run_can_start_from_a_checkpoint(untrained: Path, tmp_path: Path) -> N
     assert (tmp_path / "again/model.safetensors").read_bytes() == (untrained / "model.safetensors").read_bytes()
 
 
+def test_a_checkpoint_without_tokens_for_json_gets_them(
+    tmp_path: Path, student: Student, plain_tokenizer_file: Path
+) -> None:
+    """Its own tokens keep their ids and weights, and a new one begins as the mean of those that spell it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    export(student, plain_tokenizer_file, old)
+    tensors = load_file(old / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:704].clone()
+    save_file(tensors, old / "model.safetensors")
+    run = train.Run(new, steps=4, vision_steps=0, peak=1e-3, origin=old)
+    before, after = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (old, new))
+    assert before.get_vocab().items() < after.get_vocab().items()
+    embeddings = run.student.hf.get_input_embeddings().weight
+    n_known = before.get_vocab_size()
+    assert torch.equal(embeddings[:n_known], tensors["model.embed_tokens.weight"][:n_known].float())
+    spelled = before.encode("</tool_call>").ids
+    assert len(spelled) > 1
+    torch.testing.assert_close(embeddings[after.token_to_id("</tool_call>")], embeddings[spelled].mean(0))
+
+
+def test_signs_are_spelled_in_json_too(tokens: ChatTokens) -> None:
+    for text in ('{"text": "STORE"}', '{"sign":"STORE"}', "The text STORE."):
+        pieces = [tokens.decode([index]).strip() for index in tokens.text(text)]
+        assert [piece for piece in pieces if piece.isupper() and len(piece) == 1][-5:] == list("STORE")
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(untrained: Path, tmp_path: Path) -> None:
+    run = train.Run(tmp_path, steps=4, vision_steps=0, peak=1e-2, origin=untrained, frozen_vision=True, patches=64)
+    before = {name: tensor.clone() for name, tensor in run.student.hf.state_dict().items()}
+    run._update(run.maker(1, Plan("still", (4, 4), 1, 1)))
+    changed = {name for name, tensor in run.student.hf.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert not any("visual" in name for name in changed)
+
+
 def test_accuracy_counts_whole_answers(student: Student, maker: BatchMaker) -> None:
     batch = maker(2, Plan("still", (4, 4), 1, 2))
     at = (batch.labels[:, 1:] != IGNORED).nonzero()
@@ -218,5 +255,7 @@ def test_reading_points_at_one_letter_after_the_other(maker: BatchMaker, tokens:
     assert len(batch.asked) > n_questions
     for (row, at), pointed in zip(batch.asked[n_questions:].tolist(), batch.pointed[n_questions:, 1], strict=True):
         (cell,) = pointed.nonzero()
-        spelled = tokens.decode([int(batch.labels[row, at + 1])])
+        spelled = tokens.decode(
+            [int(batch.labels[row, at + 1])]
+        ).strip()  # some letters have a token with the space before
         assert spelled in {LETTERS[index - 1] for index in batch.letters[row, 0, cell].flatten().tolist() if index}
