@@ -33,6 +33,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPUTING = ("striptags", "unescape", "%c")  # operations that write characters which are in no text
 ID_ENDS = re.compile("[^a-zA-Z0-9]")
 SHORT_ID = 9
+RESULT = {"tool_call_id": "a2c4e6g8i"}  # nine letters or digits, as Mistral's
 WORD, UNREAD = "probeword", "unread-field"  # in conversations that are rendered to see what a template reads
 
 
@@ -128,14 +129,11 @@ class ChatTemplate:
     @cached_property
     def _writes_calls(self) -> bool:
         """Whether the template writes the calls of a message."""
-        call = {"id": "abcdefghi", "type": "function", "function": {"name": WORD, "arguments": {}}}
         for content in ("x", [{"type": "text", "text": "x"}]):
             user, result = {"role": "user", "content": content}, {"role": "tool", "content": content}
-            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            for messages in ([user, calling], [user, calling, result | {"tool_call_id": call["id"]}]):
-                with suppress(InputError):
-                    if WORD in self.render({"messages": messages, "tools": []}):
-                        return True
+            calling = _calling(WORD)
+            if any(self._shows(messages) for messages in ([user, calling], [user, calling, result | RESULT])):
+                return True
         return False
 
     def _probe(self, role: str) -> tuple[bool, bool]:
@@ -148,13 +146,28 @@ class ChatTemplate:
         probed = {"role": role, "content": content}
         for other in ("x", [{"type": "text", "text": "x"}]):
             user, assistant = {"role": "user", "content": other}, {"role": "assistant", "content": other}
-            conversations = {"system": [probed, user], "user": [probed], "assistant": [user, probed, user]}
-            with suppress(InputError):
-                messages = conversations.get(role, [user, assistant, probed])
-                text = self.render({"messages": messages, "tools": []})
-                if WORD in text and UNREAD not in text:
-                    return True
+            conversations = {
+                "system": [[probed, user]],
+                "user": [[probed]],
+                "assistant": [[user, probed, user]],
+                "tool": [[user, assistant, probed], [user, _calling("x"), probed | RESULT]],
+            }
+            if any(map(self._shows, conversations.get(role, [[user, assistant, probed]]))):
+                return True
         return False
+
+    def _shows(self, messages: Messages) -> bool:
+        """Whether the probed word appears in a rendered conversation, and not as a printed data structure."""
+        with suppress(InputError):
+            text = self.render({"messages": messages, "tools": []})
+            return WORD in text and UNREAD not in text
+        return False
+
+
+def _calling(name: str) -> dict[str, Any]:
+    """A message that calls a tool."""
+    call = {"id": RESULT["tool_call_id"], "type": "function", "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _with_text_arguments(messages: Messages) -> Messages:
