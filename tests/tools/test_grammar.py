@@ -1,0 +1,223 @@
+"""Grammars of calls: whatever a model prefers, its calls are of the tools and their arguments fit the schemas."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import pytest
+from testing.tool_templates import LLAMA3_1, MISTRAL, PLAIN, QWEN3
+
+from mdi.core.constraint import Constraint
+from mdi.core.errors import InputError
+from mdi.core.tools import Tool, ToolChoice
+from mdi.engine.grammar import Grammars
+from mdi.engine.grammar_start import Rule
+from mdi.prompt.tokenizer import Tokenizer
+from mdi.tools.grammar import calls_constraint, closed
+from mdi.tools.parser import Arguments, Call, CallParser, Text
+from mdi.tools.syntax import SYNTAXES
+from tests.tools.conftest import MakeTokenizer
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "unit": {"enum": ["C", "F<tool_call>"]},
+        "days": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 9}, "maxItems": 3},
+    },
+    "required": ["city"],
+}
+TOOLS = (
+    Tool("weather", None, WEATHER),
+    Tool("clock"),
+    Tool("weather_now", None, {"type": "object", "maxProperties": 1}),
+)
+SCHEMAS = {tool.name: tool.schema for tool in TOOLS}
+FAMILIES = {"hermes": QWEN3, "llama3_json": LLAMA3_1, "mistral": MISTRAL, "generic": PLAIN}
+REQUIRED = [
+    ToolChoice("required"),
+    ToolChoice("required", parallel=False),
+    ToolChoice("required", named="clock", parallel=False),
+    ToolChoice("required", allowed=("clock", "weather")),
+]
+
+
+class Model:
+    """Draws any token that a rule allows, each with the same chance."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self.end = {tokenizer.backend.get_vocab()["</s>"]}
+        self._n_tokens = tokenizer.backend.get_vocab_size()
+        self.grammars = Grammars(tokenizer, frozenset(self.end), self._n_tokens)
+        self._random = random.Random(seed)
+
+    def says(self, rule: Rule, first: str = "", limit: int = 600) -> tuple[str, bool]:
+        """An answer that begins with this text, and whether it ended by itself."""
+        ids = self._tokenizer.encode(first)
+        for token_id in ids:
+            rule.push(token_id)
+        while len(ids) < limit and not rule.complete:
+            mask = rule.mask(self.end, may_end=True)
+            allowed = [token for token in range(self._n_tokens) if mask is None or mask[token // 8] >> token % 8 & 1]
+            ids.append(self._random.choice(allowed))
+            if ids[-1] in self.end:
+                return self._text(ids[:-1]), True
+            rule.push(ids[-1])
+        return self._text(ids), rule.complete
+
+    def _text(self, ids: Sequence[int]) -> str:
+        marks = self._tokenizer.special_marks.values()
+        shown = (self._tokenizer.token_bytes(token, skip_special_tokens=token not in marks) for token in ids)
+        return b"".join(shown).decode(errors="replace")
+
+
+def read(family: str, text: str) -> tuple[list[tuple[str, Any]], str]:
+    """The calls of an answer, and its text."""
+    parser = CallParser(SYNTAXES[family], SCHEMAS)
+    events = parser.push(text) + parser.finish()
+    assert parser.whole
+    calls = [event.name for event in events if isinstance(event, Call)]
+    arguments = [json.loads(event.text) for event in events if isinstance(event, Arguments)]
+    return list(zip(calls, arguments, strict=True)), "".join(event.text for event in events if isinstance(event, Text))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("choice", REQUIRED, ids=str)
+def test_required_calls_are_valid(tokenizer_with: MakeTokenizer, family: str, choice: ToolChoice) -> None:
+    tokenizer, _ = tokenizer_with(FAMILIES[family])
+    model = Model(tokenizer, seed=1)
+    allowed = choice.among(TOOLS)
+    rule = model.grammars.rule(calls_constraint(SYNTAXES[family], allowed, choice, tokenizer.special_marks))
+    ended = 0
+    for _ in range(12):
+        text, whole = model.says(rule.copy())
+        if not whole:
+            continue
+        ended += 1
+        calls, rest = read(family, text)
+        assert calls
+        assert rest == ""
+        assert len(calls) == 1 or (choice.parallel and SYNTAXES[family].parallel)
+        for name, arguments in calls:
+            assert name in {tool.name for tool in allowed}
+            jsonschema.validate(arguments, SCHEMAS[name])
+    assert ended >= 4
+
+
+BEGUN = {
+    "hermes": ["Well, <tool_call>", '<tool_call>\n{"name": "weather", '],
+    "llama3_json": ['{"name": "weather", "parameters": ', ' \n{"name": "clock", "parameters": {', "so <|python_tag|>"],
+    "mistral": ["[TOOL_CALLS]", "so [TOOL_CALLS] [", '[TOOL_CALLS][{"name": "weather_now", '],
+    "generic": ["<tool_call>"],
+}
+
+
+@pytest.mark.parametrize(("family", "first"), [(family, first) for family in BEGUN for first in BEGUN[family]])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_that_begins_in_free_text_is_valid(
+    tokenizer_with: MakeTokenizer, family: str, first: str, parallel: bool
+) -> None:
+    tokenizer, _ = tokenizer_with(FAMILIES[family])
+    model, choice = Model(tokenizer, seed=2), ToolChoice("auto", parallel=parallel)
+    constraint = calls_constraint(SYNTAXES[family], TOOLS, choice, tokenizer.special_marks)
+    rule = model.grammars.rule(constraint)
+    assert rule.mask(model.end, may_end=True) is None
+    for _ in range(4):
+        text, whole = model.says(rule.copy(), first)
+        while not whole:
+            text, whole = model.says(rule.copy(), first)
+        calls, _ = read(family, text)
+        assert calls
+        assert text.startswith(first)
+        if not parallel or not SYNTAXES[family].parallel:
+            assert len(calls) == 1 or SYNTAXES[family].end  # several stand in one list
+        name, arguments = calls[0]
+        jsonschema.validate(arguments, SCHEMAS[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", ["just text", "<tool_cal", "a < b", '{"name": "Ann"}', "[TOOL_", '{"name": "clock"}'])
+def test_free_text_stays_free(tokenizer_with: MakeTokenizer, family: str, text: str) -> None:
+    tokenizer, _ = tokenizer_with(FAMILIES[family])
+    model = Model(tokenizer, seed=3)
+    constraint = calls_constraint(SYNTAXES[family], TOOLS, ToolChoice("auto"), tokenizer.special_marks)
+    rule = model.grammars.rule(constraint).copy()
+    for token_id in tokenizer.encode(text):
+        rule.push(token_id)
+        assert rule.mask(model.end, may_end=True) is None
+        assert not rule.complete
+
+
+def test_a_mark_that_is_a_special_token_begins_a_call(tokenizer_with: MakeTokenizer) -> None:
+    tokenizer, _ = tokenizer_with(MISTRAL)
+    model = Model(tokenizer, seed=4)
+    assert tokenizer.special_marks.keys() == {"[TOOL_CALLS]", "<|python_tag|>"}
+    constraint = calls_constraint(SYNTAXES["mistral"], TOOLS[1:2], ToolChoice("auto"), tokenizer.special_marks)
+    rule = model.grammars.rule(constraint).copy()
+    for token_id in (*tokenizer.encode("Well: "), tokenizer.special_marks["[TOOL_CALLS]"]):
+        assert rule.mask(model.end, may_end=True) is None
+        rule.push(token_id)
+    text, _ = model.says(rule)
+    assert text.lstrip().startswith('[{"name": "clock", "arguments": {')
+
+
+CONTENT = Constraint(
+    'start: %json {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}', "f"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_fits_its_schema_or_calls_a_tool(tokenizer_with: MakeTokenizer, family: str) -> None:
+    """response_format beside tools."""
+    tokenizer, _ = tokenizer_with(FAMILIES[family])
+    model = Model(tokenizer, seed=5)
+    for choice in (ToolChoice("auto"), ToolChoice("required")):
+        constraint = calls_constraint(SYNTAXES[family], TOOLS[1:2], choice, tokenizer.special_marks, CONTENT)
+        rule = model.grammars.rule(constraint)
+        kinds = set()
+        for _ in range(30):
+            text, whole = model.says(rule.copy(), limit=200)
+            if whole:
+                calls, rest = read(family, text)
+                kinds.add(bool(calls))
+                assert calls or "x" in json.loads(rest)
+        assert kinds == ({True, False} if choice.mode == "auto" else {True})
+
+
+def test_a_schema_that_is_not_supported_is_named() -> None:
+    bad = Tool("bad", None, {"type": "object", "properties": {"a": {"type": "colour"}}}, field="tools[1].function")
+    constraint = calls_constraint(SYNTAXES["hermes"], (TOOLS[1], bad), ToolChoice("auto"), {})
+    assert [field for field, _ in constraint.parts] == ["tools.parameters", "tools[1].function.parameters"]
+
+
+def test_the_error_of_a_schema_has_the_place_of_its_tool(tokenizer_with: MakeTokenizer) -> None:
+    tokenizer, _ = tokenizer_with(PLAIN)
+    bad = Tool("bad", None, {"type": "object", "properties": {"a": {"type": "colour"}}}, field="tools[1].function")
+    constraint = calls_constraint(SYNTAXES["hermes"], (TOOLS[1], bad), ToolChoice("auto"), {})
+    with pytest.raises(InputError) as refused:
+        Model(tokenizer, seed=6).grammars.rule(constraint)
+    assert refused.value.field == "tools[1].function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "additionalProperties": False}),
+        ({"properties": {}, "additionalProperties": True}, {"properties": {}, "additionalProperties": True}),
+        ({"properties": {}, "anyOf": [{"properties": {}}]}, {"properties": {}, "anyOf": [{"properties": {}}]}),
+        (
+            {"items": {"properties": {"properties": {"type": "string"}}}},
+            {"items": {"properties": {"properties": {"type": "string"}}, "additionalProperties": False}},
+        ),
+        ({"allOf": [{"properties": {}}]}, {"allOf": [{"properties": {}}]}),
+        ({"const": {"properties": {}}}, {"const": {"properties": {}}}),
+        (True, True),
+    ],
+)
+def test_objects_are_closed_where_their_schema_leaves_it_open(schema: Any, expected: Any) -> None:
+    assert closed(schema) == expected
