@@ -194,7 +194,7 @@ class InTurns(Matcher):
         self.complete = False
         self._taken = taken
 
-    def copy(self) -> InTurns:
+    def copy(self, field: str | None = None) -> InTurns:
         return InTurns(self._taken)
 
     def push(self, token_id: int) -> None:

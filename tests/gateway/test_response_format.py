@@ -152,7 +152,7 @@ def test_a_completion_follows_its_regular_expression(real: RealServer) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"guided_json": {"not": {}}}, "guided_json", 'Unimplemented keys: ["not"]'),
+        ({"guided_json": {"not": {}}}, "guided_json", 'the keywords "not" are not supported'),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_grammar": "root ::= 5"}, "guided_grammar", ""),
     ],

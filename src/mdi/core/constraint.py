@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BLANKS = r" |\n {0,20}"
-"""What may stand between the parts of JSON: a blank, or a line's end with the next line's indentation, or nothing.
-
-Without a limit a weak model writes blanks until its answer is cut.
-"""
+BLANKS = " "
+"""What may stand between the parts of JSON, or nothing: without a limit, a weak model writes blanks to its end."""
 
 
 @dataclass(frozen=True, slots=True)

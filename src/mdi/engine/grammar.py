@@ -12,12 +12,14 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
+from mdi.engine.grammar_check import GrammarChecker
 from mdi.engine.grammar_start import WhenBegun
 from mdi.prompt.tokenizer import Tokenizer
 
-MAX_KEPT = 64  # compiled grammars
+MAX_KEPT = 16  # compiled grammars; one grows with the texts that follow it
 LIMITS = LLParserLimits(verbose_errors=False)
 GENERATED = ("failed to compile JSON schema: ", ": invalid regex ")  # behind it stands what the client wrote
+UNSUPPORTED = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
 class Grammars:
@@ -33,6 +35,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Matcher] = OrderedDict()
+        names = {index: tokenizer.token_bytes(index).decode() for index in tokenizer.special_ids}
+        self._checker = GrammarChecker(vocab_size, names)
 
     def rule(self, constraint: Constraint) -> Matcher | WhenBegun:
         """The constraint at the beginning of an answer. Raises what `matcher` does."""
@@ -44,21 +48,27 @@ class Grammars:
     def matcher(self, constraint: Constraint) -> Matcher:
         """The constraint's grammar at its beginning.
 
-        Raises InputError, naming the constraint's field, for a grammar that is malformed, not supported or too large.
+        Raises InputError, naming the constraint's field, for a grammar that is malformed, not supported or too costly.
         """
         with self._lock:
-            start = self._kept.pop(constraint.grammar, None) or self._compiled(constraint)
+            kept = self._kept.pop(constraint.grammar, None)
+            start = kept if kept and kept.usable else self._compiled(constraint)
             self._kept[constraint.grammar] = start
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-            return start.copy()
+            return start.copy(constraint.field)
+
+    def close(self) -> None:
+        """Ends the process that checks grammars."""
+        with self._lock:
+            self._checker.close()
 
     def _compiled(self, constraint: Constraint) -> Matcher:
-        matcher = LLMatcher(self._parts, constraint.grammar, log_level=0, limits=LIMITS)
-        if matcher.is_error():
+        if error := self._checker.error(constraint.grammar):
             for field, grammar in constraint.parts:
                 self._compiled(Constraint(grammar, field))
-            raise InputError(f"{constraint.field}: {_cause(matcher.get_error())}", constraint.field)
+            raise InputError(f"{constraint.field}: {_cause(error)}", constraint.field)
+        matcher = LLMatcher(self._parts, constraint.grammar, log_level=0, limits=LIMITS)
         start = Matcher(matcher, constraint.field, self._vocab_size, self._parts)
         if start.complete:
             raise InputError(f"{constraint.field} allows no text but the empty one", constraint.field)
@@ -85,11 +95,18 @@ class Matcher:
         self._vocab_size = vocab_size
         self._look_ahead()
 
-    def copy(self) -> Matcher:
-        """Another answer at the same place."""
+    def copy(self, field: str | None = None) -> Matcher:
+        """Another answer at the same place. field: the request's name for the constraint, if it is another request."""
         copy = object.__new__(Matcher)
-        copy.__dict__.update(self.__dict__, _matcher=self._matcher.deep_copy())
+        copy.__dict__.update(self.__dict__, _matcher=self._matcher.deep_copy(), _field=field or self._field)
         return copy
+
+    @property
+    def usable(self) -> bool:
+        """False once a copy, with which it shares the states of its text so far, needed too many of them."""
+        copy = self._matcher.deep_copy()
+        copy.compute_bitmask()
+        return not copy.is_error()
 
     def push(self, token_id: int) -> None:
         """Takes the next token of the answer.
@@ -188,7 +205,7 @@ def _any(bits: bytes | bytearray) -> bool:
 
 def _cause(error: str) -> str:
     """What is wrong, in one line: llguidance shows the place in several."""
-    what = error.partition("\n")[0].removesuffix(":")
+    what = UNSUPPORTED.sub(r"the keywords \1 are not supported", error.partition("\n")[0].removesuffix(":"))
     for own in GENERATED:
         what = what.partition(own)[2] or what
     detail = re.search("^error: (.*)", error, re.MULTILINE)

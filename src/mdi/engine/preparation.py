@@ -71,6 +71,7 @@ class Preparation:
         """Drops what waits, and ends what runs with ClosedError."""
         self._closed = True
         self._compiling.shutdown(cancel_futures=True)
+        self._grammars.close()
         self._tokenising.shutdown(cancel_futures=True)
         threads = dict(self._media_threads)
         for work in threads.values():
