@@ -4,8 +4,11 @@
     python -m benchmarks.quality                     # 300 questions a skill, all 9,673 of easy-vqa's test split
     python -m benchmarks.quality --quantization int8 # the same with int8 weights
     python -m benchmarks.quality --compare 1000      # and how many answers are transformers' own, in float32
+    python -m benchmarks.quality --skills json,tools # only these
 
-An answer counts when it is exactly the true one. `ended` is the share of answers that ended by themselves.
+An answer counts when it is exactly the true one. In `json` a schema is given, and the values count; in `tools` a third
+are calls, which count by name and arguments, and the others what is said after a result, or where no tool fits.
+`ended` is the share of answers that ended by themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
 from testing.processes import serving
-from training.held_out import EASY_VQA, Exam, all_skills, easy_vqa_exams, exams
+from training.held_out import EASY_VQA, JSON, TOOLS, Exam, all_skills, easy_vqa_exams, exams
 
 from mdi.bench.peers import Transformers
 from mdi.checkpoint.hub import locate
@@ -35,6 +38,7 @@ from mdi.checkpoint.source import open_source
 
 MAX_TOKENS = 64
 AT_ONCE = 16
+SKILLS = (*all_skills(), JSON, TOOLS)
 TARGETS = {"compare": 0.90, "motion": 0.90, "change": 0.90, "read": 0.90}
 console = Console()
 
@@ -52,13 +56,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Answer:
+    """calls: names and arguments."""
+
     exam: Exam
     text: str
+    calls: list[dict[str, Any]]
     ended: bool
 
     @property
     def right(self) -> bool:
-        return self.text == self.exam.question.answer
+        return self.exam.right(self.text, self.calls)
 
 
 def main() -> None:
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument("--n-nodes", type=int, default=3)
     parser.add_argument("--quantization", choices=["int8", "int4"], help="of layers, head and vision tower")
     parser.add_argument("--per-skill", type=int, default=300)
+    parser.add_argument("--skills", default=",".join(SKILLS), help="names with commas between them (all)")
     parser.add_argument("--easy-vqa", type=int, help="questions of easy-vqa's test split (all of them)")
     parser.add_argument("--compare", type=int, help="ask so many questions, here and of transformers, in float32")
     parser.add_argument("--json", type=Path, help="write the table there, too")
@@ -82,7 +90,7 @@ def examine(options: argparse.Namespace) -> None:
     """Prints the share of right answers by skill."""
     chosen = {
         skill: list(easy_vqa_exams(options.easy_vqa) if skill == EASY_VQA else exams(skill, options.per_skill))
-        for skill in all_skills()
+        for skill in options.skills.split(",")
     }
     started = time.perf_counter()
     format_ = options.quantization
@@ -145,19 +153,28 @@ async def ask_all(url: str, chosen: dict[str, list[Exam]]) -> dict[str, list[Ans
 
 async def ask(client: httpx.AsyncClient, model: str, exam: Exam) -> Answer:
     body = {"model": model, "messages": openai_messages(exam), "max_tokens": MAX_TOKENS, "temperature": 0}
+    if exam.schema is not None:
+        json_schema = {"name": "answer", "schema": exam.schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+    if exam.tools:
+        body["tools"] = exam.tools
     response = await client.post("/v1/chat/completions", json=body)
     response.raise_for_status()
     choice = response.json()["choices"][0]
-    return Answer(exam, choice["message"]["content"], choice["finish_reason"] == "stop")
+    message = choice["message"]
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [{"name": function["name"], "arguments": json.loads(function["arguments"])} for function in functions]
+    return Answer(exam, message["content"] or "", calls, choice["finish_reason"] in ("stop", "tool_calls"))
 
 
 def openai_messages(exam: Exam) -> list[dict[str, Any]]:
+    user, *others = exam.messages()
     parts: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url("image/png", image)}} for image in exam.images
     ]
     if exam.video is not None:
         parts.append({"type": "video_url", "video_url": {"url": data_url("video/mp4", exam.video)}})
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": exam.question.text}]}]
+    return [user | {"content": [*parts, user["content"][-1]]}, *others]
 
 
 def data_url(kind: str, data: bytes) -> str:

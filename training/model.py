@@ -86,6 +86,7 @@ class Student(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    heads_alone = False  # what the grounding heads ask for reaches nothing but themselves
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,6 +165,8 @@ class Student(nn.Module):
         known = batch.pointed >= 0
         if not known.any():
             return layers[0].new_zeros(())
+        if self.heads_alone:
+            layers = tuple(layer.detach() for layer in layers)
         hidden = layers[POINTING_LAYER]
         cells = hidden[is_media].view(len(hidden), -1, hidden.shape[-1])
         return (

@@ -34,9 +34,10 @@ from training.muon import BatchedMuon, fast_dtype
 from training.samples import BatchMaker, Plan, TrainingBatch
 from training.tokens import ChatTokens, train_tokenizer, with_json
 
-WARMUP_STEPS = 150
+WARMUP_STEPS, WARMUP_FROM_CHECKPOINT = 150, 50
 DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
+HEADS_ALONE_STEPS = 400  # of a run that goes on from a checkpoint: untrained heads would undo what it knows
 CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
 EVALUATE_EVERY = 250
 VISION_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
@@ -67,10 +68,10 @@ class Batches(Dataset[TrainingBatch]):
         return self._maker(step, asks=step >= self._vision_steps and not vision_alone)
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, warmup: int = WARMUP_STEPS) -> float:
     """Share of the peak learning rate: warm up, hold, fall (arXiv:2404.06395, section 4)."""
     decay = max(1, int(steps * DECAY_SHARE))
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
+    return min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
 def optimizers(student: Student) -> list[Optimizer]:
@@ -170,6 +171,8 @@ class Run:
     ) -> None:
         self.folder, self.steps, self.vision_steps, self.peak = folder, steps, vision_steps, peak
         self.frozen_vision = frozen_vision
+        self.warmup = WARMUP_FROM_CHECKPOINT if origin else WARMUP_STEPS
+        self.heads_alone_steps = HEADS_ALONE_STEPS if origin else 0
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.exists():
             base = Tokenizer.from_file(str(origin / "tokenizer.json")) if origin else train_tokenizer(corpus())
@@ -228,9 +231,10 @@ class Run:
         draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
     def _update(self, batch: TrainingBatch) -> tuple[float, ...]:
-        share = rate(self.step, self.steps)
+        share = rate(self.step, self.steps, self.warmup)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.peak * share * group["share"]
+        self.student.heads_alone = self.step < self.heads_alone_steps
         with autocast():
             losses = answers_loss, grounding_loss, cell_loss = self.student.loss(batch)
         torch.autograd.backward(answers_loss + GROUNDING_WEIGHT * grounding_loss + CELL_WEIGHT * cell_loss)
