@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from mdi.cluster.delivery import Delivery, GaveUp, Link, Rewired
+from mdi.core.allocator import next_item
 from mdi.core.batch import Batch, Result, Token
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import ClosedError, InputError, LinkError, MDIError, NumbersError
@@ -134,7 +135,7 @@ class StepLoop:
     def _handle_events(self, *, wait: bool) -> None:
         """Handles the events in the inbox. wait: for a first one."""
         try:
-            self._handle(self._inbox.get(block=wait))
+            self._handle(next_item(self._inbox) if wait else self._inbox.get_nowait())
             while self.error is None:
                 self._handle(self._inbox.get_nowait())
         except queue.Empty:

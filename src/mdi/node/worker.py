@@ -11,6 +11,7 @@ import threading
 import grpc
 from torch import Tensor
 
+from mdi.core.allocator import next_item
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
@@ -145,7 +146,7 @@ class Worker:
         await self.end_epoch()
 
     def _run(self) -> None:
-        while self._serve(self._arrived.get()):  # keeps no reference to an old epoch while it waits
+        while self._serve(next_item(self._arrived)):  # keeps no reference to an old epoch while it waits
             pass
 
     def _serve(self, item: tuple[Epoch, Work] | None) -> bool:
