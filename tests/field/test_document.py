@@ -36,6 +36,8 @@ QUESTIONS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/tokenize",
 )
 
@@ -115,6 +117,13 @@ def test_answers_are_as_the_document_says(tiny: RealServer) -> None:
     check(document, named, deleted.json(), method="delete")
     for event in tiny.named_events("/v1/responses", model="tiny", input="x", max_output_tokens=3):
         check(document, "/v1/responses", json.dumps(event))
+    message = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 3}
+    check(document, "/v1/messages", tiny.post("/v1/messages", json=message).json())
+    check(document, "/v1/messages", tiny.post("/v1/messages", json=message | {"max_tokens": 0}).json(), 400)
+    check(document, "/v1/messages", tiny.post("/v1/messages", json=message | {"model": "x"}).json(), 404)
+    for event in tiny.named_events("/v1/messages", **message):
+        check(document, "/v1/messages", json.dumps(event))
+    check(document, "/v1/messages/count_tokens", tiny.post("/v1/messages/count_tokens", json=message).json())
     for path in ("/v1/models", "/v1/nodes", "/health", "/health/ready", "/ping", "/version", "/load"):
         check(document, path, tiny.get(path).json(), method="get")
     check(document, "/v1/models/{name}", tiny.get("/v1/models/tiny").json(), method="get")

@@ -58,7 +58,7 @@ def test_a_stop_string_may_begin_within_the_least_number_of_tokens(backend: Back
     """C14: it counts where it ends."""
     detokenizer = Detokenizer(backend, ["ab"], min_tokens=3)
     assert [detokenizer.push(token) for token in b"abab"] == ["", "ab", "", ""]
-    assert detokenizer.stopped
+    assert detokenizer.stopped_by == "ab"
 
 
 def stopped_text(text: str, stop: Sequence[str], least: int) -> str:
@@ -89,10 +89,10 @@ def test_what_is_shown_of_a_text_is_what_a_plain_search_gives(
     shown, expected = "", stopped_text(text, stop, least)
     for end, token in enumerate(text.encode(), 1):
         shown += detokenizer.push(token)
-        if detokenizer.stopped:
+        if detokenizer.stopped_by:
             break
         assert shown == text[: end - held_back(text[:end], stop)]
-    assert detokenizer.stopped == (expected != text)
+    assert (detokenizer.stopped_by is not None) == (expected != text)
     assert shown + detokenizer.finish() == expected
 
 

@@ -23,9 +23,9 @@ def decode_all(tokenizer: Tokenizer, text: str, *stop: str) -> tuple[list[str], 
     pieces = []
     for token in tokenizer.encode(text):
         pieces.append(detokenizer.push(token))
-        if detokenizer.stopped:
+        if detokenizer.stopped_by:
             break
-    return [*pieces, detokenizer.finish()], detokenizer.stopped
+    return [*pieces, detokenizer.finish()], detokenizer.stopped_by is not None
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,12 +12,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of sample `index` that became certain, and its tokens. The last piece of a sample has a finish reason."""
+    """Text of sample `index` that became certain, and its tokens. The last piece of a sample has a finish reason.
+
+    stopped_by: the stop string, or the token of `stop_token_ids`, that ended it.
+    """
 
     index: int
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,14 @@ class Usage:
 class Sample:
     """One complete answer. Its tokens include the end-of-sequence token that ended it; the text does not.
 
-    pieces: those that it came in.
+    pieces: those that it came in. stopped_by: see `Piece`.
     """
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
     pieces: tuple[Piece, ...] = ()
+    stopped_by: str | int | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -89,4 +94,6 @@ def _join(pieces: list[Piece]) -> Sample:
     reason = pieces[-1].finish_reason
     assert reason is not None
     text = "".join(piece.text for piece in pieces)
-    return Sample(text, tuple(token for piece in pieces for token in piece.tokens), reason, tuple(pieces))
+    return Sample(
+        text, tuple(token for piece in pieces for token in piece.tokens), reason, tuple(pieces), pieces[-1].stopped_by
+    )

@@ -144,6 +144,7 @@ class SamplingParams(BaseModel):
     seed: decides each draw together with the token's position; None and -1 draw one at submission.
     stop: a string or strings that end the answer; they are not part of it. Kept as a tuple. At most 16, of at most
         4,096 characters each; empty ones are left out.
+    include_stop_str_in_output: the stop string that ended the answer is its end.
     stop_token_ids: tokens that end the answer, beside the checkpoint's own.
     ignore_eos: the checkpoint's own end tokens do not end the answer.
     max_tokens: longest answer in tokens; None and -1 are as long as the sequence length allows.
@@ -169,6 +170,7 @@ class SamplingParams(BaseModel):
     logit_bias: Biases = {}
     seed: Annotated[Seed | None, BeforeValidator(_none_for_minus_one)] = None
     stop: StopStrings = ()
+    include_stop_str_in_output: Flag = False
     stop_token_ids: TokenIdList = ()
     ignore_eos: Flag = False
     min_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31), Whole] = 0
@@ -208,6 +210,7 @@ class SamplingParams(BaseModel):
             logit_bias=self.logit_bias,
             seed=_first(self.seed, secrets.randbits(63)),
             stop=tuple(self.stop),
+            include_stop_str_in_output=self.include_stop_str_in_output,
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
@@ -232,6 +235,7 @@ class Sampling:
     logit_bias: Mapping[int, float]
     seed: int
     stop: tuple[str, ...]
+    include_stop_str_in_output: bool
     stop_token_ids: frozenset[int]
     ignore_eos: bool
     min_tokens: int

@@ -105,6 +105,7 @@ def detokenizer_of(sampling: Sampling, tokenizer: Tokenizer, marks: frozenset[in
         min_tokens=sampling.min_tokens,
         skip_special_tokens=sampling.skip_special_tokens,
         marks=marks,
+        include_stop=sampling.include_stop_str_in_output,
     )
 
 
@@ -250,10 +251,14 @@ class Sequence:
         if not text and not reason:
             return None
         unsent, self._unsent = tuple(self._unsent), []
-        return Piece(self.index, text, unsent, reason)
+        return Piece(self.index, text, unsent, reason, self._stopped_by() if reason == "stop" else None)
+
+    def _stopped_by(self) -> str | int | None:
+        last = self.generated[-1]
+        return self.detokenizer.stopped_by or (last if last in self.request.sampling.stop_token_ids else None)
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
-        if token_id in self.end_ids or self.detokenizer.stopped:
+        if token_id in self.end_ids or self.detokenizer.stopped_by:
             return "stop"
         if self.rule:
             self.rule.push(token_id)

@@ -60,11 +60,12 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a sample, and its cause."""
+    """The end of a sample, and its cause. stopped_by: see `Piece`."""
 
     index: int
     reason: EndReason
     tokens: tuple[Token, ...] = ()
+    stopped_by: str | int | None = None
 
 
 Part = TextDelta | ReasoningDelta | CallStart | ArgumentsDelta | Finish
@@ -149,7 +150,8 @@ class _SampleReader:
         self._tokens += piece.tokens
         parts = [self._part(event) for event in self._events(piece)]
         if piece.finish_reason:
-            parts.append(Finish(self._index, self._reason(piece.finish_reason)))
+            reason = self._reason(piece.finish_reason)
+            parts.append(Finish(self._index, reason, stopped_by=piece.stopped_by))
         if parts:
             parts[0] = replace(parts[0], tokens=self._tokens)
             self._tokens = ()

@@ -118,8 +118,9 @@ class _ChatChoice(TypedDict):
 
 
 class ChatChoice(_ChatChoice, total=False):
-    """token_ids: with return_token_ids."""
+    """stop_reason: the stop string or token that ended the answer. token_ids: with return_token_ids."""
 
+    stop_reason: str | int
     token_ids: list[int]
 
 
@@ -157,8 +158,9 @@ class _ChatChunkChoice(TypedDict):
 
 
 class ChatChunkChoice(_ChatChunkChoice, total=False):
-    """token_ids: with return_token_ids."""
+    """stop_reason: the stop string or token that ended the answer. token_ids: with return_token_ids."""
 
+    stop_reason: str | int
     token_ids: list[int]
 
 
@@ -170,8 +172,12 @@ class _TextChoice(TypedDict):
 
 
 class TextChoice(_TextChoice, total=False):
-    """token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk."""
+    """stop_reason: the stop string or token that ended the answer.
 
+    token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk.
+    """
+
+    stop_reason: str | int
     token_ids: list[int]
     prompt_token_ids: list[int]
 
@@ -184,8 +190,12 @@ class _TextChunkChoice(TypedDict):
 
 
 class TextChunkChoice(_TextChunkChoice, total=False):
-    """token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk."""
+    """stop_reason: the stop string or token that ended the answer.
 
+    token_ids, prompt_token_ids: with return_token_ids; the prompt's stand in its first chunk.
+    """
+
+    stop_reason: str | int
     token_ids: list[int]
     prompt_token_ids: list[int]
 

@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
 from mdi.gateway import errors, generate, health, openai, openapi, tokenize
+from mdi.gateway.anthropic import messages
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.keys import Keys
 from mdi.gateway.middleware.api_keys import ApiKeys
@@ -36,6 +37,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine))
     app.include_router(openai.router(engine, served, config))
+    app.include_router(messages.router(engine, served, config))
     app.include_router(tokenize.router(engine, served, config))
     openapi.complete(app, served.names, needs_key=config.needs_key)
     return app

@@ -15,6 +15,14 @@ from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.openai.chat import chat_prompt, submit_chat
 from mdi.gateway.openai.schemas import ChatRequest
 
+PASSED = (
+    *("top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    "include_stop_str_in_output",
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+    *("chat_template_kwargs", "mm_processor_kwargs", "min_pixels", "max_pixels", "structured_outputs"),
+)
+"""A chat's fields that these routes have only here, and that mean what they mean in a chat."""
+
 
 @dataclass(frozen=True)
 class AsChat:

@@ -11,7 +11,9 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from mdi.gateway import answer_types as types
-from mdi.gateway.errors import is_openais
+from mdi.gateway.anthropic import answer_types as anthropic_types
+from mdi.gateway.anthropic.schemas import CountRequest, MessagesRequest
+from mdi.gateway.errors import is_anthropics, is_openais
 from mdi.gateway.generate import MultimodalRequest, TextRequest
 from mdi.gateway.middleware.api_keys import OPEN_PATHS
 from mdi.gateway.openai import response_types
@@ -50,6 +52,10 @@ ANSWERS = {
     ),
     "/v1/responses/{name}": RouteAnswers(response_types.ResponseObject),
     "DELETE /v1/responses/{name}": RouteAnswers(response_types.DeletedResponse),
+    "/v1/messages": RouteAnswers(
+        anthropic_types.MessageObject, anthropic_types.MessageEvent, MessagesRequest, named=True
+    ),
+    "/v1/messages/count_tokens": RouteAnswers(anthropic_types.TokenCount, asked=CountRequest),
     "/v1/models": RouteAnswers(types.ModelList),
     "/v1/models/{name}": RouteAnswers(types.Model),
     "/tokenize": RouteAnswers(types.Tokens, asked=TokenizeRequest),
@@ -61,6 +67,12 @@ ANSWERS = {
     "/health": RouteAnswers(types.Health, others={503: types.Unready}),
     "/health/ready": RouteAnswers(types.Ready, others={503: types.Unready}),
 }
+
+NAMING_THE_MODEL = (
+    *(ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountRequest),
+    *(TokenizeRequest, DetokenizeRequest),
+)
+"""The requests with the model's name."""
 
 CAUSES = {
     400: "The request is wrong: the message names the field and the remedy.",
@@ -103,7 +115,7 @@ def _complete(document: dict[str, Any], names: Sequence[str], needs_key: bool) -
                 operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas.of(asked)}}}
             if needs_key and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
-    for kind in (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest):
+    for kind in NAMING_THE_MODEL:
         model = components[kind.__name__]["properties"]["model"]
         model.get("anyOf", [model])[0]["enum"] = list(names)
     multimodal = document["paths"]["/generate/multimodal"]["post"]
@@ -141,18 +153,22 @@ def _answers(path: str, method: str) -> RouteAnswers:
 
 
 def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
-    answers, openai = _answers(path, method), is_openais(path)
+    answers, named_model = _answers(path, method), is_openais(path) or is_anthropics(path)
     asks = method == "post" and answers.asked is not None
     content: dict[str, Any] = {JSON: {"schema": schemas.of(answers.whole)}}
-    error = schemas.of(types.OpenAIError if openai else types.PlainError)
+    error = schemas.of(_error_kind(path))
     if answers.event:
         content[EVENTS] = {"itemSchema": _event(schemas.of(answers.event), error, named=answers.named)}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
-    if openai and asks:
+    if named_model and asks:
         text = {"type": "string"}
         names = {"description": "Names of the request's unknown fields, which were ignored.", "schema": text}
         responses["200"]["headers"] = {HEADER: names}
-    statuses = {*OF_EVERY_ROUTE, *(OF_QUESTIONS if asks else ()), *((404,) if "{" in path or (openai and asks) else ())}
+    statuses = {
+        *OF_EVERY_ROUTE,
+        *(OF_QUESTIONS if asks else ()),
+        *((404,) if "{" in path or (named_model and asks) else ()),
+    }
     if path in OPEN_PATHS:
         statuses.discard(401)
     for status in sorted(statuses):
@@ -160,6 +176,12 @@ def _responses(path: str, method: str, schemas: _Schemas) -> dict[str, Any]:
     for status, kind in (answers.others or {}).items():
         responses[str(status)] = {"description": "Not now.", "content": {JSON: {"schema": schemas.of(kind)}}}
     return responses
+
+
+def _error_kind(path: str) -> Any:
+    if is_anthropics(path):
+        return anthropic_types.AnthropicError
+    return types.OpenAIError if is_openais(path) else types.PlainError
 
 
 def _event(chunk: dict[str, Any], error: dict[str, Any], *, named: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Detokenizer:
 
     Text that could start a stop string is held back until it is certain. A stop string and the text after it are
     never returned. The first stop string to be complete counts; of several that end together, the longest.
+    include_stop: the stop string itself is returned.
     min_tokens: stop strings count when they end after so many tokens. skip_special_tokens: see `SamplingParams`. marks:
     special tokens that are shown all the same, by their names; the text behind one is decoded as a text of its own.
     """
@@ -29,8 +30,10 @@ class Detokenizer:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         marks: frozenset[int] = frozenset(),
+        include_stop: bool = False,
     ) -> None:
-        self.stopped = False
+        self.stopped_by: str | None = None
+        self._include_stop = include_stop
         self._searches = [StopSearch(text) for text in stop]
         self._min_tokens = min_tokens
         self._tokenizer = tokenizer
@@ -41,7 +44,7 @@ class Detokenizer:
         self._pending = ""  # decoded and not returned: it could start a stop string
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token. Sets `stopped` when a stop string is complete."""
+        """The text that became certain with this token. Sets `stopped_by` when a stop string is complete."""
         self._n_tokens += 1
         self._take(self._mark(token_id) if token_id in self._marks else self._decoder.push(token_id))
         return self._show(max((search.held for search in self._searches), default=0))
@@ -59,18 +62,18 @@ class Detokenizer:
 
     def _take(self, text: str) -> None:
         """Adds text to what is pending, up to the first stop string that counts; nothing after it."""
-        if self.stopped:
+        if self.stopped_by:
             return
         before, self._pending = len(self._pending), self._pending + text
         for end, character in enumerate(text if self._searches else "", before + 1):
-            complete = [search.length for search in self._searches if search.advance(character)]
+            complete = [search.text for search in self._searches if search.advance(character)]
             if complete and self._n_tokens > self._min_tokens:
-                self.stopped = True
-                self._pending = self._pending[: end - max(complete)]
+                self.stopped_by = max(complete, key=len)
+                self._pending = self._pending[: end if self._include_stop else end - len(self.stopped_by)]
                 return
 
     def _show(self, held: int) -> str:
-        end = len(self._pending) - (0 if self.stopped else held)
+        end = len(self._pending) - (0 if self.stopped_by else held)
         shown, self._pending = self._pending[:end], self._pending[end:]
         return shown
 
@@ -82,8 +85,8 @@ class StopSearch:
     """
 
     def __init__(self, text: str) -> None:
+        self.text = text
         self.length = len(text)
-        self._text = text
         self._borders = _borders(text)
         self._matched = 0  # first characters of the stop string that the text ends with
 
@@ -95,9 +98,9 @@ class StopSearch:
     def advance(self, character: str) -> bool:
         """Takes one more character. Returns whether the text now ends with the stop string."""
         matched = self.held
-        while matched and self._text[matched] != character:
+        while matched and self.text[matched] != character:
             matched = self._borders[matched]
-        self._matched = matched + (self._text[matched] == character)
+        self._matched = matched + (self.text[matched] == character)
         return self._matched == self.length
 
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from mdi.core.outputs import Piece, Sample, Usage
+from mdi.gateway.answer_parts import Finish
 from mdi.gateway.engine import Running
 from mdi.gateway.json_text import JsonAnswer
 from mdi.gateway.openai.schemas import OpenAIRequest
@@ -66,6 +67,11 @@ async def answer(
 def _so_far(whole: Usage, before: Usage, piece: Piece) -> Usage:
     """The usage up to a piece: the engine may be ahead of what is sent."""
     return replace(whole, completion_tokens=before.completion_tokens + len(piece.tokens))
+
+
+def stop_reason(part: Piece | Sample | Finish) -> dict[str, Any]:
+    """vLLM's field: the stop string or token that ended an answer, where one did."""
+    return {} if part.stopped_by is None else {"stop_reason": part.stopped_by}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mdi.gateway.answer_parts import (
 from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.media_settings import MediaSettings, Pixels
-from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.answer import answer, stop_reason
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import ChatLogprobsOf, chat_logprobs, no_logprobs
 from mdi.gateway.openai.models import ServedModel
@@ -125,7 +125,7 @@ class ChatChoices:
             "logprobs": self._logprobs_of(answer.tokens),
             "finish_reason": self._reason(answer.reason),
         }
-        return choice | self._ids(answer)
+        return choice | stop_reason(sample) | self._ids(answer)
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.index not in self._started:
@@ -136,7 +136,8 @@ class ChatChoices:
             reason = self._reason(part.reason) if isinstance(part, Finish) else None
             delta = self._delta(part)
             if delta or reason or logprobs or self._shown.ids:
-                yield _chunk(part.index, delta, reason, logprobs) | self._ids(part)
+                ended = stop_reason(part) if isinstance(part, Finish) else {}
+                yield _chunk(part.index, delta, reason, logprobs) | ended | self._ids(part)
 
     def _ids(self, part: Part | Answer) -> dict[str, Any]:
         return {"token_ids": [token.id for token in part.tokens]} if self._shown.ids else {}

@@ -18,7 +18,7 @@ from mdi.core.outputs import Piece, Sample, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
-from mdi.gateway.openai.answer import answer
+from mdi.gateway.openai.answer import answer, stop_reason
 from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import IgnoredFields
 from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
@@ -139,6 +139,7 @@ class TextChoices:
         text = self._echoed[number] + part.text if first and self._echoed else part.text
         logprobs = self._logprobs_of(index, part)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+        choice |= stop_reason(part)
         if self._shows_ids:
             choice["token_ids"] = [token.id for token in part.tokens]
             if first:

@@ -9,11 +9,10 @@ from itertools import count
 from typing import Any
 
 from mdi.core.outputs import Usage
-from mdi.gateway.answer_parts import ArgumentsDelta, CallStart, Finish, Part, ReasoningDelta, TextDelta
+from mdi.gateway.answer_parts import AnswerReader, ArgumentsDelta, CallStart, Finish, Part, ReasoningDelta, TextDelta
 from mdi.gateway.errors import ErrorAnswer
 from mdi.gateway.openai.logprobs import ChatLogprobsOf
-
-Event = dict[str, Any]
+from mdi.gateway.written import Event
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,24 @@ REASONING = _TextKind(
 
 
 class ResponseWriter:
-    """Writes a response as a stream of events; `response` is its JSON, complete after the last event.
+    """Writes a response as a stream of events; `content` is its JSON, complete after the last event.
 
-    head: the fields of the JSON that the request decides.
+    head: the fields of the JSON that the request decides. reader: of the parts.
     """
 
-    def __init__(self, head: Mapping[str, Any], logprobs_of: ChatLogprobsOf) -> None:
-        self.response: dict[str, Any] = {**head, "status": "in_progress", "output": []}
+    def __init__(self, head: Mapping[str, Any], reader: AnswerReader, logprobs_of: ChatLogprobsOf) -> None:
+        self.content: dict[str, Any] = {**head, "status": "in_progress", "output": []}
         self._logprobs_of = logprobs_of
         self._numbers = count()
         self._item: dict[str, Any] | None = None  # the one that is being written, the last of the output
         self._kind: _TextKind | None = None  # of that item; None for a call
         self._cut = False
-        self._reasoning_tokens = 0
+        self._reader = reader
 
-    def begin(self) -> Iterator[Event]:
+    def begin(self, usage: Usage) -> Iterator[Event]:  # noqa: ARG002
         """The first events."""
-        yield self._event("response.created", response=dict(self.response))
-        yield self._event("response.in_progress", response=dict(self.response))
+        yield self._event("response.created", response=dict(self.content))
+        yield self._event("response.in_progress", response=dict(self.content))
 
     def add(self, part: Part) -> Iterator[Event]:
         """The events of the next part."""
@@ -63,7 +62,6 @@ class ResponseWriter:
             case TextDelta():
                 yield from self._write(MESSAGE, part)
             case ReasoningDelta():
-                self._reasoning_tokens += len(part.tokens)
                 yield from self._write(REASONING, part)
             case CallStart():
                 yield from self._open(
@@ -78,21 +76,21 @@ class ResponseWriter:
 
     def end(self, usage: Usage) -> Iterator[Event]:
         """The last events. An answer of no parts is a message without text."""
-        if not self.response["output"]:
+        if not self.content["output"]:
             yield from self._open(MESSAGE, MESSAGE.item, MESSAGE.prefix)
         status = "incomplete" if self._cut else "completed"
         yield from self._close(status)
-        self.response |= {"status": status, "usage": _usage(usage, self._reasoning_tokens)}
+        self.content |= {"status": status, "usage": _usage(usage, self._reader.reasoning_tokens or 0)}
         if self._cut:
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        yield self._event(f"response.{status}", response=self.response)
+            self.content["incomplete_details"] = {"reason": "max_output_tokens"}
+        yield self._event(f"response.{status}", response=self.content)
 
     def fail(self, error: ErrorAnswer) -> Iterator[Event]:
         """The last events of a response that an error ends."""
         yield from self._close("incomplete")
         code = "server_error" if error.status >= 500 else "invalid_prompt"
-        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        yield self._event("response.failed", response=self.response)
+        self.content |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        yield self._event("response.failed", response=self.content)
 
     def _write(self, kind: _TextKind, part: TextDelta | ReasoningDelta) -> Iterator[Event]:
         """Adds to the text of an item of this kind, a new one where another kind is being written."""
@@ -116,7 +114,7 @@ class ResponseWriter:
         self._item = {"id": f"{prefix}_{secrets.token_hex(12)}", **fields, "status": "in_progress"}
         if kind:
             self._item["content"] = []
-        self.response["output"].append(self._item)
+        self.content["output"].append(self._item)
         yield self._of_output("response.output_item.added", item=dict(self._item))
         if kind:
             self._item["content"] = [dict(kind.part)]
@@ -145,7 +143,7 @@ class ResponseWriter:
         return self._of_output(kind, item_id=self._item["id"], **fields)
 
     def _of_output(self, kind: str, **fields: Any) -> Event:
-        return self._event(kind, output_index=len(self.response["output"]) - 1, **fields)
+        return self._event(kind, output_index=len(self.content["output"]) - 1, **fields)
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}

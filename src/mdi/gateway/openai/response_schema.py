@@ -11,17 +11,10 @@ from mdi.core.errors import InputError
 from mdi.core.sampling import Flag, Number, TokenLimit, TopLogprobsCount
 from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json, checked_text
-from mdi.gateway.as_chat import AsChat
+from mdi.gateway.as_chat import PASSED, AsChat
 from mdi.gateway.openai.response_input import InputMessages
 from mdi.gateway.openai.schemas import IGNORED, check_without_effect
 from mdi.gateway.schemas import Body
-
-PASSED = (
-    *("top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-    *("chat_template_kwargs", "mm_processor_kwargs", "min_pixels", "max_pixels", "structured_outputs"),
-)
-"""A chat's fields that OpenAI's responses do not have, and that mean here what they mean there."""
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,10 +11,8 @@ from starlette.responses import Response
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import InputError
-from mdi.core.outputs import Completion, Piece
-from mdi.gateway.answer_parts import AnswerReader
-from mdi.gateway.engine import Submitted, TextEngine
-from mdi.gateway.errors import ErrorAnswer, answer_to
+from mdi.gateway.engine import TextEngine
+from mdi.gateway.errors import ErrorAnswer
 from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.json_text import JsonAnswer
 from mdi.gateway.openai.ignored import IgnoredFields
@@ -25,8 +21,8 @@ from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.openai.response_events import ResponseWriter
 from mdi.gateway.openai.response_schema import ResponsesRequest
 from mdi.gateway.openai.response_store import ResponseStore
-from mdi.gateway.request_record import RequestRecord, record_of
-from mdi.gateway.streaming import completion, events
+from mdi.gateway.request_record import record_of
+from mdi.gateway.written import written
 
 PATH = "/v1/responses"
 
@@ -44,14 +40,17 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         with chat.own_names():
             running, reader = chat.submit(engine, ignored)
             logprobs_of = chat_logprobs(engine, skip_special_tokens=True) if body.wants_logprobs else no_logprobs
-            writer = ResponseWriter(_head(body, served.name), logprobs_of)
+            writer = ResponseWriter(_head(body, served.name), reader, logprobs_of)
 
-            answer = _Answer(running, reader, writer, kept, record_of(request.scope))
-            if body.stream:
-                response = await events(request, running, config.request_timeout_s, answer.events, named=True)
-            else:
-                done = await completion(request, running, config.request_timeout_s)
-                response = JsonAnswer(answer.whole(done))
+            response = await written(
+                request,
+                running,
+                reader,
+                writer,
+                config.request_timeout_s,
+                stream=body.stream,
+                ended=lambda: kept.keep(writer.content),
+            )
         response.headers.update(ignored.headers)
         return response
 
@@ -91,51 +90,6 @@ class _Kept:
                 "previous_response_id",
             )
         return stored.items
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """The answer to a running request, whole or as events."""
-
-    running: Submitted
-    reader: AnswerReader
-    writer: ResponseWriter
-    kept: _Kept
-    record: RequestRecord
-
-    def whole(self, done: Completion) -> dict[str, Any]:
-        for piece in done.samples[0].pieces:
-            list(self._of(piece))
-        list(self.writer.end(done.usage))
-        self.kept.keep(self.writer.response)
-        return self.writer.response
-
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
-        """An error before the first piece is raised, a later one is the last event."""
-        begun = False
-        try:
-            async for piece in pieces:
-                for event in () if begun else self.writer.begin():
-                    yield event
-                begun = True
-                for event in self._of(piece):
-                    yield event
-        except Exception as error:
-            if not begun:
-                raise
-            answer = answer_to(error, PATH)
-            self.record.late_error = answer.status
-            for event in self.writer.fail(answer):
-                yield event
-            return
-        last = list(self.writer.end(self.running.usage))
-        self.kept.keep(self.writer.response)  # before its end is seen: the next request may name it
-        for event in last:
-            yield event
-
-    def _of(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        for part in self.reader.parts(piece):
-            yield from self.writer.add(part)
 
 
 def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:

@@ -53,7 +53,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
     "allowed_token_ids": (),
     "bad_words": ([],),
 }

@@ -1,0 +1,1 @@
+"""Anthropic's routes, as its official client uses them: messages, and the count of their tokens."""
