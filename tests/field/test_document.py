@@ -163,12 +163,24 @@ CROSS_FIELDS = (
     *("min_tokens is", "top_logprobs needs", "send one of them", "of a list every frame is taken"),
     *("which is not among the tools", "asks for a call, but there are no", "rename one"),
     *("echo reports", "send a prompt, or messages", "cannot both continue", "leave add_special_tokens out"),
+    *("is not kept here", "the last message calls tools", "is in the request twice"),
 )
 """What a request is refused for and its schema cannot say."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/generate",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/tokenize",
+        "/detokenize",
+    ],
+)
 def test_what_the_document_allows_is_accepted(path: str) -> None:
     """C21: random bodies of the document's schemas, read by the real gateway."""
     engine = FakeEngine()

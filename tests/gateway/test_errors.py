@@ -133,3 +133,9 @@ def test_unknown_paths_and_methods_answer_in_their_shape(real: RealServer) -> No
     headers = {"Authorization": f"Bearer {REAL_KEY}"}
     assert httpx.get(real.url + "/v1/nothing", headers=headers).json()["error"]["message"]
     assert httpx.get(real.url + "/generate", headers=headers).status_code == 405
+
+
+def test_a_wrong_method_is_told_those_of_the_path(server: FakeServer) -> None:
+    for path, methods in (("/ping", "GET, POST"), ("/v1/responses/x", "DELETE, GET"), ("/v1/responses", "POST")):
+        answer = httpx.request("PUT", server.url + path, headers=server.headers, timeout=60, verify=False)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)

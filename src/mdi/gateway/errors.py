@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 
 from mdi.core.errors import (
     CheckpointError,
@@ -56,6 +57,7 @@ ANTHROPICS_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+METHODS = ("DELETE", "GET", "POST")
 RETRY_AFTER_S = 1
 MAX_CHARACTERS = 1000  # of a text in an error: it may quote what was sent
 CLIENT_GONE = 499  # for logs, as nginx; no client receives it
@@ -152,7 +154,18 @@ async def _answer_unreadable(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """Answers starlette's own errors, such as an unknown path."""
     assert isinstance(error, HTTPException)
-    return ErrorAnswer(error.status_code, error.detail).response(request.url.path, error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return ErrorAnswer(error.status_code, error.detail).response(request.url.path, headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path, which may have several routes."""
+
+    def takes(method: str) -> bool:
+        asked = {**request.scope, "method": method}
+        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(takes, METHODS))
 
 
 async def _answer_disconnect(request: Request, error: Exception) -> Response:  # noqa: ARG001

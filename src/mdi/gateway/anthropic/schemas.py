@@ -11,6 +11,7 @@ from mdi.core.errors import InputError
 from mdi.core.sampling import Flag, Number, StopStrings, TokenCount, TopK
 from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json
+from mdi.gateway.anthropic.content_schema import FORMAT, MESSAGES, SYSTEM, TOOLS
 from mdi.gateway.anthropic.message_input import ChatMessages
 from mdi.gateway.as_chat import PASSED, AsChat
 from mdi.gateway.openai.schemas import check_without_effect
@@ -21,10 +22,6 @@ WITHOUT_EFFECT = frozenset(
     | {"workspace_id", "betas"}
 )
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
-OBJECT = {"type": "object"}
-
-Objects = Annotated[list[Any], WithJsonSchema({"type": "array", "items": OBJECT})]
-Content = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": OBJECT}]})]
 
 
 class OutputConfig(BaseModel):
@@ -33,7 +30,7 @@ class OutputConfig(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     effort: str | None = None
-    format: dict[str, Any] | None = None
+    format: Annotated[dict[str, Any], WithJsonSchema(FORMAT)] | None = None
 
 
 class Thinking(BaseModel):
@@ -62,11 +59,9 @@ class CountRequest(Body):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: Annotated[
-        list[Any], Field(min_length=1), WithJsonSchema({"type": "array", "items": OBJECT, "minItems": 1})
-    ]
-    system: Content | None = None
-    tools: Objects = Field(default_factory=list)
+    messages: Annotated[list[Any], Field(min_length=1), WithJsonSchema(MESSAGES)]
+    system: Annotated[Any, WithJsonSchema(SYSTEM)] | None = None
+    tools: Annotated[list[Any], WithJsonSchema(TOOLS)] = Field(default_factory=list)
     tool_choice: Choice = Choice(type="auto")
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
@@ -90,7 +85,7 @@ class CountRequest(Body):
             "add_generation_prompt": not messages.continues,
             "continue_final_message": messages.continues,
             "tools": tools,
-            "tool_choice": self._chosen() if tools else None,
+            "tool_choice": self._chosen(),
             "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
             "reasoning_effort": self._effort(),
             "response_format": _response_format(self.output_config.format),

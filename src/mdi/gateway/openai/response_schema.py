@@ -13,6 +13,7 @@ from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json, checked_text
 from mdi.gateway.as_chat import PASSED, AsChat
 from mdi.gateway.openai.response_input import InputMessages
+from mdi.gateway.openai.response_input_schema import FORMAT, INPUT, TOOL_CHOICE, TOOLS
 from mdi.gateway.openai.schemas import IGNORED, check_without_effect
 from mdi.gateway.schemas import Body
 
@@ -32,11 +33,6 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=MAX_KEY)], Annotated[str, Field(max_length=MAX_VALUE)]],
     Field(max_length=MAX_METADATA),
 ]
-Objects = Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "object"}})]
-Items = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
-Choice = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}, {"type": "null"}]})
-]
 
 
 class TextSettings(BaseModel):
@@ -44,7 +40,7 @@ class TextSettings(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    format: dict[str, Any] | None = None
+    format: Annotated[dict[str, Any], WithJsonSchema(FORMAT)] | None = None
     verbosity: str | None = None
 
 
@@ -64,11 +60,11 @@ class ResponsesRequest(Body):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    input: Items
+    input: Annotated[Any, WithJsonSchema(INPUT)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: Objects = Field(default_factory=list)
-    tool_choice: Choice = "auto"
+    tools: Annotated[list[Any], WithJsonSchema(TOOLS)] = Field(default_factory=list)
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] = "auto"
     parallel_tool_calls: Flag = True
     text: TextSettings = TextSettings()
     reasoning: Reasoning = Reasoning()
@@ -115,7 +111,7 @@ class ResponsesRequest(Body):
             "logprobs": self.wants_logprobs,
             "top_logprobs": self.top_logprobs if self.wants_logprobs else 0,
             "tools": tools,
-            "tool_choice": _tool_choice(self.tool_choice) if tools else None,
+            "tool_choice": _tool_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _response_format(self.text.format),
             "reasoning_effort": self.reasoning.effort,
