@@ -33,8 +33,17 @@ from training.unknown import UNKNOWN
 from transformers import AutoTokenizer
 
 from mdi.checkpoint.random_weights import CHAT_TEMPLATE as WITHOUT_TOOLS
+from mdi.core.messages import Conversation
+from mdi.core.tools import parse_tools
+from mdi.engine import Engine
 
 SYSTEM = "Answer briefly."
+
+
+@pytest.fixture(scope="module")
+def engine(untrained: Path) -> Iterator[Engine]:
+    with Engine(untrained, dtype="float32") as engine:
+        yield engine
 
 
 def conversations(count: int, held_out: bool = False) -> Iterator[tuple[list[Tool], list[Question]]]:
@@ -51,7 +60,9 @@ def tokenizer(untrained: Path) -> Any:
     return AutoTokenizer.from_pretrained(untrained)
 
 
-def test_prompts_and_calls_are_those_of_the_template(tokens: ChatTokens, tokenizer: Any) -> None:
+def test_prompts_and_calls_are_those_of_the_template_and_of_the_engine(
+    tokens: ChatTokens, tokenizer: Any, engine: Engine
+) -> None:
     rendered = 0
     for tools, conversation in islice(conversations(80), 40):
         if len(conversation) < 2:
@@ -61,7 +72,7 @@ def test_prompts_and_calls_are_those_of_the_template(tokens: ChatTokens, tokeniz
         ids = [*tokens.system(listed(SYSTEM, tools)), *tokens.user_start(), *tokens.text(call.text)]
         ids += [*tokens.answer_start(), *tokens.answer(call.answer), *tokens.turn_end(), *tokens.user_start()]
         ids += [*tokens.text(result.text), *tokens.answer_start()]
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": call.text},
             {"role": "assistant", "tool_calls": [{"type": "function", "function": read_call(call.answer)}]},
@@ -70,6 +81,7 @@ def test_prompts_and_calls_are_those_of_the_template(tokens: ChatTokens, tokeniz
         schemas = [tool.schema() for tool in tools]
         text = tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, add_generation_prompt=True)
         assert tokenizer(text, add_special_tokens=False).input_ids == ids
+        assert list(engine.tokenize(Conversation(messages, tools=parse_tools(schemas)))) == ids
     assert rendered > 10
 
 
