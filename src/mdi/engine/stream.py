@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import queue
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 from mdi.core.errors import MDIError
 from mdi.core.outputs import Completion, Piece, Usage, collect
+from mdi.engine.wakes import Wakes
+
+MANY = 16  # pieces that wait for a slow caller: more are joined
+JOINED_CHARACTERS = 16_384  # about: further ones wait
 
 
 class Stream:
@@ -27,6 +34,7 @@ class Stream:
         self.cached_tokens = 0
         self._cancel = cancel
         self._items: queue.SimpleQueue[Piece | MDIError | None] = queue.SimpleQueue()
+        self._ready = deque[Piece | MDIError | None]()
         self._wake: Callable[[], None] | None = None
         self._ended = False
 
@@ -61,7 +69,7 @@ class Stream:
     def __next__(self) -> Piece:
         if self._ended:
             raise StopIteration
-        piece = self._taken(self._items.get())
+        piece = self._taken(self._ready.popleft() if self._ready else self._items.get())
         if piece is None:
             raise StopIteration
         return piece
@@ -70,32 +78,52 @@ class Stream:
         return self
 
     async def __anext__(self) -> Piece:
+        """The next piece. A caller that is far behind gets what waits for it as one piece a sample."""
         if self._ended:
             raise StopAsyncIteration
-        piece = self._taken(await self._next_item())
+        if not self._ready and self._items.empty():
+            await self._arrival()
+        else:
+            await asyncio.sleep(0)  # a caller that is behind lets others run
+        if not self._ready:
+            self._ready.extend(self._waiting())
+        piece = self._taken(self._ready.popleft())
         if piece is None:
             raise StopAsyncIteration
         return piece
 
-    async def _next_item(self) -> Piece | MDIError | None:
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(arrived.set)
-
-        self._wake = wake
+    async def _arrival(self) -> None:
+        wakes = Wakes.of(asyncio.get_running_loop())
+        waiter = wakes.loop.create_future()
+        self._wake = partial(wakes.wake, waiter)
         try:
-            while True:
-                try:
-                    return self._items.get_nowait()
-                except queue.Empty:
-                    await arrived.wait()
-                    arrived.clear()
+            if self._items.empty():  # otherwise it came before there was anybody to wake
+                await waiter
         finally:
             self._wake = None
+
+    def _waiting(self) -> list[Piece | MDIError | None]:
+        """What has come, but joined where it is much."""
+        items, characters = list[Piece | MDIError | None](), 0
+        while characters < JOINED_CHARACTERS and not self._items.empty():
+            items.append(item := self._items.get_nowait())
+            characters += len(item.text) if isinstance(item, Piece) else 0
+        if len(items) <= MANY:
+            return items
+        by_sample: dict[int, list[Piece]] = {}
+        for item in items:
+            if isinstance(item, Piece):
+                by_sample.setdefault(item.index, []).append(item)
+        return [*map(_joined, by_sample.values()), *(item for item in items if not isinstance(item, Piece))]
 
     def _taken(self, item: Piece | MDIError | None) -> Piece | None:
         self._ended = not isinstance(item, Piece)
         if isinstance(item, MDIError):
             raise item
         return item
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return replace(pieces[-1], text=text, tokens=tokens)

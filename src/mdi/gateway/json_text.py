@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 NEEDS_ESCAPE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
@@ -16,7 +17,7 @@ def json_text(content: Any) -> str:
 
     Halves of surrogate pairs, which have no UTF-8, are escaped, too.
     """
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = ENCODER.encode(content)
     return text if text.isascii() else NEEDS_ESCAPE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

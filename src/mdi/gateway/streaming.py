@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mdi.core.errors import ClosedError
@@ -19,13 +21,14 @@ from mdi.gateway.json_text import json_text
 from mdi.gateway.request_record import record_of
 
 T = TypeVar("T")
-Render = Callable[[AsyncIterator[Piece]], AsyncIterator[dict[str, Any]]]
+Content = dict[str, Any]
+Render = Callable[[AsyncIterator[Piece]], AsyncIterator[Content]]
 """Makes the JSON of a stream's events from its pieces."""
 
 STATUS_S = 0.5  # an error within this time is a stream's status, a later one its last event
 COMMENT_S = 2.0  # clients may give up when nothing comes for some seconds
-COMMENT = ": keep-alive\n\n"
-DONE = "data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second: proxies must not hold events back
 
 
@@ -34,36 +37,36 @@ class Answers:
 
     def __init__(self) -> None:
         self._closed = False
-        self._waits = set[asyncio.Timeout]()
+        self._limits = set[asyncio.Timeout]()
 
     def close(self) -> None:
         """Ends every answer with ClosedError, now and from now on. Call it in the event loop."""
         self._closed = True
-        for wait in self._waits:
-            wait.reschedule(asyncio.get_running_loop().time())
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
 
-    async def pieces(self, running: Running, timeout_s: float | None) -> AsyncGenerator[Piece, None]:
-        """The pieces of a request. Raises TimeoutError when they take too long together, ClosedError at `close`."""
-        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        pieces = aiter(running)
-        while not self._closed:
-            try:
-                async with asyncio.timeout_at(deadline) as wait:
-                    self._waits.add(wait)
-                    piece = await anext(pieces)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                break
-            finally:
-                self._waits.discard(wait)
-            yield piece
-        raise self._cause(timeout_s)
+    @asynccontextmanager
+    async def limited(self, timeout_s: float | None, began_s: float) -> AsyncIterator[asyncio.Timeout]:
+        """Limits the time of what is inside. Raises TimeoutError when it is over, ClosedError at `close`.
+
+        began_s: by the event loop's clock. What is given ends the inside at once when it is rescheduled to now.
+        """
+        deadline = None if timeout_s is None else began_s + timeout_s
+        try:
+            async with asyncio.timeout_at(began_s if self._closed else deadline) as limit:
+                self._limits.add(limit)
+                yield limit
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._cause(timeout_s) from None
+        finally:
+            self._limits.discard(limit)
 
     def _cause(self, timeout_s: float | None) -> Exception:
         if self._closed:
             return ClosedError("the server is shutting down")
-        return TimeoutError(f"the answer took longer than {timeout_s:g} s: ask for fewer tokens")
+        return TimeoutError(f"the answer took longer than {timeout_s or 0:g} s: ask for fewer tokens")
 
 
 async def completion(request: Request, running: Running, timeout_s: float | None) -> Completion:
@@ -73,9 +76,13 @@ async def completion(request: Request, running: Running, timeout_s: float | None
     """
     answers: Answers = request.app.state.answers
     record_of(request.scope).running = running
+
+    async def all_pieces() -> list[Piece]:
+        async with answers.limited(timeout_s, asyncio.get_running_loop().time()):
+            return [piece async for piece in running]
+
     try:
-        pieces = await _while_connected(request, _all(answers.pieces(running, timeout_s)))
-        return collect(pieces, running.usage)
+        return collect(await _while_connected(request, all_pieces()), running.usage)
     finally:
         running.cancel()
 
@@ -90,107 +97,132 @@ async def events(
     """
     answers: Answers = request.app.state.answers
     record_of(request.scope).running = running
-    contents = _Waited(render(answers.pieces(running, timeout_s)))
+    began_s = asyncio.get_running_loop().time()
+    contents = render(aiter(running))
+    first = asyncio.ensure_future(anext(contents))
     try:
-        if await _while_connected(request, contents.arrives(STATUS_S)):
-            contents.check()
+        async with answers.limited(timeout_s, began_s):
+            await _while_connected(request, _done(first, STATUS_S))
+        if first.done() and (error := first.exception()) and not isinstance(error, StopAsyncIteration):
+            raise error
     except BaseException:
         running.cancel()
-        await contents.close()
+        await _ended(first)
         raise
-    return _Events(running, contents, request, named)
+    return _Events(request, running, first, contents, partial(answers.limited, timeout_s, began_s), named)
 
 
-class _Events(StreamingResponse):
-    """Cancels its request however it ends: a generator's `finally` does not run if the client left before its start."""
+class _Events(Response):
+    """Sends the events of a running request in one task, and cancels the request however it ends.
+
+    first, contents: the first event's content, which may be yet to come, and the further ones. limited: see `Answers`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, contents: _Waited, request: Request, named: bool) -> None:
-        super().__init__(_body(contents, request, named), headers=HEADERS)
+    def __init__(
+        self,
+        request: Request,
+        running: Running,
+        first: asyncio.Future[Content],
+        contents: AsyncIterator[Content],
+        limited: Callable[[], AbstractAsyncContextManager[asyncio.Timeout]],
+        named: bool,
+    ) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._request = request
         self._running = running
+        self._first = first
         self._contents = contents
+        self._limited = limited
+        self._named = named
+        self._left = False  # the client has
+        self._sent_s = asyncio.get_running_loop().time()  # the last event or comment
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        beside = [self._first]
         try:
-            await super().__call__(scope, receive, send)
+            await self._send_all(receive, send, beside)
         finally:
             self._running.cancel()
-            await self._contents.close()
+            await _ended(*beside)
 
+    async def _send_all(self, receive: Receive, send: Send, beside: list[asyncio.Future[Any]]) -> None:
+        """Sends the events until their end. An error in the middle is the last one. beside: gets tasks to end after."""
+        last = b"" if self._named else DONE
+        try:
+            async with self._limited() as limit:
+                beside.append(asyncio.create_task(self._watch(receive, limit)))
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                beside.append(asyncio.create_task(self._comment(send)))
+                async for content in _all(self._first, self._contents):
+                    await self._send(send, _event(content, self._named))
+        except Exception as error:
+            if self._left:
+                return
+            answer = answer_to(error, self._request.url.path)
+            record_of(self._request.scope).late_error = answer.status
+            last = _event(answer.body(self._request.url.path), self._named)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-class _Waited:
-    """The contents of events. A wait for the next one can be given up, and begun again."""
+    async def _watch(self, receive: Receive, limit: asyncio.Timeout) -> None:
+        """Ends the sending when the client disconnects."""
+        await _disconnect(receive)
+        self._left = True
+        limit.reschedule(asyncio.get_running_loop().time())
 
-    def __init__(self, contents: AsyncIterator[dict[str, Any]]) -> None:
-        self._contents = contents
-        self._next: asyncio.Future[dict[str, Any]] | None = None
-
-    async def arrives(self, within_s: float) -> bool:
-        """Whether the next one, the end or an error comes within this time."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(anext(self._contents))
-        await asyncio.wait((self._next,), timeout=within_s)
-        return self._next.done()
-
-    def check(self) -> None:
-        """Raises the error that came in place of the next one, unless it is the end."""
-        error = self._next and self._next.exception()
-        if error and not isinstance(error, StopAsyncIteration):
-            raise error
-
-    def take(self) -> dict[str, Any]:
-        """The one that has arrived. Raises StopAsyncIteration at the end, or the error."""
-        assert self._next
-        arrived, self._next = self._next, None
-        return arrived.result()
-
-    async def close(self) -> None:
-        """Ends a wait that is not over."""
-        if self._next is not None:
-            self._next.cancel()
-            await asyncio.gather(self._next, return_exceptions=True)
-
-
-async def _body(contents: _Waited, request: Request, named: bool) -> AsyncIterator[str]:
-    """The text of the events. An error in the middle is the last one."""
-    try:
+    async def _comment(self, send: Send) -> None:
+        """Sends a comment whenever nothing was sent for COMMENT_S."""
+        loop = asyncio.get_running_loop()
         while True:
-            while not await contents.arrives(COMMENT_S):
-                yield COMMENT
-            yield _event(contents.take(), named)
-    except StopAsyncIteration:
-        if not named:
-            yield DONE
-    except Exception as error:
-        answer = answer_to(error, request.url.path)
-        record_of(request.scope).late_error = answer.status
-        yield _event(answer.body(request.url.path), named)
+            await asyncio.sleep(self._sent_s + COMMENT_S - loop.time())
+            if loop.time() - self._sent_s >= COMMENT_S:
+                await self._send(send, COMMENT)
+
+    async def _send(self, send: Send, event: bytes) -> None:
+        self._sent_s = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
-def _event(content: dict[str, Any], named: bool) -> str:
+def _event(content: Content, named: bool) -> bytes:
     name = f"event: {content['type']}\n" if named and "type" in content else ""
-    return f"{name}data: {json_text(content)}\n\n"
+    return f"{name}data: {json_text(content)}\n\n".encode()
 
 
-async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
-    return [piece async for piece in pieces]
+async def _all(first: asyncio.Future[Content], others: AsyncIterator[Content]) -> AsyncIterator[Content]:
+    try:
+        yield await first
+    except StopAsyncIteration:
+        return
+    async for content in others:
+        yield content
+
+
+async def _done(work: asyncio.Future[Any], within_s: float) -> None:
+    """Waits for the end of some work, at most for this time."""
+    await asyncio.wait((work,), timeout=within_s)
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    """Ends tasks that are not over."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of the work; cancels it and raises ClientDisconnect when the client disconnects first."""
-    working, watching = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
+    working, watching = asyncio.create_task(work), asyncio.create_task(_disconnect(request.receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await _ended(working, watching)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

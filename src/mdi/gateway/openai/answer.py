@@ -44,14 +44,17 @@ async def answer(
 
     async def chunks(pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
         chunk = envelope | {"object": choices.chunk_kind}
-        usage, first = Usage(0, 0), True
+        usage, shared = Usage(0, 0), None
         async for piece in pieces:
-            usage = _so_far(running.usage, usage, piece)
+            if body.wants_usage_so_far:
+                usage = _so_far(running.usage, usage, piece)
             for choice in choices.chunks(piece):
-                shared = choices.shared() if first else {}
-                shown = {"usage": usage_json(usage)} if body.wants_usage_so_far else {}
-                yield chunk | {"choices": [choice]} | shared | shown
-                first = False
+                content = {**chunk, "choices": [choice]}
+                if shared is None:
+                    content |= (shared := choices.shared())
+                if body.wants_usage_so_far:
+                    content["usage"] = usage_json(usage)
+                yield content
         if body.wants_usage:
             yield chunk | {"choices": [], "usage": usage_json(running.usage) | choices.completion_details()}
 
