@@ -41,7 +41,7 @@ def test_a_caller_that_is_behind_gets_one_piece_a_sample() -> None:
 
     async def run() -> None:
         async for item in stream:
-            found.append(item)  # noqa: PERF401  # those before the error
+            found.append(item)  # those before the error
 
     with pytest.raises(LinkError):
         asyncio.run(run())
