@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from testing.fakes import FakeEngine
 
-from mdi.cli.app import main
+from mdi.cli.app import app, main
 from mdi.cli.options import EngineOptions
 from mdi.core.config import MEBIBYTE, GatewayConfig
 from mdi.gateway import server
 from mdi.gateway.app import create_app
+from mdi.gateway.keys import read_keys
 
 
 @pytest.fixture
@@ -60,6 +64,32 @@ def test_without_options_the_settings_are_the_defaults(
     monkeypatch.delenv("MDI_API_KEY", raising=False)
     assert run(monkeypatch) == 0
     assert served == [GatewayConfig()]
+
+
+def test_the_page_s_options_are_those_of_the_command() -> None:
+    """Every option of vLLM that docs/server.md lists as working is known, and none of those it calls unknown."""
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {name for item in serve.params for name in item.opts}
+    table, others = page.split("| vLLM | here |")[1].split("Options of vLLM for GPUs")
+    listed = {name for row in table.splitlines() for name in re.findall(r"`(--?[a-z-]+)`", row)}
+    assert len(listed) > 30
+    assert listed <= known
+    unknown = re.findall(r"`(--[a-z-]+)` ?[,(.]", others.replace("(see `--kv-cache-gb`)", "("))
+    assert "--gpu-memory-utilization" in unknown
+    assert not known & set(unknown)
+
+
+def test_the_page_s_files_are_read(
+    monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig], tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    keys, options = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "keys.yaml").write_text(keys)
+    assert [key.name for key in read_keys(tmp_path / "keys.yaml")] == ["alice", "bob"]
+    (tmp_path / "serve.yaml").write_text(options.replace("model: bundled\n", ""))
+    assert run(monkeypatch, "--config", str(tmp_path / "serve.yaml")) == 0
+    assert served[0].served_model_name == ("shapes", "gpt-4o")
 
 
 def test_a_drain_may_take_any_time(monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]) -> None:

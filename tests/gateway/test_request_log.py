@@ -17,20 +17,29 @@ from tests.gateway.conftest import CHAT, HELLO, FakeServer, serving
 ID = "x-request-id"
 
 
+class Lines:
+    """The access log. Other programs may meet this server's port: lines are found by what the test sends."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "mdi.access")
+        self._caplog = caplog
+
+    def one_with(self, text: str) -> str:
+        """The line that holds a text; an answer can arrive before its line is written."""
+        deadline = time.monotonic() + 20
+        while not (found := self.all_with(text)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        [line] = found
+        return line
+
+    def all_with(self, text: str) -> list[str]:
+        return [line for line in self._caplog.messages if text in line]
+
+
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Of the access log, as they come."""
-    caplog.set_level(logging.INFO, "mdi.access")
-    return caplog.messages
-
-
-def wait_for(lines: list[str], caplog: pytest.LogCaptureFixture, n: int) -> list[str]:
-    """The answer can arrive before its line is written."""
-    deadline = time.monotonic() + 20
-    while len(caplog.messages) < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return caplog.messages
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
+    return Lines(caplog)
 
 
 @pytest.mark.parametrize("given", ["abc", "7f3c:1/2+3=@x.y_z-0", "x" * 128])
@@ -62,52 +71,50 @@ def test_the_openai_client_names_the_request(open_server: FakeServer) -> None:
     assert done._request_id == "mine"
 
 
-def test_a_line_says_who_asked_what_and_what_it_took(lines: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    config = GatewayConfig(api_keys=("secret-key",))
-    with serving(FakeEngine(), config) as server:
+def test_a_line_says_who_asked_what_and_what_it_took(lines: Lines, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(), GatewayConfig(api_keys=("secret-key",))) as server:
         server.post("/v1/chat/completions?x=secret", json=CHAT, headers={ID: "a"})
         server.post("/v1/chat/completions", json={}, headers={ID: "b"})
         httpx.get(server.url + "/v1/models", headers={ID: "c"}, verify=False)
+        httpx.get(server.url + "/a%0Ab", headers={ID: "d", **server.headers}, verify=False)
+        found = [lines.one_with(f" id={name}").split() for name in "abcd"]
         server.get("/health")
-        server.get("/a%0Ab")
-        found = wait_for(lines, caplog, 4)
-    parts = [line.split() for line in found]
-    assert all(line[0] == "127.0.0.1" for line in parts)
-    assert [" ".join(line[1:4]) for line in parts] == [
-        '"POST /v1/chat/completions" 200',
-        '"POST /v1/chat/completions" 400',
-        '"GET /v1/models" 401',
-        '"GET /a%0Ab" 404',
+    assert [" ".join(parts[:4]) for parts in found] == [
+        '127.0.0.1 "POST /v1/chat/completions" 200',
+        '127.0.0.1 "POST /v1/chat/completions" 400',
+        '127.0.0.1 "GET /v1/models" 401',
+        '127.0.0.1 "GET /a%0Ab" 404',
     ]
-    assert [line[5:7] for line in parts] == [
+    assert [parts[5:7] for parts in found] == [
         ["key=key-1", "tokens=7+2"],
         ["key=key-1", "tokens=0+0"],
         ["key=-", "tokens=0+0"],
         ["key=key-1", "tokens=0+0"],
     ]
-    assert [line[7] for line in parts[:3]] == ["id=a", "id=b", "id=c"]
+    assert lines.all_with("/health") == []
     assert "secret" not in caplog.text
 
 
-def test_a_line_names_what_went_wrong_in_the_middle(lines: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_names_what_went_wrong_in_the_middle(lines: Lines) -> None:
     """An answer that had begun, and a client that leaves."""
     with serving(FakeEngine()) as server:
         server.engine.says(piece("a"), LinkError("lost"))
         server.events("/v1/chat/completions", **CHAT)
-        assert " 200 error=503 " in wait_for(lines, caplog, 1)[0]
+        assert " 200 error=503 " in lines.one_with("/v1/chat")
         server.engine.says(piece("a"), HOLD, piece("b", "stop"))
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json={**CHAT, "stream": True}, headers={ID: "left"}) as answer:
             next(answer.iter_lines())
-        line = wait_for(lines, caplog, 2)[1]
+        line = lines.one_with("id=left")
         assert '"POST /v1/chat/completions" 499' in line
         assert "tokens=7+1" in line
 
 
-def test_a_failing_health_check_has_a_line(lines: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_health_check_has_a_line(lines: Lines) -> None:
     with serving(FakeEngine()) as server:
         server.engine.error = LinkError("gone")
         server.get("/health")
-        assert '"GET /health" 503' in wait_for(lines, caplog, 1)[0]
+        assert '"GET /health" 503' in lines.one_with("/health")
 
 
 def test_without_an_option_nothing_is_logged_by_a_library(caplog: pytest.LogCaptureFixture) -> None:
