@@ -4,6 +4,7 @@
     python -m benchmarks.faults --faults 2 --seconds 60
     python -m benchmarks.faults --manual             # manual launcher, encrypted, one host a node; Linux, as root
     python -m benchmarks.faults --dtype float32      # the bundled model in another type than its own
+    python -m benchmarks.faults --constrained        # every answer is a JSON array of a schema
 
 Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen; with
 --manual also a cable that is cut for a while. There, a killed node is started again at once, as systemd does, and a
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import math
 import os
 import random
@@ -33,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import jsonschema
 import numpy as np
 import psutil
 from rich.console import Console
@@ -48,6 +51,7 @@ from mdi.checkpoint.bundled import unpack
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
 from mdi.core.config import RecoveryLimits
+from mdi.core.constraint import Constraint, json_rule
 from mdi.core.errors import MDIError
 
 N_NODES = 4
@@ -61,7 +65,22 @@ POLL_S = 0.01
 LIMITS = RecoveryLimits(recovery_timeout_s=300, max_losses=10**6)
 KINDS = ("kill", "kill two", "kill again", "kill another meanwhile", "freeze")
 CABLE = "cut a cable"
-Request = tuple[Any, SamplingParams]
+Request = tuple[Any, SamplingParams, Constraint | None]
+FIGURES = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "shape": {"enum": ["circle", "square", "triangle"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "name": {"type": "string", "maxLength": 12},
+        },
+        "required": ["shape", "count", "name"],
+        "additionalProperties": False,
+    },
+    "minItems": 5,
+    "maxItems": 9,
+}
 console = Console()
 
 
@@ -179,6 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--manual", action="store_true", help="manual launcher, encrypted, one host a node")
     parser.add_argument("--dtype", help="what the bundled model computes in; its own is bfloat16")
+    parser.add_argument("--constrained", action="store_true", help="answers follow a JSON schema")
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, CABLE), help="these faults alone")
     options = parser.parse_args()
     if options.manual and (reason := why_not()):
@@ -189,9 +209,9 @@ def main() -> None:
         engine, nodes = (
             manual(path, options.dtype, folder, stack) if options.manual else local(path, options.dtype, stack)
         )
-        kinds = options.kinds or nodes.kinds
+        kinds, requests = options.kinds or nodes.kinds, constrained() if options.constrained else questions()
         count, recoveries, left = soak(
-            engine, nodes, kinds, options.faults, options.seconds, random.Random(options.seed)
+            engine, requests, nodes, kinds, options.faults, options.seconds, random.Random(options.seed)
         )
     left += [f"process {child.pid}" for child in psutil.Process().children(recursive=True)]
     report(count, recoveries, left)
@@ -225,12 +245,17 @@ def manual(path: Path, dtype: str | None, folder: Path, stack: ExitStack) -> tup
 
 
 def soak(
-    engine: Engine, nodes: Nodes, kinds: Sequence[str], n_faults: int, seconds: float, rng: random.Random
+    engine: Engine,
+    requests: list[Request],
+    nodes: Nodes,
+    kinds: Sequence[str],
+    n_faults: int,
+    seconds: float,
+    rng: random.Random,
 ) -> tuple[Count, list[Recovery], list[str]]:
     """The requests' outcomes, the recoveries, and what was left behind or did not end in time."""
-    requests = questions()
-    expected = [engine.submit(*request).completion().token_ids for request in requests]
-    descriptors = psutil.Process().num_fds()
+    expected = [answer(engine, request) for request in requests]
+    descriptors, processes = psutil.Process().num_fds(), len(node_pids())
     count, stop = Count(), threading.Event()
     numbers = itertools.count()
     clients = [
@@ -255,7 +280,7 @@ def soak(
         end = time.monotonic() + FAULT_LIMIT_S
         for thread in clients:
             thread.join(max(0.0, end - time.monotonic()))
-    return count, recoveries, unfinished + left_behind(engine, descriptors)
+    return count, recoveries, unfinished + left_behind(engine, descriptors, processes)
 
 
 def questions() -> list[Request]:
@@ -271,10 +296,26 @@ def questions() -> list[Request]:
     ]
     prompts: list[Any] = ["Hello", "many words " * 100, about, "a list of " * 40]
     return [
-        (prompt, SamplingParams(temperature=seed % 2, seed=seed, min_tokens=n_tokens, max_tokens=n_tokens))
+        (prompt, SamplingParams(temperature=seed % 2, seed=seed, min_tokens=n_tokens, max_tokens=n_tokens), None)
         for seed, prompt in enumerate(prompts * 3)
         for n_tokens in [60 + 20 * seed]
     ]
+
+
+def constrained() -> list[Request]:
+    """Arrays of a schema, greedy and sampled, of some 150 tokens each."""
+    figures = Constraint(f"start: {json_rule(FIGURES)}", "figures")
+    return [("List figures.", SamplingParams(temperature=seed % 2, seed=seed), figures) for seed in range(8)]
+
+
+def answer(engine: Engine, request: Request) -> tuple[int, ...]:
+    """The tokens of an answer. Raises ValidationError for one that does not follow its schema."""
+    prompt, params, constraint = request
+    completion = engine.submit(prompt, params, constraint=constraint).completion()
+    if constraint:
+        assert completion.finish_reason == "stop"
+        jsonschema.validate(json.loads(completion.text), FIGURES)
+    return completion.token_ids
 
 
 def client(
@@ -289,7 +330,7 @@ def client(
     while not stop.is_set():
         number = next(numbers) % len(requests)
         try:
-            tokens = engine.submit(*requests[number]).completion().token_ids
+            tokens = answer(engine, requests[number])
         except MDIError as error:
             count.lost.append(str(error))
             time.sleep(1)
@@ -360,7 +401,7 @@ def node_pids() -> set[int]:
     return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
 
 
-def left_behind(engine: Engine, descriptors: int) -> list[str]:
+def left_behind(engine: Engine, descriptors: int, processes: int) -> list[str]:
     """Requests, slots, files and processes that are there when all requests have ended."""
     left = [f"request {request}" for request in engine._requests]
     scheduler = engine._loop._scheduler
@@ -370,7 +411,7 @@ def left_behind(engine: Engine, descriptors: int) -> list[str]:
     while (more := psutil.Process().num_fds() - descriptors) > 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     left += [f"{more} file descriptors"] * (more > 2)
-    left += [f"{len(node_pids())} node processes"] * (len(node_pids()) != N_NODES - 1)
+    left += [f"{len(node_pids())} processes instead of {processes}"] * (len(node_pids()) != processes)
     return left
 
 

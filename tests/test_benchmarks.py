@@ -34,17 +34,32 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         ("links --rounds 2 --json FILE", ("our link", "of the bare stream's rate")),
         ("streams --tiny --only image --folder FOLDER", ("image in the context", "encoded in")),
         ("gateway --short", ("us of CPU an event", "slow", "came in time")),
+        ("masks", ("once a server", "1,000 choices")),
         ("mixed --requests 60", ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
         ("memory --requests 300 --plot PLOT", ("bytes a request", "node 1")),
         ("agents --agents 8 --tokens 800", ("answers that differ from those alone: 0 of 8",)),
         ("faults --faults 2 --seconds 60", SOAKED),
+        ("faults --faults 2 --seconds 60 --constrained --kinds kill", SOAKED),
         pytest.param(
             "faults --manual --faults 2",
             SOAKED,
             marks=pytest.mark.skipif(WHY_NO_HOSTS is not None, reason=str(WHY_NO_HOSTS)),
         ),
     ],
-    ids=["fullsize", "media", "links", "streams", "gateway", "mixed", "memory", "agents", "faults", "faults manual"],
+    ids=[
+        "fullsize",
+        "media",
+        "links",
+        "streams",
+        "gateway",
+        "masks",
+        "mixed",
+        "memory",
+        "agents",
+        "faults",
+        "faults constrained",
+        "faults manual",
+    ],
 )
 def test_a_benchmark_runs_in_its_short_mode(command: str, words: tuple[str, ...], tmp_path: Path) -> None:
     places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "figures.json"), "PLOT": str(tmp_path / "memory.png")}

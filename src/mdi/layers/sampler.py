@@ -15,6 +15,10 @@ from mdi.kernels import vocabulary
 FIRST_CANDIDATES = 1024
 """Likeliest tokens that are sorted first. The whole vocabulary is sorted only when the draw is not among them."""
 
+CHANGES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+CHANGES = CHANGES.astype(np.float32)
+"""For each byte of a token mask, what is added to the logits of its eight tokens."""
+
 GREEDY_TEMPERATURE = 1e-5
 """Below it the likeliest token is taken: bfloat16 and float16 logits that differ at all differ by more."""
 
@@ -35,7 +39,9 @@ def _sample_row(logits: Tensor, peak: tuple[int, float], sampling: TokenSampling
     if sampling.temperature >= GREEDY_TEMPERATURE:
         picked = _draw(adjusted, sampling)
     else:
-        picked = likeliest if adjusted is logits else int(adjusted.argmax())
+        picked = (
+            likeliest if adjusted is logits else int(adjusted.cpu().numpy().argmax())
+        )  # ten times as fast as torch's
     normaliser = float(logits[likeliest]) + math.log(total)
     top_logprobs = _top(logits, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
     return Token(picked, float(logits[picked]) - normaliser, top_logprobs)
@@ -88,12 +94,15 @@ def _unpacked(bits: bytes, vocab_size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab_size, bitorder="little")
 
 
-def forbid(logits: Tensor, token_mask: bytes) -> None:
-    """Sets the logits of tokens that the mask does not allow to minus infinity. logits: [vocab_size].
+def forbid(logits: Tensor, token_mask: bytes) -> Tensor:
+    """The logits, those of tokens that the mask does not allow at minus infinity. logits: finite, [vocab_size].
 
-    A mask that is shorter than the vocabulary forbids the rest: the bits are filled up with zeros.
+    A mask that is shorter than the vocabulary forbids the rest.
     """
-    logits.masked_fill_(torch.from_numpy(_unpacked(token_mask, len(logits))).to(logits.device) == 0, -torch.inf)
+    bits = np.frombuffer(token_mask, np.uint8)[: -(-len(logits) // 8)]
+    changes = np.full((-(-len(logits) // 8), 8), -np.inf, np.float32)
+    np.take(CHANGES, bits, axis=0, out=changes[: len(bits)], mode="clip")
+    return torch.from_numpy(changes.reshape(-1)[: len(logits)]).to(logits).add_(logits)
 
 
 def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:
@@ -102,8 +111,7 @@ def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:
         logits = logits.double()
         adjust(logits, sampling.adjustment)
     if sampling.token_mask is not None:
-        logits = logits.clone()
-        forbid(logits, sampling.token_mask)
+        logits = forbid(logits, sampling.token_mask)
     return logits
 
 
