@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdi.core.constraint import Constraint
@@ -103,6 +103,7 @@ def test_copies_are_answers_of_their_own() -> None:
     assert held(second, (5,)) == [False]
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.sampled_from(list(TEXTS)[:7]), max_size=12))
 def test_a_begin_is_found_in_whatever_tokens_it_comes(ids: list[int]) -> None:
     text, expected = b"", False

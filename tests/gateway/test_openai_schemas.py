@@ -29,7 +29,6 @@ def test_fields_that_ask_for_nothing_are_accepted(server: FakeServer, fields: di
     ("path", "field", "value"),
     [
         ("chat/completions", "tool_choice", "required"),
-        ("chat/completions", "functions", [{"name": "f"}]),
         ("chat/completions", "response_format", "json_object"),
         ("chat/completions", "top_logprobs", 2),
         ("chat/completions", "modalities", ["text", "audio"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonschema
@@ -49,31 +49,52 @@ REQUIRED = [
 class Model:
     """Draws any token that a rule allows, each with the same chance."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.end = {tokenizer.backend.get_vocab()["</s>"]}
         self._n_tokens = tokenizer.backend.get_vocab_size()
         self.grammars = Grammars(tokenizer, frozenset(self.end), self._n_tokens)
-        self._random = random.Random(seed)
+        self.random = random.Random()
+
+    def rule(self, family: str, tools: Sequence[Tool], choice: ToolChoice, content: Constraint | None = None) -> Rule:
+        """What an answer with these tools follows."""
+        constraint = calls_constraint(SYNTAXES[family], tools, choice, self.tokenizer.special_marks, content)
+        return self.grammars.rule(constraint)
 
     def says(self, rule: Rule, first: str = "", limit: int = 600) -> tuple[str, bool]:
         """An answer that begins with this text, and whether it ended by itself."""
-        ids = self._tokenizer.encode(first)
+        ids = self.tokenizer.encode(first)
         for token_id in ids:
             rule.push(token_id)
         while len(ids) < limit and not rule.complete:
             mask = rule.mask(self.end, may_end=True)
             allowed = [token for token in range(self._n_tokens) if mask is None or mask[token // 8] >> token % 8 & 1]
-            ids.append(self._random.choice(allowed))
+            ids.append(self.random.choice(allowed))
             if ids[-1] in self.end:
                 return self._text(ids[:-1]), True
             rule.push(ids[-1])
         return self._text(ids), rule.complete
 
     def _text(self, ids: Sequence[int]) -> str:
-        marks = self._tokenizer.special_marks.values()
-        shown = (self._tokenizer.token_bytes(token, skip_special_tokens=token not in marks) for token in ids)
+        marks = self.tokenizer.special_marks.values()
+        shown = (self.tokenizer.token_bytes(token, skip_special_tokens=token not in marks) for token in ids)
         return b"".join(shown).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer_with: MakeTokenizer) -> Iterator[dict[str, Model]]:
+    """A model of each family."""
+    made = {family: Model(tokenizer_with(template)[0]) for family, template in FAMILIES.items()}
+    yield made
+    for model in made.values():
+        model.grammars.close()
+
+
+@pytest.fixture
+def model(models: dict[str, Model], family: str) -> Model:
+    """A model of the family, which draws as it always does."""
+    models[family].random.seed(1)
+    return models[family]
 
 
 def read(family: str, text: str) -> tuple[list[tuple[str, Any]], str]:
@@ -88,13 +109,11 @@ def read(family: str, text: str) -> tuple[list[tuple[str, Any]], str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("choice", REQUIRED, ids=str)
-def test_required_calls_are_valid(tokenizer_with: MakeTokenizer, family: str, choice: ToolChoice) -> None:
-    tokenizer, _ = tokenizer_with(FAMILIES[family])
-    model = Model(tokenizer, seed=1)
+def test_required_calls_are_valid(model: Model, family: str, choice: ToolChoice) -> None:
     allowed = choice.among(TOOLS)
-    rule = model.grammars.rule(calls_constraint(SYNTAXES[family], allowed, choice, tokenizer.special_marks))
+    rule = model.rule(family, allowed, choice)
     ended = 0
-    for _ in range(12):
+    for _ in range(8):
         text, whole = model.says(rule.copy())
         if not whole:
             continue
@@ -106,7 +125,7 @@ def test_required_calls_are_valid(tokenizer_with: MakeTokenizer, family: str, ch
         for name, arguments in calls:
             assert name in {tool.name for tool in allowed}
             jsonschema.validate(arguments, SCHEMAS[name])
-    assert ended >= 4
+    assert ended >= 2
 
 
 BEGUN = {
@@ -119,13 +138,8 @@ BEGUN = {
 
 @pytest.mark.parametrize(("family", "first"), [(family, first) for family in BEGUN for first in BEGUN[family]])
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_call_that_begins_in_free_text_is_valid(
-    tokenizer_with: MakeTokenizer, family: str, first: str, parallel: bool
-) -> None:
-    tokenizer, _ = tokenizer_with(FAMILIES[family])
-    model, choice = Model(tokenizer, seed=2), ToolChoice("auto", parallel=parallel)
-    constraint = calls_constraint(SYNTAXES[family], TOOLS, choice, tokenizer.special_marks)
-    rule = model.grammars.rule(constraint)
+def test_a_call_that_begins_in_free_text_is_valid(model: Model, family: str, first: str, parallel: bool) -> None:
+    rule = model.rule(family, TOOLS, ToolChoice("auto", parallel=parallel))
     assert rule.mask(model.end, may_end=True) is None
     for _ in range(4):
         text, whole = model.says(rule.copy(), first)
@@ -142,23 +156,19 @@ def test_a_call_that_begins_in_free_text_is_valid(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", ["just text", "<tool_cal", "a < b", '{"name": "Ann"}', "[TOOL_", '{"name": "clock"}'])
-def test_free_text_stays_free(tokenizer_with: MakeTokenizer, family: str, text: str) -> None:
-    tokenizer, _ = tokenizer_with(FAMILIES[family])
-    model = Model(tokenizer, seed=3)
-    constraint = calls_constraint(SYNTAXES[family], TOOLS, ToolChoice("auto"), tokenizer.special_marks)
-    rule = model.grammars.rule(constraint).copy()
-    for token_id in tokenizer.encode(text):
+def test_free_text_stays_free(model: Model, family: str, text: str) -> None:
+    rule = model.rule(family, TOOLS, ToolChoice("auto")).copy()
+    for token_id in model.tokenizer.encode(text):
         rule.push(token_id)
         assert rule.mask(model.end, may_end=True) is None
         assert not rule.complete
 
 
-def test_a_mark_that_is_a_special_token_begins_a_call(tokenizer_with: MakeTokenizer) -> None:
-    tokenizer, _ = tokenizer_with(MISTRAL)
-    model = Model(tokenizer, seed=4)
+@pytest.mark.parametrize("family", ["mistral"])
+def test_a_mark_that_is_a_special_token_begins_a_call(model: Model, family: str) -> None:
+    tokenizer = model.tokenizer
     assert tokenizer.special_marks.keys() == {"[TOOL_CALLS]", "<|python_tag|>"}
-    constraint = calls_constraint(SYNTAXES["mistral"], TOOLS[1:2], ToolChoice("auto"), tokenizer.special_marks)
-    rule = model.grammars.rule(constraint).copy()
+    rule = model.rule(family, TOOLS[1:2], ToolChoice("auto")).copy()
     for token_id in (*tokenizer.encode("Well: "), tokenizer.special_marks["[TOOL_CALLS]"]):
         assert rule.mask(model.end, may_end=True) is None
         rule.push(token_id)
@@ -172,15 +182,12 @@ CONTENT = Constraint(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_fits_its_schema_or_calls_a_tool(tokenizer_with: MakeTokenizer, family: str) -> None:
+def test_an_answer_fits_its_schema_or_calls_a_tool(model: Model, family: str) -> None:
     """response_format beside tools."""
-    tokenizer, _ = tokenizer_with(FAMILIES[family])
-    model = Model(tokenizer, seed=5)
     for choice in (ToolChoice("auto"), ToolChoice("required")):
-        constraint = calls_constraint(SYNTAXES[family], TOOLS[1:2], choice, tokenizer.special_marks, CONTENT)
-        rule = model.grammars.rule(constraint)
+        rule = model.rule(family, TOOLS[1:2], choice, CONTENT)
         kinds = set()
-        for _ in range(30):
+        for _ in range(20):
             text, whole = model.says(rule.copy(), limit=200)
             if whole:
                 calls, rest = read(family, text)
@@ -189,18 +196,11 @@ def test_an_answer_fits_its_schema_or_calls_a_tool(tokenizer_with: MakeTokenizer
         assert kinds == ({True, False} if choice.mode == "auto" else {True})
 
 
-def test_a_schema_that_is_not_supported_is_named() -> None:
+@pytest.mark.parametrize("family", ["hermes"])
+def test_the_error_of_a_schema_has_the_place_of_its_tool(model: Model, family: str) -> None:
     bad = Tool("bad", None, {"type": "object", "properties": {"a": {"type": "colour"}}}, field="tools[1].function")
-    constraint = calls_constraint(SYNTAXES["hermes"], (TOOLS[1], bad), ToolChoice("auto"), {})
-    assert [field for field, _ in constraint.parts] == ["tools.parameters", "tools[1].function.parameters"]
-
-
-def test_the_error_of_a_schema_has_the_place_of_its_tool(tokenizer_with: MakeTokenizer) -> None:
-    tokenizer, _ = tokenizer_with(PLAIN)
-    bad = Tool("bad", None, {"type": "object", "properties": {"a": {"type": "colour"}}}, field="tools[1].function")
-    constraint = calls_constraint(SYNTAXES["hermes"], (TOOLS[1], bad), ToolChoice("auto"), {})
     with pytest.raises(InputError) as refused:
-        Model(tokenizer, seed=6).grammars.rule(constraint)
+        model.rule(family, (TOOLS[1], bad), ToolChoice("auto"))
     assert refused.value.field == "tools[1].function.parameters"
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdi.tools.parser import Arguments, Call, CallParser, Event, Text
@@ -62,6 +62,7 @@ ANSWERS: list[tuple[str, str, list[Event], bool]] = [
 
 
 @pytest.mark.parametrize(("syntax", "text", "events", "whole"), ANSWERS)
+@settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 120), max_size=12))
 def test_any_split_of_an_answer_gives_its_calls(
     syntax: str, text: str, events: list[Event], whole: bool, cuts: list[int]
@@ -102,6 +103,7 @@ TEXTS = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=30)
 @given(syntax=st.sampled_from(sorted(SYNTAXES)), parts=TEXTS, cuts=st.lists(st.integers(0, 100), max_size=6))
 def test_any_split_of_any_text_gives_the_same(syntax: str, parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
@@ -113,6 +115,7 @@ def test_any_split_of_any_text_gives_the_same(syntax: str, parts: list[str], cut
 ARGUMENTS = st.dictionaries(st.text(), st.recursive(st.text() | st.integers(), st.lists, max_leaves=4), max_size=3)
 
 
+@settings(deadline=None, max_examples=30)
 @given(syntax=st.sampled_from(sorted(SYNTAXES)), arguments=st.lists(ARGUMENTS, min_size=1, max_size=3))
 def test_any_arguments_are_found_as_they_are(syntax: str, arguments: list[dict[str, object]]) -> None:
     made = [("get_weather", json.dumps(each, ensure_ascii=False)) for each in arguments]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdi.tools.thoughts import Thought, ThoughtSplitter
@@ -35,6 +35,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "opened", "expected"), TEXTS)
+@settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 50), max_size=8))
 def test_any_split_gives_the_same_thoughts(text: str, opened: bool, expected: tuple[str, str], cuts: list[int]) -> None:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
