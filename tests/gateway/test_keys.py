@@ -18,7 +18,7 @@ from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
 from mdi.gateway import keys as keys_module
 from mdi.gateway.keys import DAY_S, Account, Key, Keys, has_expired, read_keys
-from tests.gateway.conftest import CHAT, FakeServer, serving
+from tests.gateway.conftest import CHAT, LONG_WAIT_S, FakeServer, serving
 
 ALICE, BOB = "sk-alice", "sk-bob"
 FILE = f"""
@@ -39,7 +39,9 @@ def file(tmp_path: Path) -> Path:
 
 def ask(server: FakeServer, key: str | None, **headers: str) -> httpx.Response:
     given = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, headers=given | headers, verify=False)
+    return httpx.post(
+        f"{server.url}/v1/chat/completions", json=CHAT, headers=given | headers, verify=False, timeout=LONG_WAIT_S
+    )
 
 
 def rewrite(path: Path, content: str) -> None:
@@ -94,7 +96,7 @@ def test_a_key_with_too_many_requests_waits_and_others_do_not(file: Path) -> Non
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert 25 <= int(refused.headers["retry-after"]) <= 31
         assert ask(server, ALICE).status_code == 200
-        listed = httpx.get(f"{server.url}/v1/models", headers={"x-api-key": BOB}, verify=False)
+        listed = httpx.get(f"{server.url}/v1/models", headers={"x-api-key": BOB}, verify=False, timeout=LONG_WAIT_S)
         assert listed.status_code == 200  # computes nothing
 
 
@@ -106,7 +108,7 @@ def test_the_running_requests_and_tokens_of_a_key_are_counted(tmp_path: Path) ->
         server.engine.says(piece("a"), piece("b"), HOLD, piece("c", "stop"))
         headers = {"x-api-key": "k"}
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=CHAT | {"stream": True}, headers=headers) as running:
+        with httpx.stream("POST", url, json=CHAT | {"stream": True}, headers=headers, timeout=LONG_WAIT_S) as running:
             lines = running.iter_lines()  # whose end would be that of the connection
             next(lines)
             refused = ask(server, "k")
@@ -130,7 +132,7 @@ def test_an_expired_key_is_told_so(tmp_path: Path) -> None:
         refused = ask(server, "k")
         assert refused.status_code == 401
         assert refused.json()["error"]["message"] == "the key old expired at 2020-01-31 00:00 UTC"
-        assert httpx.get(f"{server.url}/health", verify=False).status_code == 200
+        assert httpx.get(f"{server.url}/health", verify=False, timeout=LONG_WAIT_S).status_code == 200
 
 
 @pytest.mark.parametrize(

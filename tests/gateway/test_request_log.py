@@ -12,7 +12,7 @@ from testing.fakes import HOLD, FakeEngine, piece
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError
-from tests.gateway.conftest import CHAT, HELLO, FakeServer, serving
+from tests.gateway.conftest import CHAT, HELLO, LONG_WAIT_S, FakeServer, serving
 
 ID = "x-request-id"
 
@@ -59,7 +59,11 @@ def test_every_answer_has_an_id_of_its_own(server: FakeServer) -> None:
     """Errors as well, the unforeseen ones too, and each once."""
     server.engine.refuse = lambda _: RuntimeError("x")
     answers = [server.post("/v1/chat/completions", json=body) for body in (CHAT, {}, {"model": "x", "messages": HELLO})]
-    answers += [server.get("/none"), server.get("/health"), httpx.get(server.url + "/v1/models", verify=False)]
+    answers += [
+        server.get("/none"),
+        server.get("/health"),
+        httpx.get(server.url + "/v1/models", verify=False, timeout=LONG_WAIT_S),
+    ]
     assert [answer.status_code for answer in answers] == [500, 400, 404, 404, 200, 401]
     assert len({answer.headers[ID] for answer in answers}) == len(answers)
     assert all(len(answer.headers.get_list(ID)) == 1 for answer in answers)
@@ -75,8 +79,8 @@ def test_a_line_says_who_asked_what_and_what_it_took(lines: Lines, caplog: pytes
     with serving(FakeEngine(), GatewayConfig(api_keys=("secret-key",))) as server:
         server.post("/v1/chat/completions?x=secret", json=CHAT, headers={ID: "a"})
         server.post("/v1/chat/completions", json={}, headers={ID: "b"})
-        httpx.get(server.url + "/v1/models", headers={ID: "c"}, verify=False)
-        httpx.get(server.url + "/a%0Ab", headers={ID: "d", **server.headers}, verify=False)
+        httpx.get(server.url + "/v1/models", headers={ID: "c"}, verify=False, timeout=LONG_WAIT_S)
+        httpx.get(server.url + "/a%0Ab", headers={ID: "d", **server.headers}, verify=False, timeout=LONG_WAIT_S)
         found = [lines.one_with(f" id={name}").split() for name in "abcd"]
         server.get("/health")
     assert [" ".join(parts[:4]) for parts in found] == [
@@ -103,7 +107,9 @@ def test_a_line_names_what_went_wrong_in_the_middle(lines: Lines) -> None:
         assert " 200 error=503 " in lines.one_with("/v1/chat")
         server.engine.says(piece("a"), HOLD, piece("b", "stop"))
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json={**CHAT, "stream": True}, headers={ID: "left"}) as answer:
+        with httpx.stream(
+            "POST", url, json={**CHAT, "stream": True}, headers={ID: "left"}, timeout=LONG_WAIT_S
+        ) as answer:
             next(answer.iter_lines())
         line = lines.one_with("id=left")
         assert '"POST /v1/chat/completions" 499' in line
