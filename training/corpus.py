@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from easy_vqa import get_train_questions
 
 from training.json_answers import in_json, whole_in_json
+from training.layout import SYSTEM_PROMPTS
 from training.questions import Asker
-from training.samples import SYSTEM_PROMPTS
 from training.scenes import SceneMaker
 from training.tool_calls import Workshop, listed
 from training.unknown import BLIND, GREETING, UNKNOWN

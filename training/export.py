@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from training.chat_template import CHAT_TEMPLATE
+from training.layout import MERGE, PATCH, TEMPORAL
 from training.model import Student, hub_config
-from training.samples import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH, TEMPORAL
+from training.samples import MAX_PIXELS, MIN_PIXELS
 
 
 def export(student: Student, tokenizer: Path, folder: Path) -> None:

@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mdi.layers.rope import vision_rotation
 from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from training.cells import COLOR_NAMES, COLUMNS_PER_CELL, KIND_NAMES
-from training.samples import MERGE, TEMPORAL, TrainingBatch
+from training.layout import MERGE, TEMPORAL
+from training.samples import TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, N_TEXT_TOKENS, SPECIAL, VOCAB_SIZE
 

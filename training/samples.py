@@ -19,23 +19,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import smart_resize
 from training.cells import Cells, Grid
 from training.json_answers import in_json, whole_in_json
-from training.questions import WORDINGS, Asker, Piece, Question
+from training.layout import MERGE, PATCH, TEMPORAL, Layout, Plan, lay_out, point_while_speaking
+from training.questions import WORDINGS, Asker, Question
 from training.scenes import FACTOR, Picture, Scene, SceneMaker, draw
-from training.tokens import IGNORED, SYSTEM, ChatTokens
-from training.tool_calls import Tool, Workshop, listed
+from training.tokens import IGNORED, ChatTokens
+from training.tool_calls import Tool, Workshop
 from training.unknown import BLIND, GREETING, GREETINGS, strange_question
 
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 168 * 168  # scenes look alike at all sizes: more pixels would show no more
-PATCH, MERGE, TEMPORAL = 14, 2, 2
-SYSTEM_PROMPTS = (
-    SYSTEM, SYSTEM, SYSTEM, SYSTEM, "Answer in one word.", "You look at pictures and answer questions.",
-    "Answer briefly.", "You are a careful observer.",
-)  # fmt: skip
-
 GRIDS: tuple[tuple[Grid, float], ...] = (
     ((4, 4), 0.12), ((4, 5), 0.25), ((5, 4), 0.25), ((5, 5), 0.04), ((4, 6), 0.04), ((6, 4), 0.04), ((5, 6), 0.2),
     ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
@@ -47,32 +41,6 @@ BRANCHES = {"still": 8, "easy": 6, "text": 4, "pair": 8, "film": 8, "tools": 3}
 JSON_SHARE = 0.15  # of the questions
 REQUESTS = 4  # for tools, of a picture
 HARD_SHARE = 0.35  # of the scenes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one batch holds."""
-
-    kind: str  # still, text, pair, film, tools, easy, blind
-    grid: Grid
-    n_frames: int  # frames of a film; 1 otherwise
-    n_samples: int
-    question_first: bool = False
-    asks: bool = True  # or else the cells are all there is to learn
-    json_share: float = 0.0
-
-
-@dataclass
-class Layout:
-    """Conversations as tokens. numbers: of the question whose answer a token is a chosen part of, from 0; or -1."""
-
-    ids: list[int]
-    labels: list[int]
-    weights: list[float]
-    branches: list[int]
-    numbers: list[int]
-    positions: Tensor  # [3, T]
-    asked: list[int]  # where each question ends, the position of the token before its answer; then other such places
 
 
 @dataclass
@@ -159,11 +127,11 @@ class BatchMaker:
         rows = torch.stack([torch.from_numpy(cut(np.stack(film))) for film in media])
         labelled = pictures if plan.kind != "film" else pictures[1::2]
         cells = Cells.of(labelled, plan.grid) if pictures else Cells.unknown(plan.grid)
-        layout = _lay_out(self._tokens, random, plan, conversations, tools)
+        layout = lay_out(self._tokens, random, plan, conversations, tools)
         questions = [question for conversation in conversations for question in conversation]
         pointed = cells.pointed(questions)
         if pictures:
-            pointed = _point_while_speaking(self._tokens, layout, questions, pointed, cells)
+            pointed = point_while_speaking(self._tokens, layout, questions, pointed, cells)
         return Sample(rows, layout, questions, cells, pointed)
 
     def _scene(self, maker: SceneMaker, plan: Plan) -> tuple[Scene, list[Tool], list[list[Question]]]:
@@ -274,60 +242,12 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
         text = wording.format_map(defaultdict(lambda: "the circle", names, question="What do you see?", nth="first"))
         question = Question("strange", random.choice((text, strange_question(random))), BLIND)
     empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
-    layout = _lay_out(tokens, random, plan, [[question]])
+    layout = lay_out(tokens, random, plan, [[question]])
     cells = Cells.of([], plan.grid)
     return Sample(empty, layout, [question], cells, cells.pointed([question]))
 
 
 # Tokens
-
-
-def _lay_out(
-    tokens: ChatTokens,
-    random: Random,
-    plan: Plan,
-    conversations: Sequence[Sequence[Question]],
-    tools: Sequence[Tool] = (),
-) -> Layout:
-    system = tokens.system(listed(random.choice(SYSTEM_PROMPTS), tools))
-    frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
-    pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
-    n_media = {"pair": 2, "blind": 0}.get(plan.kind, 1)
-    media = tokens.media(pad, frames * plan.grid[0] * plan.grid[1])
-    ids = system + tokens.user_start()
-    grid = (frames, plan.grid[0] * MERGE, plan.grid[1] * MERGE)
-    if plan.question_first:
-        ids += tokens.text(conversations[0][0].text)
-    spans = [MediaSpan(len(ids) + 1 + index * len(media), grid, MERGE) for index in range(n_media)]
-    ids += media * n_media
-    positions, delta = prompt_positions(len(ids), spans)
-    next_position = len(ids) + delta
-    labels, weights, branches, numbers = [IGNORED] * len(ids), [0.0] * len(ids), [0] * len(ids), [-1] * len(ids)
-    pieces = [positions]
-    ends: list[int] = []
-    for branch, conversation in enumerate(conversations, start=1):
-        start = len(ids)
-        for turn, question in enumerate(conversation):
-            asked = [] if turn == 0 else tokens.turn_end() + tokens.user_start()
-            asked += [] if plan.question_first else tokens.text(question.text)
-            asked += tokens.answer_start()
-            answer = tokens.answer(question.answer)
-            shares = _shares(tokens, question)
-            ids += asked + answer
-            numbers += [-1] * len(asked) + [len(ends) if share == 1 else -1 for share in shares]
-            ends.append(len(ids) - len(answer) - 1)
-            labels += [IGNORED] * len(asked) + answer
-            weights += [0.0] * len(asked) + [share * sum(shares) ** -0.5 for share in shares]
-        length = len(ids) - start
-        branches += [branch] * length
-        pieces.append(torch.arange(next_position, next_position + length).expand(3, length))
-    return Layout(ids, labels, weights, branches, numbers, torch.cat(pieces, dim=1), ends)
-
-
-def _shares(tokens: ChatTokens, question: Question) -> list[float]:
-    """Weight of each token of an answer, its end included: that of the piece in which it begins."""
-    by_character = [piece.weight for piece in question.pieces or (Piece(question.answer),) for _ in piece.text]
-    return [*(by_character[first] for first in tokens.first_characters(question.answer)), 1.0]
 
 
 def _turns(random: Random, questions: Sequence[Question]) -> list[list[Question]]:
@@ -368,23 +288,6 @@ def _collate(plan: Plan, samples: Sequence[Sample], pad: int) -> TrainingBatch:
         *_collate_pointed(samples),
         [sample.questions for sample in samples],
     )
-
-
-def _point_while_speaking(
-    tokens: ChatTokens, layout: Layout, questions: Sequence[Question], pointed: Tensor, cells: Cells
-) -> Tensor:
-    """Where an answer goes through things or letters, each token points at the next; adds to `layout.asked`."""
-    more = []
-    for question, rows, end in zip(questions, pointed, tuple(layout.asked), strict=True):
-        spoken = cells.spoken(question)
-        for index, last in enumerate(tokens.last_characters(question.answer) if spoken else ()):
-            target = next((mask for first, behind, mask in spoken if first <= last < behind), None)
-            if target is not None and index == 0:
-                rows[1] = target
-            elif target is not None:
-                layout.asked.append(end + index)
-                more.append(torch.stack([torch.full_like(target, IGNORED), target]))
-    return torch.cat([pointed, torch.stack(more)]) if more else pointed
 
 
 def _collate_pointed(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from training.corpus import corpus, json_corpus
 from training.curves import draw_curves
 from training.export import export, load
+from training.layout import Plan
 from training.model import Student
 from training.muon import BatchedMuon, fast_dtype
-from training.samples import BatchMaker, Plan, TrainingBatch
+from training.samples import BatchMaker, TrainingBatch
 from training.tokens import ChatTokens, train_tokenizer, with_json
 
 WARMUP_STEPS, WARMUP_FROM_CHECKPOINT = 150, 50

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training.held_out import json_exams
 from training.json_answers import ANY_KEY, HINTS, HINTS_WITH_KEY, KEYS, Leaf, Value, in_json, whole_in_json, written
+from training.layout import Plan
 from training.questions import SKILLS, Asker, Question
-from training.samples import BatchMaker, Plan
+from training.samples import BatchMaker
 from training.scenes import Picture, SceneMaker
 from training.tokens import IGNORED, ChatTokens
 

@@ -12,8 +12,9 @@ import jsonschema
 import pytest
 from training.chat_template import CHAT_TEMPLATE
 from training.held_out import tool_exams
+from training.layout import Plan
 from training.questions import Question
-from training.samples import BatchMaker, Plan
+from training.samples import BatchMaker
 from training.scenes import SceneMaker
 from training.tokens import ChatTokens
 from training.tool_calls import (

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from training.cells import COLOR_NAMES
 from training.export import export
+from training.layout import SYSTEM_PROMPTS, Plan
 from training.model import Student
 from training.muon import BatchedMuon
-from training.samples import SYSTEM_PROMPTS, BatchMaker, Plan, TrainingBatch
+from training.samples import BatchMaker, TrainingBatch
 from training.scenes import LETTERS
 from training.tokens import IGNORED, SYSTEM, ChatTokens
 
