@@ -23,6 +23,12 @@ PERSON = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
+TAGS: dict[str, Any] = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<n>", "schema": {"type": "integer", "minimum": 0, "maximum": 9}, "end": "</n>"}],
+    "triggers": ["<n"],
+}
+
 
 def constraint_of(server: FakeServer, **fields: Any) -> Constraint | None:
     answer = server.post("/v1/chat/completions", json={**CHAT, **fields})
@@ -54,12 +60,16 @@ def test_nothing_is_asked_for(server: FakeServer, fields: dict[str, Any]) -> Non
         ({"structured_outputs": {"json": json.dumps(PERSON)}}, "structured_outputs.json", "start: %json "),
         ({"structured_outputs": {"json": True}}, "structured_outputs.json", 'start: %json {"x-'),
         ({"structured_outputs": {"regex": "a/b\n\\/"}}, "structured_outputs.regex", r"start: /a\/b\n\//"),
-        ({"structured_outputs": {"choice": ['"é', "b"]}}, "structured_outputs.choice", r'start: "\"é" | "b"'),
+        (
+            {"structured_outputs": {"choice": ['"é', "b"]}},
+            "structured_outputs.choice",
+            'start: CHOICE\nCHOICE: "\\"é" | "b"',
+        ),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs.grammar", 'start: "a"'),
         ({"structured_outputs": {"json_object": True}}, "structured_outputs.json_object", "start: %json "),
         ({"guided_json": PERSON}, "guided_json", "start: %json "),
         ({"guided_regex": "[ab]+"}, "guided_regex", "start: /[ab]+/"),
-        ({"guided_choice": ["a", "b"]}, "guided_choice", 'start: "a" | "b"'),
+        ({"guided_choice": ["a", "b"]}, "guided_choice", 'start: CHOICE\nCHOICE: "a" | "b"'),
         ({"guided_grammar": 'start: "a"'}, "guided_grammar", 'start: "a"'),
     ],
 )
@@ -90,6 +100,11 @@ def test_each_field_asks_for_a_grammar(server: FakeServer, fields: dict[str, Any
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}},
             "response_format.json_schema.schema",
         ),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.structures"),
+        ({"response_format": TAGS | {"triggers": []}}, "response_format.triggers"),
+        ({"response_format": TAGS | {"triggers": None}}, "response_format.triggers"),
+        ({"response_format": TAGS | {"triggers": ["x"]}}, "response_format.structures[0].begin"),
+        ({"response_format": TAGS | {"structures": [{"begin": "<n>"}]}}, "response_format.structures[0].schema"),
         ({"structured_outputs": []}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
@@ -141,6 +156,37 @@ def test_a_random_model_answers_in_json_of_the_schema(real: RealServer, seed: in
     jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
 
 
+def test_numbers_and_objects_of_a_schema_are_read_as_meant(server: FakeServer) -> None:
+    """2.0 is a whole number; disable_additional_properties closes objects whose schema leaves them open."""
+    inner = {"properties": {"a": {"const": {"properties": {}}}, "b": {"properties": {}, "additionalProperties": True}}}
+    fields = {"json": {"items": inner, "maxItems": 2.0}, "disable_additional_properties": True}
+    asked = constraint_of(server, structured_outputs=fields)
+    assert asked
+    schema = json.loads(asked.grammar.removeprefix("start: %json "))
+    closed = {"additionalProperties": False, **inner}
+    assert schema["items"] == closed
+    assert '"maxItems": 2,' in asked.grammar
+
+
+def test_a_structure_is_followed_from_its_trigger_on(real: RealServer) -> None:
+    """The bias makes a random model write `<n>`, which it never would; the schema decides what follows."""
+    biases = {str(ord(letter)): 100 for letter in "<n>"}
+    answer = asked(real, response_format=TAGS, logit_bias=biases, max_tokens=400).json()
+    text = answer["choices"][0]["message"]["content"]
+    assert re.search(r"<n>[0-9]</n>", text)
+    assert all(re.match(r"<n>[0-9]</n>|<n>[0-9]?(</?n?)?$", text[place:]) for place in _places(text, "<n>"))
+
+
+def _places(text: str, part: str) -> list[int]:
+    return [found.start() for found in re.finditer(part, text)]
+
+
+def test_a_completion_follows_gbnf(real: RealServer) -> None:
+    grammar = 'root ::= "a" [0-9] other\nother ::= ("b" | "c")'
+    text = asked(real, "completions", structured_outputs={"grammar": grammar}).json()["choices"][0]["text"]
+    assert re.fullmatch("a[0-9][bc]", text)
+
+
 def test_a_completion_follows_its_regular_expression(real: RealServer) -> None:
     answer = asked(real, "completions", guided_regex=r"[a-f]{3}/\d{2}", n=3, seed=1).json()
     texts = [choice["text"] for choice in answer["choices"]]
@@ -154,7 +200,12 @@ def test_a_completion_follows_its_regular_expression(real: RealServer) -> None:
     [
         ({"guided_json": {"not": {}}}, "guided_json", 'the keywords "not" are not supported'),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
-        ({"guided_grammar": "root ::= 5"}, "guided_grammar", ""),
+        ({"guided_grammar": "root ::= 5"}, "guided_grammar", "Rule '5' not found: write it in Lark"),
+        (
+            {"response_format": TAGS | {"structures": [{"begin": "<n>", "schema": {"not": {}}}]}},
+            "response_format.structures[0].schema",
+            'the keywords "not" are not supported',
+        ),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_its_cause(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
 
 from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
@@ -16,6 +17,7 @@ from mdi.engine.grammar_check import GrammarChecker
 from mdi.engine.grammar_start import WhenBegun
 from mdi.prompt.tokenizer import Tokenizer
 
+MAX_GBNF_CHARACTERS = 32 * 1024  # read by Python, some 200 a millisecond
 MAX_KEPT = 16  # compiled grammars; one grows with the texts that follow it
 LIMITS = LLParserLimits(verbose_errors=False)
 GENERATED = ("failed to compile JSON schema: ", ": invalid regex ")  # behind it stands what the client wrote
@@ -64,11 +66,12 @@ class Grammars:
             self._checker.close()
 
     def _compiled(self, constraint: Constraint) -> Matcher:
-        if error := self._checker.error(constraint.grammar):
+        grammar = _lark(constraint)
+        if error := self._checker.error(grammar):
             for field, grammar in constraint.parts:
                 self._compiled(Constraint(grammar, field))
             raise InputError(f"{constraint.field}: {_cause(error)}", constraint.field)
-        matcher = LLMatcher(self._parts, constraint.grammar, log_level=0, limits=LIMITS)
+        matcher = LLMatcher(self._parts, grammar, log_level=0, limits=LIMITS)
         start = Matcher(matcher, constraint.field, self._vocab_size, self._parts)
         if start.complete:
             raise InputError(f"{constraint.field} allows no text but the empty one", constraint.field)
@@ -197,6 +200,20 @@ class _Vocabulary:
     @cached_property
     def _max_bytes(self) -> int:
         return max(map(len, self._ids))
+
+
+def _lark(constraint: Constraint) -> str:
+    """The constraint's grammar, which may be GBNF (llama.cpp, grammars/README.md) instead of Lark."""
+    grammar, field = constraint.grammar, constraint.field
+    if "::=" not in grammar or is_lark_syntax(grammar):
+        return grammar
+    if len(grammar) > MAX_GBNF_CHARACTERS:
+        raise InputError(f"{field}: GBNF has at most {MAX_GBNF_CHARACTERS} characters: write it in Lark", field)
+    try:
+        return any_to_lark(grammar)
+    except Exception as error:  # of any kind: it is no parser for strangers' texts
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"{field}: {cause or 'it is no GBNF'}: write it in Lark, with a rule start", field) from None
 
 
 def _any(bits: bytes | bytearray) -> bool:

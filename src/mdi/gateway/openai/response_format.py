@@ -15,17 +15,19 @@ from mdi.core.constraint import BLANKS, Constraint, json_rule
 from mdi.core.errors import InputError
 from mdi.core.sampling import Flag
 from mdi.core.unknown_fields import UnknownField
-from mdi.core.values import checked_json, checked_text
+from mdi.core.values import as_whole, checked_json, checked_text
 from mdi.gateway.schemas import GatewayRequest
 
 MAX_CHARACTERS = 256 * 1024  # of a schema or grammar
 MAX_DEPTH = 64  # of a schema: an object inside of an object takes two
 MAX_CHOICES = 4096
+MAX_TAGS = 128
 ANY_OBJECT = {"type": "object"}
 
-Schema = Annotated[
-    Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}, {"type": "null"}]})
-]
+KEPT = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+Schema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "null"}]})]
+"""A JSON schema; its text is read as well."""
+
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=MAX_CHARACTERS)]
 Choices = Annotated[list[Annotated[str, Field(strict=True)]], Field(min_length=1, max_length=MAX_CHOICES)]
 
@@ -41,13 +43,27 @@ class JsonSchemaFormat(BaseModel):
     strict: Flag | None = None
 
 
-class ResponseFormat(BaseModel):
-    """OpenAI's response_format."""
+class TaggedStructure(BaseModel):
+    """JSON of a schema between two texts."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["text", "json_object", "json_schema"]
+    begin: Text
+    given: Schema = Field(alias="schema")
+    end: Annotated[str, Field(strict=True, max_length=MAX_CHARACTERS)] = ""
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's response_format, and vLLM's structural_tag: the answer is free until it writes one of the `triggers`,
+    with which each of the `structures` begins, and free again behind a structure.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    structures: Annotated[list[TaggedStructure], Field(min_length=1, max_length=MAX_TAGS)] | None = None
+    triggers: Annotated[list[Text], Field(min_length=1, max_length=MAX_TAGS)] | None = None
 
     def constraints(self) -> Iterator[Constraint]:
         """What it asks for, which may be nothing."""
@@ -57,12 +73,34 @@ class ResponseFormat(BaseModel):
             if self.json_schema is None:
                 raise InputError("response_format.json_schema is missing", "response_format.json_schema")
             yield _json(self.json_schema.given, BLANKS, "response_format.json_schema.schema")
+        elif self.type == "structural_tag":
+            yield self._tags()
+
+    def _tags(self) -> Constraint:
+        if not self.structures or not self.triggers:
+            missing = "triggers" if self.structures else "structures"
+            raise InputError(f"response_format.{missing} is missing", f"response_format.{missing}")
+        rules, parts = list[str](), list[tuple[str, str]]()
+        for index, tag in enumerate(self.structures):
+            place = f"response_format.structures[{index}]"
+            if not tag.begin.startswith(tuple(self.triggers)):
+                raise InputError(f"{place}.begin must start with one of the triggers", f"{place}.begin")
+            rule = json_rule(_schema(tag.given, f"{place}.schema"))
+            begin, end = (checked_text(text, place) for text in (tag.begin, tag.end))
+            rules.append(f"{_quoted(begin)} {rule} {_quoted(end) if end else ''}")
+            parts.append((f"{place}.schema", f"start: {rule}"))
+        grammar = "start: " + " | ".join(f"tag{index}" for index in range(len(rules)))
+        named = "".join(f"\ntag{index}: {rule}" for index, rule in enumerate(rules))
+        return Constraint(
+            grammar + named, "response_format", begins=tuple(self.triggers), repeats=True, parts=tuple(parts)
+        )
 
 
 class StructuredOutputs(BaseModel):
     """vLLM's structured_outputs.
 
     whitespace_pattern: what may stand between the parts of JSON, in place of `BLANKS`; disable_any_whitespace: nothing.
+    disable_additional_properties: objects have the properties that the schema names, unless it says otherwise.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -74,12 +112,13 @@ class StructuredOutputs(BaseModel):
     grammar: Text | None = None
     whitespace_pattern: Text | None = None
     disable_any_whitespace: Flag | None = None
+    disable_additional_properties: Flag | None = None
 
     def constraints(self, prefix: str = "structured_outputs.") -> Iterator[Constraint]:
         """What it asks for, field by field. prefix: of the fields' names in the request."""
         blanks = "" if self.disable_any_whitespace else self.whitespace_pattern or BLANKS
         if self.given_json is not None:
-            yield _json(self.given_json, blanks, f"{prefix}json")
+            yield _json(self.given_json, blanks, f"{prefix}json", closed=bool(self.disable_additional_properties))
         if self.json_object:
             yield _json(ANY_OBJECT, blanks, f"{prefix}json_object")
         if self.regex is not None:
@@ -131,10 +170,14 @@ class ConstrainedRequest(GatewayRequest):
         for place, part in places.items():
             for name in (part and part.model_extra) or ():
                 unknown(f"{place}.{name}")
+        for index, tag in enumerate((self.response_format and self.response_format.structures) or ()):
+            for name in tag.model_extra or ():
+                unknown(f"response_format.structures[{index}].{name}")
 
 
-def _json(given: Any, blanks: str, field: str) -> Constraint:
-    return Constraint(f"start: {json_rule(_schema(given, field), blanks)}", field)
+def _json(given: Any, blanks: str, field: str, *, closed: bool = False) -> Constraint:
+    schema = _schema(given, field)
+    return Constraint(f"start: {json_rule(_closed(schema) if closed else schema, blanks)}", field)
 
 
 def _schema(given: Any, field: str) -> Mapping[str, Any] | bool:
@@ -146,10 +189,28 @@ def _schema(given: Any, field: str) -> Mapping[str, Any] | bool:
             raise InputError(f"{field} is a text that is not valid JSON: send the schema itself", field) from None
     if not isinstance(given, (Mapping, bool)):
         raise InputError(f"{field} must be a JSON schema, which is an object", field)
-    schema: Mapping[str, Any] | bool = checked_json(given, field, MAX_DEPTH)
+    schema: Mapping[str, Any] | bool = _whole(checked_json(given, field, MAX_DEPTH))
     if (length := len(json.dumps(schema))) > MAX_CHARACTERS:
         raise InputError(f"{field} has {length} characters: a schema has at most {MAX_CHARACTERS}", field)
     return schema
+
+
+def _whole(value: Any) -> Any:
+    """A JSON value with 2.0 as 2, as JSON schemas count."""
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else as_whole(value)
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no other properties than it names, unless it says so."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = {name: item if name in KEPT else _closed(item) for name, item in schema.items()}
+    names = isinstance(schema.get("properties"), Mapping) or isinstance(schema.get("patternProperties"), Mapping)
+    return {"additionalProperties": False, **closed} if names else closed
 
 
 def _regex(given: str, field: str) -> Constraint:
@@ -163,4 +224,9 @@ def _choice(given: Sequence[str], field: str) -> Constraint:
     texts = [checked_text(text, f"{field}[{index}]") for index, text in enumerate(given)]
     if (length := sum(map(len, texts))) > MAX_CHARACTERS:
         raise InputError(f"{field} has {length} characters: choices have at most {MAX_CHARACTERS} together", field)
-    return Constraint("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts), field)
+    return Constraint("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, texts)), field)
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark writes it."""
+    return json.dumps(text, ensure_ascii=False)
