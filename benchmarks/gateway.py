@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from testing.fakes import FakeEngine
 
+from mdi.cli.parent import end_with_parent
 from mdi.core.batch import Token
 from mdi.core.config import GatewayConfig
 from mdi.core.messages import Conversation, PromptInput, parse_messages
@@ -195,7 +196,7 @@ class Server:
 @contextmanager
 def server(profile: str | None) -> Iterator[Server]:
     command = [sys.executable, "-m", "benchmarks.gateway", "--serve", *(("--profile", profile) if profile else ())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
             yield Server(psutil.Process(process.pid), int(process.stdout.readline().rsplit(":", 1)[1]))
@@ -205,6 +206,7 @@ def server(profile: str | None) -> Iterator[Server]:
 
 
 def run_server(profile: str | None) -> None:
+    end_with_parent()
     profiler = cProfile.Profile() if profile else None
     if profiler:
         profiler.enable()
