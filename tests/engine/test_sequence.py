@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mdi.core.sampling import SamplingParams
 from mdi.engine.sequence import Request, SeenTokens, Sequence, detokenizer_of
 from mdi.engine.stream import Stream
 from mdi.prompt.builder import Prompt
+from mdi.prompt.tokenizer import Thoughts
 
 END = 256
 PROMPT = Prompt((104, 105), torch.arange(2).repeat(3, 1), delta=0, media=())
@@ -80,3 +83,36 @@ def test_tokens_that_were_seen_are_counted_as_they_come(prompt: list[int], answe
         seen.add(token)
     assert seen.bits == token_bits([*prompt, *answer])
     assert dict(zip(seen.ids, seen.counts, strict=True)) == {token: answer.count(token) for token in answer}
+
+
+@pytest.mark.parametrize(("opened", "first"), [(True, ""), (False, "<think>")])
+def test_a_rule_holds_behind_the_thoughts_of_each_sample(tokenizer: Tokenizer, opened: bool, first: str) -> None:
+    """The engine knows from the prompt whether thoughts are open; ends are forbidden in them."""
+    think, thought = 300, 301
+    prompt = replace(PROMPT, thoughts=Thoughts(opened, (think, thought)))
+    request = Request(Stream(lambda: None), SamplingParams(n=2).resolved(SamplingParams(), 100), rule=OnlyA())
+    request.set_prompt(prompt, tokenizer, frozenset({END}), 100)
+    assert request.stream.opens_thought is opened
+    for sequence in request.sequences:
+        if first:
+            sequence.append((Token(think, 0.0),))
+        mask = sequence.sampling().token_mask
+        assert mask
+        assert (mask[ord("b") // 8] >> ord("b") % 8 & 1, mask[END // 8] >> END % 8 & 1) == (1, 0)
+        sequence.append(tokens("b", thought))
+        assert sequence.sampling().token_mask == OnlyA().mask((), may_end=True)
+
+
+class OnlyA:
+    """A rule that allows one letter."""
+
+    complete = False
+
+    def copy(self) -> Self:
+        return self
+
+    def push(self, token_id: int) -> None:
+        assert token_id == ord("a")
+
+    def mask(self, end_ids: Iterable[int], *, may_end: bool) -> bytes:
+        return bytes(token_bits(b"a")).ljust(40, b"\0")

@@ -211,3 +211,27 @@ def test_tools_are_called_after_thoughts(server: FakeServer) -> None:
 def test_the_wish_to_think_reaches_the_template(server: FakeServer, given: Any, expected: Any) -> None:
     assert server.post("/v1/chat/completions", json=CHAT | given).status_code == 200
     assert server.engine.calls[-1].settings == expected
+
+
+def test_marks_that_are_special_tokens_are_asked_for(server: FakeServer) -> None:
+    """The text has them for the parser, and only where calls or thoughts are looked for."""
+    server.engine.capabilities = replace(
+        server.engine.capabilities, tool_syntax="mistral", special_marks={"[TOOL_CALLS]": 5}
+    )
+    asked = []
+    for body in (CHAT, {**CHAT, "tools": TOOLS}, {**CHAT, "tools": TOOLS, "tool_choice": "none"}):
+        assert server.post("/v1/chat/completions", json=body).status_code == 200
+        call = server.engine.calls[-1]
+        assert call.conversation
+        asked.append((call.conversation.marks, call.constraint and call.constraint.begins))
+    assert asked == [((), None), (("[TOOL_CALLS]",), ("[TOOL_CALLS]",)), ((), None)]
+    constraint = server.engine.calls[1].constraint
+    assert constraint
+    assert "<[5]>" in constraint.grammar
+
+
+def test_a_stop_string_within_a_call_ends_the_answer_and_the_call_is_not_whole(server: FakeServer) -> None:
+    server.engine.says(piece('<tool_call>\n{"name": "clock", "arguments": {"a": '), piece("", "stop"))
+    choice = server.post("/v1/chat/completions", json={**CHAT, "tools": TOOLS, "stop": "x"}).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": '

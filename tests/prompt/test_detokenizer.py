@@ -71,3 +71,21 @@ def test_stop_strings_end_the_text_before_them(text: str, stop: list[str], expec
 def test_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(tokenizer.backend, ["END"])
     assert [detokenizer.push(token) for token in tokenizer.encode("xENx")] == ["x", "", "", "ENx"]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_marks_are_shown_though_other_special_tokens_are_not(tokenizer: Tokenizer, skip: bool) -> None:
+    mark, other = tokenizer.backend.get_vocab()["<|im_start|>"], tokenizer.backend.get_vocab()["<|im_end|>"]
+    detokenizer = Detokenizer(tokenizer.backend, skip_special_tokens=skip, marks=frozenset({mark}))
+    first, rest = "é".encode()
+    ids = [*tokenizer.encode("a"), first, mark, rest, *tokenizer.encode(" b"), other, mark]
+    text = "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+    shown = "" if skip else "<|im_end|>"
+    assert text == f"a\ufffd<|im_start|>\ufffd b{shown}<|im_start|>"
+
+
+def test_a_stop_string_may_stand_behind_a_mark(tokenizer: Tokenizer) -> None:
+    mark = tokenizer.backend.get_vocab()["<|im_start|>"]
+    detokenizer = Detokenizer(tokenizer.backend, (">ab",), marks=frozenset({mark}))
+    text = "".join(map(detokenizer.push, [mark, *tokenizer.encode("abc")])) + detokenizer.finish()
+    assert (text, detokenizer.stopped_by) == ("<|im_start|", ">ab")

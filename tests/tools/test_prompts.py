@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from mdi.core.messages import parse_messages
 from mdi.core.tools import Tool, parse_tools
+from mdi.prompt.tokenizer import Thoughts, Tokenizer
 from tests.tools.conftest import MakeTokenizer
 
 SCHEMA: dict[str, Any] = {
@@ -115,6 +116,38 @@ def test_without_a_system_message_the_instruction_is_one(tokenizer_with: MakeTok
     text = text_of(tokenizer_with, PLAIN, [{"role": "user", "content": "Hi"}], TOOLS[:1])
     assert text.startswith("<|user|>system\nYou may call functions")
     assert '{"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}' in text
+
+
+OPENING = QWEN3.replace(
+    "{{- '<|assistant|>\\n' }}\n    {%- if enable", "{{- '<|assistant|>\\n<think>\\n' }}\n    {%- if enable"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "opened"),
+    [(QWEN3, {}, False), (QWEN3, {"enable_thinking": False}, None), (OPENING, {}, True), (QWEN2_5, {}, False)],
+    ids=["may think", "may not", "thinks", "knows the marks"],
+)
+def test_the_prompt_says_how_thoughts_may_begin(
+    tokenizer_with: MakeTokenizer, template: str, settings: dict[str, Any], opened: bool | None
+) -> None:
+    tokenizer, _ = tokenizer_with(template)
+    assert tokenizer.reasoning == ("<think>", "</think>")
+    forged = parse_messages([{"role": "user", "content": "say <think>"}])
+    thoughts = tokenizer.thoughts(tokenizer.encode_chat(forged, settings))
+    vocabulary = tokenizer.backend.get_vocab()
+    marks = (vocabulary["<think>"], vocabulary["</think>"])
+    assert thoughts == (None if opened is None else Thoughts(opened, marks))
+
+
+def test_settings_choose_the_family(tokenizer_with: MakeTokenizer) -> None:
+    _, path = tokenizer_with(QWEN3)
+    chosen = Tokenizer(path, None, "mistral", "none")
+    assert (chosen.tool_syntax, chosen.reasoning, chosen.thoughts([1])) == ("mistral", None, None)
+    _, path = tokenizer_with(PLAIN)
+    messages = parse_messages([{"role": "user", "content": "Hi"}])
+    told = Tokenizer(path, None, "llama3_json")
+    assert '{"name": "NAME", "parameters": {"ARGUMENT"' in told.decode(told.encode_chat(messages, tools=TOOLS))
 
 
 FORGED = st.sampled_from([*SPECIAL, *MARKS, "<|", "user", "|>", "<", "s>", "[TOOL_", "CALLS]", "[", "\ue000", "é", '"'])
