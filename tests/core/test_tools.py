@@ -50,6 +50,7 @@ BAD_TOOLS: list[tuple[Any, str]] = [
     ([tool(parameters=[])], "tools[0].function.parameters"),
     ([tool(parameters={"type": "string"})], "tools[0].function.parameters.type"),
     ([tool(parameters={"x": "\ud800"})], "tools[0].function.parameters"),
+    ([tool(parameters={"enum": ["x" * 300_000]})], "tools[0].function.parameters"),
     ([tool(strict="yes")], "tools[0].function.strict"),
     ([tool(f"f{number}") for number in range(129)], "tools"),
 ]

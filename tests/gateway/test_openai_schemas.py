@@ -29,6 +29,8 @@ def test_fields_that_ask_for_nothing_are_accepted(server: FakeServer, fields: di
     ("path", "field", "value"),
     [
         ("chat/completions", "tool_choice", "required"),
+        ("completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("completions", "function_call", {"name": "f"}),
         ("chat/completions", "response_format", "json_object"),
         ("chat/completions", "top_logprobs", 2),
         ("chat/completions", "modalities", ["text", "audio"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ ChoiceMode = Literal["auto", "required", "none"]
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_SCHEMA_DEPTH = 64  # an object inside of an object takes two
+MAX_SCHEMA_CHARACTERS = 256 * 1024
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -188,19 +191,29 @@ def _tool(given: Any, path: str, unknown: UnknownField) -> Tool:
         )
     if description is not None and not isinstance(description, str):
         raise InputError(f"{path}.description must be a string", f"{path}.description")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise InputError(f"{path}.parameters must be a JSON schema, which is an object", f"{path}.parameters")
-    if parameters is not None and parameters.get("type", "object") != "object":
-        raise InputError(f"{path}.parameters.type must be object", f"{path}.parameters.type")
     if strict is not None and not isinstance(strict, bool):
         raise InputError(f"{path}.strict must be true or false", f"{path}.strict")
     return Tool(
         name,
         checked_text(description, f"{path}.description") if description is not None else None,
-        checked_json(parameters, f"{path}.parameters"),
+        _schema(parameters, f"{path}.parameters"),
         bool(strict),
         path,
     )
+
+
+def _schema(given: Any, path: str) -> Mapping[str, Any] | None:
+    """A JSON schema of an object. Raises InputError for anything else, and for a large one."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise InputError(f"{path} must be a JSON schema, which is an object", path)
+    if given.get("type", "object") != "object":
+        raise InputError(f"{path}.type must be object", f"{path}.type")
+    schema: Mapping[str, Any] = checked_json(given, path, MAX_SCHEMA_DEPTH)
+    if (length := len(json.dumps(schema))) > MAX_SCHEMA_CHARACTERS:
+        raise InputError(f"{path} has {length} characters: a schema has at most {MAX_SCHEMA_CHARACTERS}", path)
+    return schema
 
 
 def _report_unknown(given: Mapping[str, Any], known: Sequence[str], path: str, unknown: UnknownField) -> None:

@@ -65,6 +65,7 @@ def messages_schema(*, strict: bool) -> Schema:
     others: dict[str, Schema] = {
         "name": name_or_null,
         "reasoning_content": name_or_null,
+        "reasoning": {},
         "tool_call_id": name_or_null,
         "tool_calls": {"anyOf": [{"type": "array", "items": calls}, {"type": "null"}]},
         "function_call": {"anyOf": [call, {"type": "null"}]},

@@ -35,6 +35,12 @@ IGNORED = frozenset(
 """OpenAI's fields that change nothing about an answer here."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # of chats, on completions
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    # of OpenAI
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
