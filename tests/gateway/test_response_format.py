@@ -105,6 +105,14 @@ def test_each_field_asks_for_a_grammar(server: FakeServer, fields: dict[str, Any
         ({"response_format": TAGS | {"triggers": None}}, "response_format.triggers"),
         ({"response_format": TAGS | {"triggers": ["x"]}}, "response_format.structures[0].begin"),
         ({"response_format": TAGS | {"structures": [{"begin": "<n>"}]}}, "response_format.structures[0].schema"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": [None]}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "text", "structures": [{"begin": "a", "schema": "b"}]}},
+            "response_format.structures[0].schema",
+        ),
         ({"structured_outputs": []}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),

@@ -39,7 +39,7 @@ class JsonSchemaFormat(BaseModel):
 
     name: Annotated[str, Field(strict=True, pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    given: Annotated[Any, WithJsonSchema({"type": "object"})] = Field(alias="schema")
+    given: dict[str, Any] = Field(alias="schema")
     strict: Flag | None = None
 
 
@@ -49,7 +49,7 @@ class TaggedStructure(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     begin: Text
-    given: Schema = Field(alias="schema")
+    given: dict[str, Any] = Field(alias="schema")
     end: Annotated[str, Field(strict=True, max_length=MAX_CHARACTERS)] = ""
 
 
