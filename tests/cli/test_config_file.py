@@ -147,6 +147,8 @@ def test_words_after_a_repeated_option_belong_to_it(started: Started) -> None:
         (["--limit-mm-per-prompt", "audio=1"], "--limit-mm-per-prompt is like image=2,video=1"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs a certificate: give it with --ssl-certfile"),
         (["--ssl-certfile", "none.pem"], "no HTTPS with none.pem"),
+        (["--api-keys", "none.yaml"], "the API keys in none.yaml cannot be read (No such file or directory)"),
+        (["--api-key", ""], "the API key is empty"),
         (["--root-path", "mdi/"], "a root path begins with /"),
         (["--served-model-name", ""], "a name of the model is empty"),
         (["--uvicorn-log-level", "loud"], "uvicorn_log_level must be one of critical, error"),

@@ -12,7 +12,7 @@ from testing.fakes import FakeEngine
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
-from mdi.gateway.server import check_certificate
+from mdi.gateway.server import check_files
 from mdi.rpc.authority import create_authority, create_node
 from tests.gateway.conftest import CHAT, serving
 
@@ -73,10 +73,10 @@ def test_with_authorities_of_clients_each_needs_a_certificate(certs: Path) -> No
 def test_files_that_make_no_https_are_named(certs: Path, settings: dict[str, str]) -> None:
     paths = {name: certs / file for name, file in settings.items()}
     with pytest.raises(ConfigError, match=f"no HTTPS with .*{next(iter(settings.values()))}.*name PEM files"):
-        check_certificate(config(certs, **paths))
+        check_files(config(certs, **paths))
 
 
 def test_a_key_s_password_is_not_asked_for_on_the_terminal(certs: Path) -> None:
-    check_certificate(config(certs, ssl_keyfile=certs / "locked.key", ssl_keyfile_password="open"))
+    check_files(config(certs, ssl_keyfile=certs / "locked.key", ssl_keyfile_password="open"))
     with pytest.raises(ConfigError):
-        check_certificate(config(certs, ssl_keyfile=certs / "locked.key", ssl_keyfile_password="wrong"))
+        check_files(config(certs, ssl_keyfile=certs / "locked.key", ssl_keyfile_password="wrong"))

@@ -84,11 +84,11 @@ def serve(
             f"--pipeline-parallel-size {tensor_parallel}"
         )
     from mdi.gateway.middleware.request_log import show_access_log
-    from mdi.gateway.server import bind, check_certificate, raise_open_files
+    from mdi.gateway.server import bind, check_files, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
     http = gateway.config()
-    check_certificate(http)
+    check_files(http)
     limits = limits_of_kinds(limit_mm_per_prompt, "--limit-mm-per-prompt")
     if not gateway.no_access_log:
         show_access_log()

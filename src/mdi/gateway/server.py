@@ -22,6 +22,7 @@ from mdi.core.errors import ConfigError
 from mdi.gateway.app import create_app
 from mdi.gateway.connection import REQUEST_TIMEOUT, Connection, ConnectionLimit, Occasionally
 from mdi.gateway.engine import TextEngine
+from mdi.gateway.keys import read_keys
 
 HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
@@ -71,8 +72,10 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def check_certificate(config: GatewayConfig) -> None:
-    """Raises ConfigError for a certificate, key or authorities that cannot be used, before the model is loaded."""
+def check_files(config: GatewayConfig) -> None:
+    """Raises ConfigError for files of API keys or for HTTPS that cannot be used, before the model is loaded."""
+    if config.api_keys_file is not None:
+        read_keys(config.api_keys_file)
     if config.ssl_certfile is None:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
