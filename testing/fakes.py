@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import deque
@@ -300,8 +301,10 @@ class FakeLink:
 def _drawn(cache: list[tuple[float, ...]], draw: TokenSampling) -> Token:
     """A small letter of the allowed ones, decided by everything computed so far, and by chance unless greedy.
 
-    Chance is seed, sample and position.
+    Chance is seed, sample and position. A bias that forces a token decides alone.
     """
+    if draw.adjustment and math.inf in draw.adjustment.biases:
+        return Token(draw.adjustment.biased_ids[0], -1.0)
     chance = (draw.seed, draw.sample, draw.position) if draw.temperature else ()
     mask = draw.token_mask
     letters = [token for token in range(97, 123) if mask is None or mask[token // 8] >> token % 8 & 1]

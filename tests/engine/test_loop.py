@@ -354,3 +354,17 @@ def test_streams_and_the_encoding_of_an_image_take_turns(make_world: Callable[..
     assert len(streamed) > 10
     assert max(streamed) < 50  # some 4 where the machine is not busy
     assert seeing.completion().text
+
+
+@pytest.mark.parametrize("breaks", [(), (0, 2, 5), (1, 1, 1, 1), (3, 0, 0, 4)])
+def test_logprobs_of_a_prompt_come_once_whatever_is_lost(
+    make_world: Callable[..., World], breaks: tuple[int, ...]
+) -> None:
+    prompt = text("a longer prompt, of several chunks")
+    expected = make_world().submit(prompt, WARM).stream.completion()
+    world = make_world(breaks=breaks)
+    requests = [world.submit(prompt, WARM.model_copy(update={"prompt_logprobs": 0, "n": n})) for n in (1, 2)]
+    for request in requests:
+        answer = request.stream.completion()
+        assert answer.samples[0].token_ids == expected.samples[0].token_ids
+        assert tuple(token.id for token in request.stream.prompt_logprobs) == prompt.token_ids[1:]

@@ -50,7 +50,7 @@ def test_slices_stand_one_after_the_other() -> None:
     edits = (Copy(1, 2, 3), Release(1, 0))
     batch, hidden = pack(9, scheduled, edits, embed)
     assert (batch.id, batch.edits) == (9, edits)
-    assert batch.slices == (Slice(4, 3, 1, (words.sampling(),)), Slice(2, 0, 5, ()))
+    assert batch.slices == (Slice(4, 3, 1, words.samplings(3, 4, draws=True)), Slice(2, 0, 5, ()))
     assert hidden.flatten().tolist() == [7, 65, 66, 100, 101, 102]
     expected = torch.cat((torch.full((3, 1), 3), PICTURE.positions[:, :5]), dim=1)
     assert torch.equal(batch.positions, expected)

@@ -162,7 +162,7 @@ def test_errors_in_place_of_answers_are_as_the_document_says(lenient: FakeServer
 CROSS_FIELDS = (
     *("min_tokens is", "top_logprobs needs", "send one of them", "of a list every frame is taken"),
     *("which is not among the tools", "asks for a call, but there are no", "rename one"),
-    *("echo reports", "send a prompt, or messages", "cannot both continue", "leave add_special_tokens out"),
+    *("send a prompt, or messages", "cannot both continue", "leave add_special_tokens out"),
     *("is not kept here", "the last message calls tools", "is in the request twice"),
 )
 """What a request is refused for and its schema cannot say."""

@@ -16,7 +16,7 @@ from mdi.core.outputs import Piece, collect
 from mdi.core.sampling import SamplingParams
 from mdi.engine import Stream
 from mdi.engine.sequence import Request
-from mdi.gateway.openai.logprobs import chat_logprobs, text_logprobs
+from mdi.gateway.openai.logprobs import TextLogprobs, chat_logprobs
 from mdi.prompt.builder import Prompt
 from mdi.prompt.tokenizer import Tokenizer
 from tests.gateway.conftest import RealServer
@@ -88,7 +88,7 @@ def test_every_offset_points_at_its_tokens_text(
     """A15: emoji of several tokens, broken bytes, special tokens, stop strings; whole and in chunks."""
     engine, pieces = TinyTokens(tokenizer), answer(tokenizer, ids, stop, skip)
     [sample] = collect(pieces, Stream(lambda: None).usage).samples
-    logprobs = text_logprobs(engine, skip)(0, sample)
+    logprobs = TextLogprobs(engine, skip).of(0, sample)
     assert logprobs
     offsets = logprobs["text_offset"]
     naive = naive_offsets(tokenizer, ids[: len(offsets)], sample.text, skip)
@@ -98,7 +98,7 @@ def test_every_offset_points_at_its_tokens_text(
     for name, offset in zip(logprobs["tokens"], offsets, strict=True):
         if sample.text[offset:].startswith(name[:1]) and len(name) == 1:
             assert sample.text[offset] == name
-    streamed = text_logprobs(engine, skip)
+    streamed = TextLogprobs(engine, skip).of
     chunks = [streamed(7, piece) for piece in pieces]
     assert [offset for chunk in chunks if chunk for offset in chunk["text_offset"]] == offsets
 
@@ -118,7 +118,7 @@ def test_the_bytes_of_a_chat_are_those_of_its_text(tokenizer: Tokenizer, ids: li
 def test_byte_tokens_do_not_hide_each_other(tokenizer: Tokenizer) -> None:
     """A15: among the likeliest tokens of a completion, each has a name of its own, as OpenAI writes it."""
     pieces = answer(tokenizer, list("🎉".encode()), [], True)
-    logprobs = text_logprobs(TinyTokens(tokenizer), True)(0, collect(pieces, Stream(lambda: None).usage).samples[0])
+    logprobs = TextLogprobs(TinyTokens(tokenizer), True).of(0, collect(pieces, Stream(lambda: None).usage).samples[0])
     assert logprobs
     assert logprobs["tokens"] == [rf"bytes:\x{byte:02x}" for byte in "🎉".encode()]
     assert logprobs["text_offset"] == [0, 0, 0, 0]

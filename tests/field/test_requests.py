@@ -171,7 +171,7 @@ def test_values_that_clients_send_mean_what_they_mean_elsewhere(
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
 def test_numbers_are_no_texts_and_no_booleans(lenient: FakeServer, name: str, path: str) -> None:
     """C18: `"4"`, and true or 1 in each other's place."""
-    flag = name in ("ignore_eos", "skip_special_tokens")
+    flag = name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
     valid: dict[str, Any] = {"prompt": "x"} if path == "/generate" else {**CHAT, "logprobs": True}
     field = "n_samples" if (path, name) == ("/generate", "n") else name
     for wrong in ("1", 1 if flag else True, [1]):

@@ -66,7 +66,31 @@ def test_special_tokens_may_be_left_out(server: FakeServer) -> None:
     assert server.engine.calls[-1].prompt == RawText("a", add_special_tokens=False)
 
 
-def test_echo_with_logprobs_is_refused(server: FakeServer) -> None:
-    answer = server.post("/v1/completions", json={"model": "fake", "prompt": "a", "echo": True, "logprobs": 0})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "echo"
+def test_an_echoed_prompt_has_logprobs_as_lm_eval_reads_them(real: RealServer) -> None:
+    ids = list(real.engine.tokenize(RawText("Hällo <|im_start|> you")))
+    asked = {"model": "tiny", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, "seed": 1}
+    for prompt in ([ids], "Hällo <|im_start|> you"):
+        choice = real.post("/v1/completions", json=asked | {"prompt": prompt}).json()["choices"][0]
+        columns = choice["logprobs"]
+        assert {len(column) for column in columns.values()} == {len(ids) + 1}
+        assert columns["token_logprobs"][0] is columns["top_logprobs"][0] is None
+        # as lm-eval's local-completions takes them: greedy where the token is the likeliest
+        for name, logprob, top in zip(
+            *(columns[key][1:] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+        ):
+            assert top[name] == logprob <= max(top.values())
+        offsets = columns["text_offset"]
+        assert offsets == sorted(offsets)
+        assert offsets[columns["tokens"].index("<|im_start|>")] == choice["text"].index("<|im_start|>")
+    chunks = real.events("/v1/completions", **asked, prompt=[ids], n=2)[:-1]
+    counts = [len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks]
+    assert sum(counts) == 2 * (len(ids) + 1)
+
+
+def test_echo_and_sampling_give_the_logprobs_of_two_requests(real: RealServer) -> None:
+    asked = {"model": "tiny", "prompt": [[5, 6, 7]], "max_tokens": 4, "temperature": 0, "logprobs": 0}
+    plain = real.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["token_logprobs"]
+    echoed = real.post("/v1/completions", json=asked | {"echo": True}).json()["choices"][0]["logprobs"][
+        "token_logprobs"
+    ]
+    assert echoed[3:] == plain

@@ -5,6 +5,7 @@ Knows slots and positions, and no requests, texts or networks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -66,12 +67,18 @@ class TokenSampling:
     token_mask: bytes | None = None
 
 
+def forced(token_id: int, position: int, top_logprobs: int) -> TokenSampling:
+    """Settings that always draw this token, for its logprob: that of a token which is known already."""
+    bias = LogitAdjustment(1.0, 0.0, 0.0, b"", b"", b"", (token_id,), (math.inf,))
+    return TokenSampling(0.0, 0, 1.0, 0.0, 0, 0, position, top_logprobs, bias)
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """The part of one sequence that one batch computes: `length` tokens from position `start` of the slot's KV cache.
 
     samplings: how to draw after each of the slice's last tokens, at most `length` of them: one in decode, several where
-    draft tokens are verified, none in the middle of a prefill.
+    draft tokens are verified or a prompt's logprobs are asked for, none in the middle of another prefill.
     """
 
     slot: int

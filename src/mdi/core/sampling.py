@@ -152,6 +152,8 @@ class SamplingParams(BaseModel):
     skip_special_tokens: leave special tokens out of the text; False shows them (the boxes of Qwen-VL, also the token
         that ends the answer), as `decode` of transformers.
     top_logprobs: how many of the likeliest tokens are reported at each position.
+    prompt_logprobs: how many of them are reported at each position of the prompt, beside its own tokens. The whole
+        prompt is then computed, even if an earlier request had the same. None reports nothing of the prompt.
     n: independent samples of the same prompt.
 
     Raises InputError, naming the field, for values out of range.
@@ -176,6 +178,7 @@ class SamplingParams(BaseModel):
     min_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31), Whole] = 0
     skip_special_tokens: Flag = True
     top_logprobs: TopLogprobsCount = 0
+    prompt_logprobs: TopLogprobsCount | None = None
     n: SampleCount = 1
 
     @model_validator(mode="wrap")
@@ -216,6 +219,7 @@ class SamplingParams(BaseModel):
             min_tokens=self.min_tokens,
             skip_special_tokens=self.skip_special_tokens,
             top_logprobs=self.top_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             n=self.n,
         )
 
@@ -241,6 +245,7 @@ class Sampling:
     min_tokens: int
     skip_special_tokens: bool
     top_logprobs: int
+    prompt_logprobs: int | None
     n: int
 
 

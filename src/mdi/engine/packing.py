@@ -22,7 +22,7 @@ def pack(
     for item in scheduled:
         sequence, start, end = item.sequence, item.start, item.start + item.length
         assert sequence.slot is not None
-        slices.append(Slice(sequence.slot, start, item.length, (sequence.sampling(),) if item.samples else ()))
+        slices.append(Slice(sequence.slot, start, item.length, sequence.samplings(start, end, draws=item.samples)))
         positions.append(_positions(sequence, start, end))
         visuals += _visuals(sequence, start, end, row=len(token_ids))
         token_ids += sequence.token_ids(start, end)

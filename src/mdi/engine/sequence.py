@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from array import array
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mdi.core.batch import LogitAdjustment, Token, TokenSampling, token_bits
+from mdi.core.batch import LogitAdjustment, Token, TokenSampling, forced, token_bits
 from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
 from mdi.core.outputs import FinishReason, Piece
@@ -31,6 +32,7 @@ class Request:
     embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
     error: what ends it once none of its sequences is in flight.
+    own_key: a prefix key that no other request has, for one that must compute all of its prompt.
     computes: False for one that ends as soon as its prompt is known.
     work: what preparing it may use; cancelled when its caller leaves. arrived_s: on the monotonic clock.
     prefilled: whether the first sample has computed the prompt, for the others to take over.
@@ -47,6 +49,7 @@ class Request:
     error: MDIError | None = None
     prefilled: bool = False
     computes: bool = True
+    own_key: int = field(default_factory=lambda: -1 - secrets.randbits(160))
     constraint: Constraint | None = None
     rule: Rule | None = None
     marks: frozenset[int] = frozenset()
@@ -156,11 +159,14 @@ class Sequence:
     in_flight: bool = False
     finished: bool = False
     _unsent: list[Token] = field(default_factory=list)
+    _prompt_logprobs: list[Token] = field(default_factory=list)
     _seen: SeenTokens = field(init=False)
 
     def __post_init__(self) -> None:
         self._seen = SeenTokens(self.prompt.token_ids if self.request.sampling.repetition_penalty != 1 else ())
         self.prefix_keys = list(self.prompt.prefix_keys)
+        if self.request.sampling.prompt_logprobs is not None:
+            self.prefix_keys[0] = self.request.own_key
 
     @property
     def length(self) -> int:
@@ -187,6 +193,18 @@ class Sequence:
         """The tokens at indices [start, end), of prompt and answer together."""
         prompt = self.prompt.token_ids
         return [*prompt[start:end], *self.generated[max(0, start - len(prompt)) : max(0, end - len(prompt))]]
+
+    def samplings(self, start: int, end: int, *, draws: bool) -> tuple[TokenSampling, ...]:
+        """How tokens are drawn after those in [start, end): the prompt's own, for their logprobs, and a new one."""
+        return (*self._prompt_samplings(start, end), *((self.sampling(),) if draws else ()))
+
+    def _prompt_samplings(self, start: int, end: int) -> list[TokenSampling]:
+        """For the prompt's tokens behind those in [start, end), which are drawn as they are known."""
+        top_logprobs, ids = self.request.sampling.prompt_logprobs, self.prompt.token_ids
+        if top_logprobs is None or self.index > 0:
+            return []
+        first = max(start, len(self._prompt_logprobs))
+        return [forced(ids[place], place, top_logprobs) for place in range(first + 1, min(end + 1, len(ids)))]
 
     def sampling(self) -> TokenSampling:
         """How the token after all known ones is drawn."""
@@ -236,9 +254,12 @@ class Sequence:
         Raises InputError where the request's constraint cannot be followed any further.
         Returns the piece of text that became certain, if any.
         """
+        drawn = self._without_prompt(tuple(tokens))
+        if not drawn:
+            return None
         self.request.prefilled = True
         text, reason = "", None
-        for token in tokens:
+        for token in drawn:
             self.generated.append(token.id)
             self.prefix_keys.append(token.id)
             self._seen.add(token.id)
@@ -252,6 +273,16 @@ class Sequence:
             return None
         unsent, self._unsent = tuple(self._unsent), []
         return Piece(self.index, text, unsent, reason, self._stopped_by() if reason == "stop" else None)
+
+    def _without_prompt(self, tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+        """Keeps those tokens of a slice that are the prompt's own; gives the others."""
+        if self.request.sampling.prompt_logprobs is None or self.index > 0:
+            return tokens
+        missing = len(self.prompt.token_ids) - 1 - len(self._prompt_logprobs)
+        self._prompt_logprobs += tokens[:missing]
+        if len(tokens) > missing:
+            self.request.stream.prompt_logprobs = tuple(self._prompt_logprobs)
+        return tokens[missing:]
 
     def _stopped_by(self) -> str | int | None:
         last = self.generated[-1]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+from mdi.core.batch import Token
 from mdi.core.errors import MDIError
 from mdi.core.outputs import Completion, Piece, Usage, collect
 from mdi.engine.wakes import Wakes
@@ -24,11 +25,13 @@ class Stream:
     for a lost node, ClosedError at shutdown. A cancelled stream ends without an error.
 
     prompt_token_ids: of the prompt, media included; none before the first piece. opens_thought: whether the prompt ends
-    with the mark that begins thoughts.
+    with the mark that begins thoughts. prompt_logprobs: the prompt's tokens with their logprobs, but the first, which
+    has none; only where the request asks for them.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.prompt_token_ids: tuple[int, ...] = ()
+        self.prompt_logprobs: tuple[Token, ...] = ()
         self.opens_thought = False
         self.completion_tokens = 0
         self.cached_tokens = 0

@@ -72,11 +72,14 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """Columns, one entry for each token. text_offset: the character of the text that its first byte belongs to."""
+    """Columns, one entry for each token. text_offset: the character of the text that its first byte belongs to.
+
+    The first token of an echoed prompt has no logprob.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from mdi.core.batch import Token
 from mdi.core.capabilities import Capabilities
 from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
@@ -27,11 +28,14 @@ class Submitted(Running, Protocol):
     """One running request.
 
     prompt_token_ids: of its prompt; none before its first piece, or its end. opens_thought: from then on, whether the
-    prompt ends with the mark that begins thoughts.
+    prompt ends with the mark that begins thoughts. prompt_logprobs: the prompt's tokens but the first, where the
+    request asks for their logprobs.
     """
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def prompt_logprobs(self) -> tuple[Token, ...]: ...
     @property
     def opens_thought(self) -> bool: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import HTTPException
 from pydantic import BaseModel, Field, GetJsonSchemaHandler, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -54,6 +54,7 @@ class Body(BaseModel):
 class GatewayRequest(Body, SamplingParams):
     """Sampling settings, limits on the area of images and frames, and whether to stream the answer."""
 
+    prompt_logprobs: ClassVar[None] = None  # type: ignore[misc]  # no field of requests: see `echo`
     min_pixels: PixelCount | None = None
     max_pixels: PixelCount | None = None
     stream: Flag | None = None

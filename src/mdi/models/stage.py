@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Result, Visual
+from mdi.core.batch import Batch, Result, Token, Visual
 from mdi.core.errors import LinkError
 from mdi.core.quantization import QUANTIZATIONS
 from mdi.core.reduce import Reduce, alone
@@ -18,6 +18,8 @@ from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
 from mdi.models.weights import LoadedStage
+
+MAX_LOGIT_ROWS = 64  # logits at once: a vocabulary of 151,936 takes 0.6 MB a row
 
 
 class Stage:
@@ -82,9 +84,15 @@ class Stage:
     def sample(self, batch: Batch, hidden: Tensor) -> Result:
         """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
         with self.working("sample"):
-            logits = self._decoder.logits(hidden[batch.sampled_rows]) if batch.samplings else hidden[:0]
-            overflowed = _overflowed(batch, hidden, logits)
-            return Result(batch.id, sample(logits.nan_to_num() if overflowed else logits, batch.samplings), overflowed)
+            rows, samplings, finite = batch.sampled_rows, batch.samplings, _finite_rows(hidden)
+            tokens = list[Token]()
+            for first in range(0, len(rows), MAX_LOGIT_ROWS):
+                part = rows[first : first + MAX_LOGIT_ROWS]
+                logits = self._decoder.logits(hidden[part])
+                finite[part] &= _finite_rows(logits)
+                sound = logits if finite.all() else logits.nan_to_num()
+                tokens += sample(sound, samplings[first : first + MAX_LOGIT_ROWS])
+            return Result(batch.id, tuple(tokens), _overflowed(batch, finite))
 
     @contextmanager
     def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
@@ -135,11 +143,16 @@ def _shard_step(loaded: LoadedStage) -> int:
     return QUANTIZATIONS[name].activation_group if name else 2
 
 
-def _overflowed(batch: Batch, hidden: Tensor, logits: Tensor) -> tuple[int, ...]:
-    """The slices with numbers that are infinite or none. logits: of the batch's sampled rows."""
-    if hidden.sum(dtype=torch.float32).isfinite() and logits.sum(dtype=torch.float32).isfinite():
-        return ()  # a sum of finite numbers may be infinite: then each is looked at
-    finite = hidden.isfinite().all(-1)
-    finite[batch.sampled_rows] &= logits.isfinite().all(-1)
+def _finite_rows(rows: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite: bool [rows]."""
+    if rows.sum(dtype=torch.float32).isfinite():
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    return rows.isfinite().all(-1)  # a sum of finite numbers may be infinite: then each is looked at
+
+
+def _overflowed(batch: Batch, finite: Tensor) -> tuple[int, ...]:
+    """The slices with numbers that are infinite or none. finite: whether those of each row are."""
+    if finite.all():
+        return ()
     parts = torch.split(finite, [part.length for part in batch.slices])
     return tuple(index for index, part in enumerate(parts) if not part.all())

@@ -64,10 +64,13 @@ class CompletionRequest(OpenAIRequest):
         return "top_logprobs" in self.model_fields_set
 
     @property
+    def prompt_logprobs_count(self) -> int | None:
+        """How many likeliest tokens to report beside the prompt's own; None to report nothing of the prompt."""
+        return self.top_logprobs if self.echo and self.wants_logprobs else None
+
+    @property
     def prompts(self) -> dict[str, RawText | TokenIds]:
-        """The prompts by their places in the request. Raises InputError for what cannot be asked together."""
-        if self.echo and self.wants_logprobs:
-            raise InputError("echo reports no logprobs of the prompt: leave out echo, or logprobs", "echo")
+        """The prompts by their places in the request."""
         return {
             place: replace(prompt, add_special_tokens=self.add_special_tokens)
             if isinstance(prompt, RawText)

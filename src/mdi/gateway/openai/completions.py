@@ -21,7 +21,7 @@ from mdi.gateway.json_body import JSONRoute
 from mdi.gateway.openai.answer import answer, stop_reason
 from mdi.gateway.openai.completion_schema import CompletionRequest
 from mdi.gateway.openai.ignored import IgnoredFields
-from mdi.gateway.openai.logprobs import LogprobsOf, no_logprobs, text_logprobs
+from mdi.gateway.openai.logprobs import TextLogprobs, joined
 from mdi.gateway.openai.models import ServedModel
 
 
@@ -34,10 +34,10 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
         ignored = IgnoredFields(config.strict_requests)
         body.check_fields(ignored)
         prompts = body.prompts
-        running = _submit_all(engine, prompts, body.params(), body.constraint)
+        running = _submit_all(engine, prompts, body.params(prompt_logprobs=body.prompt_logprobs_count), body.constraint)
         choices = TextChoices(
             running,
-            text_logprobs(engine, body.skip_special_tokens) if body.wants_logprobs else no_logprobs,
+            TextLogprobs(engine, body.skip_special_tokens) if body.wants_logprobs else None,
             [_text(engine, prompt) for prompt in prompts.values()] if body.echo else None,
             shows_ids=body.return_token_ids,
         )
@@ -118,10 +118,10 @@ class TextChoices:
     chunk_kind = kind
 
     def __init__(
-        self, joined: _Joined, logprobs_of: LogprobsOf, echoed: Sequence[str] | None, *, shows_ids: bool
+        self, running: _Joined, logprobs: TextLogprobs | None, echoed: Sequence[str] | None, *, shows_ids: bool
     ) -> None:
-        self._joined = joined
-        self._logprobs_of = logprobs_of
+        self._running = running
+        self._logprobs = logprobs
         self._echoed = echoed
         self._shows_ids = shows_ids
         self._started: set[int] = set()
@@ -135,16 +135,27 @@ class TextChoices:
     def whole(self, index: int, part: Sample | Piece) -> dict[str, Any]:
         first = index not in self._started
         self._started.add(index)
-        number = index // self._joined.n
-        text = self._echoed[number] + part.text if first and self._echoed else part.text
-        logprobs = self._logprobs_of(index, part)
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+        number = index // self._running.n
+        echoed = self._echoed[number] if first and self._echoed else ""
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echoed + part.text,
+            "logprobs": self._logprobs and self._logprobs_of(self._logprobs, index, part, echoed),
+            "finish_reason": part.finish_reason,
+        }
         choice |= stop_reason(part)
         if self._shows_ids:
             choice["token_ids"] = [token.id for token in part.tokens]
             if first:
-                choice["prompt_token_ids"] = self._joined.parts[number].prompt_token_ids
+                choice["prompt_token_ids"] = self._running.parts[number].prompt_token_ids
         return choice
+
+    def _logprobs_of(self, logprobs: TextLogprobs, index: int, part: Sample | Piece, echoed: str) -> dict[str, Any]:
+        if not echoed:
+            return logprobs.of(index, part)
+        asked = self._running.parts[index // self._running.n]
+        before = logprobs.of_prompt(index, echoed, asked.prompt_token_ids, asked.prompt_logprobs)
+        return joined(before, logprobs.of(index, part))
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         return [self.whole(piece.index, piece)]

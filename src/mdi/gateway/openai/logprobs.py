@@ -13,9 +13,6 @@ from mdi.gateway.engine import TextEngine
 
 LOWEST = -9999.0  # JSON has no infinity
 
-LogprobsOf = Callable[[int, Piece | Sample], dict[str, Any] | None]
-"""Makes the `logprobs` of a completion's choice, from the sample's index and its next tokens."""
-
 ChatLogprobsOf = Callable[[Sequence[Token]], dict[str, Any] | None]
 """Makes the `logprobs` of a chat's choice from its next tokens."""
 
@@ -42,27 +39,53 @@ def chat_logprobs(engine: TextEngine, skip_special_tokens: bool) -> ChatLogprobs
     return logprobs_of
 
 
-def text_logprobs(engine: TextEngine, skip_special_tokens: bool) -> LogprobsOf:
+class TextLogprobs:
     """The `logprobs` of a completion's choices, or of its chunks: offsets continue from one chunk to the next."""
-    texts: dict[int, _Offsets] = defaultdict(_Offsets)
 
-    def name(token_id: int) -> str:
-        return token_name(engine.token_bytes(token_id))
+    def __init__(self, engine: TextEngine, skip_special_tokens: bool) -> None:
+        self._engine = engine
+        self._skip = skip_special_tokens
+        self._texts: dict[int, _Offsets] = defaultdict(_Offsets)
 
-    def logprobs_of(index: int, part: Piece | Sample) -> dict[str, Any]:
-        shown = [engine.token_bytes(token.id, skip_special_tokens=skip_special_tokens) for token in part.tokens]
-        return {
-            "tokens": [name(token.id) for token in part.tokens],
-            "token_logprobs": [max(token.logprob, LOWEST) for token in part.tokens],
-            "top_logprobs": [
-                {name(token_id): max(logprob, LOWEST) for token_id, logprob in token.top_logprobs}
-                | {name(token.id): max(token.logprob, LOWEST)}
-                for token in part.tokens
-            ],
-            "text_offset": texts[index].of(part.text, shown),
+    def of(self, index: int, part: Piece | Sample) -> dict[str, list[Any]]:
+        """Of the next tokens of sample `index`."""
+        shown = [self._engine.token_bytes(token.id, skip_special_tokens=self._skip) for token in part.tokens]
+        return self._columns(part.tokens) | {"text_offset": self._texts[index].of(part.text, shown)}
+
+    def of_prompt(
+        self, index: int, text: str, token_ids: Sequence[int], tokens: Sequence[Token]
+    ) -> dict[str, list[Any]]:
+        """Of a prompt, which the choice begins with. tokens: all but the first, which has no logprob."""
+        columns = self._columns((Token(token_ids[0], 0.0), *tokens))
+        columns["token_logprobs"][0] = columns["top_logprobs"][0] = None
+        return columns | {
+            "text_offset": self._texts[index].of(text, [self._within(text, token) for token in token_ids])
         }
 
-    return logprobs_of
+    def _columns(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        return {
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [max(token.logprob, LOWEST) for token in tokens],
+            "top_logprobs": [
+                {self._name(token_id): max(logprob, LOWEST) for token_id, logprob in token.top_logprobs}
+                | {self._name(token.id): max(token.logprob, LOWEST)}
+                for token in tokens
+            ],
+        }
+
+    def _name(self, token_id: int) -> str:
+        return token_name(self._engine.token_bytes(token_id))
+
+    def _within(self, text: str, token_id: int) -> bytes:
+        """A token's part of a prompt's text: none of a special token that the tokenizer added."""
+        whole = self._engine.token_bytes(token_id)
+        special = not self._engine.token_bytes(token_id, skip_special_tokens=True)
+        return b"" if special and whole.decode(errors="replace") not in text else whole
+
+
+def joined(*columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Several parts of one text as one."""
+    return {name: [entry for part in columns for entry in part[name]] for name in columns[0]}
 
 
 class _Offsets:
