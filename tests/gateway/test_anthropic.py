@@ -217,6 +217,7 @@ def block(**fields: Any) -> dict[str, Any]:
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"effort": "<x>"}}, "output_config.effort"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
     ],
 )

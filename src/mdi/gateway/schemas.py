@@ -15,6 +15,9 @@ from mdi.core.sampling import Flag, SamplingParams, Whole
 NOT_JSON = "send the body as JSON, with Content-Type: application/json"
 NOT_AN_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 
+Effort = Annotated[str, Field(pattern="^[A-Za-z0-9_ .:+-]{0,64}$")]
+"""A word for the chat template: see `core.template_settings.WORD`."""
+
 PixelCount = Annotated[int, Field(strict=True, ge=1, le=2**53), Whole]
 
 

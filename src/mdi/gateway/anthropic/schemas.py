@@ -15,7 +15,7 @@ from mdi.gateway.anthropic.content_schema import FORMAT, MESSAGES, SYSTEM, TOOLS
 from mdi.gateway.anthropic.message_input import ChatMessages
 from mdi.gateway.as_chat import PASSED, AsChat
 from mdi.gateway.openai.schemas import check_without_effect
-from mdi.gateway.schemas import Body
+from mdi.gateway.schemas import Body, Effort
 
 WITHOUT_EFFECT = frozenset(
     {"metadata", "service_tier", "cache_control", "inference_geo", "speed", "diagnostics", "user_profile_id"}
@@ -29,7 +29,7 @@ class OutputConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    effort: str | None = None
+    effort: Effort | None = None
     format: Annotated[dict[str, Any], WithJsonSchema(FORMAT)] | None = None
 
 

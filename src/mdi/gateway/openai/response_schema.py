@@ -15,7 +15,7 @@ from mdi.gateway.as_chat import PASSED, AsChat
 from mdi.gateway.openai.response_input import InputMessages
 from mdi.gateway.openai.response_input_schema import FORMAT, INPUT, TOOL_CHOICE, TOOLS
 from mdi.gateway.openai.schemas import IGNORED, check_without_effect
-from mdi.gateway.schemas import Body
+from mdi.gateway.schemas import Body, Effort
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "background": (False,),
@@ -49,7 +49,7 @@ class Reasoning(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 

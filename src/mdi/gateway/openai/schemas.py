@@ -16,6 +16,7 @@ from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.media_settings import MediaSettings
 from mdi.gateway.message_schema import TEMPLATE_SETTINGS, messages_schema
 from mdi.gateway.openai.response_format import ConstrainedRequest
+from mdi.gateway.schemas import Effort
 from mdi.gateway.tool_schema import FUNCTION_CALL, FUNCTIONS, TOOL_CHOICE, TOOLS
 from mdi.gateway.tool_use import ToolUse
 
@@ -131,7 +132,7 @@ class ChatRequest(OpenAIRequest):
     parallel_tool_calls: Flag = True
     functions: Annotated[Any, WithJsonSchema(FUNCTIONS)] = None
     function_call: Annotated[Any, WithJsonSchema(FUNCTION_CALL)] = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: Flag = True
 
     def tool_use(self, unknown: UnknownField) -> ToolUse:
