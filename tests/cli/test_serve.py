@@ -85,6 +85,7 @@ def test_the_page_s_files_are_read(
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
     keys, options = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "keys.yaml").write_text(keys)
     assert [key.name for key in read_keys(tmp_path / "keys.yaml")] == ["alice", "bob"]
     (tmp_path / "serve.yaml").write_text(options.replace("model: bundled\n", ""))
