@@ -164,15 +164,17 @@ def test_a_random_model_answers_in_json_of_the_schema(real: RealServer, seed: in
     jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
 
 
-def test_numbers_and_objects_of_a_schema_are_read_as_meant(server: FakeServer) -> None:
-    """2.0 is a whole number; disable_additional_properties closes objects whose schema leaves them open."""
+@pytest.mark.parametrize("asked_to_be_open", [False, True])
+def test_numbers_and_objects_of_a_schema_are_read_as_meant(server: FakeServer, asked_to_be_open: bool) -> None:
+    """2.0 is a whole number; objects have the properties that are listed, unless the request wants others."""
     inner = {"properties": {"a": {"const": {"properties": {}}}, "b": {"properties": {}, "additionalProperties": True}}}
-    fields = {"json": {"items": inner, "maxItems": 2.0}, "disable_additional_properties": True}
+    fields: dict[str, Any] = {"json": {"items": inner, "maxItems": 2.0}}
+    if asked_to_be_open:
+        fields["disable_additional_properties"] = False
     asked = constraint_of(server, structured_outputs=fields)
     assert asked
     schema = json.loads(asked.grammar.removeprefix("start: %json "))
-    closed = {"additionalProperties": False, **inner}
-    assert schema["items"] == closed
+    assert schema["items"] == (inner if asked_to_be_open else {"additionalProperties": False, **inner})
     assert '"maxItems": 2,' in asked.grammar
 
 

@@ -17,7 +17,7 @@ from mdi.core.tools import Tool, ToolChoice
 from mdi.engine.grammar import Grammars
 from mdi.engine.grammar_start import Rule
 from mdi.prompt.tokenizer import Tokenizer
-from mdi.tools.grammar import calls_constraint, closed
+from mdi.tools.grammar import calls_constraint
 from mdi.tools.parser import Arguments, Call, CallParser, Text
 from mdi.tools.syntax import SYNTAXES
 from tests.tools.conftest import MakeTokenizer
@@ -205,22 +205,3 @@ def test_the_error_of_a_schema_has_the_place_of_its_tool(model: Model, family: s
     with pytest.raises(InputError) as refused:
         model.rule(family, (TOOLS[1], bad), ToolChoice("auto"))
     assert refused.value.field == "tools[1].function.parameters"
-
-
-@pytest.mark.parametrize(
-    ("schema", "expected"),
-    [
-        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "additionalProperties": False}),
-        ({"properties": {}, "additionalProperties": True}, {"properties": {}, "additionalProperties": True}),
-        ({"properties": {}, "anyOf": [{"properties": {}}]}, {"properties": {}, "anyOf": [{"properties": {}}]}),
-        (
-            {"items": {"properties": {"properties": {"type": "string"}}}},
-            {"items": {"properties": {"properties": {"type": "string"}}, "additionalProperties": False}},
-        ),
-        ({"allOf": [{"properties": {}}]}, {"allOf": [{"properties": {}}]}),
-        ({"const": {"properties": {}}}, {"const": {"properties": {}}}),
-        (True, True),
-    ],
-)
-def test_objects_are_closed_where_their_schema_leaves_it_open(schema: Any, expected: Any) -> None:
-    assert closed(schema) == expected

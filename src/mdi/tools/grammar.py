@@ -5,17 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from mdi.core.constraint import Constraint, json_rule
+from mdi.core.constraint import Constraint, closed, json_rule
 from mdi.core.tools import Tool, ToolChoice
 from mdi.tools.syntax import Syntax
-
-SCHEMAS = ("items", "prefixItems", "additionalProperties")
-NAMED_SCHEMAS = ("properties", "$defs", "definitions")
-CHOICES = ("anyOf", "oneOf")
-OPEN = (*CHOICES, "patternProperties", "propertyNames", "if", "$ref", "additionalProperties", "unevaluatedProperties")
-"""Keywords of JSON schema beside which an object is not closed: they may name further properties."""
 
 
 def calls_constraint(
@@ -70,31 +63,6 @@ def _grammar(syntax: Syntax, tools: Sequence[Tool], special: Mapping[str, int], 
 
 def _arguments(tool: Tool) -> str:
     return json_rule(closed(tool.schema))
-
-
-def closed(schema: Any) -> Any:
-    """The schema, with objects that list their properties closed to others where it leaves that open.
-
-    Arguments that a function does not have are of no use to it. What fits the closed schema fits the schema. One with
-    allOf stays as it is: its parts add up.
-    """
-    return schema if '"allOf":' in json.dumps(schema) else _closed(schema)
-
-
-def _closed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return list(map(_closed, schema))
-    if not isinstance(schema, Mapping):
-        return schema
-    made = dict(schema)
-    for name, value in schema.items():
-        if name in NAMED_SCHEMAS and isinstance(value, Mapping):
-            made[name] = {key: _closed(item) for key, item in value.items()}
-        elif name in SCHEMAS or (name in CHOICES and "properties" not in schema):
-            made[name] = _closed(value)
-    if "properties" in schema and not any(keyword in schema for keyword in OPEN):
-        made["additionalProperties"] = False
-    return made
 
 
 def _literal(text: str, special: Mapping[str, int]) -> str:

@@ -7,14 +7,12 @@ from typing import Any, Literal
 import instructor
 import pytest
 from openai import OpenAI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 QUESTION: Any = [{"role": "user", "content": "Which shape is it, and which color?"}]
 
 
 class Seen(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     shape: Literal["circle", "star"]
     color: Literal["red", "blue"]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from mdi.core.constraint import BLANKS, Constraint, json_rule
+from mdi.core.constraint import BLANKS, Constraint, closed, json_rule
 from mdi.core.errors import InputError
 from mdi.core.sampling import Flag
 from mdi.core.unknown_fields import UnknownField
@@ -24,7 +24,6 @@ MAX_CHOICES = 4096
 MAX_TAGS = 128
 ANY_OBJECT = {"type": "object"}
 
-KEPT = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 Schema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "null"}]})]
 """A JSON schema; its text is read as well."""
 
@@ -85,7 +84,7 @@ class ResponseFormat(BaseModel):
             place = f"response_format.structures[{index}]"
             if not tag.begin.startswith(tuple(self.triggers)):
                 raise InputError(f"{place}.begin must start with one of the triggers", f"{place}.begin")
-            rule = json_rule(_schema(tag.given, f"{place}.schema"))
+            rule = json_rule(closed(_schema(tag.given, f"{place}.schema")))
             begin, end = (checked_text(text, place) for text in (tag.begin, tag.end))
             rules.append(f"{_quoted(begin)} {rule} {_quoted(end) if end else ''}")
             parts.append((f"{place}.schema", f"start: {rule}"))
@@ -100,7 +99,7 @@ class StructuredOutputs(BaseModel):
     """vLLM's structured_outputs.
 
     whitespace_pattern: what may stand between the parts of JSON, in place of `BLANKS`; disable_any_whitespace: nothing.
-    disable_additional_properties: objects have the properties that the schema names, unless it says otherwise.
+    disable_additional_properties: false lets objects have properties that the schema does not list: see `closed`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -118,7 +117,7 @@ class StructuredOutputs(BaseModel):
         """What it asks for, field by field. prefix: of the fields' names in the request."""
         blanks = "" if self.disable_any_whitespace else self.whitespace_pattern or BLANKS
         if self.given_json is not None:
-            yield _json(self.given_json, blanks, f"{prefix}json", closed=bool(self.disable_additional_properties))
+            yield _json(self.given_json, blanks, f"{prefix}json", is_open=self.disable_additional_properties is False)
         if self.json_object:
             yield _json(ANY_OBJECT, blanks, f"{prefix}json_object")
         if self.regex is not None:
@@ -175,9 +174,10 @@ class ConstrainedRequest(GatewayRequest):
                 unknown(f"response_format.structures[{index}].{name}")
 
 
-def _json(given: Any, blanks: str, field: str, *, closed: bool = False) -> Constraint:
+def _json(given: Any, blanks: str, field: str, *, is_open: bool = False) -> Constraint:
+    """JSON of a schema. is_open: objects may have properties that it does not list; see `closed`."""
     schema = _schema(given, field)
-    return Constraint(f"start: {json_rule(_closed(schema) if closed else schema, blanks)}", field)
+    return Constraint(f"start: {json_rule(schema if is_open else closed(schema), blanks)}", field)
 
 
 def _schema(given: Any, field: str) -> Mapping[str, Any] | bool:
@@ -200,17 +200,6 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _whole(item) for name, item in value.items()}
     return [_whole(item) for item in value] if isinstance(value, list) else as_whole(value)
-
-
-def _closed(schema: Any) -> Any:
-    """A schema whose objects have no other properties than it names, unless it says so."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    closed = {name: item if name in KEPT else _closed(item) for name, item in schema.items()}
-    names = isinstance(schema.get("properties"), Mapping) or isinstance(schema.get("patternProperties"), Mapping)
-    return {"additionalProperties": False, **closed} if names else closed
 
 
 def _regex(given: str, field: str) -> Constraint:
