@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
-# Modules are compiled when they are imported first: most of torch and transformers never is.
+# Modules are compiled when they are imported first: most of torch and transformers never is. Tests start many processes,
+# on machines that may keep no bytecode (PYTHONDONTWRITEBYTECODE): there all modules are compiled once.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 KERNELS := src/mdi/kernels
 LIBRARY := $(KERNELS)/libmdi_kernels.so
@@ -58,6 +59,7 @@ $(INSTALLED): pyproject.toml
 
 $(DEVELOPED): $(INSTALLED)
 	$(INSTALL) --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some are for other versions of Python
 	@touch $@
 
 $(LIBRARY): $(KERNELS)/build.py $(wildcard $(KERNELS)/c/*) | $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ os.environ.pop("COLUMNS", None)  # of the worker: consoles would keep it, whatev
 def _seed() -> None:
     """Unseeded draws of torch are the same in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _access_log_as_before() -> Iterator[None]:
+    """`mdi serve` turns it on for its process, which tests share."""
+    log = logging.getLogger("mdi.access")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -209,7 +209,6 @@ IGNORED = [
     "options",
     "repeat_penalty",
     "session_id",
-    "stream_options.continuous_usage_stats",
 ]
 
 
@@ -279,9 +278,9 @@ def test_a_header_lists_any_name(lenient: FakeServer, name: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("include_stop_str_in_output", True),
-        ("continue_final_message", True),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("bad_words", ["x"]),
+        ("truncate_prompt_tokens", 5),
     ],
 )
 def test_fields_with_an_effect_are_refused_with_the_remedy(lenient: FakeServer, field: str, value: Any) -> None:
