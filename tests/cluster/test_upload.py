@@ -262,7 +262,7 @@ def test_a_full_disk_is_named_at_both_ends_and_the_transfer_goes_on_when_there_i
 def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_later(
     checkpoint: Path, tmp_path: Path, undo: ExitStack
 ) -> None:
-    nodes = cluster(tmp_path, undo, slow_bytes_per_s=SLOW)
+    nodes = cluster(tmp_path, undo, slow_bytes_per_s=SLOW / 2)
     manifest = Manifest.read(chunks(checkpoint))
     nodes.start("secondary0", "--chunk", chunks(checkpoint) / chunk_file("secondary0"))
     finisher = nodes.start("finisher", "--chunk", chunks(checkpoint) / chunk_file("finisher"))
@@ -276,7 +276,7 @@ def test_weights_that_need_longer_than_requests_may_wait_are_named_and_go_on_lat
     finisher.kill()
     nodes.start("finisher").wait_for_line("listens")
     with pytest.raises(LinkError, match="finisher: receives its weights, and needs more time: see --recovery-timeout"):
-        launcher.restart(["finisher"], 3)
+        launcher.restart(["finisher"], 6)
     assert 0 < arrived(nodes, "finisher") < size(checkpoint, "finisher")
     launcher.restart(["finisher"], 100)
     assert kept(nodes, "finisher", manifest).stat().st_size == size(checkpoint, "finisher")

@@ -16,8 +16,8 @@ def _typed(kind: str, required: tuple[str, ...], **properties: Schema) -> Schema
     return {"type": "object", "properties": described, "required": ["type", *required]}
 
 
-def _content(*blocks: Schema) -> Schema:
-    return {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": list(blocks)}, "minItems": 1}]}
+def _content(*blocks: Schema, least: int = 1) -> Schema:
+    return {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": list(blocks)}, "minItems": least}]}
 
 
 TEXT_BLOCK = _typed("text", ("text",), text=TEXT)
@@ -28,7 +28,7 @@ IMAGE_SOURCE: Schema = {
     ]
 }
 IMAGE = _typed("image", ("source",), source=IMAGE_SOURCE)
-RESULT_CONTENT: Schema = {"anyOf": [_content(TEXT_BLOCK, IMAGE), {"type": "null"}]}
+RESULT_CONTENT: Schema = {"anyOf": [_content(TEXT_BLOCK, IMAGE, least=0), {"type": "null"}]}
 RESULT = _typed("tool_result", ("tool_use_id",), tool_use_id=TEXT, content=RESULT_CONTENT)
 CALL = _typed("tool_use", ("id", "name", "input"), id=TEXT, name=TEXT, input={"type": "object"})
 THOUGHT = _typed("thinking", ("thinking",), thinking=TEXT)

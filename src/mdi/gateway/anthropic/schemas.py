@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from mdi.core.errors import InputError
-from mdi.core.sampling import Flag, Number, StopStrings, TokenCount, TopK
+from mdi.core.sampling import Flag, Integer, Number, StopStrings, TokenCount, TopK
 from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json
 from mdi.gateway.anthropic.content_schema import FORMAT, MESSAGES, SYSTEM, TOOLS
@@ -39,7 +39,7 @@ class Thinking(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Integer | None = None
     display: str | None = None
 
 

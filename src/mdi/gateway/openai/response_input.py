@@ -50,7 +50,9 @@ class InputMessages:
     def _add_item(self, item: Any, place: str) -> None:
         if not isinstance(item, Mapping):
             raise InputError(f"{place} must be an object", place)
-        kind = item.get("type") or ("message" if "role" in item else None)
+        kind = item.get("type")
+        if kind is None and "role" in item:
+            kind = "message"
         if not isinstance(kind, str) or kind not in ITEM_FIELDS:
             remedy = "send the item itself, or previous_response_id" if kind == "item_reference" else "leave it out"
             raise InputError(f"{place} of type {kind!r} is not supported: {remedy}", f"{place}.type")
@@ -79,7 +81,9 @@ class InputMessages:
         calls.append({"id": _text(item, "call_id", place), "type": "function", "function": function})
 
     def _add_output(self, item: Item, place: str) -> None:
-        output = self._content(item.get("output"), place, "output")
+        if item.get("output") is None:
+            raise InputError(f"{place}.output must be a string or a list of parts", f"{place}.output")
+        output = self._content(item["output"], place, "output")
         self._add({"role": "tool", "tool_call_id": _text(item, "call_id", place), "content": output}, place)
         last = f"messages[{len(self.messages) - 1}]"
         self.names |= {f"{last}.content": f"{place}.output", f"{last}.tool_call_id": f"{place}.call_id"}

@@ -18,7 +18,6 @@ def _typed(kind: str, required: tuple[str, ...], **properties: Schema) -> Schema
 
 PARTS: Schema = {
     "type": "array",
-    "minItems": 1,
     "items": {
         "anyOf": [
             _typed("input_text", ("text",), text=TEXT),
@@ -34,21 +33,21 @@ PARTS: Schema = {
         ]
     },
 }
-CONTENT: Schema = {"anyOf": [TEXT, PARTS]}
-MESSAGE: Schema = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["message", None]},
-        "role": {"enum": ["user", "assistant", "system", "developer"]},
-        "content": CONTENT,
-    },
-    "required": ["role", "content"],
-}
+CONTENT: Schema = {"anyOf": [TEXT, PARTS | {"minItems": 1}]}
+OUTPUT: Schema = {"anyOf": [TEXT, PARTS]}
+
+
+def _message(roles: list[str], required: list[str], content: Schema) -> Schema:
+    properties = {"type": {"enum": ["message", None]}, "role": {"enum": roles}, "content": content}
+    return {"type": "object", "properties": properties, "required": required}
+
+
 ITEM: Schema = {
     "anyOf": [
-        MESSAGE,
+        _message(["user", "system", "developer"], ["role", "content"], CONTENT),
+        _message(["assistant"], ["role"], {"anyOf": [*OUTPUT["anyOf"], {"type": "null"}]}),
         _typed("function_call", ("call_id", "name", "arguments"), call_id=TEXT, name=TEXT, arguments=TEXT),
-        _typed("function_call_output", ("call_id", "output"), call_id=TEXT, output=CONTENT),
+        _typed("function_call_output", ("call_id", "output"), call_id=TEXT, output=OUTPUT),
         _typed("reasoning", ()),
     ]
 }
