@@ -11,7 +11,7 @@ from mdi.core.errors import InputError, MediaError
 from mdi.core.message_details import DETAILS, NEWER_REASONING, read_details
 from mdi.core.template_settings import TemplateSettings, check_settings
 from mdi.core.tools import Tool
-from mdi.core.unknown_fields import UnknownField, warn_once
+from mdi.core.unknown_fields import UnknownField, report_unknown, warn_once
 from mdi.core.values import as_whole, checked_text
 
 Role = Literal["system", "user", "assistant", "tool", "function"]
@@ -196,7 +196,7 @@ def _message(message: Any, path: str, unknown: UnknownField) -> Message:
         return message
     if not isinstance(message, Mapping) or "role" not in message:
         raise InputError(f"{path} must have a role and a content", path)
-    _report_unknown(message, ("role", "content", "audio", NEWER_REASONING, *DETAILS, *WITHOUT_EFFECT), path, unknown)
+    report_unknown(message, ("role", "content", "audio", NEWER_REASONING, *DETAILS, *WITHOUT_EFFECT), path, unknown)
     name = message["role"]
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
@@ -227,7 +227,7 @@ def _part(part: Any, path: str, unknown: UnknownField) -> Part:
     if name is None or kind is None:
         given = f", not {name!r}" if isinstance(name, str) else ""
         raise InputError(f"{path} must be of type text, image or video{given}", path)
-    _report_unknown(part, ("type", name, *SETTINGS[kind]), path, unknown)
+    report_unknown(part, ("type", name, *SETTINGS[kind]), path, unknown)
     value, place = part.get(name), f"{path}.{name}"
     if kind == "text":
         if not isinstance(value, str):
@@ -245,7 +245,7 @@ def _settings(
     kind: str, part: Mapping[str, Any], path: str, inside: Mapping[str, Any], place: str, unknown: UnknownField
 ) -> dict[str, Any]:
     """Settings of an image or a video, which stand in its part, or inside the object of its URL."""
-    _report_unknown(inside, ("url", "detail", *SETTINGS[kind]), place, unknown)
+    report_unknown(inside, ("url", "detail", *SETTINGS[kind]), place, unknown)
     if (detail := inside.get("detail")) not in DETAIL_LEVELS:
         raise InputError(f"{place}.detail must be auto, low or high, got {detail!r}", f"{place}.detail")
     settings = {}
@@ -295,9 +295,3 @@ def _setting(name: str, value: Any, path: str) -> Any:
     if not abs(number) <= MAX_SETTING:
         raise InputError(f"{place} must be {expected} of at most {MAX_SETTING}", place)
     return number
-
-
-def _report_unknown(given: Mapping[str, Any], known: Sequence[str], path: str, unknown: UnknownField) -> None:
-    for name in given:
-        if name not in known:
-            unknown(f"{path}.{name}")

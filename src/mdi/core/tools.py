@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mdi.core.errors import InputError
-from mdi.core.unknown_fields import UnknownField, warn_once
+from mdi.core.unknown_fields import UnknownField, report_unknown, warn_once
 from mdi.core.values import checked_json, checked_text
 
 ChoiceMode = Literal["auto", "required", "none"]
@@ -81,7 +81,7 @@ def parse_tools(given: Any, unknown: UnknownField = warn_once, field: str = "too
             raise InputError(f"{path} must be an object with a type and a function", path)
         if tool.get("type") != "function":
             raise InputError(f"{path}.type must be function, got {_shown(tool.get('type'))}", f"{path}.type")
-        _report_unknown(tool, ("type", "function"), path, unknown)
+        report_unknown(tool, ("type", "function"), path, unknown)
         functions.append((tool.get("function"), f"{path}.function"))
     return _tools(functions, unknown)
 
@@ -182,7 +182,7 @@ def _tools(functions: Sequence[tuple[Any, str]], unknown: UnknownField) -> tuple
 def _tool(given: Any, path: str, unknown: UnknownField) -> Tool:
     if not isinstance(given, Mapping):
         raise InputError(f"{path} must be an object with a name", path)
-    _report_unknown(given, ("name", "description", "parameters", "strict"), path, unknown)
+    report_unknown(given, ("name", "description", "parameters", "strict"), path, unknown)
     name, description, parameters, strict = map(given.get, ("name", "description", "parameters", "strict"))
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(
@@ -214,12 +214,6 @@ def _schema(given: Any, path: str) -> Mapping[str, Any] | None:
     if (length := len(json.dumps(schema))) > MAX_SCHEMA_CHARACTERS:
         raise InputError(f"{path} has {length} characters: a schema has at most {MAX_SCHEMA_CHARACTERS}", path)
     return schema
-
-
-def _report_unknown(given: Mapping[str, Any], known: Sequence[str], path: str, unknown: UnknownField) -> None:
-    for name in given:
-        if name not in known:
-            unknown(f"{path}.{name}")
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mdi.core.errors import InputError
 
@@ -15,6 +16,13 @@ log = logging.getLogger(__name__)
 
 UnknownField = Callable[[str], None]
 """Called with the path of each unknown field, such as messages[0].id."""
+
+
+def report_unknown(given: Mapping[str, Any], known: Sequence[str], path: str, unknown: UnknownField) -> None:
+    """Calls `unknown` with the path of each field of an object that is not known. path: of the object."""
+    for name in given:
+        if name not in known:
+            unknown(f"{path}.{name}")
 
 
 def refuse(path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from mdi.core.unknown_fields import UnknownField
 from mdi.gateway.answer_parts import AnswerReader
 from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.openai.chat import chat_prompt, submit_chat
-from mdi.gateway.openai.schemas import ChatRequest
+from mdi.gateway.openai.schemas import ChatRequest, check_without_effect
 
 PASSED = (
     *("top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
@@ -22,6 +22,27 @@ PASSED = (
     *("chat_template_kwargs", "mm_processor_kwargs", "min_pixels", "max_pixels", "structured_outputs"),
 )
 """A chat's fields that these routes have only here, and that mean what they mean in a chat."""
+
+
+def passed_fields(
+    extra: Mapping[str, Any] | None,
+    unsupported: Mapping[str, tuple[Any, ...]],
+    without_effect: Collection[str],
+    unknown: UnknownField,
+) -> dict[str, Any]:
+    """The fields of `PASSED` among those that a route does not declare.
+
+    unsupported: those that have only values without effect; without_effect: those with any value. Raises InputError.
+    """
+    passed: dict[str, Any] = {}
+    for field, value in (extra or {}).items():
+        if field in unsupported:
+            check_without_effect(field, value, unsupported[field])
+        elif field in PASSED:
+            passed[field] = value
+        elif field not in without_effect:
+            unknown(field)
+    return passed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json
 from mdi.gateway.anthropic.content_schema import FORMAT, MESSAGES, SYSTEM, TOOLS
 from mdi.gateway.anthropic.message_input import ChatMessages
-from mdi.gateway.as_chat import PASSED, AsChat
-from mdi.gateway.openai.schemas import check_without_effect
+from mdi.gateway.as_chat import AsChat, passed_fields
 from mdi.gateway.schemas import Body, Effort
 
 WITHOUT_EFFECT = frozenset(
@@ -93,14 +92,7 @@ class CountRequest(Body):
         return AsChat(body, NAMES | tool_names | messages.names)
 
     def _extra(self, unknown: UnknownField) -> dict[str, Any]:
-        passed: dict[str, Any] = {}
-        for field, value in (self.model_extra or {}).items():
-            if field in UNSUPPORTED:
-                check_without_effect(field, value, UNSUPPORTED[field])
-            elif field in PASSED:
-                passed[field] = value
-            elif field not in WITHOUT_EFFECT:
-                unknown(field)
+        passed = passed_fields(self.model_extra, UNSUPPORTED, WITHOUT_EFFECT, unknown)
         for place, settings in (
             ("output_config", self.output_config),
             ("thinking", self.thinking),

@@ -11,10 +11,10 @@ from mdi.core.errors import InputError
 from mdi.core.sampling import Flag, Number, TokenLimit, TopLogprobsCount
 from mdi.core.unknown_fields import UnknownField
 from mdi.core.values import checked_json, checked_text
-from mdi.gateway.as_chat import PASSED, AsChat
+from mdi.gateway.as_chat import AsChat, passed_fields
 from mdi.gateway.openai.response_input import InputMessages
 from mdi.gateway.openai.response_input_schema import FORMAT, INPUT, TOOL_CHOICE, TOOLS
-from mdi.gateway.openai.schemas import IGNORED, check_without_effect
+from mdi.gateway.openai.schemas import IGNORED
 from mdi.gateway.schemas import Body, Effort
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -119,14 +119,7 @@ class ResponsesRequest(Body):
         return AsChat(body, NAMES | tool_names | messages.names)
 
     def _extra(self, unknown: UnknownField) -> dict[str, Any]:
-        passed: dict[str, Any] = {}
-        for field, value in (self.model_extra or {}).items():
-            if field in UNSUPPORTED:
-                check_without_effect(field, value, UNSUPPORTED[field])
-            elif field in PASSED:
-                passed[field] = value
-            elif field not in WITHOUT_EFFECT:
-                unknown(field)
+        passed = passed_fields(self.model_extra, UNSUPPORTED, WITHOUT_EFFECT, unknown)
         for place, settings in (("text", self.text), ("reasoning", self.reasoning)):
             for field in settings.model_extra or ():
                 unknown(f"{place}.{field}")
