@@ -8,7 +8,6 @@ from ctypes import c_size_t, c_void_p
 
 from mdi.kernels.library import library
 
-
 GIVEN_BACK = """
 import ctypes
 import psutil
