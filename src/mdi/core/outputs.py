@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mdi.core.batch import Token
@@ -90,10 +91,13 @@ def collect(pieces: list[Piece], usage: Usage) -> Completion:
     return Completion(tuple(_join(by_sample[index]) for index in sorted(by_sample)), usage)
 
 
-def _join(pieces: list[Piece]) -> Sample:
-    reason = pieces[-1].finish_reason
-    assert reason is not None
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one sample that follow each other, as one."""
     text = "".join(piece.text for piece in pieces)
-    return Sample(
-        text, tuple(token for piece in pieces for token in piece.tokens), reason, tuple(pieces), pieces[-1].stopped_by
-    )
+    return replace(pieces[-1], text=text, tokens=tuple(token for piece in pieces for token in piece.tokens))
+
+
+def _join(pieces: list[Piece]) -> Sample:
+    whole = joined(pieces)
+    assert whole.finish_reason is not None
+    return Sample(whole.text, whole.tokens, whole.finish_reason, tuple(pieces), whole.stopped_by)

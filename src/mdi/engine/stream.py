@@ -6,12 +6,11 @@ import asyncio
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from mdi.core.batch import Token
 from mdi.core.errors import MDIError
-from mdi.core.outputs import Completion, Piece, Usage, collect
+from mdi.core.outputs import Completion, Piece, Usage, collect, joined
 from mdi.engine.wakes import Wakes
 
 MANY = 16  # pieces that wait for a slow caller: more are joined
@@ -117,16 +116,10 @@ class Stream:
         for item in items:
             if isinstance(item, Piece):
                 by_sample.setdefault(item.index, []).append(item)
-        return [*map(_joined, by_sample.values()), *(item for item in items if not isinstance(item, Piece))]
+        return [*map(joined, by_sample.values()), *(item for item in items if not isinstance(item, Piece))]
 
     def _taken(self, item: Piece | MDIError | None) -> Piece | None:
         self._ended = not isinstance(item, Piece)
         if isinstance(item, MDIError):
             raise item
         return item
-
-
-def _joined(pieces: list[Piece]) -> Piece:
-    text = "".join(piece.text for piece in pieces)
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return replace(pieces[-1], text=text, tokens=tokens)
