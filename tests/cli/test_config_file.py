@@ -110,6 +110,7 @@ def test_what_is_typed_overrides_the_file(started: Started, file: Path) -> None:
         ("config: other.yaml", "unknown option config"),
         ("gpu: {memory: 1}", "unknown option gpu: its keys are the long names of options"),
         ("port: 8000\n  host: x", "line 2 is not valid YAML"),
+        ("port: 2027-13-45", "is not valid YAML"),
         ("- port", "holds no options"),
         ("just words", "holds no options"),
         ("max-model-len: 4x", "a number of tokens is like 4096"),

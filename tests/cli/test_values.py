@@ -28,7 +28,8 @@ def test_limits_of_media_have_two_forms(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "image", "image=", "image=2=3", "audio=1", "{", "{}", '{"image": null}', "[2]"]
+    "text",
+    ["", "2", "image", "image=", "image=2=3", "audio=1", "{", "{}", '{"image": null}', '{"image": 1e999}', "[2]"],
 )
 def test_what_limits_nothing_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--x is like image=2,video=1"):

@@ -29,7 +29,7 @@ def limits_of_kinds(text: str | None, option: str) -> dict[str, int]:
     try:
         given = json.loads(text) if text.lstrip().startswith("{") else dict(pair.split("=") for pair in text.split(","))
         limits = {kind.strip(): int(most) for kind, most in given.items()}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         limits = {}
     if not limits or not limits.keys() <= {"image", "video"}:
         raise ConfigError(f"{option} is like image=2,video=1, with no other kinds; got {text!r}")

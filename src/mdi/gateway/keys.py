@@ -184,7 +184,7 @@ def read_keys(file: Path) -> list[Key]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the API keys in {file} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError):  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError):  # ValueError: bytes that are no UTF-8, a date that there is not
         raise ConfigError(f"{file} is not valid YAML: write `name: {{key: ...}}` for each API key") from None
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{file} has no API keys: write `name: {{key: ...}}` for each")
