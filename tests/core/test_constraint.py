@@ -31,6 +31,11 @@ from mdi.core.constraint import closed
                 "$defs": {"b": {"properties": {}, "additionalProperties": False}},
             },
         ),
+        ({"properties": {}, "required": [[]]}, {"properties": {}, "required": [[]]}),
+        (
+            {"properties": 5, "required": 5, "minProperties": "x"},
+            {"properties": 5, "required": 5, "minProperties": "x"},
+        ),
         (True, True),
     ],
 )

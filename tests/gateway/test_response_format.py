@@ -209,6 +209,7 @@ def test_a_completion_follows_its_regular_expression(real: RealServer) -> None:
     ("fields", "param", "message"),
     [
         ({"guided_json": {"not": {}}}, "guided_json", 'the keywords "not" are not supported'),
+        ({"guided_json": {"properties": {}, "required": [[]]}}, "guided_json", "Expected string for 'required'"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_grammar": "root ::= 5"}, "guided_grammar", "Rule '5' not found: write it in Lark"),
         (

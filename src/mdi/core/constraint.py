@@ -82,5 +82,6 @@ def _lists_all(schema: Mapping[str, Any]) -> bool:
     listed, required, least = (schema.get(name) for name in ("properties", "required", "minProperties"))
     if not isinstance(listed, Mapping) or any(keyword in schema for keyword in OPEN):
         return False
-    missing = isinstance(required, list) and any(name not in listed for name in required)
+    names = list(listed)  # strangers may require what is no name, and cannot be looked up in a dictionary
+    missing = isinstance(required, list) and any(name not in names for name in required)
     return not missing and not (isinstance(least, int) and least > len(listed))
