@@ -163,9 +163,7 @@ class RecordingProxy:
     def cut(self) -> None:
         """Breaks every connection, and goes on accepting new ones."""
         with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            _shut(*self._open)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -200,7 +198,7 @@ class RecordingProxy:
         n_bytes = min(65536, max(PACKET_BYTES, int((bytes_per_s or 1e9) / 50)))  # some 20 ms each
 
         def run() -> None:
-            with contextlib.suppress(OSError):
+            try:
                 while data := source.recv(n_bytes):
                     if bytes_per_s:
                         with self._slow:
@@ -209,11 +207,19 @@ class RecordingProxy:
                     stream.extend(data)
                     sink.sendall(data)
                 sink.shutdown(socket.SHUT_WR)
+            except OSError:  # a killed process resets its connections: the other end has to hear of it
+                _shut(source, sink)
 
         self._streams.append(stream)
         thread = threading.Thread(target=run)
         thread.start()
         self._threads.append(thread)
+
+
+def _shut(*connections: socket.socket) -> None:
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
