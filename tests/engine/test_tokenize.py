@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mdi import Engine, RawText, SamplingParams, TokenIds
-from mdi.core.errors import InputError
+from mdi.core.errors import InputError, PromptTooLongError
+from mdi.prompt.builder import COUNTED_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,19 @@ def test_ids_beyond_the_vocabulary_are_refused(engine: Engine) -> None:
     with pytest.raises(InputError, match="no token 99999") as caught:
         engine.detokenize([5, 99999])
     assert caught.value.field == "tokens"
+
+
+def test_what_is_too_long_for_an_answer_is_counted(engine: Engine) -> None:
+    text = RawText("some words " * 300)
+    with pytest.raises(PromptTooLongError, match="sequence length is 256"):
+        engine.submit(text).completion()
+    assert len(engine.tokenize(text)) > 256
+    assert engine.detokenize(engine.tokenize(text)) == text.text
+
+
+def test_what_would_take_seconds_to_count_is_refused(engine: Engine) -> None:
+    with pytest.raises(PromptTooLongError, match=f"fewer than {COUNTED_TOKENS} are counted: send it in parts"):
+        engine.tokenize(RawText("words " * COUNTED_TOKENS))
 
 
 def test_unusable_media_are_refused(engine: Engine) -> None:

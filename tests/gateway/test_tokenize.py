@@ -41,6 +41,11 @@ def test_special_tokens_of_a_prompt_may_be_left_out(server: FakeServer) -> None:
     assert server.engine.calls[-1].prompt == RawText("a", add_special_tokens=False)
 
 
+def test_what_belongs_to_messages_alone_is_ignored_by_name(server: FakeServer) -> None:
+    answer = server.post("/tokenize", json={"prompt": "a", "tools": [], "max_pixels": 5000})
+    assert answer.headers["x-mdi-ignored"] == "max_pixels, tools"
+
+
 @pytest.mark.parametrize(
     ("path", "asked", "field"),
     [

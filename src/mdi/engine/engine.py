@@ -92,6 +92,7 @@ class Engine:
         self.sequence_length = self._cluster.cache.sequence_length
         try:
             self._prompts = self._prompt_builder(source, config)
+            self._counting = self._prompts.counting()
         except BaseException:
             self._cluster.close()
             raise
@@ -104,7 +105,7 @@ class Engine:
         )
         self._loop = self._start_loop(config)
         grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)
-        self._preparation = Preparation(self._prompts, grammars, self._start, self._end)
+        self._preparation = Preparation(grammars, self._start, self._end)
 
     def submit(
         self,
@@ -129,7 +130,8 @@ class Engine:
     def prepare(self, prompt: PromptInput, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Stream:
         """Makes the prompt of a request and computes nothing: a stream without pieces, which then has its token ids.
 
-        Images and videos are fetched and decoded for the number of their tokens. Raises what `submit` does.
+        Images and videos are fetched and decoded for the number of their tokens. The prompt may be longer than the
+        sequence length, see `PromptBuilder.counting`. Raises what `submit` does.
         """
         return self._begin(prompt, SamplingParams(), PixelRange(min_pixels, max_pixels), computes=False)
 
@@ -274,7 +276,8 @@ class Engine:
         constraint: Constraint | None = None,
         computes: bool = True,
     ) -> Stream:
-        checked = self._prompts.check(prompt)
+        prompts = self._prompts if computes else self._counting
+        checked = prompts.check(prompt)
         sampling = params.resolved(self._defaults, self.sequence_length)
         self._check_token_ids(sampling)
         stream = Stream(lambda: self._cancel(request))
@@ -283,7 +286,7 @@ class Engine:
         marks = frozenset(self._tokenizer.special_marks.get(name, -1) for name in names)
         request = Request(stream, sampling, constraint=constraint, marks=marks, computes=computes, work=work)
         self._accept(request)
-        self._preparation.begin(request, checked, pixels)
+        self._preparation.begin(request, prompts, checked, pixels)
         return stream
 
     def _accept(self, request: Request) -> None:

@@ -36,12 +36,10 @@ class Preparation:
 
     def __init__(
         self,
-        prompts: PromptBuilder,
         grammars: Grammars,
         ready: Callable[[Request, Prompt], None],
         refused: Callable[[Request, MDIError | None], None],
     ) -> None:
-        self._prompts = prompts
         self._grammars = grammars
         self._ready = ready
         self._refused = refused
@@ -56,11 +54,11 @@ class Preparation:
         """A new request's share."""
         return Work(self._turns, self._memory)
 
-    def begin(self, request: Request, prompt: CheckedPrompt, pixels: PixelRange) -> None:
+    def begin(self, request: Request, prompts: PromptBuilder, prompt: CheckedPrompt, pixels: PixelRange) -> None:
         """Starts to prepare a request whose messages are checked."""
 
         def tokenise() -> None:
-            self._tokenising.submit(self._attempt, request, lambda: self._tokenise(request, prompt, pixels))
+            self._tokenising.submit(self._attempt, request, lambda: self._tokenise(request, prompts, prompt, pixels))
 
         if request.constraint:
             self._compiling.submit(self._attempt, request, lambda: self._compile(request, tokenise))
@@ -85,23 +83,23 @@ class Preparation:
         request.rule = self._grammars.rule(request.constraint)
         then()
 
-    def _tokenise(self, request: Request, prompt: CheckedPrompt, pixels: PixelRange) -> None:
+    def _tokenise(self, request: Request, prompts: PromptBuilder, prompt: CheckedPrompt, pixels: PixelRange) -> None:
         request.work.check()
-        draft = self._prompts.tokenise(prompt, pixels)
+        draft = prompts.tokenise(prompt, pixels)
         if not draft.media:
-            self._complete(request, draft)
+            self._complete(request, prompts, draft)
             return
-        threading.Thread(target=self._load, args=(request, draft), name="mdi-media", daemon=True).start()
+        threading.Thread(target=self._load, args=(request, prompts, draft), name="mdi-media", daemon=True).start()
 
-    def _load(self, request: Request, draft: Draft) -> None:
+    def _load(self, request: Request, prompts: PromptBuilder, draft: Draft) -> None:
         self._media_threads[threading.current_thread()] = request.work
         try:
-            self._attempt(request, lambda: self._complete(request, draft))
+            self._attempt(request, lambda: self._complete(request, prompts, draft))
         finally:
             del self._media_threads[threading.current_thread()]
 
-    def _complete(self, request: Request, draft: Draft) -> None:
-        self._ready(request, self._prompts.complete(draft, request.work))
+    def _complete(self, request: Request, prompts: PromptBuilder, draft: Draft) -> None:
+        self._ready(request, prompts.complete(draft, request.work))
 
     def _attempt(self, request: Request, step: Callable[[], None]) -> None:
         try:

@@ -41,6 +41,9 @@ class TokenizeRequest(ChatRequest):
     return_token_strs: Flag = False
 
 
+OF_PROMPTS = {"model", "prompt", "add_special_tokens", "return_token_strs"}
+
+
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
@@ -55,7 +58,10 @@ def router(engine: TextEngine, served: ServedModel, config: GatewayConfig) -> AP
 
     @routes.post("/tokenize")
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-        """The token ids of a prompt. Images and videos are decoded for the number of their tokens, not encoded."""
+        """The token ids of a prompt, also of one that no answer would fit behind.
+
+        Images and videos are decoded for the number of their tokens, not encoded.
+        """
         ignored = _checked(served, config, body.model)
         body.check_fields(ignored)
         running = _prepared(engine, body, ignored)
@@ -88,6 +94,8 @@ def _prepared(engine: TextEngine, body: TokenizeRequest, ignored: IgnoredFields)
     if (body.messages is None) == (body.prompt is None):
         raise InputError("send a prompt, or messages", "prompt")
     if body.prompt is not None:
+        for name in sorted(body.model_fields_set - OF_PROMPTS):
+            ignored(name)
         text = RawText(checked_text(body.prompt, "prompt"), body.add_special_tokens is not False)
         return engine.prepare(text)
     if body.add_special_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +106,9 @@ class PixelRange:
         )
 
 
+COUNTED_TOKENS = 2**18  # longest prompt whose tokens are counted: about a second of tokenising
+
+
 class PromptBuilder:
     """Turns messages into prompts that fit `sequence_length`. spec: None for a model that reads text only.
 
@@ -134,6 +138,13 @@ class PromptBuilder:
         self._policy = policy
         self._sequence_length = sequence_length
         self._or_remedy = f", or {remedy}" if remedy else ""
+        self._counts = False
+
+    def counting(self) -> PromptBuilder:
+        """The same for prompts that nothing answers, which may be longer: of up to `COUNTED_TOKENS`."""
+        counting = copy.copy(self)
+        counting._sequence_length, counting._counts = max(self._sequence_length, COUNTED_TOKENS), True
+        return counting
 
     def check(self, prompt: PromptInput) -> CheckedPrompt:
         """The prompt, its messages typed. Raises InputError for messages and token ids that this model cannot read.
@@ -309,12 +320,19 @@ class PromptBuilder:
         self._check_least(n_tokens, field, "")
 
     def _check_least(self, n_tokens: int, field: str, least: str = "at least ") -> None:
-        if n_tokens >= self._sequence_length:
+        if n_tokens < self._sequence_length:
+            return
+        if self._counts:
             raise PromptTooLongError(
-                f"the prompt has {least}{n_tokens} tokens and an answer needs room for one more, but the sequence "
-                f"length is {self._sequence_length}: shorten the prompt{self._or_remedy}",
+                f"the prompt has {least}{n_tokens} tokens, and fewer than {self._sequence_length} are counted: "
+                "send it in parts",
                 field,
             )
+        raise PromptTooLongError(
+            f"the prompt has {least}{n_tokens} tokens and an answer needs room for one more, but the sequence "
+            f"length is {self._sequence_length}: shorten the prompt{self._or_remedy}",
+            field,
+        )
 
 
 def _settings(chat: Conversation) -> TemplateSettings:
