@@ -73,7 +73,7 @@ def test_every_route_declares_its_errors_and_none_that_never_comes(document: Doc
                 assert statuses >= ERRORS
                 assert ("404" in statuses) == (not path.startswith("/generate"))
     assert "HTTPValidationError" not in document["components"]["schemas"]
-    assert set(document["components"]["securitySchemes"]) == {"key"}
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
 
 
 def test_the_form_of_generate_multimodal_is_described(document: Document) -> None:

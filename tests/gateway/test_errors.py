@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -139,3 +140,20 @@ def test_a_wrong_method_is_told_those_of_the_path(server: FakeServer) -> None:
     for path, methods in (("/ping", "GET, POST"), ("/v1/responses/x", "DELETE, GET"), ("/v1/responses", "POST")):
         answer = httpx.request("PUT", server.url + path, headers=server.headers, timeout=60, verify=False)
         assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+
+
+def test_official_clients_wait_after_a_refusal_and_succeed(open_server: FakeServer) -> None:
+    refusals = [OverloadedError("full"), OverloadedError("full")]
+
+    def refuse(_: Any) -> Exception | None:
+        return refusals.pop() if refusals else None
+
+    open_server.engine.refuse = refuse
+    with openai.OpenAI(base_url=f"{open_server.url}/v1", api_key=open_server.key, max_retries=1) as client:
+        with pytest.raises(openai.RateLimitError):
+            client.with_options(max_retries=0).chat.completions.create(model="tiny", messages=HELLO)
+        assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].finish_reason == "stop"
+    refusals.append(OverloadedError("full"))
+    with anthropic.Anthropic(base_url=open_server.url, api_key=open_server.key, max_retries=1) as other:
+        assert other.messages.create(model="tiny", messages=HELLO, max_tokens=5).stop_reason == "end_turn"
+    assert not refusals

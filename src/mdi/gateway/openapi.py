@@ -105,6 +105,13 @@ def complete(app: FastAPI, names: Sequence[str], *, needs_key: bool) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+"""How a request may carry its key: as OpenAI's clients send it, or as Anthropic's do."""
+
+
 def _complete(document: dict[str, Any], names: Sequence[str], needs_key: bool) -> None:
     components = document.setdefault("components", {}).setdefault("schemas", {})
     schemas = _Schemas(components)
@@ -114,7 +121,7 @@ def _complete(document: dict[str, Any], names: Sequence[str], needs_key: bool) -
             if asked := _answers(path, method).asked:  # FastAPI's schema has rounded numbers
                 operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas.of(asked)}}}
             if needs_key and path not in OPEN_PATHS:
-                operation["security"] = [{"key": []}]
+                operation["security"] = [{name: []} for name in KEYS]  # any one of them
     for kind in NAMING_THE_MODEL:
         model = components[kind.__name__]["properties"]["model"]
         model.get("anyOf", [model])[0]["enum"] = list(names)
@@ -122,7 +129,7 @@ def _complete(document: dict[str, Any], names: Sequence[str], needs_key: bool) -
     multimodal["requestBody"]["content"][FORM] = {"schema": _form()}
     _drop_unused(document, components)
     if needs_key:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["components"]["securitySchemes"] = KEYS
 
 
 def _drop_unused(document: dict[str, Any], components: dict[str, Any]) -> None:
