@@ -151,9 +151,9 @@ def test_official_clients_wait_after_a_refusal_and_succeed(open_server: FakeServ
     open_server.engine.refuse = refuse
     with openai.OpenAI(base_url=f"{open_server.url}/v1", api_key=open_server.key, max_retries=1) as client:
         with pytest.raises(openai.RateLimitError):
-            client.with_options(max_retries=0).chat.completions.create(model="tiny", messages=HELLO)
-        assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].finish_reason == "stop"
+            client.with_options(max_retries=0).chat.completions.create(model="fake", messages=HELLO)
+        assert client.chat.completions.create(model="fake", messages=HELLO).choices[0].finish_reason == "stop"
     refusals.append(OverloadedError("full"))
     with anthropic.Anthropic(base_url=open_server.url, api_key=open_server.key, max_retries=1) as other:
-        assert other.messages.create(model="tiny", messages=HELLO, max_tokens=5).stop_reason == "end_turn"
+        assert other.messages.create(model="fake", messages=HELLO, max_tokens=5).stop_reason == "end_turn"
     assert not refusals
