@@ -153,6 +153,26 @@ def test_a_spare_is_taken_with_its_own_certificate_alone(launch: Launch, tmp_pat
     assert taken == [("finisher", "spare0", f"127.0.0.1:{spare_port}")]
 
 
+def test_the_last_node_without_a_finisher_has_either_name_in_its_certificate(launch: Launch, tmp_path: Path) -> None:
+    authority = create_authority(tmp_path)
+    create_node(tmp_path, "starter")
+    port = free_port()
+    config, manual = config_of(port), ManualNodes(wait_s=30, certs=tmp_path)
+    with fake_node(authority.issue("secondary0"), "secondary0", port):
+        nodes = launch(config, manual, starter_identity(config, manual, encryption=True))
+        assert [(node.name, node.id) for node in nodes.nodes] == [("finisher", "secondary0")]
+    with fake_node(authority.issue("finisher"), "finisher", port):
+        nodes.restart(["finisher"], 30)
+        assert [(node.name, node.id) for node in nodes.nodes] == [("finisher", "finisher")]
+    for impostor in ("secondary1", "spare0"):
+        with fake_node(authority.issue(impostor), "finisher", port), pytest.raises(LinkError, match=f"of {impostor}"):
+            nodes.restart(["finisher"], 1.5)
+    finisher = {"addr": "127.0.0.1", "communication": {"port": port}}
+    config = config_of(finisher=finisher)
+    with fake_node(authority.issue("secondary0"), "secondary0", port), pytest.raises(LinkError, match="of secondary0"):
+        launch(config, ManualNodes(wait_s=1.5, certs=tmp_path), starter_identity(config, manual, encryption=True))
+
+
 def test_closing_ends_the_wait(launch: Launch) -> None:
     port = free_port()
     with fake_node(None, "finisher", port):

@@ -57,21 +57,21 @@ def secondary(
 
     config = NodesConfig.read(nodes_config) if nodes_config else None
     node = _place(config, index, spare, vision, chunk)
-    if chunk and node.name != _name_of(chunk):
-        raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {_name_of(chunk)}")
+    identity = Identity.of_one(certs, node.names) if encryption_enabled() else None
     settings = NodeSettings(
-        node.name,
-        chunk,
+        identity.name if identity else node.name,
+        _chunk_of(node, chunk) if chunk else None,
         listen=listen or node.address,
         device=device or node.device or "cpu",
         dtype=dtype or node.dtype,
         threads=threads or node.threads,
         with_parent=with_parent,
         insecure=insecure,
-        identity=Identity.load(certs, node.name) if encryption_enabled() else None,
+        identity=identity,
         cache=Cache.open(cache_folder) if config else None,
         hands_over=bool(config and config.spares),
         progress=None if with_parent else BytesProgress(),
+        role="" if spare is not None else node.name,
     )
     serve_node(settings)
 
@@ -94,6 +94,16 @@ def _place(
     if spare is not None:
         return config.spare(spare)
     return config.vision_node if vision else config.node(index or 0)
+
+
+def _chunk_of(node: NodeConfig, chunk: Path) -> Path:
+    """The file of a node's chunk. The last node's may be named by its place in the nodes-config, as in the guide."""
+    from mdi.checkpoint.manifest import chunk_file
+
+    if _name_of(chunk) not in node.names:
+        raise ConfigError(f"this is the {node.name}, but {chunk.name} is the chunk of {_name_of(chunk)}")
+    written = chunk.with_name(chunk_file(node.name))
+    return written if written.exists() and not chunk.exists() else chunk
 
 
 def _name_of(chunk: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mdi.checkpoint.cache import default_cache_folder
-from mdi.cluster.launchers.manual import ManualLauncher, Waiting
+from mdi.cluster.launchers.manual import ManualLauncher, Waiting, addresses
 from mdi.cluster.monitor import Monitor
 from mdi.cluster.node_client import NodeAddress, NodeClient
 from mdi.cluster.nodes_config import NodeConfig, NodesConfig
@@ -48,7 +48,7 @@ def measure_all(
         launcher.start()
     finally:
         launcher.close()
-    measured = _measure(config, monitor.identity, launcher.nodes, dtype, quantization, device)
+    measured = _measure(config, monitor.identity, [[node] for node in launcher.nodes], dtype, quantization, device)
     for one, node in zip(measured[1:], launcher.nodes, strict=True):
         if one.unknown:
             raise LinkError(f"node {node.name} could not be measured: {one.unknown}", node.name)
@@ -59,26 +59,31 @@ def measure_reachable(
     config: NodesConfig, identity: Identity | None, dtype: str, quantization: ModelQuantization, device: str
 ) -> list[MeasuredNode]:
     """The same for nodes that run now; one that does not is taken to be as fast as this machine."""
-    nodes = [NodeAddress(node.name, node.address) for node in config.pipeline]
+    nodes = [addresses(node, identity) for node in config.pipeline]
     return _measure(config, identity, nodes, dtype, quantization, device)
 
 
 def _measure(
     config: NodesConfig,
     identity: Identity | None,
-    nodes: Sequence[NodeAddress],
+    nodes: Sequence[Sequence[NodeAddress]],
     dtype: str,
     quantization: ModelQuantization,
     device: str,
 ) -> list[MeasuredNode]:
-    """One after the other: two on one machine would slow each other down. With weights as the layers have them."""
+    """One after the other: two on one machine would slow each other down. With weights as the layers have them.
+
+    nodes: each under every name that it may have.
+    """
     here = measure_hardware(device, dtype, default_cache_folder(), quantization.layers)
     measured = [MeasuredNode(_limited(here, config.starter))]
-    for node, described in zip(nodes, config.pipeline, strict=True):
-        try:
-            machine, unknown = asyncio.run(_measure_node(node, identity, dtype, quantization.layers)), ""
-        except LinkError as error:
-            machine, unknown = replace(here, memory_bytes=math.inf), str(error)
+    for names, described in zip(nodes, config.pipeline, strict=True):
+        for node in names:
+            try:
+                machine, unknown = asyncio.run(_measure_node(node, identity, dtype, quantization.layers)), ""
+                break
+            except LinkError as error:
+                machine, unknown = replace(here, memory_bytes=math.inf), str(error)
         measured.append(MeasuredNode(_limited(machine, described), unknown))
     return measured
 

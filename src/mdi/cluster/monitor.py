@@ -118,9 +118,7 @@ class Heartbeat:
         last, answer = self._answered, self._answered.answer if self._answered else None
         if last is None or answer is None:
             node = self.client.node
-            return NodeStatus(
-                name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=_spare(node.id, node.role), node=node.id
-            )
+            return NodeStatus(name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=_spare(node.id), node=node.id)
         status = _node_status(answer, name, last.round_trip_s)
         if self.last and self.last.lost:
             return replace(status, state="lost")
@@ -186,6 +184,11 @@ class Monitor:
             await known.close()
         return heartbeat
 
+    async def forget(self, node: NodeAddress) -> None:
+        """Ends the heartbeat of a node that does not exist after all."""
+        if heartbeat := self._heartbeats.pop(node.id, None):
+            await heartbeat.close()
+
     def heartbeat(self, node: NodeAddress) -> Heartbeat | None:
         """The heartbeat of a node, if it is watched; from any thread, to read what was last heard."""
         return self._heartbeats.get(node.id)
@@ -217,11 +220,11 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         sent_bytes=status.sent_bytes,
         received_bytes=status.received_bytes,
         round_trip_s=round_trip_s,
-        spare=_spare(status.node, status.role),
+        spare=_spare(status.node),
         node=status.node,
     )
 
 
-def _spare(node: str, role: str) -> str:
-    """The id of a spare; empty for a node whose id is its role."""
-    return "" if node == role else node
+def _spare(node: str) -> str:
+    """The id of a spare; empty for another node."""
+    return node if node.startswith("spare") else ""

@@ -4,8 +4,8 @@
                "secondary": [{"addr": "10.0.0.2", "communication": {"port": 5000}, "device": "cuda"}, ...],
                "finisher":  {...}, "vision": {...}, "spare": [{...}, ...]}}
 
-Without a finisher, the last secondary is it. These keys of upstream's files are accepted and ignored: `inference`,
-`starter_server`, and `starter_addr` in `communication`.
+Without a finisher, the last secondary is it, and its certificate and its chunk may have either name. These keys of
+upstream's files are accepted and ignored: `inference`, `starter_server`, and `starter_addr` in `communication`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
@@ -34,6 +34,7 @@ MAX_NODES = 1024
 class NodeConfig:
     """One node. name: its role, as its chunk has it (starter, secondary0, finisher). key: where the file names it.
 
+    other_name: of the last secondary where there is no finisher: it is `finisher`, and may be called by its place, too.
     device, dtype, threads: as `mdi secondary` takes them; None leaves the choice to it. memory_gb: most it may use, in
     1e9 bytes. layers: how many decoder layers it gets; all nodes have that, or none.
     """
@@ -47,6 +48,12 @@ class NodeConfig:
     threads: int | None = None
     memory_gb: float | None = None
     layers: int | None = None
+    other_name: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its certificate and its chunk may call it, its role first."""
+        return (self.name, self.other_name) if self.other_name else (self.name,)
 
     @property
     def address(self) -> str:
@@ -229,10 +236,14 @@ class _File(_Object):
         after = [(f"nodes.secondary[{index}]", node) for index, node in enumerate(nodes.secondary)]
         if nodes.finisher:
             after.append(("nodes.finisher", nodes.finisher))
-        names = [*(f"secondary{index}" for index in range(len(after) - 1)), "finisher"]
+        places = [f"secondary{index}" for index in range(len(after))]
+        stages = [_node_config(name, key, node) for name, (key, node) in zip(places, after, strict=True)]
+        if stages:
+            other_name = "" if nodes.finisher else stages[-1].name
+            stages[-1] = replace(stages[-1], name="finisher", other_name=other_name)
         return NodesConfig(
             starter=_node_config("starter", "nodes.starter", nodes.starter),
-            pipeline=tuple(_node_config(name, key, node) for name, (key, node) in zip(names, after, strict=False)),
+            pipeline=tuple(stages),
             vision=_node_config("vision", "nodes.vision", nodes.vision) if nodes.vision else None,
             spares=tuple(
                 _node_config(f"spare{index}", f"nodes.spare[{index}]", node) for index, node in enumerate(nodes.spare)

@@ -14,13 +14,14 @@ from mdi.rpc.tls import Identity
 class NodeSettings:
     """The settings of one node.
 
-    name: its own name, which is its role unless it is a spare. chunk: the file that it loads; None waits until the
-    starter offers one. listen: host:port; port 0 picks a free one. dtype: what the chunk must be in; None takes any.
-    threads: to compute with; None leaves the number to torch. with_parent: a parent process reads errors from Status,
-    so the node stays when its chunk cannot be loaded. insecure: addresses of other machines are allowed without
-    encryption. identity: encrypts all links, and only nodes of the same authority may call; None encrypts nothing.
-    cache: where chunks from the starter are kept; None takes none from it. hands_over: on the first signal the node
-    waits until a spare has replaced it. progress: called while chunks are received and loaded.
+    name: its own name, as in its certificate. role: the only one that it takes, if that is not its name. chunk: the
+    file that it loads; None waits until the starter offers one. listen: host:port; port 0 picks a free one. dtype:
+    what the chunk must be in; None takes any. threads: to compute with; None leaves the number to torch. with_parent: a
+    parent process reads errors from Status, so the node stays when its chunk cannot be loaded. insecure: addresses of
+    other machines are allowed without encryption. identity: encrypts all links, and only nodes of the same authority
+    may call; None encrypts nothing. cache: where chunks from the starter are kept; None takes none from it.
+    hands_over: on the first signal the node waits until a spare has replaced it. progress: called while chunks are
+    received and loaded.
     """
 
     name: str
@@ -35,3 +36,9 @@ class NodeSettings:
     cache: Cache | None = None
     hands_over: bool = False
     progress: Progress | None = None
+    role: str = ""
+
+    @property
+    def only_role(self) -> str:
+        """The only role that the node takes; empty for a spare, which takes any."""
+        return self.role or ("" if self.name.startswith("spare") else self.name)

@@ -63,6 +63,12 @@ class Identity:
         _check(identity, folder)
         return identity
 
+    @classmethod
+    def of_one(cls, folder: Path, names: Sequence[str]) -> Identity:
+        """The first of these nodes that has a certificate in a folder. Raises ConfigError as `load` does."""
+        there = [name for name in names if (folder / f"{name}.pem").exists()]
+        return cls.load(folder, (there or names)[0])
+
     def save(self, folder: Path) -> None:
         """Writes the three files that `load` reads. Only their owner can read the key."""
         write_private(folder / f"{self.name}.key", self.key)

@@ -17,7 +17,7 @@ from mdi.checkpoint.prepare import Chunks
 from mdi.cluster.launchers.base import Died
 from mdi.cluster.monitor import STATES, Monitor
 from mdi.cluster.node_client import NodeAddress, NodeClient
-from mdi.cluster.nodes_config import NodesConfig
+from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 from mdi.cluster.provision import DamagedChunkError, provision
 from mdi.core.config import ManualNodes
 from mdi.core.errors import CheckpointError, ConfigError, LinkError
@@ -67,6 +67,11 @@ def starter_identity(nodes: NodesConfig, manual: ManualNodes, encryption: bool) 
     return None
 
 
+def addresses(node: NodeConfig, identity: Identity | None) -> list[NodeAddress]:
+    """A node under each name that its certificate may have; under its role alone where there are no certificates."""
+    return [NodeAddress(node.name, node.address, name) for name in (node.names if identity else node.names[:1])]
+
+
 class ManualLauncher:
     """A `Launcher` for manual nodes: started, or back after a loss, when all answer and have their weights.
 
@@ -84,7 +89,9 @@ class ManualLauncher:
         waiting: Waiting | None = None,
     ) -> None:
         vision = (config.vision,) if config.vision else ()
-        self._homes = {node.name: NodeAddress(node.name, node.address) for node in (*config.pipeline, *vision)}
+        homes = {node.name: addresses(node, monitor.identity) for node in (*config.pipeline, *vision)}
+        self._homes = {name: home for name, (home, *_) in homes.items()}
+        self._other_homes = {name: others for name, (_, *others) in homes.items()}
         self._spares = [NodeAddress("", node.address, node.name) for node in config.spares]
         self._places = dict(self._homes)  # where each node is: at home, or a spare in its place
         self._claimed: set[str] = set()  # spares that are being made ready
@@ -176,6 +183,7 @@ class ManualLauncher:
             for place in self._candidates(name, late=left_s <= 0):
                 if await self._make_ready(place, search):
                     self._places[name] = place
+                    await self._forget_others(place)
                     search.ready.add(name)
                     if leaving:
                         await self._release(leaving)
@@ -219,14 +227,21 @@ class ManualLauncher:
     def _candidates(self, name: str, late: bool) -> Iterator[NodeAddress]:
         """Where a node may be: where it was, at home, and in a spare's process, if it is late or one has its role."""
         yield self._places[name]
-        if self._places[name] != self._homes[name]:
-            yield self._homes[name]
+        for home in (self._homes[name], *self._other_homes[name]):
+            if self._places[name] != home:
+                yield home
         if name == VISION:
             return  # images wait for it, and nothing else does
         for spare in self._spares:
             wanted = late or self._role(spare) == name
             if wanted and self._is_free(spare) and spare.id not in self._claimed:
                 yield replace(spare, role=name)
+
+    async def _forget_others(self, found: NodeAddress) -> None:
+        """A process that has been found under one of its names is not looked for under another any more."""
+        for home in (self._homes[found.role], *self._other_homes[found.role]):
+            if home.address == found.address and home.id != found.id:
+                await self._monitor.forget(home)
 
     def _is_free(self, spare: NodeAddress) -> bool:
         return all(place.id != spare.id for place in self._places.values())
