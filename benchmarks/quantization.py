@@ -3,8 +3,9 @@
     pip install -e '.[bench,dev]'
     python -m benchmarks.quantization                    # 50,000 tokens of Python's documentation: over an hour
     python -m benchmarks.quantization --tokens 3072      # some minutes, and those of calibrating once
+    python -m benchmarks.quantization --model 1.5B       # three times as long, and 15 GB of memory
 
-The model is Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_model`). Its float32 weights are the reference. Ours are
+The model is Qwen2.5-Coder-Instruct (`benchmarks.real_model`). Its float32 weights are the reference. Ours are
 chunks of `mdi prepare`, computed as a node computes them, activations quantised. All read the same windows.
 """
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from benchmarks.figures import Figure, report
 from benchmarks.gguf_file import gguf_file
 from benchmarks.llama import llama_python
-from benchmarks.real_model import FOLDER, real_checkpoint
+from benchmarks.real_model import add_model_options, chosen_checkpoint
 from benchmarks.sides import Side
 from mdi.checkpoint.calibration import CalibrationText
 from mdi.checkpoint.loader import load_chunk, load_source
@@ -90,12 +91,12 @@ class Score:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model is kept")
+    add_model_options(parser)
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--no-llama", action="store_true", help="leave llama.cpp out, which is built first")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     options = parser.parse_args()
-    path = real_checkpoint(options.folder)
+    path = chosen_checkpoint(options)
     windows = windows_of(path, options.tokens)
     with torch.inference_mode():
         scores = measure(open_source(path), windows)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.real_model import FOLDER, real_checkpoint
+from benchmarks.real_model import add_model_options, chosen_checkpoint
 from mdi import Engine, SamplingParams
 
 QUESTIONS = (
@@ -39,11 +39,11 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    add_model_options(parser)
     parser.add_argument("--n-nodes", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=48)
     options = parser.parse_args()
-    path = real_checkpoint(options.folder)
+    path = chosen_checkpoint(options)
     theirs, their_rate = through_transformers(path, options.max_tokens)
     ours, our_rate, together_rate = through_nodes(path, options.n_nodes, options.max_tokens)
     table = Table("question", "answer", "equal")
