@@ -20,6 +20,7 @@ from mdi.cli.prepare import prepare
 from mdi.cli.screen import err, say
 from mdi.cli.secondary import secondary
 from mdi.cli.serve import serve
+from mdi.cli.service import service
 from mdi.cli.verify import verify
 from mdi.core.allocator import limit_arenas
 from mdi.core.errors import CheckpointError, ConfigError, InputError, MDIError
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=CommandLikeVllms)(serve)
+app.command(context_settings={"allow_interspersed_args": False})(service)
 for command in (prepare, plan, secondary, ask, verify, bench, demo):
     app.command()(command)
 app.add_typer(certs.app, name="certs")

@@ -2,78 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson
+from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson, grouped
 from mdi.cli.parent import OPTION, end_with_parent
 from mdi.cli.screen import BytesProgress
 from mdi.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mdi.cluster.nodes_config import NodeConfig, NodesConfig
+    from mdi.node.settings import NodeSettings
 
 
-def secondary(
+@dataclass(frozen=True)
+class NodeOptions:
+    """Which node runs, and how."""
+
     index: Annotated[
         int | None, typer.Argument(help="Which node of --nodes-config this is: 0 is the one after the starter.")
-    ] = None,
+    ] = None
     chunk: Annotated[
         Path | None,
         typer.Option(help="The node's chunk, as `mdi prepare` wrote it; without one, the starter sends it."),
-    ] = None,
-    nodes_config: NodesJson = None,
+    ] = None
+    nodes_config: NodesJson = None
     spare: Annotated[
         int | None, typer.Option(help="Which spare of --nodes-config this is: it waits until a node is lost.")
-    ] = None,
-    vision: Annotated[bool, typer.Option("--vision", help="This is the vision node of --nodes-config.")] = False,
+    ] = None
+    vision: Annotated[bool, typer.Option("--vision", help="This is the vision node of --nodes-config.")] = False
     cache_folder: Annotated[
         Path | None, typer.Option(help="Where chunks from the starter are kept; ~/.cache/mdi/chunks if not given.")
-    ] = None,
+    ] = None
     listen: Annotated[
         str | None, typer.Option(help="Address to listen at, host:port; without --nodes-config 127.0.0.1:0.")
-    ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
-    with_parent: Annotated[bool, typer.Option(OPTION, help="End when standard input ends.")] = False,
-    certs: Certs = CERTS,
-    insecure: Insecure = False,
-) -> None:
+    ] = None
+    dtype: Dtype = None
+    device: Device = None
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None
+    with_parent: Annotated[bool, typer.Option(OPTION, help="End when standard input ends.")] = False
+    certs: Certs = CERTS
+    insecure: Insecure = False
+
+    def settings(self) -> NodeSettings:
+        """Raises ConfigError for options that contradict each other, the nodes-config or the certificates."""
+        from mdi.checkpoint.cache import Cache
+        from mdi.cluster.nodes_config import NodesConfig
+        from mdi.node.settings import NodeSettings
+        from mdi.rpc.tls import Identity, encryption_enabled
+
+        config = NodesConfig.read(self.nodes_config) if self.nodes_config else None
+        node = _place(config, self.index, self.spare, self.vision, self.chunk)
+        identity = Identity.of_one(self.certs, node.names) if encryption_enabled() else None
+        return NodeSettings(
+            identity.name if identity else node.name,
+            _chunk_of(node, self.chunk) if self.chunk else None,
+            listen=self.listen or node.address,
+            device=self.device or node.device or "cpu",
+            dtype=self.dtype or node.dtype,
+            threads=self.threads or node.threads,
+            with_parent=self.with_parent,
+            insecure=self.insecure,
+            identity=identity,
+            cache=Cache.open(self.cache_folder) if config else None,
+            hands_over=bool(config and config.spares),
+            progress=None if self.with_parent else BytesProgress(),
+            role="" if self.spare is not None else node.name,
+        )
+
+
+@grouped
+def secondary(options: NodeOptions) -> None:
     """Run one node: a secondary, the finisher, the vision node or a spare, as the nodes-config or its chunk says.
 
     With --nodes-config, address, device, dtype and threads are as written there, unless given here.
     """
-    if with_parent:
+    if options.with_parent:
         end_with_parent()
 
-    from mdi.checkpoint.cache import Cache
-    from mdi.cluster.nodes_config import NodesConfig
     from mdi.node.server import serve_node
-    from mdi.node.settings import NodeSettings
-    from mdi.rpc.tls import Identity, encryption_enabled
 
-    config = NodesConfig.read(nodes_config) if nodes_config else None
-    node = _place(config, index, spare, vision, chunk)
-    identity = Identity.of_one(certs, node.names) if encryption_enabled() else None
-    settings = NodeSettings(
-        identity.name if identity else node.name,
-        _chunk_of(node, chunk) if chunk else None,
-        listen=listen or node.address,
-        device=device or node.device or "cpu",
-        dtype=dtype or node.dtype,
-        threads=threads or node.threads,
-        with_parent=with_parent,
-        insecure=insecure,
-        identity=identity,
-        cache=Cache.open(cache_folder) if config else None,
-        hands_over=bool(config and config.spares),
-        progress=None if with_parent else BytesProgress(),
-        role="" if spare is not None else node.name,
-    )
-    serve_node(settings)
+    serve_node(options.settings())
 
 
 def _place(
