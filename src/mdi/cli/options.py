@@ -113,6 +113,10 @@ class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
 
     wait_s: Annotated[float, setting("wait_s")] = DEFAULTS.cluster.manual.wait_s
     device: Device = None
+    ray: Annotated[str | None, setting("ray")] = None
+    ray_resources: Annotated[str | None, setting("ray_resources")] = None
+    ray_labels: Annotated[str | None, setting("ray_labels")] = None
+    ray_strategy: Annotated[str, setting("ray_strategy")] = DEFAULTS.cluster.on_ray.ray_strategy
 
     def start(self, model: str, **settings: Any) -> Engine:
         """Loads a model, showing which nodes are present and how far each has loaded."""
@@ -128,8 +132,17 @@ class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
                 progress=startup.loading,
                 waiting=startup.waiting,
                 encryption=encryption_enabled(),
-                **options | {"layers": parse_layers(self.layers)} | settings,
+                **options | self._parsed | settings,
             )
+
+    @property
+    def _parsed(self) -> dict[str, Any]:
+        """Settings that are more than a word on the command line."""
+        return {
+            "layers": parse_layers(self.layers),
+            "ray_resources": values.amounts(self.ray_resources, "--ray-resources"),
+            "ray_labels": values.pairs(self.ray_labels, "--ray-labels"),
+        }
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

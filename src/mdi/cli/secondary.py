@@ -34,6 +34,9 @@ class NodeOptions:
         int | None, typer.Option(help="Which spare of --nodes-config this is: it waits until a node is lost.")
     ] = None
     vision: Annotated[bool, typer.Option("--vision", help="This is the vision node of --nodes-config.")] = False
+    role: Annotated[
+        str | None, typer.Option(help="Which node this is (secondary0, finisher), where no nodes-config says it.")
+    ] = None
     cache_folder: Annotated[
         Path | None, typer.Option(help="Where chunks from the starter are kept; ~/.cache/mdi/chunks if not given.")
     ] = None
@@ -55,7 +58,7 @@ class NodeOptions:
         from mdi.rpc.tls import Identity, encryption_enabled
 
         config = NodesConfig.read(self.nodes_config) if self.nodes_config else None
-        node = _place(config, self.index, self.spare, self.vision, self.chunk)
+        node = _place(config, self.index, self.spare, self.vision, self.role, self.chunk)
         identity = Identity.of_one(self.certs, node.names) if encryption_enabled() else None
         return NodeSettings(
             identity.name if identity else node.name,
@@ -67,7 +70,7 @@ class NodeOptions:
             with_parent=self.with_parent,
             insecure=self.insecure,
             identity=identity,
-            cache=Cache.open(self.cache_folder) if config else None,
+            cache=Cache.open(self.cache_folder) if config or self.role else None,
             hands_over=bool(config and config.spares),
             progress=None if self.with_parent else BytesProgress(),
             role="" if self.spare is not None else node.name,
@@ -89,20 +92,29 @@ def secondary(options: NodeOptions) -> None:
 
 
 def _place(
-    config: NodesConfig | None, index: int | None, spare: int | None, vision: bool, chunk: Path | None
+    config: NodesConfig | None,
+    index: int | None,
+    spare: int | None,
+    vision: bool,
+    role: str | None,
+    chunk: Path | None,
 ) -> NodeConfig:
-    """The nodes-config's entry of this node; without a nodes-config, an entry for its chunk on this machine."""
+    """The nodes-config's entry of this node; without a nodes-config, an entry at any port of this machine."""
     from mdi.cluster.nodes_config import NodeConfig
+    from mdi.rpc.tls import NODE_NAME
 
-    if (index is not None) + (spare is not None) + vision != (config is not None):
+    if (index is not None) + (spare is not None) + vision != (config is not None) or (config and role):
         raise ConfigError(
             "name the nodes-config and this node's place in it: mdi secondary --nodes-config FILE 0 "
             "(or --spare 0, or --vision)"
         )
+    if role and not NODE_NAME.fullmatch(role):
+        raise ConfigError(f"there is no role {role!r}: roles are secondary0, secondary1, ..., finisher, vision, spare0")
     if config is None:
-        if chunk is None:
+        name = role or (_name_of(chunk) if chunk else None)
+        if name is None:
             raise ConfigError("give this node its chunk, as `mdi prepare` wrote it: --chunk FILE")
-        return NodeConfig(_name_of(chunk), key="", addr="127.0.0.1", port=0)
+        return NodeConfig(name, key="", addr="127.0.0.1", port=0)
     if spare is not None:
         return config.spare(spare)
     return config.vision_node if vision else config.node(index or 0)

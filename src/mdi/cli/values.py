@@ -10,6 +10,7 @@ from decimal import Decimal
 from mdi.core.errors import ConfigError
 
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 2**10, "M": 2**20, "G": 2**30}
+OUTER_COMMA = re.compile(r",(?![^(]*\))")
 NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kmgKMG]?)")
 
 
@@ -34,6 +35,37 @@ def limits_of_kinds(text: str | None, option: str) -> dict[str, int]:
     if not limits or not limits.keys() <= {"image", "video"}:
         raise ConfigError(f"{option} is like image=2,video=1, with no other kinds; got {text!r}")
     return limits
+
+
+def amounts(text: str | None, option: str) -> dict[str, float] | None:
+    """Numbers by name: `CPU=8,memory=16e9`, or a JSON object. Raises ConfigError for anything else."""
+    given = pairs(text, option)
+    if given is None:
+        return None
+    try:
+        return {name: float(amount) for name, amount in given.items()}
+    except ValueError:
+        raise ConfigError(f"{option} is like CPU=8,memory=16e9, with numbers; got {text!r}") from None
+
+
+def pairs(text: str | None, option: str) -> dict[str, str] | None:
+    """Values by name: `zone=a,disk=!ssd`, or a JSON object. Commas in brackets belong to a value: `zone=in(a,b)`.
+
+    Raises ConfigError for anything else.
+    """
+    if text is None:
+        return None
+    try:
+        if text.lstrip().startswith("{"):
+            given = {name: str(value) for name, value in json.loads(text).items()}
+        else:
+            given = dict(pair.split("=", 1) for pair in OUTER_COMMA.split(text))
+    except ValueError:
+        given = {}
+    found = {name.strip(): value.strip() for name, value in given.items()}
+    if not all(found) or not all(found.values()) or not found:
+        raise ConfigError(f"{option} is like name=value,name=value; got {text!r}")
+    return found
 
 
 def words(given: Sequence[str] | None, option: str) -> tuple[str, ...]:

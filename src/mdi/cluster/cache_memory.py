@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import psutil
 
 from mdi.cluster.node_client import NodeAddress
-from mdi.cluster.nodes_config import NodeConfig
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheNode
 from mdi.planning.memory import free_bytes
@@ -24,16 +23,16 @@ def cache_nodes(
     loaded: LoadedStage,
     nodes: Sequence[NodeAddress],
     statuses: Sequence[node_pb2.NodeStatus],
-    described: Sequence[NodeConfig],
+    limits_gb: Sequence[float | None],
 ) -> list[CacheNode]:
     """The starter, which has loaded its stage here, and the other nodes, in pipeline order.
 
-    statuses: of the other nodes, which have loaded. described: all nodes in a nodes-config, if there is one. Nodes
-    at one host share what is free there.
+    statuses: of the other nodes, which have loaded. limits_gb: what each node may use, the starter first; empty where
+    nothing is said. Nodes at one host share what is free there.
     """
     hosts = [HERE, *(_host(node) for node in nodes)]
     sharing = Counter(hosts)
-    limits = [node.memory_gb for node in described] or [None] * len(hosts)
+    limits = limits_gb or [None] * len(hosts)
     states = [_starter_status(loaded), *statuses]
     return [
         CacheNode(
@@ -64,5 +63,5 @@ def _starter_status(loaded: LoadedStage) -> node_pb2.NodeStatus:
 
 
 def _allowed_bytes(memory_gb: float | None, status: node_pb2.NodeStatus) -> float:
-    """What the nodes-config lets a node use yet, besides all that is resident."""
+    """What a node is let use yet, besides all that is resident."""
     return math.inf if memory_gb is None else max(0.0, memory_gb * 1e9 - status.resident_bytes)

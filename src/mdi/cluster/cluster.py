@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from mdi.cluster.delivery import Deliver
 from mdi.cluster.launchers.base import Launcher
 from mdi.cluster.launchers.local import LocalLauncher
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting, starter_identity
+from mdi.cluster.launchers.ray import RayLauncher
+from mdi.cluster.launchers.ray_placement import RayPlacement
 from mdi.cluster.link import PipelineSettings, loaded_nodes
 from mdi.cluster.measure import measure_all
 from mdi.cluster.monitor import Monitor
@@ -80,7 +83,6 @@ class Cluster:
         source.model_config.check_shards(config.cluster.shards)
         self._progress = progress
         self._waiting = waiting
-        self.n_nodes = nodes.n_nodes if nodes else config.cluster.n_nodes
         self.link: Supervisor | None = None
         self.encoder: RemoteEncoder | None = None
         self._deliver = deliver
@@ -88,9 +90,13 @@ class Cluster:
         self._launcher: Launcher | None = None
         self._chunks: Chunks | None = None
         self._manual: ManualLauncher | None = None
+        self._ray: RayPlacement | None = None
         set_threads(nodes.starter.threads if nodes else None, self._device)
         with ExitStack() as undo:
             undo.callback(self.close)
+            if config.cluster.on_ray.ray:
+                self._ray = RayPlacement.connect(config.cluster.on_ray, self._device)
+            self.n_nodes = self._count_nodes(source.model_config.n_layers)
             alone = self.n_nodes == 1 and not self._vision_address
             self._loaded = self._load_alone(source) if alone else self._load_together(source)
             self.cache = self._cache_budget(source.model_config)
@@ -146,6 +152,8 @@ class Cluster:
             self._launcher.close()
         if self._monitor:
             self._monitor.close()
+        if self._ray:
+            self._ray.close()
         if self._chunks:
             self._chunks.close()
 
@@ -154,6 +162,10 @@ class Cluster:
         """The node that encodes images, where the starter does not."""
         node = self._nodes.vision if self._nodes else None
         return NodeAddress(node.name, node.address) if node else None
+
+    def _count_nodes(self, n_layers: int) -> int:
+        asked = self._nodes.n_nodes if self._nodes else self._config.cluster.n_nodes
+        return self._ray.count_nodes(n_layers) if self._ray and asked == 1 else asked
 
     def _load_alone(self, source: Source) -> LoadedStage:
         """Quantised weights are made once, as a chunk, and read from there."""
@@ -166,7 +178,8 @@ class Cluster:
     def _load_together(self, source: Source) -> LoadedStage:
         """Starts the other nodes, which load at the same time as this one."""
         cluster = self._config.cluster
-        authority = Authority.create() if cluster.encryption and not self._nodes else None
+        encrypted = not cluster.manual.insecure if self._ray else cluster.encryption
+        authority = Authority.create() if encrypted and not self._nodes else None
         monitor = self._monitor = Monitor(self._identity(authority))
         chunks = self._chunks = prepared(
             source,
@@ -178,7 +191,7 @@ class Cluster:
             measure=lambda: self._measured_layers(source),
             progress=self._progress,
         )
-        launcher = self._launcher = self._make_launcher(chunks, monitor, authority)
+        launcher = self._launcher = self._make_launcher(source.model_config, chunks, monitor, authority)
         launcher.start()
         if address := self._vision_address:
             width, timeout_s = source.model_config.hidden_size, cluster.recovery.recovery_timeout_s
@@ -205,12 +218,17 @@ class Cluster:
         if self._launcher and self._monitor and self.n_nodes > 1:
             nodes, deadline = self._launcher.nodes, time.monotonic() + START_TIMEOUT_S
             statuses = self._monitor.loop.call(loaded_nodes(self._monitor, nodes, self._progress, deadline))
-        described = [self._nodes.starter, *self._nodes.pipeline] if self._nodes else []
-        memory = cache_nodes(self._loaded, nodes, statuses, described)
+        memory = cache_nodes(self._loaded, nodes, statuses, self._memory_limits())
         budget = cache_budget(model, self._config.cache, dtype_name(self._loaded.dtype), memory)
         if note := budget.note:
             log.warning("%s", note)
         return budget
+
+    def _memory_limits(self) -> Sequence[float | None]:
+        """What each node may use, in 1e9 bytes, the starter first; empty where nothing is said."""
+        if self._ray:
+            return [None, *self._ray.memory_gb]
+        return [node.memory_gb for node in (self._nodes.starter, *self._nodes.pipeline)] if self._nodes else []
 
     def _identity(self, authority: Authority | None) -> Identity | None:
         """The starter's. authority: lives as long as this object, for nodes that are started here."""
@@ -219,7 +237,14 @@ class Cluster:
             return starter_identity(self._nodes, cluster.manual, cluster.encryption)
         return authority.issue("starter", days=AUTHORITY_DAYS) if authority else None
 
-    def _make_launcher(self, chunks: Chunks, monitor: Monitor, authority: Authority | None) -> Launcher:
+    def _make_launcher(
+        self, model: ModelConfig, chunks: Chunks, monitor: Monitor, authority: Authority | None
+    ) -> Launcher:
+        if self._ray:
+            self._ray.reserve(chunks.manifest, model, self._config.cache)
+            return RayLauncher(
+                self._ray, chunks, monitor, authority, self._config.cluster.manual.wait_s, self._progress, self._waiting
+            )
         if self._nodes:
             manual = self._config.cluster.manual
             self._manual = ManualLauncher(self._nodes, manual, monitor, chunks, self._progress, self._waiting)

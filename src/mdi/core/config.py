@@ -3,8 +3,9 @@ here only."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -204,10 +205,45 @@ class ManualNodes(Section):
     """Nodes that are started on their machines, not by this process."""
 
     nodes_config: Path | None = setting(None, "JSON file with all nodes, each started on its machine.")
-    wait_s: float = setting(600.0, "Seconds to wait at the start for nodes of the nodes-config.", above=0)
+    wait_s: float = setting(
+        600.0, "Seconds to wait at the start for nodes of the nodes-config, or for room on the Ray cluster.", above=0
+    )
     certs: Path = setting(Path("certs"), "Folder with this node's certificate, for encrypted links.")
     insecure: bool = setting(False, "Allow unencrypted links beyond this machine.")
     spare_after_s: float = setting(5.0, "Seconds for a lost node to come back before a spare takes its place.", low=0)
+
+
+@dataclass(frozen=True)
+class RayNodes(Section):
+    """Nodes that Ray places on the machines of a cluster. Links are encrypted unless `insecure`."""
+
+    ray: str | None = setting(
+        None,
+        "Ray cluster that places the nodes, one on each machine: auto, or host:port. Links are encrypted without "
+        "further ado, unless --insecure.",
+    )
+    ray_resources: Mapping[str, float] | None = setting(
+        None,
+        "What each node reserves on its Ray machine, instead of the CPUs that are free and the memory of the plan: "
+        "CPU=8,memory=16e9 (in bytes), GPU=1, or a resource of your own.",
+    )
+    ray_labels: Mapping[str, str] | None = setting(
+        None, "Labels of the Ray machines that may get nodes: market-type=spot,zone=in(a,b)."
+    )
+    ray_strategy: str = setting(
+        "STRICT_SPREAD",
+        "How Ray spreads the nodes: STRICT_SPREAD, each on a machine of its own, none on the starter's; SPREAD and "
+        "PACK where they can; STRICT_PACK on one machine.",
+        choices=("STRICT_SPREAD", "SPREAD", "PACK", "STRICT_PACK"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, amount in (self.ray_resources or {}).items():
+            if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < math.inf:
+                raise ConfigError(f"ray_resources: {name} must be a number of at least 0, got {amount!r}")
+        if self.ray is None and (self.ray_resources or self.ray_labels):
+            raise ConfigError("--ray-resources and --ray-labels are for nodes on a Ray cluster: name it with --ray")
 
 
 @dataclass(frozen=True)
@@ -223,7 +259,9 @@ class RecoveryLimits(Section):
 class ClusterConfig(Section):
     """The nodes that the layers are spread over."""
 
-    n_nodes: int = setting(1, "Nodes the layers are split over.", low=1)
+    n_nodes: int = setting(
+        1, "Nodes the layers are split over; with --ray, one on each machine of the cluster if not given.", low=1
+    )
     layers: tuple[int, ...] | None = setting(None, "Layers per node, overriding the plan.")
     shards: int = setting(
         1,
@@ -233,6 +271,7 @@ class ClusterConfig(Section):
     )
     encryption: bool = setting(False, "Links between nodes are encrypted (mutual TLS).")
     manual: ManualNodes = field(default_factory=ManualNodes)
+    on_ray: RayNodes = field(default_factory=RayNodes)
     recovery: RecoveryLimits = field(default_factory=RecoveryLimits)
 
     def __post_init__(self) -> None:
@@ -240,6 +279,10 @@ class ClusterConfig(Section):
         object.__setattr__(self, "layers", tuple(self.layers) if self.layers else None)
         if self.manual.nodes_config and (self.n_nodes != 1 or self.layers):
             raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
+        if self.manual.nodes_config and self.on_ray.ray:
+            raise ConfigError(
+                "--ray and --nodes-config exclude each other: Ray places the nodes, or you start those of the file"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,14 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mdi.core.errors import ConfigError
+from mdi.rpc.node_key import NodeKey, private_pem
 from mdi.rpc.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
 
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?)*\.?")
@@ -73,8 +70,8 @@ class Authority:
 
     def save(self, folder: Path) -> None:
         """Writes `ca.pem` and `ca.key`. Only its owner can read the key."""
-        write_private(folder / AUTHORITY_KEY_FILE, _pem(self.key))
-        (folder / AUTHORITY_FILE).write_bytes(self.certificate.public_bytes(Encoding.PEM))
+        write_private(folder / AUTHORITY_KEY_FILE, private_pem(self.key))
+        (folder / AUTHORITY_FILE).write_bytes(self.pem)
 
     def issue(self, node: str, addresses: Sequence[str] = (), days: int = NODE_DAYS) -> Identity:
         """Makes a new key and a certificate for a node, which is server and client.
@@ -87,24 +84,45 @@ class Authority:
             raise ConfigError(
                 f"there is no node {node!r}: nodes are starter, secondary0, secondary1, ..., finisher, vision, spare0"
             )
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = NodeKey.create()
+        return key.identity(node, self._certify(node, key.public, addresses, days), self.pem)
+
+    def sign(self, node: str, request: bytes, days: int = NODE_DAYS) -> bytes:
+        """The certificate, as PEM, for a key that the node made itself: see `NodeKey.request`.
+
+        The caller says which node it is; names in the request do not count. Raises ConfigError for a request that is
+        none, or is not signed with its own key.
+        """
+        try:
+            asked = x509.load_pem_x509_csr(request)
+            key = asked.public_key() if asked.is_signature_valid else None
+        except (ValueError, UnsupportedAlgorithm):
+            key = None
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ConfigError(f"what {node} sent is no request for a certificate of an elliptic curve's key")
+        return self._certify(node, key, (), days)
+
+    @property
+    def pem(self) -> bytes:
+        """The authority's own certificate."""
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def _certify(self, node: str, key: ec.EllipticCurvePublicKey, addresses: Sequence[str], days: int) -> bytes:
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         ends = min(_ends(days), self.certificate.not_valid_after_utc)
         names = [x509.DNSName(host_name(node)), *map(_alternative, addresses)]
         purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = (
-            _builder(_name(node), self.certificate.subject, key.public_key(), ends)
+            _builder(_name(node), self.certificate.subject, key, ends)
             .serial_number(x509.random_serial_number())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(issuer, critical=False)
         )
-        certificate = builder.sign(self.key, hashes.SHA256())
-        authority = self.certificate.public_bytes(Encoding.PEM)
-        return Identity(node, certificate.public_bytes(Encoding.PEM), _pem(key), authority)
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def create_authority(folder: Path, *, days: int = AUTHORITY_DAYS, force: bool = False) -> Authority:
@@ -199,7 +217,3 @@ def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
