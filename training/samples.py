@@ -35,11 +35,11 @@ GRIDS: tuple[tuple[Grid, float], ...] = (
     ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
 )  # fmt: skip
 KINDS = (
-    ("still", 0.33), ("text", 0.13), ("pair", 0.2), ("film", 0.13), ("tools", 0.17), ("easy", 0.02), ("blind", 0.02),
+    ("still", 0.27), ("text", 0.12), ("pair", 0.2), ("film", 0.1), ("tools", 0.27), ("easy", 0.02), ("blind", 0.02),
 )  # fmt: skip
 BRANCHES = {"still": 8, "easy": 6, "text": 4, "pair": 8, "film": 8, "tools": 3}
 JSON_SHARE = 0.15  # of the questions
-REQUESTS = 4  # for tools, of a picture
+REQUESTS = 5  # for tools, of a picture
 HARD_SHARE = 0.35  # of the scenes
 
 

@@ -22,6 +22,7 @@ from training.unknown import UNKNOWN
 CANNOT = "I have no tool for that."
 DONE, FAILED = "It is done.", "It did not work."
 MOST_TOOLS = 3
+MADE_UP_SHARE = 0.6  # of verbs, nouns and arguments in training: few real ones would be learnt by heart
 NAME_WEIGHT = 0.5  # of names in a call: a grammar writes most of them
 
 # For training, and, behind them, for held-out requests only.
@@ -55,6 +56,8 @@ DESCRIPTIONS = {
 }  # fmt: skip
 DESCRIBED_SHARE = 0.4  # of the arguments in training; held-out names say nothing by themselves, so all have one
 TYPES = {"count": "integer"}
+ONSETS = (*"bcdfghjklmnprstvwz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "sh", "sk", "st", "th", "tr", "wh")
+CODAS = ("", "", *"dgklmnprstw", "ck", "ng", "nt", "rd", "st")
 ACT_REQUESTS: Split = (
     ("{verb} {the}.", "Please {verb} {the}.", "Can you {verb} {the}?", "Now {verb} {the}.",
      "I want you to {verb} {the}.", "{verb} {the}, please.", "You should {verb} {the}."),
@@ -179,29 +182,29 @@ class Workshop:
         return [call, self._after(tool)]
 
     def _act(self) -> Tool:
-        r, verb = self._random, self._one(ACT)
+        r, verb = self._random, self._key(ACT)
         name = verb.replace(" ", "_") + r.choice(("", "", "_shape", "_it"))
         roles = r.choice((("color", "shape"), ("color", "shape"), ("shape", "color"), ("shape",), ("color",)))
         return self._tool("act", verb, name, f"{_capital(verb)} a shape.", roles)
 
     def _count(self) -> Tool:
-        r, verb = self._random, self._one(TELL)
+        r, verb = self._random, self._key(TELL)
         name = verb.replace(" ", "_") + r.choice(("_count", "_number", "_total"))
         roles = r.choice((("shape", "count"), ("count", "shape"), ("count",)))
         return self._tool("count", verb, name, f"{_capital(verb)} how many shapes there are.", roles)
 
     def _read(self) -> Tool:
-        verb = self._one(TELL)
+        verb = self._key(TELL)
         name = verb.replace(" ", "_") + self._random.choice(("_text", "_sign", "_words"))
         return self._tool("read", verb, name, f"{_capital(verb)} what a sign says.", ("text",))
 
     def _paint(self) -> Tool:
-        noun = self._one(PAINT)
+        noun = self._key(PAINT)
         name = self._random.choice(("paint", "set", "color")) + f"_{noun}"
         return self._tool("paint", noun, name, f"Paint the {noun}.", ("color",))
 
     def _look_up(self) -> Tool:
-        r, noun = self._random, self._one(LOOK_UP)
+        r, noun = self._random, self._key(LOOK_UP)
         roles = r.choice((("color", "shape"), ("shape", "color"), ("shape",), ("color",)))
         return self._tool("look up", noun, r.choice(("get_", "find_", "")) + noun, f"The {noun} of a shape.", roles)
 
@@ -209,8 +212,10 @@ class Workshop:
         return Tool(family, key, name, description, tuple(map(self._argument, roles)))
 
     def _argument(self, role: str) -> Argument:
-        described = self._held_out or self._random.random() < DESCRIBED_SHARE
-        return Argument(self._one(ROLES[role]), role, self._random.choice(DESCRIPTIONS[role]) if described else "")
+        made_up = self._makes_up()
+        described = made_up or self._held_out or self._random.random() < DESCRIBED_SHARE
+        name = self._made_up() if made_up else self._one(ROLES[role])
+        return Argument(name, role, self._random.choice(DESCRIPTIONS[role]) if described else "")
 
     def _request(self, picture: Picture, tool: Tool) -> tuple[str, dict[str, str | int], Sequence[Thing]] | None:
         """Its text, the values by role, and the things that they are of."""
@@ -239,6 +244,21 @@ class Workshop:
     def _text(self, requests: Split, **names: str) -> str:
         text = self._one(requests).format(**names)
         return _capital(text) if self._random.random() < 0.85 else text[0].lower() + text[1:].rstrip("?.")
+
+    def _key(self, split: Split) -> str:
+        """A verb or noun."""
+        if not self._makes_up():
+            return self._one(split)
+        return self._made_up() + (self._random.choice((" to", " up", " at")) if self._random.random() < 0.2 else "")
+
+    def _makes_up(self) -> bool:
+        return not self._held_out and self._random.random() < MADE_UP_SHARE
+
+    def _made_up(self) -> str:
+        """A word that means nothing, such as "brenol"."""
+        r = self._random
+        syllables = (r.choice(ONSETS) + r.choice("aeiou") + r.choice(CODAS) for _ in range(r.choice((1, 2, 2, 3))))
+        return "".join(syllables)
 
     def _one(self, split: Split) -> str:
         return self._random.choice(split[self._held_out])
