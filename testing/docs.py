@@ -30,7 +30,9 @@ def _sections(command: Any, name: str) -> Iterator[str]:
             yield from _sections(below, f"{name} {part}")
         return
     arguments = [item for item in command.params if item.param_type_name == "argument"]
-    options = [item for item in command.params if item.param_type_name == "option" and item.name != "help"]
+    options = [
+        item for item in command.params if item.param_type_name == "option" and item.name != "help" and not item.hidden
+    ]
     usage = [item.name.upper() if item.required else f"[{item.name.upper()}]" for item in arguments]
     yield f"\n## {' '.join([name, *usage])}\n\n{command.help}\n"
     if arguments or options:

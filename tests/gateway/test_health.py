@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from testing.fakes import FakeEngine
 
 from mdi.core.errors import LinkError
 from mdi.core.status import RecoveryStatus
+from mdi.gateway import server as gateway
 from tests.gateway.conftest import LONG_WAIT_S, FakeServer
 
 
@@ -21,6 +23,21 @@ def test_health_reports_a_lost_node_without_a_key(server: FakeServer) -> None:
     assert answer.json() == {"status": "unavailable", "detail": "node finisher broke"}
     server.engine.answer_ready = lambda: False
     assert httpx.get(server.url + "/health/ready").json() == answer.json()
+
+
+def test_a_server_whose_nodes_are_lost_for_good_says_so_and_then_ends_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gateway, "FAILED_S", 2.0)
+    engine, bound = FakeEngine(), gateway.bind("127.0.0.1", 0)
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(gateway.serve, engine, bound)
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/health"
+        assert httpx.get(url, timeout=LONG_WAIT_S).status_code == 200
+        engine.error = LinkError("node finisher broke")
+        assert httpx.get(url, timeout=LONG_WAIT_S).status_code == 503
+        with pytest.raises(LinkError, match="node finisher broke"):
+            ended.result(LONG_WAIT_S)
 
 
 def test_the_server_is_ready_when_a_token_comes_through(server: FakeServer) -> None:

@@ -41,6 +41,7 @@ from mdi.rpc.authority import Authority
 from mdi.rpc.callers import SERVICE
 from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, MISSED_BEATS, open_channel
 from mdi.rpc.traffic import node_stub
+from mdi.rpc.version import HERE
 
 Inbox = queue.SimpleQueue[Delivery]
 pytestmark = pytest.mark.usefixtures("no_process_left")
@@ -405,7 +406,7 @@ def configured(chunks: list[Path], authority: Authority) -> Iterator[str]:
     settings = NodeSettings("finisher", chunks[2], listen="", dtype="float32", identity=authority.issue("finisher"))
     starter = authority.issue("starter")
     request = node_pb2.ConfigureRequest(
-        version=codec.VERSION,
+        version=HERE.version,
         epoch=5,
         manifest_digest=Manifest.read(chunks[2].parent).digest,
         n_slots=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ import pytest
 from mdi.core.errors import ConfigError
 from mdi.rpc import authority as certs
 from mdi.rpc.authority import Authority, create_authority, create_node
-from mdi.rpc.tls import Identity, encryption_enabled
+from mdi.rpc.tls import PRIVATE, Identity, encryption_enabled, write_whole
 
 
 @pytest.fixture
@@ -132,3 +133,25 @@ def test_another_word_for_encryption_is_refused(value: str, monkeypatch: pytest.
     monkeypatch.setenv("ENABLE_ENCRYPTION", value)
     with pytest.raises(ConfigError, match="ENABLE_ENCRYPTION must be 1 or 0"):
         encryption_enabled()
+
+
+def test_a_file_is_written_whole_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    for name, mode in (("key", PRIVATE), ("certificate", 0o644)):
+        (tmp_path / f".{name}.new").write_bytes(b"half")
+        for data in (b"first", b"second"):
+            write_whole(tmp_path / name, data, mode)
+            assert (tmp_path / name).read_bytes() == data
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["certificate", "key"]
+
+
+def test_an_identity_goes_through_a_pipe(folder: Path) -> None:
+    identity = Identity.load(folder, "finisher")
+    reading, writing = os.pipe()
+    identity.send(writing)
+    assert Identity.receive(reading) == identity
+    reading, writing = os.pipe()
+    os.write(writing, b'{"name": "finisher", "key": 1}')
+    os.close(writing)
+    with pytest.raises(ConfigError, match="no identity can be read"):
+        Identity.receive(reading)

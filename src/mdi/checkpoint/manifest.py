@@ -92,10 +92,13 @@ class Manifest(BaseModel):
         raise CheckpointError(f"{file} is not in its folder's manifest, which has {known}: run `mdi prepare` again")
 
     def write(self, folder: Path) -> None:
-        """Completely or not at all: other processes may write the same file."""
+        """Completely or not at all: other processes may write the same file. Leaves one alone that says the same."""
+        text, file = self.model_dump_json(indent=2) + "\n", folder / FILE_NAME
+        if file.exists() and file.read_bytes() == text.encode():
+            return
         unfinished = folder / f".{FILE_NAME}-{uuid4()}"
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / FILE_NAME)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

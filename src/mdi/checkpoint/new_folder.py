@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -54,10 +55,22 @@ def _check_space(folder: Path, size_bytes: int, what: str) -> None:
         raise CheckpointError(f"{what} take {sizes}: make room, or use a smaller dtype")
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk: a power cut then leaves no empty file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _put_in_place(unfinished: Path, folder: Path) -> None:
     unfinished.chmod(0o755)
+    for path in (*unfinished.iterdir(), unfinished):
+        flush(path)
     if not folder.exists():
         unfinished.rename(folder)
+        flush(folder.parent)
         return
     replaced = unfinished.with_name(unfinished.name + "-replaced")
     try:

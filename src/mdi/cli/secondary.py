@@ -16,6 +16,7 @@ from mdi.core.errors import ConfigError
 if TYPE_CHECKING:
     from mdi.cluster.nodes_config import NodeConfig, NodesConfig
     from mdi.node.settings import NodeSettings
+    from mdi.rpc.tls import Identity
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class NodeOptions:
     device: Device = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None
     with_parent: Annotated[bool, typer.Option(OPTION, help="End when standard input ends.")] = False
+    identity_pipe: Annotated[
+        int | None, typer.Option(hidden=True, help="Open file that the parent has written the identity to.")
+    ] = None
     certs: Certs = CERTS
     insecure: Insecure = False
 
@@ -55,11 +59,11 @@ class NodeOptions:
         from mdi.checkpoint.cache import Cache
         from mdi.cluster.nodes_config import NodesConfig
         from mdi.node.settings import NodeSettings
-        from mdi.rpc.tls import Identity, encryption_enabled
+        from mdi.rpc.tls import encryption_enabled
 
         config = NodesConfig.read(self.nodes_config) if self.nodes_config else None
         node = _place(config, self.index, self.spare, self.vision, self.role, self.chunk)
-        identity = Identity.of_one(self.certs, node.names) if encryption_enabled() else None
+        identity = self._identity(node) if encryption_enabled() else None
         return NodeSettings(
             identity.name if identity else node.name,
             _chunk_of(node, self.chunk) if self.chunk else None,
@@ -75,6 +79,13 @@ class NodeOptions:
             progress=None if self.with_parent else BytesProgress(),
             role="" if self.spare is not None else node.name,
         )
+
+    def _identity(self, node: NodeConfig) -> Identity:
+        from mdi.rpc.tls import Identity
+
+        if self.identity_pipe is not None:
+            return Identity.receive(self.identity_pipe)
+        return Identity.of_one(self.certs, node.names)
 
 
 @grouped

@@ -25,6 +25,7 @@ from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
+from mdi.rpc.version import HERE
 
 T = TypeVar("T")
 LOADING_POLL_S = 0.05
@@ -190,7 +191,8 @@ class LinkEpoch:
         settings, name = self._settings, self._nodes[index].name
         following = self._nodes[index + 1] if index + 1 < len(self._nodes) else NodeAddress("", "")
         request = node_pb2.ConfigureRequest(
-            version=codec.VERSION,
+            version=HERE.version,
+            oldest_version=HERE.oldest,
             epoch=self.number,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,

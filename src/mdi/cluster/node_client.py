@@ -27,6 +27,7 @@ from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, sp
 from mdi.rpc.diagnose import diagnose
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
+from mdi.rpc.version import HERE, Protocol, disagreement
 
 RPC_TIMEOUT_S = 5.0
 CONFIGURE_TIMEOUT_S = 20.0  # on a slow link it waits behind what was sent before
@@ -88,13 +89,18 @@ class NodeClient:
     async def status(
         self, timeout_s: float = RPC_TIMEOUT_S, *, wait_for_ready: bool = False, diagnose: bool = True
     ) -> node_pb2.NodeStatus:
-        """What the node reports of itself. diagnose: False raises LinkError at once, without the reason."""
+        """What the node reports of itself. diagnose: False raises LinkError at once, without the reason.
+
+        Also raises LinkError when the two sides do not understand each other, with the one to be upgraded.
+        """
         call = self._stub.Status(node_pb2.StatusRequest(), timeout=timeout_s, wait_for_ready=wait_for_ready)
         status: node_pb2.NodeStatus = await self._answer(call, diagnose=diagnose)
         if status.node != self.node.id:
             raise self._error(
                 f"at {self.node.address} is {status.node}: start each node with its own number and --chunk"
             )
+        if status.version and (error := disagreement(Protocol.of(status.version, status.oldest_version), HERE)):
+            raise self._error(f"{self.node.address}: {error}")
         return status
 
     async def watch(self) -> AsyncIterator[node_pb2.NodeStatus]:
@@ -115,7 +121,9 @@ class NodeClient:
 
     async def offer(self, manifest: Manifest, role: str) -> node_pb2.OfferReply:
         """Names the chunk that the node is to hold."""
-        request = node_pb2.OfferRequest(version=codec.VERSION, manifest=manifest.model_dump_json(), role=role)
+        request = node_pb2.OfferRequest(
+            version=HERE.version, oldest_version=HERE.oldest, manifest=manifest.model_dump_json(), role=role
+        )
         return await self._answer(self._stub.Offer(request, timeout=RPC_TIMEOUT_S))
 
     async def send_weights(
@@ -253,7 +261,7 @@ class NodeClient:
 
     def _no_answer(self, error: grpc.aio.AioRpcError) -> str:
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            return f"{self.node.address} is of an older version: use one version of mdi"
+            return f"{self.node.address} is of an older version of mdi than the server: upgrade it on that machine"
         return f"{self.node.address} does not answer ({error.details() or error.code().name.lower()})"
 
     def _error(self, message: str) -> LinkError:

@@ -9,6 +9,8 @@ import resource
 import signal
 import socket
 import ssl
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -38,16 +40,23 @@ FOR_EVER_S = 1e9  # uvicorn takes whole numbers only
 SWEEP_S = 0.5
 LAST_STALL_S = 3.0  # stall_timeout_s during a shutdown
 LAST_EVENTS_S = 2.0  # for sending the errors of requests that the shutdown ended
+FAILED_S = 10.0  # that a server whose nodes are lost for good still says so
 MOST_OPEN_FILES = 65_536
 
 
 def serve(engine: TextEngine, bound: socket.socket, config: GatewayConfig = GatewayConfig()) -> None:
-    """Serves on a bound socket until SIGINT or SIGTERM, and then until running requests have ended: see `Server`."""
+    """Serves on a bound socket until SIGINT or SIGTERM, and then until running requests have ended: see `Server`.
+
+    Raises the engine's error, some seconds after it has one: what supervises this process then starts it again.
+    """
     address, port = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     scheme = "https" if config.ssl_certfile else "http"
     print(f"serving {engine.model_name} at {scheme}://{shown}:{port}", flush=True)  # noqa: T201
-    Server(create_app(engine, config), config).run(sockets=[bound])
+    server = Server(create_app(engine, config), config, failed=lambda: engine.error is not None)
+    server.run(sockets=[bound])
+    if engine.error:
+        raise engine.error
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -124,9 +133,11 @@ class Server(uvicorn.Server):
 
     A shutdown closes what is idle or still being sent. Running requests have `drain_timeout_s` to end; those that
     take longer end with an error. A second signal ends the process at once.
+
+    failed: whether no request can be served any more; such a server ends by itself, after its health could be asked.
     """
 
-    def __init__(self, app: FastAPI, config: GatewayConfig) -> None:
+    def __init__(self, app: FastAPI, config: GatewayConfig, failed: Callable[[], bool] = lambda: False) -> None:
         self._drain_s = min(config.drain_timeout_s, FOR_EVER_S)
         limit = ConnectionLimit(min(config.max_connections, raise_open_files() // 2))
         super().__init__(
@@ -145,6 +156,7 @@ class Server(uvicorn.Server):
             )
         )
         self._limits = config
+        self._failed = failed
         self._answers = app.state.answers
         self._stall_s = config.stall_timeout_s
         self._out_of_files = Occasionally()
@@ -172,8 +184,12 @@ class Server(uvicorn.Server):
         return [each for each in self.server_state.connections if isinstance(each, Connection)]
 
     async def _sweep(self) -> None:
-        """Ends connections whose clients are overdue, for as long as the server runs."""
+        """Ends connections whose clients are overdue, for as long as the server runs, and a server that failed."""
+        failed_s = math.inf
         while True:
+            if self._failed():
+                failed_s = min(failed_s, time.monotonic())
+                self.should_exit |= time.monotonic() - failed_s > FAILED_S
             for connection in self._connections:
                 if connection.overdue(self._limits.head_timeout_s, self._stall_s):
                     connection.end(REQUEST_TIMEOUT)

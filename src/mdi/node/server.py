@@ -33,6 +33,7 @@ from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, SERVER_OPTIONS, add_po
 from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import VARIABLE, Identity
 from mdi.rpc.traffic import Traffic, TrafficInterceptor
+from mdi.rpc.version import HERE, Protocol, disagreement
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class NodeService(NodeServicer):
         status, epoch = self._lifecycle.status(), self._worker.epoch
         status.resident_bytes = psutil.Process().memory_info().rss
         status.pid = os.getpid()
+        status.version, status.oldest_version = HERE.version, HERE.oldest
         status.free_bytes = free_bytes(torch.device(self._settings.device))
         status.sent_bytes, status.received_bytes = self._traffic.sent_bytes, self._traffic.received_bytes
         status.busy_share = (epoch.stage.busy if epoch else self._encoder.busy).share()
@@ -155,8 +157,8 @@ class NodeService(NodeServicer):
             await asyncio.sleep(HEARTBEAT_S)
 
     async def Offer(self, request: node_pb2.OfferRequest, _context: object) -> node_pb2.OfferReply:
-        if request.version != codec.VERSION:
-            return node_pb2.OfferReply(error=_other_version(request.version))
+        if error := disagreement(HERE, Protocol.of(request.version, request.oldest_version)):
+            return node_pb2.OfferReply(error=error)
         try:
             return await self._lifecycle.offer(Manifest.parse(request.manifest), request.role)
         except CheckpointError as error:
@@ -182,8 +184,8 @@ class NodeService(NodeServicer):
             yield node_pb2.EmbeddingsPiece(error=str(error))
 
     async def Configure(self, request: node_pb2.ConfigureRequest, _context: object) -> node_pb2.ConfigureReply:
-        if request.version != codec.VERSION:
-            return node_pb2.ConfigureReply(error=_other_version(request.version))
+        if error := disagreement(HERE, Protocol.of(request.version, request.oldest_version)):
+            return node_pb2.ConfigureReply(error=error)
         loaded = self._lifecycle.loaded
         if loaded is None:
             return node_pb2.ConfigureReply(error=self.error or "is still loading")
@@ -286,7 +288,3 @@ class NodeService(NodeServicer):
 
     def _previous_node(self) -> str:
         return self._worker.epoch.previous_node if self._worker.epoch else ""
-
-
-def _other_version(theirs: int) -> str:
-    return f"speaks protocol {codec.VERSION}, not {theirs}: use one version of mdi"

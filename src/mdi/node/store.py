@@ -16,6 +16,7 @@ from pathlib import Path
 from mdi.checkpoint.cache import FOLDER_OPTION, Cache
 from mdi.checkpoint.locks import Hold
 from mdi.checkpoint.manifest import ChunkEntry, Manifest, chunk_file
+from mdi.checkpoint.new_folder import flush
 from mdi.core.errors import CheckpointError
 
 
@@ -96,9 +97,11 @@ class StoredChunk:
             yield file
 
     def finish(self) -> None:
-        """Gives the file its name: all bytes are there."""
+        """Gives the file its name: all bytes are there, and on the disk."""
         with self._translated():
+            flush(self._growing)
             self._growing.replace(self.path)
+            flush(self._folder)
 
     def discard(self) -> None:
         """Removes what is there."""

@@ -78,7 +78,7 @@ async def _append(chunk: StoredChunk, pieces: AsyncIterator[node_pb2.WeightsPiec
             there += len(piece.data)
             progress("receiving weights", there, size)
     if there == size:
-        chunk.finish()
+        await in_thread(chunk.finish)
     return there == size
 
 

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mdi.core.errors import ConfigError
 from mdi.rpc.node_key import NodeKey, private_pem
-from mdi.rpc.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, Identity, host_name, write_private
+from mdi.rpc.tls import AUTHORITY_FILE, DOMAIN, NODE_NAME, PRIVATE, Identity, host_name, write_whole
 
 HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})?)*\.?")
 AUTHORITY_KEY_FILE = "ca.key"
@@ -70,8 +70,8 @@ class Authority:
 
     def save(self, folder: Path) -> None:
         """Writes `ca.pem` and `ca.key`. Only its owner can read the key."""
-        write_private(folder / AUTHORITY_KEY_FILE, private_pem(self.key))
-        (folder / AUTHORITY_FILE).write_bytes(self.pem)
+        write_whole(folder / AUTHORITY_KEY_FILE, private_pem(self.key), PRIVATE)
+        write_whole(folder / AUTHORITY_FILE, self.pem)
 
     def issue(self, node: str, addresses: Sequence[str] = (), days: int = NODE_DAYS) -> Identity:
         """Makes a new key and a certificate for a node, which is server and client.

@@ -32,7 +32,6 @@ from mdi.rpc import node_pb2
 
 M = TypeVar("M", bound=Message)
 
-VERSION = 9
 PIECE_BYTES = 1_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 OTHER_VERSION = "bytes arrived that are no message of this version of mdi: use one version everywhere"

@@ -1,6 +1,6 @@
 """The diagnosis of a node that does not answer: the cause and the remedy, which gRPC does not report. Plain sockets.
 
-For use after a failure: it opens connections, and writes the private key into a temporary folder of this user.
+For use after a failure: it opens connections. The private key is never in a file with a name.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import socket
 import ssl
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from cryptography import x509
 
@@ -110,10 +110,18 @@ def _context(identity: Identity) -> ssl.SSLContext:
     context.check_hostname = False  # the caller compares the names, to report whose certificate it is
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.authority.decode())
-    with tempfile.TemporaryDirectory() as folder:  # the ssl module reads certificates from files only
-        identity.save(Path(folder))
-        context.load_cert_chain(Path(folder) / f"{identity.name}.pem", Path(folder) / f"{identity.name}.key")
+    with _readable(identity.certificate) as certificate, _readable(identity.key) as key:
+        context.load_cert_chain(certificate, key)
     return context
+
+
+@contextmanager
+def _readable(data: bytes) -> Iterator[str]:
+    """A path to read data from, of a file without a name: the ssl module reads certificates from files only."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def _names(encrypted: ssl.SSLSocket) -> list[str]:

@@ -188,7 +188,7 @@ class BatchResult(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., overflowed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards")
+    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards", "oldest_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class ConfigureRequest(_message.Message):
     PREVIOUS_NODE_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     epoch: int
     manifest_digest: str
@@ -209,7 +210,8 @@ class ConfigureRequest(_message.Message):
     previous_node: str
     kv_cache_dtype: str
     shards: int
-    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
+    oldest_version: int
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ..., oldest_version: _Optional[int] = ...) -> None: ...
 
 class ConfigureReply(_message.Message):
     __slots__ = ("error",)
@@ -228,7 +230,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "kernels", "leaving")
+    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "kernels", "leaving", "version", "oldest_version")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         LOADING: _ClassVar[NodeStatus.State]
@@ -263,6 +265,8 @@ class NodeStatus(_message.Message):
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     state: NodeStatus.State
     error: str
     done_bytes: int
@@ -285,7 +289,9 @@ class NodeStatus(_message.Message):
     free_bytes: float
     kernels: str
     leaving: bool
-    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., kernels: _Optional[str] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    version: int
+    oldest_version: int
+    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., kernels: _Optional[str] = ..., leaving: _Optional[bool] = ..., version: _Optional[int] = ..., oldest_version: _Optional[int] = ...) -> None: ...
 
 class ResultsRequest(_message.Message):
     __slots__ = ("epoch",)
@@ -294,14 +300,16 @@ class ResultsRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("version", "manifest", "role")
+    __slots__ = ("version", "manifest", "role", "oldest_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     manifest: str
     role: str
-    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
+    oldest_version: int
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[str] = ..., role: _Optional[str] = ..., oldest_version: _Optional[int] = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("ready", "wanted", "have_bytes", "error", "damaged")

@@ -6,6 +6,7 @@ move to another machine, and no other node can take its place. Both sides of a l
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ VARIABLE = "ENABLE_ENCRYPTION"
 DOMAIN = ".mdi.internal"
 AUTHORITY_FILE = "ca.pem"
 NODE_NAME = re.compile(r"starter|finisher|vision|(secondary|spare)\d{1,4}")
+PRIVATE = 0o600  # mode of a file that only its owner can read
 WARN_BEFORE = timedelta(days=14)
 
 
@@ -71,9 +73,25 @@ class Identity:
 
     def save(self, folder: Path) -> None:
         """Writes the three files that `load` reads. Only their owner can read the key."""
-        write_private(folder / f"{self.name}.key", self.key)
-        (folder / f"{self.name}.pem").write_bytes(self.certificate)
-        (folder / AUTHORITY_FILE).write_bytes(self.authority)
+        write_whole(folder / f"{self.name}.key", self.key, PRIVATE)
+        write_whole(folder / f"{self.name}.pem", self.certificate)
+        write_whole(folder / AUTHORITY_FILE, self.authority)
+
+    def send(self, descriptor: int) -> None:
+        """Writes all of it into a pipe, for `receive`."""
+        given = {"name": self.name, "certificate": self.certificate, "key": self.key, "authority": self.authority}
+        with os.fdopen(descriptor, "w") as pipe:
+            json.dump({key: value if isinstance(value, str) else value.decode() for key, value in given.items()}, pipe)
+
+    @classmethod
+    def receive(cls, descriptor: int) -> Identity:
+        """Reads what `send` wrote, and closes the pipe. Raises ConfigError for anything else."""
+        try:
+            with os.fdopen(descriptor) as pipe:
+                given = json.load(pipe)
+            return cls(given["name"], *(given[part].encode() for part in ("certificate", "key", "authority")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"no identity can be read from the open file {descriptor}") from None
 
 
 def host_name(node: str) -> str:
@@ -86,11 +104,14 @@ def node_names(dns_names: Sequence[str]) -> list[str]:
     return [name.removesuffix(DOMAIN) for name in dns_names if name.endswith(DOMAIN)]
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Writes a file that only its owner can read, all of it or nothing. Replaces a file of that name."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Writes a file, all of it or nothing, also when the power fails. Replaces a file of that name."""
+    half = path.with_name(f".{path.name}.new")
+    half.unlink(missing_ok=True)  # of a process that was killed, perhaps with another mode
+    with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     half.replace(path)
 
 

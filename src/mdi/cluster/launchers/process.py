@@ -7,12 +7,10 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from mdi.core.errors import LinkError
@@ -27,7 +25,7 @@ class NodeProcess:
 
     The pipe's other end is held here alone: when this process ends, however it ends, so does the node (see
     `cli/parent.py`). options: which node it is, and how it computes. listen: the host, at a free port. The identity, if
-    any, is on disk only until the node has read it. log: where its log goes; only the end of it is kept otherwise.
+    any, goes through a pipe: a killed process leaves no private key on the disk. log: where its log goes; only the end of it is kept otherwise.
     """
 
     def __init__(
@@ -43,15 +41,10 @@ class NodeProcess:
         self._listen = f"[{listen}]" if ":" in listen else listen
         self._log = log
         self._tail = ""
-        with ExitStack() as undo:
-            self._certs = tempfile.TemporaryDirectory(prefix="mdi-certs-")  # of mode 0700
-            undo.callback(self._certs.cleanup)
-            if identity:
-                identity.save(Path(self._certs.name))
-            command = [sys.executable, "-m", "mdi", "secondary", *options, "--listen", f"{self._listen}:0"]
-            command += ["--with-parent", "--certs", self._certs.name]
+        command = [sys.executable, "-m", "mdi", "secondary", *options, "--listen", f"{self._listen}:0", "--with-parent"]
+        with _sent(identity) as pipes:
             self._process = subprocess.Popen(
-                command,
+                [*command, *(f"--identity-pipe={pipe}" for pipe in pipes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -59,8 +52,8 @@ class NodeProcess:
                 errors="replace",
                 env={**os.environ, VARIABLE: "1" if identity else "0"},
                 process_group=0,  # Ctrl-C reaches the parent alone: it drains, and then ends its nodes
+                pass_fds=pipes,
             )
-            undo.pop_all()
         self._reader = threading.Thread(target=self._read, name=f"mdi-log-{name}", daemon=True)
         self._watcher = threading.Thread(target=self._watch, args=(ended,), name=f"mdi-watch-{name}", daemon=True)
         self._reader.start()
@@ -83,7 +76,6 @@ class NodeProcess:
         line = self._process.stdout.readline()
         if not line:
             raise self.wait()
-        self._certs.cleanup()
         return f"{self._listen}:{json.loads(line)['port']}"
 
     def wait(self) -> LinkError:
@@ -122,7 +114,6 @@ class NodeProcess:
         assert self._process.stderr
         self._process.stdout.close()
         self._process.stderr.close()
-        self._certs.cleanup()
 
     def _watch(self, ended: Callable[[NodeProcess], None]) -> None:
         self._process.wait()
@@ -136,3 +127,17 @@ class NodeProcess:
             if self._log:
                 self._log.write(line)
                 self._log.flush()
+
+
+@contextmanager
+def _sent(identity: Identity | None) -> Iterator[list[int]]:
+    """The end of a pipe from which a node reads its identity, if it has one: it fits into the pipe's buffer."""
+    if identity is None:
+        yield []
+        return
+    reading, writing = os.pipe()
+    try:
+        identity.send(writing)
+        yield [reading]
+    finally:
+        os.close(reading)
