@@ -79,9 +79,9 @@ class Identity:
 
     def send(self, descriptor: int) -> None:
         """Writes all of it into a pipe, for `receive`."""
-        given = {"name": self.name, "certificate": self.certificate, "key": self.key, "authority": self.authority}
+        parts = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
         with os.fdopen(descriptor, "w") as pipe:
-            json.dump({key: value if isinstance(value, str) else value.decode() for key, value in given.items()}, pipe)
+            json.dump({"name": self.name, **{name: data.decode() for name, data in parts.items()}}, pipe)
 
     @classmethod
     def receive(cls, descriptor: int) -> Identity:

@@ -25,7 +25,8 @@ class NodeProcess:
 
     The pipe's other end is held here alone: when this process ends, however it ends, so does the node (see
     `cli/parent.py`). options: which node it is, and how it computes. listen: the host, at a free port. The identity, if
-    any, goes through a pipe: a killed process leaves no private key on the disk. log: where its log goes; only the end of it is kept otherwise.
+    any, goes through another pipe: a killed process leaves no private key on the disk. log: where its log goes; only
+    the end of it is kept otherwise.
     """
 
     def __init__(
