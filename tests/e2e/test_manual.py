@@ -197,6 +197,7 @@ def test_local_nodes_are_encrypted_too_and_leave_no_certificate_behind(checkpoin
     ("words", "message"),
     [
         (("secondary",), "give this node its chunk"),
+        (("secondary", "--role", "anybody"), "there is no role 'anybody'"),
         (("secondary", "0"), "--nodes-config FILE 0"),
         (("secondary", "--nodes-config", "CONFIG"), "--nodes-config FILE 0"),
         (("secondary", "0", "--nodes-config", "CONFIG", "--spare", "0"), "FILE 0 (or --spare 0, or --vision)"),

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mdi.core.errors import ConfigError
 from mdi.rpc.authority import Authority, create_authority, create_node, expiry
+from mdi.rpc.node_key import NodeKey, private_pem
 from mdi.rpc.tls import Identity
 
 
@@ -118,3 +121,28 @@ def test_days_out_of_range_are_refused(folder: Path, days: int) -> None:
 def test_what_is_made_can_be_loaded(folder: Path) -> None:
     made = create_node(folder, "starter", ["localhost"])
     assert Identity.load(folder, "starter") == made
+
+
+def test_a_key_that_a_node_made_is_certified_and_stays_there(tmp_path: Path) -> None:
+    authority, key = Authority.create(), NodeKey.create()
+    request = key.request()
+    assert private_pem(key.private) not in request
+    assert b"PRIVATE" not in request
+    certificate = authority.sign("finisher", request)
+    key.identity("finisher", certificate, authority.pem).save(tmp_path)
+    identity = Identity.load(tmp_path, "finisher")  # checks that all three belong together
+    assert abs(expiry(identity) - datetime.now(UTC) - timedelta(days=90)) < timedelta(minutes=5)
+
+
+def test_a_request_that_was_changed_or_is_none_is_not_signed() -> None:
+    authority = Authority.create()
+    der = bytearray(x509.load_pem_x509_csr(NodeKey.create().request()).public_bytes(Encoding.DER))
+    der[-1] ^= 1  # of the signature
+    changed = x509.load_der_x509_csr(bytes(der)).public_bytes(Encoding.PEM)
+    rsa_key = rsa.generate_private_key(65537, 2048)
+    other = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(rsa_key, hashes.SHA256())
+    for request in (b"", b"no request", changed, other.public_bytes(Encoding.PEM)):
+        with pytest.raises(ConfigError, match="what finisher sent is no request for a certificate"):
+            authority.sign("finisher", request)
+    with pytest.raises(ConfigError, match="there is no node 'ca'"):
+        authority.sign("ca", NodeKey.create().request())

@@ -80,10 +80,6 @@ class Authority:
         The certificate does not outlive the authority. Raises ConfigError for a name that no node can have, or for an
         address that is none.
         """
-        if not NODE_NAME.fullmatch(node):
-            raise ConfigError(
-                f"there is no node {node!r}: nodes are starter, secondary0, secondary1, ..., finisher, vision, spare0"
-            )
         key = NodeKey.create()
         return key.identity(node, self._certify(node, key.public, addresses, days), self.pem)
 
@@ -108,6 +104,10 @@ class Authority:
         return self.certificate.public_bytes(Encoding.PEM)
 
     def _certify(self, node: str, key: ec.EllipticCurvePublicKey, addresses: Sequence[str], days: int) -> bytes:
+        if not NODE_NAME.fullmatch(node):
+            raise ConfigError(
+                f"there is no node {node!r}: nodes are starter, secondary0, secondary1, ..., finisher, vision, spare0"
+            )
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         ends = min(_ends(days), self.certificate.not_valid_after_utc)
         names = [x509.DNSName(host_name(node)), *map(_alternative, addresses)]

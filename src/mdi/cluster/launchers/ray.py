@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class RayLauncher:
         self._group: Any = None
         self._actors: dict[str, Any] = {}
         self._ends: dict[str, Any] = {}  # of the processes that run: references to what `NodeActor.ended` returns
+        self._sending: dict[str, Future[None]] = {}  # weights
         self._dead: set[str] = set()
         self._addresses: dict[str, str] = {}
         self._notes: dict[str, Presence] = {}
@@ -99,6 +100,9 @@ class RayLauncher:
             self._closing = True
             actors, self._actors = self._actors, {}
             group, self._group = self._group, None
+            sending = list(self._sending.values())
+        for transfer in sending:
+            transfer.cancel()
         ray = imported()
         for actor in actors.values():
             ray.kill(actor)
@@ -170,7 +174,7 @@ class RayLauncher:
         return options if self._authority else [*options, "--insecure"]
 
     def _watch(self, role: str) -> None:
-        reference = self._actors[role].ended.options(name=f"{role} runs").remote()
+        reference = self._actor(role).ended.options(name=f"{role} runs").remote()
         with self._lock:
             self._dead.discard(role)
             self._ends[role] = reference
@@ -262,8 +266,15 @@ class RayLauncher:
         while True:
             try:
                 left_s = max(POLL_S, deadline - time.monotonic())
-                self._monitor.loop.call(asyncio.wait_for(self._make_ready(place), left_s))
+                sending = self._monitor.loop.begin(asyncio.wait_for(self._make_ready(place), left_s))
+                with self._lock:
+                    self._sending[role] = sending
+                if self._closing:
+                    sending.cancel()
+                sending.result()
                 return
+            except CancelledError:
+                raise LinkError("the nodes are being ended", role) from None
             except TimeoutError:
                 raise LinkError(f"node {role} needs more time for its weights: see --recovery-timeout", role) from None
             except DamagedChunkError:
