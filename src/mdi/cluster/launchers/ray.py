@@ -198,7 +198,7 @@ class RayLauncher:
     def _call(self, role: str, method: str, *arguments: Any, deadline: float) -> Any:
         """Calls an actor; one that is lost is placed anew. Raises LinkError when it does not answer in time."""
         ray = imported()
-        reason = "its actor does not answer"
+        reason = "its actor has not answered yet"
         while True:
             try:
                 reference = getattr(self._actor(role), method).remote(*arguments)
