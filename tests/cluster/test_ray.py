@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
+from testing.processes import ENVIRONMENT, serving
 from testing.waiting import wait_for
 from training.held_out import exams
 
@@ -18,6 +26,7 @@ ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray has warnings of its own
 
 SMALL: dict[str, Any] = {"n_nodes": 3, "ray_resources": {"CPU": 1, "memory": 2e9}, "sequence_length": 1024}
+SMALL_OPTIONS = ("--n-nodes", "3", "--ray-resources", "CPU=1,memory=2e9", "--sequence-length", "1024")
 LOST_S = 5.0
 
 
@@ -107,7 +116,7 @@ def test_a_cluster_without_room_says_what_is_missing_and_what_is_there(engine: E
         Engine(SHIPPED, ray=cluster.address, wait_s=3, **{**SMALL, "ray_resources": {"CPU": 2}})
 
 
-@pytest.mark.parametrize("lost", ["node process", "actor"])
+@pytest.mark.parametrize("lost", ["node process", "actor", "machine"])
 def test_streams_survive_a_loss(
     lost: str,
     engine: Engine,
@@ -125,13 +134,51 @@ def test_streams_survive_a_loss(
     machine, actor = machine_of(cluster, node), actor_of(node)
     if lost == "node process":
         node.kill()
-    else:
+    elif lost == "actor":
         actor.kill()
+    else:
+        cluster.remove_node(machine, allow_graceful=False)
     rest = texts([stream.completion() for stream in streams])
     assert [first + more for first, more in zip(begun, rest, strict=True)] == undisturbed
     assert engine.recovery.recoveries > recoveries, "it was lost too late"
     assert engine.ready(60)
     assert not node.is_running()
     (new,) = placed_nodes("finisher" if lost == "actor" else "secondary0")
-    assert machine_of(cluster, new) == machine
+    assert (machine_of(cluster, new) == machine) == (lost != "machine")
     assert (actor_of(new) == actor) == (lost == "node process")
+    if lost == "machine":
+        cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+
+
+def test_a_second_server_shares_the_cluster_and_nothing_is_left_when_it_is_killed(
+    engine: Engine, cluster: Any, undisturbed: list[str], prompts: list[Any], params: list[SamplingParams]
+) -> None:
+    from testing.ray_cluster import actor_of, placed_nodes
+
+    before = placed_nodes()
+    with serving("bundled", "--ray", cluster.address, *SMALL_OPTIONS) as (server, url):
+        theirs = [node for node in placed_nodes() if node not in before]
+        assert len(theirs) == 2
+        body = {"model": "bundled", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        left = [*theirs, *(actor_of(node) for node in theirs)]
+        server.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(left, timeout=LOST_S)
+        assert alive == []
+    assert engine.chat(prompts[0], params[0]).text == undisturbed[0]
+    assert sorted(node.pid for node in placed_nodes()) == sorted(node.pid for node in before)
+
+
+def test_a_submitted_job_finds_the_cluster_and_ends_as_it_is_told(engine: Engine, cluster: Any, tmp_path: Path) -> None:
+    dashboard = f"http://{cluster.head_node.webui_url}"
+    command = [sys.executable, "-m", "mdi", "ask", "bundled", "Hello", "--ray", "auto", *SMALL_OPTIONS]
+    submitted = subprocess.run(
+        ["ray", "job", "submit", "--address", dashboard, "--", *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "has its weights" in submitted.stdout
+    assert "succeeded" in submitted.stdout
