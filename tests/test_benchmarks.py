@@ -38,6 +38,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         ("mixed --requests 60", ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
         ("memory --requests 300 --plot PLOT", ("bytes a request", "node 1")),
         ("agents --agents 8 --tokens 800", ("answers that differ from those alone: 0 of 8",)),
+        ("on_ray --tiny --turns 1 --folder FOLDER", ("decode, streams: 4", "without Ray")),
         ("faults --faults 2 --seconds 60", SOAKED),
         ("faults --faults 2 --seconds 60 --constrained --kinds kill", SOAKED),
         pytest.param(
@@ -56,6 +57,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         "mixed",
         "memory",
         "agents",
+        "on ray",
         "faults",
         "faults constrained",
         "faults manual",
