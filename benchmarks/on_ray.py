@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from testing.ray_cluster import ray_cluster
 
@@ -62,8 +63,8 @@ def figures(path: Path, tiny: bool, turns: int) -> Iterator[Figure]:
 
 def started(path: Path, ray: str | None = None) -> Engine:
     """Three nodes of one thread, on Ray if its address is given."""
-    placing = {"ray": ray, "ray_resources": {"CPU": 1, "memory": 4e9}} if ray else {}
-    settings = {"dtype": "bfloat16", "sequence_length": 2048, "max_sequences": 4, "encryption": True}
+    placing: dict[str, Any] = {"ray": ray, "ray_resources": {"CPU": 1, "memory": 4e9}} if ray else {}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "sequence_length": 2048, "max_sequences": 4, "encryption": True}
     return Engine(path, n_nodes=N_NODES, **settings, **engine_settings(FORMATS["int4"]), **placing)
 
 
