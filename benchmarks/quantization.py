@@ -6,19 +6,23 @@
     python -m benchmarks.quantization --model 1.5B       # three times as long, and 15 GB of memory
 
 The model is Qwen2.5-Coder-Instruct (`benchmarks.real_model`). Its float32 weights are the reference. Ours are
-chunks of `mdi prepare`, computed as a node computes them, activations quantised. All read the same windows.
+chunks of `mdi prepare`, computed as a node computes them, activations quantised. All read the same windows. What was
+read is kept in the model's folder, so that a run that was ended goes on where it stopped; remove `quantization` there
+to begin anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
+import json
 import math
 import pydoc
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +93,28 @@ class Score:
         return self.divergence / self.tokens
 
 
+class Reading:
+    """Scores by name over windows that are read one after the other, kept in a file after each of them."""
+
+    def __init__(self, file: Path, names: Iterable[str]) -> None:
+        self._file = file
+        kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"read": 0, "scores": {}}
+        self.scores = {name: Score(**kept["scores"].get(name, {})) for name in names}
+        self._read: int = kept["read"]
+
+    def windows(self, windows: Sequence[Tensor], title: str) -> Iterator[Tensor]:
+        """Those that are left, with progress."""
+        left = windows[self._read :]
+        for ids in track(left, title):
+            yield ids
+            self._read += 1
+            kept = {"read": self._read, "scores": {name: asdict(score) for name, score in self.scores.items()}}
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            half = self._file.with_suffix(".half")
+            half.write_text(json.dumps(kept))
+            half.replace(self._file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
@@ -119,8 +145,9 @@ def measure(source: Source, windows: list[Tensor]) -> dict[str, Score]:
     """The scores of the reference and of every kind, window by window, so that no logits are kept."""
     reference = stage_of(load_source(source, dtype="float32"))
     stages = {kind.name: stage_of(load_chunk(chunk(source, kind))) for kind in KINDS}
-    scores = {name: Score() for name in ("float32", *stages)}
-    for ids in track(windows, "reading"):
+    reading = Reading(kept(source.path, "ours", windows), ("float32", *stages))
+    scores = reading.scores
+    for ids in reading.windows(windows, "reading"):
         exact = logits(reference, ids)
         for rows in parts(len(ids)):
             exact[rows] = exact[rows].log_softmax(-1)
@@ -129,6 +156,12 @@ def measure(source: Source, windows: list[Tensor]) -> dict[str, Score]:
             add(scores[name], exact, logits(stage, ids), ids)
         gc.collect()
     return scores
+
+
+def kept(path: Path, side: str, windows: Sequence[Tensor]) -> Path:
+    """The file with what a side has read of these windows."""
+    text = hashlib.sha256(torch.stack(tuple(windows)).numpy().tobytes()).hexdigest()[:12]
+    return path / "quantization" / "read" / f"{side}-{text}.json"
 
 
 def chunk(source: Source, kind: Kind) -> Path:
@@ -167,9 +200,11 @@ def parts(rows: int) -> Iterator[slice]:
 
 def llama(path: Path, kind: str, windows: list[Tensor]) -> Score:
     """llama.cpp's perplexity with the same weights, quantised by the gguf package."""
-    gguf, score = str(gguf_file(path, kind)), Score()
+    gguf, name = str(gguf_file(path, kind)), f"llama.cpp {kind}"
+    reading = Reading(kept(path, name, windows), (name,))
+    score = reading.scores[name]
     with Side("benchmarks.llama", llama_python(), path=gguf, sequence_length=WINDOW, threads=usable_cores()) as side:
-        for ids in track(windows, f"llama.cpp {kind}"):
+        for ids in reading.windows(windows, name):
             score.nll += side.value("nll", ids=ids.tolist())
             score.tokens += len(ids) - 1
     return score
