@@ -114,6 +114,35 @@ def test_large_requests_of_real_clients_are_read(content: Any) -> None:
         assert read(text.replace("/", "\\/").encode()) == content
 
 
+LONG = "data:image/png;base64," + "A" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"url": LONG, "more": [LONG + "B", {"url": LONG}, "data:,x"]},
+        LONG,
+        [LONG, f'"{LONG}', f"{LONG}\n", f"{LONG}\\", f"{LONG}é", f'x"{LONG}" y', f'\\"{LONG}'],
+        {LONG: LONG, "a": {f"{LONG}b": [[LONG]]}},
+    ],
+    ids=["values", "alone", "escapes", "keys"],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_files_are_read_as_the_parser_reads_them(content: Any, indent: int | None) -> None:
+    assert read(json.dumps(content, indent=indent).encode()) == content
+    assert read(json.dumps(content, indent=indent, ensure_ascii=False).encode()) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"url": "{LONG}', f'{{"url": "x"{LONG}"}}', f'["{LONG}" "{LONG}"]', f'["{LONG}\n"]', f'{{"{LONG}"}}'],
+    ids=["open", "two strings", "no comma", "control character", "no value"],
+)
+def test_files_in_what_is_no_json_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="not valid JSON"):
+        read(text.encode())
+
+
 texts = st.text(st.sampled_from('ab"\\{[,:é\n'), max_size=6)
 values = st.recursive(
     st.one_of(texts, st.integers(), st.none(), st.booleans()),

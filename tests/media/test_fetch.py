@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -131,6 +132,18 @@ def test_an_unknown_scheme_is_refused_by_name(source: str) -> None:
 )
 def test_a_data_url_is_decoded(url: str) -> None:
     assert fetch(url, MediaPolicy()) == BODY
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4, 7, 76, 77, 1000])
+def test_a_data_url_is_decoded_piece_by_piece(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mdi.media.fetch"], "BASE64_PIECE", piece)
+    body = bytes(range(256)) * 3
+    for end in range(250, 260):
+        for text in (base64.b64encode(body[:end]).decode(), base64.encodebytes(body[:end]).decode()):
+            assert fetch(f"data:;base64,{text}", MediaPolicy()) == body[:end]
+    for text in ("aGk=aGk=", "aGkaa", "aG?k"):
+        with pytest.raises(MediaError, match="valid base64"):
+            fetch(f"data:;base64,{text}", MediaPolicy())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import binascii
 import os
 import re
 import stat
+import string
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -17,6 +19,7 @@ from mdi.media.download import download
 from mdi.media.policy import check_size, shortened
 from mdi.media.work import Work
 
+BASE64_PIECE = 2**20  # characters; decoded within some milliseconds
 _SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
@@ -116,8 +119,20 @@ def _decode_data_url(url: str, policy: MediaPolicy, work: Work) -> bytes:
     if "%" in body:
         body = unquote(body)
     check_size(policy, len(body) // 4 * 3 - 2)  # before the copies below are made
-    body = "".join(body.split()).rstrip("=")
     try:
-        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+        return b"".join(_base64_pieces(body.rstrip("=" + string.whitespace)))
     except (binascii.Error, ValueError):
         raise MediaError("the data: URL does not hold valid base64") from None
+
+
+def _base64_pieces(body: str) -> Iterator[bytes]:
+    """Decoded piece by piece, as other threads cannot run meanwhile. Raises ValueError for what is no base64."""
+    rest = ""
+    for start in range(0, len(body), BASE64_PIECE):
+        rest += "".join(body[start : start + BASE64_PIECE].split())
+        if "=" in rest:
+            raise ValueError("padding before the end")
+        whole = len(rest) // 4 * 4
+        yield base64.b64decode(rest[:whole], validate=True)
+        rest = rest[whole:]
+    yield base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True)
