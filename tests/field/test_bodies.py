@@ -66,6 +66,7 @@ def test_a_form_field_has_the_same_limits(server: FakeServer) -> None:
         (b"[" + b"1," * 400_000 + b"1]", "values"),
         (b'{"a":1' + b',"a":1' * 40_000 + b"}", "keys"),
         (b"[" + b'"",' * 150_000 + b'""]', "strings"),
+        (b"[" + b'"data:",' * 8_000_000 + b'""]', "strings"),
         (b'["' + b"\\n" * 3_000_000 + b'"]', "escaped"),
         (b'["data:' + b"\\\\" * 2_000_000 + b'"]', "escaped"),
         (b'["' + b"x" * (9 * MEBIBYTE) + b'"]', "text"),
@@ -135,8 +136,15 @@ def test_files_are_read_as_the_parser_reads_them(content: Any, indent: int | Non
 
 @pytest.mark.parametrize(
     "text",
-    [f'{{"url": "{LONG}', f'{{"url": "x"{LONG}"}}', f'["{LONG}" "{LONG}"]', f'["{LONG}\n"]', f'{{"{LONG}"}}'],
-    ids=["open", "two strings", "no comma", "control character", "no value"],
+    [
+        f'{{"url": "{LONG}',
+        f'{{"url": "x"{LONG}"}}',
+        f'["{LONG}" "{LONG}"]',
+        f'["{LONG}\n"]',
+        f'["{LONG}\0"]',
+        f'{{"{LONG}"}}',
+    ],
+    ids=["open", "two strings", "no comma", "control character", "zero", "no value"],
 )
 def test_files_in_what_is_no_json_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="not valid JSON"):

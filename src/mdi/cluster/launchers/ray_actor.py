@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -66,8 +67,6 @@ class NodeActor:
 
     def pids(self) -> tuple[int, int]:
         """Of this actor and of its node's process; 0 for one that does not run."""
-        import os
-
         return os.getpid(), self._process.pid if self._process and not self._process.ended else 0
 
     def _stop(self, process: NodeProcess | None) -> None:
