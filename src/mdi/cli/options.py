@@ -122,18 +122,17 @@ class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
         """Loads a model, showing which nodes are present and how far each has loaded."""
         from mdi.cli.screen import Startup
         from mdi.engine import Engine
-        from mdi.rpc.tls import encryption_enabled
 
         startup = Startup()
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
         with startup.shown():
-            return Engine(
-                model,
-                progress=startup.loading,
-                waiting=startup.waiting,
-                encryption=encryption_enabled(),
-                **options | self._parsed | settings,
-            )
+            return Engine(self.config(model, **settings), progress=startup.loading, waiting=startup.waiting)
+
+    def config(self, model: str, **settings: Any) -> EngineConfig:
+        """All settings of the engine. Raises ConfigError for those out of range or against each other."""
+        from mdi.rpc.tls import encryption_enabled
+
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return EngineConfig.of(model, encryption=encryption_enabled(), **options | self._parsed | settings)
 
     @property
     def _parsed(self) -> dict[str, Any]:

@@ -74,6 +74,12 @@ def serve(
     generation_config: Annotated[str, setting("generation_config")] = DEFAULTS.model.generation_config,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Whole pipelines on the Ray cluster, behind one address: a number, or least:most, as queues ask for."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
@@ -87,37 +93,42 @@ def serve(
     from mdi.gateway.server import bind, check_files, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
+    name = model or ckpt or ""
     http = gateway.config()
     check_files(http)
     limits = limits_of_kinds(limit_mm_per_prompt, "--limit-mm-per-prompt")
     if not gateway.no_access_log:
         show_access_log()
     raise_open_files()
-    with (
-        bind(gateway.host, gateway.port) as bound,
-        options.start(
-            model or ckpt or "",
-            sequence_length=sequence_length,
-            max_sequences=max_sequences,
-            batch_tokens=batch_tokens,
-            kv_cache_gb=kv_cache_gb,
-            kv_cache_dtype=kv_cache_dtype,
-            shards=shards,
-            vision_cache_bytes=vision_cache_mb * MEBIBYTE,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            media_dir=media_dir,
-            media_domains=words(media_domain, "--media-domain"),
-            max_images=limits.get("image"),
-            max_videos=limits.get("video"),
-            any_file=False,
-            chat_template=chat_template,
-            generation_config=generation_config,
-            tool_call_parser=tool_call_parser,
-            reasoning_parser=reasoning_parser,
-            recovery_timeout_s=recovery_timeout,
-            spare_after_s=spare_after,
-        ) as engine,
-    ):
+    settings = {
+        "sequence_length": sequence_length,
+        "max_sequences": max_sequences,
+        "batch_tokens": batch_tokens,
+        "kv_cache_gb": kv_cache_gb,
+        "kv_cache_dtype": kv_cache_dtype,
+        "shards": shards,
+        "vision_cache_bytes": vision_cache_mb * MEBIBYTE,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "media_dir": media_dir,
+        "media_domains": words(media_domain, "--media-domain"),
+        "max_images": limits.get("image"),
+        "max_videos": limits.get("video"),
+        "any_file": False,
+        "chat_template": chat_template,
+        "generation_config": generation_config,
+        "tool_call_parser": tool_call_parser,
+        "reasoning_parser": reasoning_parser,
+        "recovery_timeout_s": recovery_timeout,
+        "spare_after_s": spare_after,
+    }
+    if replicas is not None:
+        from mdi.cli.replicas import Application, ReplicaCount, serve_replicas
+
+        count = ReplicaCount.parse(replicas)
+        settled = options.config(name, **settings)
+        serve_replicas(Application(settled, http, count, access_log=not gateway.no_access_log), gateway.port)
+        return
+    with bind(gateway.host, gateway.port) as bound, options.start(name, **settings) as engine:
         err.print(nodes_table(engine.model_name, engine.nodes()))
         serve_http(engine, bound, http)

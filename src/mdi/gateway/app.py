@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
@@ -23,8 +25,12 @@ from mdi.gateway.request_record import REQUEST_ID
 from mdi.gateway.streaming import Answers
 
 
-def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> FastAPI:
-    """The application, for any ASGI server."""
+def create_app(
+    engine: TextEngine,
+    config: GatewayConfig = GatewayConfig(),
+    all_nodes: Callable[[], Awaitable[health.Report]] | None = None,
+) -> FastAPI:
+    """The application, for any ASGI server. all_nodes: what /v1/nodes answers where there are several replicas."""
     app = FastAPIOffline(  # /docs loads nothing from other sites
         title="MDI-LLM",
         summary="One vision-language model over the machines you already have.",
@@ -35,7 +41,7 @@ def create_app(engine: TextEngine, config: GatewayConfig = GatewayConfig()) -> F
     _add_checks(app, config)
     served = ServedModel(engine, config.served_model_name)
     app.include_router(generate.router(engine, config))
-    app.include_router(health.router(engine))
+    app.include_router(health.router(engine, all_nodes))
     app.include_router(openai.router(engine, served, config))
     app.include_router(messages.router(engine, served, config))
     app.include_router(tokenize.router(engine, served, config))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
@@ -14,8 +16,12 @@ from mdi.gateway.engine import TextEngine
 READY_TIMEOUT_S = 10.0
 RETRY_AFTER = {"Retry-After": "2"}
 
+Report = dict[str, Any]
+"""What /v1/nodes answers."""
 
-def router(engine: TextEngine) -> APIRouter:
+
+def router(engine: TextEngine, all_nodes: Callable[[], Awaitable[Report]] | None = None) -> APIRouter:
+    """all_nodes: the report of all replicas, where there are several."""
     routes = APIRouter()
     readiness = _Readiness(engine)
 
@@ -50,10 +56,25 @@ def router(engine: TextEngine) -> APIRouter:
 
     @routes.get("/v1/nodes")
     async def nodes() -> JSONResponse:
-        """What every node holds and does, in pipeline order, and how often lost nodes were replaced."""
+        """What every node holds and does, in pipeline order, and how often lost nodes were replaced.
+
+        On a Ray cluster with several replicas, each node names its `replica`, and the counts are of all of them.
+        """
+        if all_nodes:
+            return JSONResponse(await all_nodes())
         return JSONResponse({"nodes": [asdict(node) for node in engine.nodes()], **asdict(engine.recovery)})
 
     return routes
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """Several pipelines' reports as one."""
+    return {
+        "nodes": [node for report in reports for node in report["nodes"]],
+        "recovering": any(report["recovering"] for report in reports),
+        "recoveries": sum(report["recoveries"] for report in reports),
+        "failed_requests": sum(report["failed_requests"] for report in reports),
+    }
 
 
 def _failed(engine: TextEngine) -> JSONResponse | None:
