@@ -183,6 +183,27 @@ MISTRAL = """\
 {%- endfor %}
 """
 
+MISTRAL_ARGS = """\
+{{- bos_token }}
+{%- if tools %}{{- "[AVAILABLE_TOOLS]" + tools|tojson + "[/AVAILABLE_TOOLS]" }}{%- endif %}
+{%- for message in messages %}
+    {%- if message["role"] == "assistant" and message.tool_calls %}
+        {%- for call in message.tool_calls %}
+            {%- set arguments = call.function.arguments %}
+            {%- if arguments is not string %}{%- set arguments = arguments|tojson %}{%- endif %}
+            {{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + arguments }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message["role"] == "assistant" %}
+        {{- message["content"] + eos_token }}
+    {%- elif message["role"] == "tool" %}
+        {{- "[TOOL_RESULTS]" + message["content"] + "[/TOOL_RESULTS]" }}
+    {%- else %}
+        {{- "<|user|>" + message["content"] + "<|end|>" }}
+    {%- endif %}
+{%- endfor %}
+"""
+
 PLAIN = """\
 {%- for message in messages %}{{- '<|user|>' + message.role + '\\n' + message.content + '<|end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}
@@ -197,9 +218,16 @@ ALTERNATING = """\
 """
 """It refuses the role of results."""
 
-TEMPLATES = {"hermes": QWEN2_5, "qwen3": QWEN3, "llama3_json": LLAMA3_1, "mistral": MISTRAL}
+TEMPLATES = {
+    "hermes": QWEN2_5,
+    "qwen3": QWEN3,
+    "llama3_json": LLAMA3_1,
+    "mistral": MISTRAL,
+    "mistral_args": MISTRAL_ARGS,
+}
 MARKS = (
     "[TOOL_CALLS]",
+    "[ARGS]",
     "[AVAILABLE_TOOLS]",
     "[/AVAILABLE_TOOLS]",
     "[TOOL_RESULTS]",

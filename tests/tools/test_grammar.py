@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from testing.tool_templates import LLAMA3_1, MISTRAL, PLAIN, QWEN3
+from testing.tool_templates import LLAMA3_1, MISTRAL, MISTRAL_ARGS, PLAIN, QWEN3
 
 from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
@@ -37,7 +37,13 @@ TOOLS = (
     Tool("weather_now", None, {"type": "object", "maxProperties": 1}),
 )
 SCHEMAS = {tool.name: tool.schema for tool in TOOLS}
-FAMILIES = {"hermes": QWEN3, "llama3_json": LLAMA3_1, "mistral": MISTRAL, "generic": PLAIN}
+FAMILIES = {
+    "hermes": QWEN3,
+    "llama3_json": LLAMA3_1,
+    "mistral": MISTRAL,
+    "mistral_args": MISTRAL_ARGS,
+    "generic": PLAIN,
+}
 REQUIRED = [
     ToolChoice("required"),
     ToolChoice("required", parallel=False),
@@ -132,6 +138,7 @@ BEGUN = {
     "hermes": ["Well, <tool_call>", '<tool_call>\n{"name": "weather", '],
     "llama3_json": ['{"name": "weather", "parameters": ', ' \n{"name": "clock", "parameters": {', "so <|python_tag|>"],
     "mistral": ["[TOOL_CALLS]", "so [TOOL_CALLS] [", '[TOOL_CALLS][{"name": "weather_now", '],
+    "mistral_args": ["[TOOL_CALLS]", "so [TOOL_CALLS]weather", "[TOOL_CALLS]weather_now[ARGS]"],
     "generic": ["<tool_call>"],
 }
 
@@ -167,7 +174,7 @@ def test_free_text_stays_free(model: Model, family: str, text: str) -> None:
 @pytest.mark.parametrize("family", ["mistral"])
 def test_a_mark_that_is_a_special_token_begins_a_call(model: Model, family: str) -> None:
     tokenizer = model.tokenizer
-    assert tokenizer.special_marks.keys() == {"[TOOL_CALLS]", "<|python_tag|>"}
+    assert tokenizer.special_marks.keys() == {"[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"}
     rule = model.rule(family, TOOLS[1:2], ToolChoice("auto")).copy()
     for token_id in (*tokenizer.encode("Well: "), tokenizer.special_marks["[TOOL_CALLS]"]):
         assert rule.mask(model.end, may_end=True) is None

@@ -39,6 +39,9 @@ def calls(*made: tuple[str, str]) -> list[Event]:
 ANSWERS: list[tuple[str, str, list[Event], bool]] = [
     ("hermes", SYNTAXES["hermes"].written(CALLS), calls(*CALLS), True),
     ("mistral", SYNTAXES["mistral"].written(CALLS), calls(*CALLS), True),
+    ("mistral_args", SYNTAXES["mistral_args"].written(CALLS), calls(*CALLS), True),
+    ("mistral_args", "Well. [TOOL_CALLS]get[ARGS]{}", [Text("Well."), *calls(("get", "{}"))], True),
+    ("mistral_args", "[TOOL_CALLS]get_weather[ARG", [], True),
     ("llama3_json", SYNTAXES["llama3_json"].written(CALLS[:1]), calls(CALLS[0]), True),
     ("llama3_json", '<|python_tag|>{"name": "get", "parameters": {}}', calls(("get", "{}")), True),
     ("mistral", '[TOOL_CALLS][{"name": "get", "arguments": {}}] ok', [*calls(("get", "{}")), Text(" ok")], True),
@@ -90,6 +93,8 @@ TEXTS = st.lists(
             " ",
             "a",
             "[TOOL_CALLS] [",
+            "[TOOL_CALLS]",
+            "[ARGS]",
             "]",
             ", ",
             '", "parameters": ',

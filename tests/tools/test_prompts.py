@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from testing.small_tokenizers import SPECIAL
-from testing.tool_templates import ALTERNATING, LLAMA3_1, MARKS, MISTRAL, PLAIN, QWEN2_5, QWEN3, TEMPLATES
+from testing.tool_templates import ALTERNATING, LLAMA3_1, MARKS, MISTRAL, MISTRAL_ARGS, PLAIN, QWEN2_5, QWEN3, TEMPLATES
 from transformers import AutoTokenizer
 
 from mdi.core.messages import parse_messages
@@ -67,7 +67,14 @@ def test_tools_calls_and_results_have_the_ids_of_transformers(
 
 @pytest.mark.parametrize(
     ("template", "syntax"),
-    [(QWEN2_5, "hermes"), (QWEN3, "hermes"), (LLAMA3_1, "llama3_json"), (MISTRAL, "mistral"), (PLAIN, "generic")],
+    [
+        (QWEN2_5, "hermes"),
+        (QWEN3, "hermes"),
+        (LLAMA3_1, "llama3_json"),
+        (MISTRAL, "mistral"),
+        (MISTRAL_ARGS, "mistral_args"),
+        (PLAIN, "generic"),
+    ],
 )
 def test_the_family_is_found_from_the_template(tokenizer_with: MakeTokenizer, template: str, syntax: str) -> None:
     assert tokenizer_with(template)[0].tool_syntax == syntax
@@ -144,6 +151,8 @@ def test_settings_choose_the_family(tokenizer_with: MakeTokenizer) -> None:
     _, path = tokenizer_with(QWEN3)
     chosen = Tokenizer(path, None, "mistral", "none")
     assert (chosen.tool_syntax, chosen.reasoning, chosen.thoughts([1])) == ("mistral", None, None)
+    _, path = tokenizer_with(MISTRAL_ARGS)
+    assert Tokenizer(path, None, "mistral").tool_syntax == "mistral_args"
     _, path = tokenizer_with(PLAIN)
     messages = parse_messages([{"role": "user", "content": "Hi"}])
     told = Tokenizer(path, None, "llama3_json")

@@ -28,5 +28,6 @@ def end_with_parent() -> None:
 
 def _end_with_standard_input() -> None:
     """Also where the parent had ended before this process could ask for a signal."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin's own, whose lock Python wants when it ends
+        pass
     os._exit(0)

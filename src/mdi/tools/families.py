@@ -6,15 +6,15 @@ from collections.abc import Container
 
 from mdi.core.errors import ConfigError
 
-CALLS = {"mistral": "[TOOL_CALLS]", "hermes": "<tool_call>", "llama3_json": '"parameters": '}
-"""What the chat template of a family writes where a message has calls."""
+CALLS = {"mistral_args": "[ARGS]", "mistral": "[TOOL_CALLS]", "hermes": "<tool_call>", "llama3_json": '"parameters": '}
+"""What the chat template of a family writes where a message has calls; the first that is found names it."""
 
 GENERIC = "generic"
 NAMES = (*CALLS, GENERIC)
 """Names as in vLLM's --tool-call-parser; generic for models whose template knows no tools."""
 
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-ALL_MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", *(mark for marks in THOUGHTS for mark in marks))
+ALL_MARKS = ("<tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", *(mark for marks in THOUGHTS for mark in marks))
 """Everything that begins a call or thoughts, or ends them, and may be a special token."""
 
 REASONING = {"deepseek_r1": THOUGHTS[0], "qwen3": THOUGHTS[0], "mistral": THOUGHTS[1], "none": None}
@@ -22,10 +22,13 @@ REASONING = {"deepseek_r1": THOUGHTS[0], "qwen3": THOUGHTS[0], "mistral": THOUGH
 
 
 def chosen_syntax(setting: str, found: str) -> str:
-    """The syntax that a setting names; `found` for auto. Raises ConfigError for an unknown one."""
+    """The syntax that a setting names; `found` for auto, and where mistral is its family.
+
+    Raises ConfigError for an unknown one.
+    """
     if setting not in ("auto", *NAMES):
         raise ConfigError(f"tool_call_parser must be auto or one of {', '.join(NAMES)}, got {setting!r}")
-    return found if setting == "auto" else setting
+    return found if setting == "auto" or found.startswith(setting) else setting
 
 
 def chosen_reasoning(setting: str, found: tuple[str, str] | None) -> tuple[str, str] | None:

@@ -67,11 +67,22 @@ MISTRAL = Syntax(
 )
 """Mistral 7B v0.3, Nemo, Small and Large of 2024. Source: their chat templates."""
 
+MISTRAL_ARGS = Syntax(
+    begins=("[TOOL_CALLS]",),
+    marks=("[TOOL_CALLS]",),
+    before="",
+    middle="[ARGS]",
+    after="",
+    separator="[TOOL_CALLS]",
+)
+"""Mistral Small 3.2, Devstral and Magistral of 2025. Source: their chat templates."""
+
 SYNTAXES: Mapping[str, Syntax] = {
     "hermes": HERMES,
     "llama3_json": LLAMA3_JSON,
     "mistral": MISTRAL,
+    "mistral_args": MISTRAL_ARGS,
     "generic": HERMES,
 }
-"""By the names of vLLM's --tool-call-parser. generic: for models whose template knows no tools; an instruction in the
-system message explains it."""
+"""By the names of vLLM's --tool-call-parser, where mistral is both of Mistral's. generic: for models whose template
+knows no tools; an instruction in the system message explains it."""
