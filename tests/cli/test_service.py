@@ -151,6 +151,16 @@ def test_encryption_comes_along_and_a_low_port_is_allowed(folder: Path, monkeypa
     assert (node.one("AmbientCapabilities"), node.one("CapabilityBoundingSet")) == ("", "")
 
 
+def test_a_driver_of_ray_meets_the_cluster_of_its_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert service("--to . serve model --ray auto --replicas 2 --port 8000", monkeypatch) == 0
+    unit = read_unit(file := folder / "mdi-server.service")
+    assert unit.one("PrivateTmp") == "no"
+    assert "-/tmp/ray" in unit.one("ReadWritePaths").split()
+    assert unit.command[-2:] == ["--replicas", "2"]
+    if ANALYZE:
+        check(file, "--system")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -51,7 +51,8 @@ WARM: dict[str, Any] = {"temperature": 1.0, "seed": 11}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RealServer]:
-    with Engine("bundled", n_nodes=3, sequence_length=2048, max_sequences=4) as engine, serving(engine) as server:
+    settings: dict[str, Any] = {"sequence_length": 2048, "max_sequences": 4, "max_losses": 10**6}  # of kills
+    with Engine("bundled", n_nodes=3, **settings) as engine, serving(engine) as server:
         yield server
 
 

@@ -62,6 +62,7 @@ def service(
         writable=task.writable,
         stop_s=task.stop_s,
         low_port=task.low_port,
+        ray=task.ray,
     )
     if only_print:
         print(unit.text(), end="")  # noqa: T201
@@ -81,6 +82,7 @@ class _Task:
     writable: list[Path]
     stop_s: float
     low_port: bool
+    ray: bool = False
 
 
 def _task(words: list[str]) -> _Task:
@@ -120,6 +122,7 @@ def _server(given: Mapping[str, Any], words: list[str]) -> _Task:
         [folder.absolute() for folder in folders if folder.is_dir()],
         given["drain_timeout"],
         0 < given["port"] < 1024,
+        given["ray"] is not None,
     )
 
 

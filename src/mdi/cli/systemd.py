@@ -36,6 +36,7 @@ SYSTEM_SANDBOX = {  # of the system's units: a user's manager may not do this. G
     "ProtectControlGroups": "yes",
     "ProtectProc": "invisible",
 }
+RAY_FOLDER = Path("/tmp/ray")  # noqa: S108  # by which a program finds the cluster of its machine
 LOW_PORT = {"CapabilityBoundingSet": "CAP_NET_BIND_SERVICE", "AmbientCapabilities": "CAP_NET_BIND_SERVICE"}
 
 
@@ -45,7 +46,7 @@ class Unit:
 
     user: that it runs as; None for a unit of a user's own manager, which has fewer means to confine it.
     environment_file: for secrets; it may be missing. writable: folders that it writes to beside its own. stop_s: that
-    it may take to end. low_port: it listens at a port below 1024.
+    it may take to end. low_port: it listens at a port below 1024. ray: it is a driver of Ray.
     """
 
     description: str
@@ -56,6 +57,7 @@ class Unit:
     writable: Sequence[Path]
     stop_s: float
     low_port: bool = False
+    ray: bool = False
 
     def text(self) -> str:
         """The unit's file."""
@@ -96,9 +98,11 @@ class Unit:
     def _system_sandbox(self) -> dict[str, str]:
         if not self.user:
             return {}
-        writable = " ".join(quoted(f"-{path}") for path in self.writable)
+        shared = {"PrivateTmp": "no"} if self.ray else {}
+        folders = [*self.writable, RAY_FOLDER] if self.ray else self.writable
+        writable = " ".join(quoted(f"-{path}") for path in folders)
         paths = {"ReadWritePaths": writable} if writable else {}
-        return SYSTEM_SANDBOX | (LOW_PORT if self.low_port else {}) | paths
+        return SYSTEM_SANDBOX | (LOW_PORT if self.low_port else {}) | shared | paths
 
 
 def quoted(word: str, *, variables: bool = False) -> str:
