@@ -50,12 +50,16 @@ def figures(model: str, scenario: Scenario, turns: int) -> Iterator[Figure]:
     """The rate of one replica, and of two."""
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     with ray_cluster(2, cpus=1) as cluster:
-        rates = list[float]()
-        for count in (1, 2):
-            with served(count, model, cluster.address) as url:
-                rates.append(max([asyncio.run(measure(url, scenario, seed)) for seed in range(turns + 1)][1:]))
-    yield Figure("", "1 replica", f"{rates[0]:.0f} tokens/s")
-    yield Figure("", "2 replicas", f"{rates[1]:.0f} tokens/s", "1 replica", rates[1] / rates[0], LEAST)
+        one = rate(1, model, cluster.address, scenario, turns)
+        yield Figure("", "1 replica", f"{one:.0f} tokens/s")
+        two = rate(2, model, cluster.address, scenario, turns)
+        yield Figure("", "2 replicas", f"{two:.0f} tokens/s", f"1 replica {one:.0f}", two / one, LEAST)
+
+
+def rate(count: int, model: str, address: str, scenario: Scenario, turns: int) -> float:
+    """Tokens a second; the best of some turns, after one that does not count."""
+    with served(count, model, address) as url:
+        return max([asyncio.run(measure(url, scenario, seed)) for seed in range(turns + 1)][1:])
 
 
 @contextmanager

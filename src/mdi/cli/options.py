@@ -34,7 +34,8 @@ def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help=meaning("checkpoint"))]
-NNodes = Annotated[int, setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)]
+N_NODES = setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)
+NNodes = Annotated[int, N_NODES]
 Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]
 Dtype = Annotated[str | None, setting("dtype", parser=values.dtype, metavar="TEXT")]
 Device = Annotated[str | None, setting("device")]
@@ -99,7 +100,7 @@ class QuantizationOptions:
 class NodesOptions:
     """Which nodes there are, and what each gets."""
 
-    n_nodes: NNodes = 1
+    n_nodes: Annotated[int | None, N_NODES] = None
     nodes_config: NodesJson = None
     certs: Certs = CERTS
     insecure: Insecure = False

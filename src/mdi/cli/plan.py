@@ -55,7 +55,7 @@ def plan(
     from mdi.planning.predict import stage_summary
 
     config = checkpoint.open(model).model_config
-    n_nodes, layers, dtype = options.n_nodes, parse_layers(options.layers), options.dtype or config.dtype
+    n_nodes, layers, dtype = options.n_nodes or 1, parse_layers(options.layers), options.dtype or config.dtype
     quantization = formats.asked or UNQUANTIZED
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False

@@ -10,6 +10,7 @@ import logging
 import secrets
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mdi.cli.screen import err, say
+from mdi.cluster.launchers.manual import Presence
 from mdi.cluster.launchers.ray_cluster import AUTO, RayCluster
 from mdi.core.config import EngineConfig, GatewayConfig
 from mdi.core.errors import ConfigError, LinkError
@@ -62,7 +64,7 @@ class Replica:
 
         if application.access_log:
             show_access_log()
-        self._engine = Engine(application.config.with_settings(ray=AUTO))
+        self._engine = Engine(application.config.with_settings(ray=AUTO), waiting=_log_waiting)
         self._application = application
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -97,6 +99,12 @@ class Replica:
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
             engine.close()
+
+
+def _log_waiting(nodes: Sequence[Presence]) -> None:
+    """Writes into the replica's log what its nodes wait for."""
+    for node in nodes:
+        logging.getLogger("ray.serve").info("%s: %s", node.node.role, node.note)
 
 
 class OwnHeaders:

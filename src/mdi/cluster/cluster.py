@@ -165,7 +165,7 @@ class Cluster:
 
     def _count_nodes(self, n_layers: int) -> int:
         asked = self._nodes.n_nodes if self._nodes else self._config.cluster.n_nodes
-        return self._ray.count_nodes(n_layers) if self._ray and asked == 1 else asked
+        return asked or (self._ray.count_nodes(n_layers) if self._ray else 1)
 
     def _load_alone(self, source: Source) -> LoadedStage:
         """Quantised weights are made once, as a chunk, and read from there."""

@@ -259,8 +259,8 @@ class RecoveryLimits(Section):
 class ClusterConfig(Section):
     """The nodes that the layers are spread over."""
 
-    n_nodes: int = setting(
-        1, "Nodes the layers are split over; with --ray, one on each machine of the cluster if not given.", low=1
+    n_nodes: int | None = setting(
+        None, "Nodes the layers are split over; if not given, one, and with --ray one on each machine.", low=1
     )
     layers: tuple[int, ...] | None = setting(None, "Layers per node, overriding the plan.")
     shards: int = setting(
@@ -277,7 +277,7 @@ class ClusterConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers) if self.layers else None)
-        if self.manual.nodes_config and (self.n_nodes != 1 or self.layers):
+        if self.manual.nodes_config and ((self.n_nodes or 1) != 1 or self.layers):
             raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
         if self.manual.nodes_config and self.on_ray.ray:
             raise ConfigError(
