@@ -12,13 +12,20 @@ from ray.cluster_utils import Cluster
 
 OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; nothing of ours goes through it
 
+CACHE = "XDG_CACHE_HOME"
+
 
 @contextmanager
 def ray_cluster(n_machines: int, *, cpus: int, dashboard: bool = False) -> Iterator[Cluster]:
     """A head without CPUs, where drivers run, and so many machines for nodes."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES},
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": dashboard,
+            "dashboard_agent_listen_port": 0,  # any: another test's cluster may have the usual one
+            "object_store_memory": OBJECT_STORE_BYTES,
+        },
     )
     try:
         for _ in range(n_machines):
@@ -30,11 +37,12 @@ def ray_cluster(n_machines: int, *, cpus: int, dashboard: bool = False) -> Itera
 
 
 def placed_nodes(role: str = "") -> list[psutil.Process]:
-    """Processes of nodes that Ray started, of one role or of all."""
+    """Processes of nodes that Ray started, of one role or of all; by their cache, those of this process's cluster."""
     found = list[psutil.Process]()
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "status", "environ"]):
         words: list[str] = process.info["cmdline"] or []
-        if "--role" in words and "secondary" in words and role in ("", words[words.index("--role") + 1]):
+        ours = (process.info["environ"] or {}).get(CACHE) == os.environ.get(CACHE)
+        if ours and "--role" in words and "secondary" in words and role in ("", words[words.index("--role") + 1]):
             found.append(process)
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()]
 
