@@ -1,4 +1,4 @@
-"""What a second replica brings: 64 streams to one and to two replicas of a model on a local Ray, and how they share.
+"""What a second replica brings: 64 streams to one and to two replicas of a model on a local Ray.
 
     pip install -e '.[bench,cluster,dev]'
     python -m benchmarks.replicas                 # the bundled model, replicas of one core: three minutes
@@ -58,16 +58,16 @@ def figures(model: str, scenario: Scenario, turns: int) -> Iterator[Figure]:
 
 def rate(count: int, model: str, address: str, scenario: Scenario, turns: int) -> float:
     """Tokens a second; the best of some turns, after one that does not count."""
-    with served(count, model, address) as url:
+    with served(count, model, address, scenario.streams) as url:
         return max([asyncio.run(measure(url, scenario, seed)) for seed in range(turns + 1)][1:])
 
 
 @contextmanager
-def served(count: int, model: str, address: str) -> Iterator[str]:
+def served(count: int, model: str, address: str, streams: int) -> Iterator[str]:
     """A command with so many replicas."""
     port = free_port()
     words = ("serve", model, "--ray", address, "--replicas", str(count), "--port", str(port), "--n-nodes", "1")
-    resources = ("--ray-resources", "CPU=1", "--max-sequences", str(STREAMS), "--sequence-length", "512")
+    resources = ("--ray-resources", "CPU=1", "--max-sequences", str(streams), "--sequence-length", "512")
     process = Process((*words, *resources, "--served-model-name", MODEL), ENVIRONMENT)
     try:
         assert process.popen.stdout
