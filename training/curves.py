@@ -22,7 +22,8 @@ def draw_curves(log: Path, picture: Path) -> None:
         left.plot([entry["step"] for entry in shown], [entry[name] for entry in shown], label=name)
     left.set(xlabel="step", yscale="log", title="training loss")
     left.legend()
-    for skill in [name for name in scores[-1] if name != "step"]:
+    right.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
+    for skill in [name for name in (scores[-1] if scores else {}) if name != "step"]:
         right.plot([entry["step"] for entry in scores], [entry.get(skill) for entry in scores], label=skill)
     right.set(xlabel="step", ylim=(0, 1), title="held-out questions answered exactly")
     right.legend(fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from training.chat_template import CHAT_TEMPLATE
 from training.layout import MERGE, PATCH, TEMPORAL
 from training.model import Student, hub_config
+from training.rotary import exchanged, turns_otherwise
 from training.samples import MAX_PIXELS, MIN_PIXELS
 
 
@@ -80,8 +82,14 @@ def load(student: Student, folder: Path, tokenizer: Tokenizer) -> None:
     """Gives a student the weights that `export` wrote; the heads that are thrown away stay as they are.
 
     tokenizer: the student's. A token that the checkpoint does not know begins as the mean of those it knows it by.
+    A checkpoint with other rotary frequencies gives its channels to those that turn nearly as fast.
     """
     tensors = load_file(folder / "model.safetensors")
+    before, config = json.loads((folder / "config.json").read_text()), hub_config()
+    if turns_otherwise(before, config):
+        for name, tensor in tensors.items():
+            if re.search(r"^model\.layers\..*\.[qk]_proj\.", name):
+                tensors[name] = exchanged(tensor, before, config)
     known = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with torch.no_grad():
         for name, tensor in student.hf.state_dict().items():

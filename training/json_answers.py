@@ -15,10 +15,13 @@ from typing import Any
 
 from training.questions import Piece, Question, in_reading_order, shapes_of
 from training.scenes import Look, Picture, Thing
+from training.words import made_up_word
 
 GIVEN = 0.1  # weight of what a schema writes; the very first token has none, or else plain answers would begin with it
 ASKED_FOR = 0.5  # weight of the same where JSON is asked for in words
 HINT_SHARE, COMPACT_SHARE, TEXT_SHARE = 0.35, 0.2, 0.3
+MADE_UP_SHARE = 0.5  # of the keys in training
+APART_SHARE = 0.3  # of the answers that a schema writes
 
 # Keys for training, and, behind them, keys for held-out questions only.
 ANY_KEY = (("answer", "result", "value", "reply", "output", "it", "a"), ("response", "solution"))
@@ -71,6 +74,8 @@ def in_json(question: Question, random: Random, held_out: bool = False) -> Quest
     """The same question, answered by an object with one key; sometimes in the words of the question."""
     keys = KEYS[question.skill][held_out]
     key = random.choice(keys if keys and random.random() < 0.75 else ANY_KEY[held_out])
+    if not held_out and random.random() < MADE_UP_SHARE:
+        key = made_up_word(random)
     hint, asked_for = "", random.random() < HINT_SHARE
     if asked_for:
         named = random.random() < 0.6
@@ -125,7 +130,8 @@ def _answered(question: Question, value: Value, random: Random, asked_for: bool)
     pieces = list(written(value, ASKED_FOR if asked_for else GIVEN, compact))
     if not asked_for:
         pieces = [Piece("{", 0.0), replace(pieces[0], text=pieces[0].text[1:]), *pieces[1:]]
-    return replace(question, answer="".join(piece.text for piece in pieces), pieces=tuple(pieces))
+    apart = not asked_for and random.random() < APART_SHARE
+    return replace(question, answer="".join(piece.text for piece in pieces), pieces=tuple(pieces), apart=apart)
 
 
 def written(value: Value, given: float = 0.0, compact: bool = False) -> Iterator[Piece]:

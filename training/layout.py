@@ -26,7 +26,7 @@ SYSTEM_PROMPTS = (
 class Plan:
     """What one batch holds."""
 
-    kind: str  # still, text, pair, film, tools, easy, blind
+    kind: str  # still, text, pair, film, tools, easy; without images: told, blind
     grid: Grid
     n_frames: int  # frames of a film; 1 otherwise
     n_samples: int
@@ -58,7 +58,7 @@ def lay_out(
     system = tokens.system(listed(random.choice(SYSTEM_PROMPTS), tools))
     frames = plan.n_frames // TEMPORAL if plan.kind == "film" else 1
     pad = tokens.video_pad if plan.kind == "film" else tokens.image_pad
-    n_media = {"pair": 2, "blind": 0}.get(plan.kind, 1)
+    n_media = {"pair": 2, "blind": 0, "told": 0}.get(plan.kind, 1)
     media = tokens.media(pad, frames * plan.grid[0] * plan.grid[1])
     ids = system + tokens.user_start()
     grid = (frames, plan.grid[0] * MERGE, plan.grid[1] * MERGE)
@@ -77,7 +77,7 @@ def lay_out(
             asked = [] if turn == 0 else tokens.turn_end() + tokens.user_start()
             asked += [] if plan.question_first else tokens.text(question.text)
             asked += tokens.answer_start()
-            answer = tokens.answer(question.answer)
+            answer = tokens.answer(question.texts)
             shares = _shares(tokens, question)
             ids += asked + answer
             numbers += [-1] * len(asked) + [len(ends) if share == 1 else -1 for share in shares]
@@ -93,7 +93,7 @@ def lay_out(
 def _shares(tokens: ChatTokens, question: Question) -> list[float]:
     """Weight of each token of an answer, its end included: that of the piece in which it begins."""
     by_character = [piece.weight for piece in question.pieces or (Piece(question.answer),) for _ in piece.text]
-    return [*(by_character[first] for first in tokens.first_characters(question.answer)), 1.0]
+    return [*(by_character[first] for first in tokens.first_characters(question.texts)), 1.0]
 
 
 def point_while_speaking(
@@ -103,7 +103,7 @@ def point_while_speaking(
     more = []
     for question, rows, end in zip(questions, pointed, tuple(layout.asked), strict=True):
         spoken = cells.spoken(question)
-        for index, last in enumerate(tokens.last_characters(question.answer) if spoken else ()):
+        for index, last in enumerate(tokens.last_characters(question.texts) if spoken else ()):
             target = next((mask for first, behind, mask in spoken if first <= last < behind), None)
             if target is not None and index == 0:
                 rows[1] = target

@@ -35,9 +35,10 @@ class BatchedMuon(Muon):
             parameter.add_(update, alpha=-group["lr"] * share)
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this machine computes in it, else float32: without, it takes ten times as long."""
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where this device computes in it, else float32: without, it takes ten times as long."""
+    computes = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if computes else torch.float32
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon/.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(fast_dtype())
+    x = matrices.to(fast_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

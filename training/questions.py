@@ -39,6 +39,7 @@ class Question:
 
     about: looks of the things that the answer is about; other: those they are compared with; None: not known.
     nth: the only picture that is asked about. pieces: the answer in parts, where they do not weigh the same.
+    apart: each part is tokenized on its own, as where a schema forbids the token that would reach into the next.
     """
 
     skill: str
@@ -48,6 +49,12 @@ class Question:
     other: Looks | None = None
     nth: int | None = None
     pieces: tuple[Piece, ...] = ()
+    apart: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The answer, as it is tokenized."""
+        return tuple(piece.text for piece in self.pieces) if self.apart else (self.answer,)
 
 
 # For each thing one can ask: wordings for training, and, behind them, wordings for held-out scenes only.

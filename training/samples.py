@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,11 @@ GRIDS: tuple[tuple[Grid, float], ...] = (
     ((6, 5), 0.2), ((6, 6), 0.06), ((4, 7), 0.03), ((7, 4), 0.03), ((5, 7), 0.06), ((7, 5), 0.06),
 )  # fmt: skip
 KINDS = (
-    ("still", 0.27), ("text", 0.12), ("pair", 0.2), ("film", 0.1), ("tools", 0.27), ("easy", 0.02), ("blind", 0.02),
+    ("still", 0.24), ("text", 0.11), ("pair", 0.14), ("film", 0.08), ("tools", 0.26), ("told", 0.14), ("easy", 0.02),
+    ("blind", 0.01),
 )  # fmt: skip
 BRANCHES = {"still": 8, "easy": 6, "text": 4, "pair": 8, "film": 8, "tools": 3}
-JSON_SHARE = 0.15  # of the questions
+JSON_SHARE = 0.25  # of the questions
 REQUESTS = 5  # for tools, of a picture
 HARD_SHARE = 0.35  # of the scenes
 
@@ -73,6 +75,12 @@ class TrainingBatch:
     asked: Tensor
     pointed: Tensor
     questions: list[list[Question]]
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class BatchMaker:
@@ -111,6 +119,8 @@ class BatchMaker:
         random = maker.random
         if plan.kind == "blind":
             return _blind_sample(self._tokens, random, plan)
+        if plan.kind == "told":
+            return self._told_sample(maker, plan)
         tools: list[Tool] = []
         if plan.kind == "easy":
             still, questions = _easy_sample(random)
@@ -150,7 +160,7 @@ class BatchMaker:
                 continue
             questions = Asker(r, self._held_out).questions(scene, BRANCHES[plan.kind])
             questions = [self._maybe_in_json(question, scene, r, plan) for question in questions]
-            tools, requests = self._requests(scene, r) if plan.kind == "tools" else ([], [])
+            tools, requests = self._requests(scene, Workshop(r, self._held_out)) if plan.kind == "tools" else ([], [])
             if questions:
                 return scene, tools, _turns(r, questions) + requests
 
@@ -161,8 +171,15 @@ class BatchMaker:
             return whole_in_json(question, scene.pictures[0], random)
         return in_json(question, random, self._held_out)
 
-    def _requests(self, scene: Scene, random: Random) -> tuple[list[Tool], list[list[Question]]]:
-        workshop = Workshop(random, self._held_out)
+    def _told_sample(self, maker: SceneMaker, plan: Plan) -> Sample:
+        """Tools, and requests that say all there is to know: no image."""
+        workshop = Workshop(maker.random, self._held_out, told=True)
+        requests: list[list[Question]] = []
+        while not requests:
+            tools, requests = self._requests(maker.still(*_canvas(maker.random, plan.grid)), workshop)
+        return _without_images(lay_out(self._tokens, maker.random, plan, requests, tools), plan, requests)
+
+    def _requests(self, scene: Scene, workshop: Workshop) -> tuple[list[Tool], list[list[Question]]]:
         tools = workshop.tools()
         found = {
             talk[0].text: talk for _ in range(2 * REQUESTS) if (talk := workshop.conversation(scene, tools)) is not None
@@ -241,10 +258,14 @@ def _blind_sample(tokens: ChatTokens, random: Random, plan: Plan) -> Sample:
         names = {"things": "shapes", "thing": "circle", "a": "a circle", "side": "left of", "level": "top"}
         text = wording.format_map(defaultdict(lambda: "the circle", names, question="What do you see?", nth="first"))
         question = Question("strange", random.choice((text, strange_question(random))), BLIND)
+    return _without_images(lay_out(tokens, random, plan, [[question]]), plan, [[question]])
+
+
+def _without_images(layout: Layout, plan: Plan, conversations: Sequence[Sequence[Question]]) -> Sample:
     empty = torch.empty(0, 0, PATCH * PATCH * TEMPORAL * 3, dtype=torch.uint8)
-    layout = lay_out(tokens, random, plan, [[question]])
     cells = Cells.of([], plan.grid)
-    return Sample(empty, layout, [question], cells, cells.pointed([question]))
+    questions = [question for conversation in conversations for question in conversation]
+    return Sample(empty, layout, questions, cells, cells.pointed(questions))
 
 
 # Tokens

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -108,13 +108,20 @@ class ChatTokens:
     def text(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def first_characters(self, text: str) -> list[int]:
-        """Index of the first character of each token of `text`."""
-        return [start for start, _ in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+    def first_characters(self, texts: Sequence[str]) -> list[int]:
+        """Index in the joined texts of the first character of each token."""
+        return [start for start, _ in self._offsets(texts)]
 
-    def last_characters(self, text: str) -> list[int]:
-        """Index of the last character of each token of `text`."""
-        return [end - 1 for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+    def last_characters(self, texts: Sequence[str]) -> list[int]:
+        """Index in the joined texts of the last character of each token."""
+        return [end - 1 for _, end in self._offsets(texts)]
+
+    def _offsets(self, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+        before = 0
+        for text in texts:
+            for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+                yield before + start, before + end
+            before += len(text)
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -133,8 +140,9 @@ class ChatTokens:
         """What follows a question."""
         return [self.end, *self.text("\n"), self.special["<|im_start|>"], *self.text("assistant\n")]
 
-    def answer(self, text: str) -> list[int]:
-        return [*self.text(text), self.end]
+    def answer(self, texts: Sequence[str]) -> list[int]:
+        """Each text tokenized on its own."""
+        return [*chain.from_iterable(map(self.text, texts)), self.end]
 
     def turn_end(self) -> list[int]:
         return self.text("\n")

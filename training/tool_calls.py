@@ -18,6 +18,7 @@ from training.questions import Asker, Piece, Question, plural, shapes_of
 from training.scenes import Picture, Scene, Thing
 from training.tokens import CALLS
 from training.unknown import UNKNOWN
+from training.words import made_up_word
 
 CANNOT = "I have no tool for that."
 DONE, FAILED = "It is done.", "It did not work."
@@ -56,8 +57,6 @@ DESCRIPTIONS = {
 }  # fmt: skip
 DESCRIBED_SHARE = 0.4  # of the arguments in training; held-out names say nothing by themselves, so all have one
 TYPES = {"count": "integer"}
-ONSETS = (*"bcdfghjklmnprstvwz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "sh", "sk", "st", "th", "tr", "wh")
-CODAS = ("", "", *"dgklmnprstw", "ck", "ng", "nt", "rd", "st")
 ACT_REQUESTS: Split = (
     ("{verb} {the}.", "Please {verb} {the}.", "Can you {verb} {the}?", "Now {verb} {the}.",
      "I want you to {verb} {the}.", "{verb} {the}, please.", "You should {verb} {the}."),
@@ -142,10 +141,11 @@ def listed(system: str, tools: Sequence[Tool]) -> str:
 
 
 class Workshop:
-    """Draws tools, and requests about a picture."""
+    """Draws tools, and requests about a picture; told: requests that need no look at it."""
 
-    def __init__(self, random: Random, held_out: bool = False) -> None:
+    def __init__(self, random: Random, held_out: bool = False, told: bool = False) -> None:
         self._random = random
+        self._told = told
         self._held_out = held_out
         self._asker = Asker(random, held_out)
 
@@ -178,7 +178,9 @@ class Workshop:
             answer = UNKNOWN if tool.family == "look up" else CANNOT
             return [Question("no tool", text, answer, looks)]
         pieces = _call(tool, values, about)
-        call = Question("tool", text, "".join(piece.text for piece in pieces), looks, pieces=pieces)
+        call = Question(
+            "told" if self._told else "tool", text, "".join(piece.text for piece in pieces), looks, pieces=pieces
+        )
         return [call, self._after(tool)]
 
     def _act(self) -> Tool:
@@ -214,7 +216,7 @@ class Workshop:
     def _argument(self, role: str) -> Argument:
         made_up = self._makes_up()
         described = made_up or self._held_out or self._random.random() < DESCRIBED_SHARE
-        name = self._made_up() if made_up else self._one(ROLES[role])
+        name = made_up_word(self._random) if made_up else self._one(ROLES[role])
         return Argument(name, role, self._random.choice(DESCRIPTIONS[role]) if described else "")
 
     def _request(self, picture: Picture, tool: Tool) -> tuple[str, dict[str, str | int], Sequence[Thing]] | None:
@@ -222,6 +224,8 @@ class Workshop:
         r, verb = self._random, tool.key
         shapes = shapes_of(picture)
         signs = [thing for thing in picture.things if thing.kind == "text"]
+        if self._told and tool.family in ("read", "count"):
+            return None
         if tool.family == "read":
             if len(signs) != 1:
                 return None
@@ -233,7 +237,9 @@ class Workshop:
             counted = [thing for thing in shapes if thing.kind == kind]
             text = self._text(COUNT_REQUESTS, verb=verb, things=plural(kind))
             return text, {"shape": kind, "count": len(counted)}, counted
-        named = [(name, thing) for name, thing in self._asker.named(picture) if thing.kind != "text"]
+        named = [(f"the {thing.color} {thing.kind}", thing) for thing in shapes]
+        if not self._told:
+            named = [(name, thing) for name, thing in self._asker.named(picture) if thing.kind != "text"]
         if not named:
             return None
         the, thing = r.choice(named)
@@ -249,16 +255,11 @@ class Workshop:
         """A verb or noun."""
         if not self._makes_up():
             return self._one(split)
-        return self._made_up() + (self._random.choice((" to", " up", " at")) if self._random.random() < 0.2 else "")
+        behind = self._random.choice((" to", " up", " at")) if split is ACT and self._random.random() < 0.2 else ""
+        return made_up_word(self._random) + behind
 
     def _makes_up(self) -> bool:
         return not self._held_out and self._random.random() < MADE_UP_SHARE
-
-    def _made_up(self) -> str:
-        """A word that means nothing, such as "brenol"."""
-        r = self._random
-        syllables = (r.choice(ONSETS) + r.choice("aeiou") + r.choice(CODAS) for _ in range(r.choice((1, 2, 2, 3))))
-        return "".join(syllables)
 
     def _one(self, split: Split) -> str:
         return self._random.choice(split[self._held_out])

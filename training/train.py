@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,18 @@ DECAY_SHARE = 0.3  # of all steps, at the end: the rate falls to nothing
 CLIP = 1.0
 HEADS_ALONE_STEPS = 400  # of a run that goes on from a checkpoint: untrained heads would undo what it knows
 CELL_WEIGHT, GROUNDING_WEIGHT = 0.4, 1.0
-EVALUATE_EVERY = 250
-VISION_EVERY = 3  # later on, every third step still trains the vision tower alone: such a step is cheap
+EVALUATE_EVERY = 500
+VISION_EVERY = 5  # later on, every fifth step still trains the vision tower alone: such a step is cheap
 LOG_EVERY = 20
 SAVE_EVERY_S = 120
+PREFETCH = 4  # batches of each process that draws
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-N_WORKERS = 1  # processes that draw; one keeps up with two cores that compute
+CPU = torch.device("cpu")
 EVALUATION = (
     Plan("still", (4, 5), 1, 64), Plan("text", (5, 4), 1, 64), Plan("pair", (4, 5), 1, 48), Plan("text", (6, 5), 1, 24),
     Plan("film", (5, 4), 6, 32), Plan("easy", (4, 4), 1, 32), Plan("still", (5, 6), 1, 32),
     Plan("pair", (5, 5), 1, 32), Plan("still", (5, 4), 1, 32, json_share=1.0), Plan("tools", (4, 5), 1, 40),
+    Plan("told", (4, 4), 1, 40),
 )  # fmt: skip
 
 
@@ -92,18 +94,17 @@ def optimizers(student: Student) -> list[Optimizer]:
     return [muon, AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
 
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() == torch.bfloat16)
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 @torch.no_grad()
-def evaluate(student: Student, maker: BatchMaker) -> dict[str, float]:
+def evaluate(student: Student, held_out: Sequence[TrainingBatch]) -> dict[str, float]:
     """Share of held-out questions answered exactly, by skill. Greedy answers: each token given the true ones before."""
     right: dict[str, list[bool]] = defaultdict(list)
     student.eval()
-    for index, plan in enumerate(EVALUATION):
-        batch = maker(index, plan)
-        with autocast():
+    for batch in (batch.to(student.device) for batch in held_out):
+        with autocast(student.device):
             logits, labels, at, _ = student.read(batch, student.encode(batch))
         for skill, correct in answers(batch, logits.argmax(-1) == labels, at):
             right[skill].append(correct)
@@ -129,6 +130,8 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=2048, help="patches of the pictures of a batch")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw; one keeps up with two cores")
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
     arguments = parser.parse_args()
     arguments.run.mkdir(parents=True, exist_ok=True)
@@ -143,6 +146,8 @@ def main() -> None:
         arguments.origin,
         arguments.freeze_vision,
         arguments.patches,
+        arguments.device,
+        arguments.workers,
     )
     if not arguments.export:
         run.train()
@@ -169,9 +174,11 @@ class Run:
         origin: Path | None = None,
         frozen_vision: bool = False,
         patches: int = 2048,
+        device: torch.device = CPU,
+        workers: int = 1,
     ) -> None:
         self.folder, self.steps, self.vision_steps, self.peak = folder, steps, vision_steps, peak
-        self.frozen_vision = frozen_vision
+        self.frozen_vision, self.workers = frozen_vision, workers
         self.warmup = WARMUP_FROM_CHECKPOINT if origin else WARMUP_STEPS
         self.heads_alone_steps = HEADS_ALONE_STEPS if origin else 0
         tokenizer = folder / "tokenizer.json"
@@ -181,7 +188,7 @@ class Run:
         tokens = ChatTokens(tokenizer)
         self.maker = BatchMaker(tokens, patches_per_batch=patches)
         self.held_out = BatchMaker(tokens, held_out=True)
-        self.student = Student()
+        self.student = Student().to(device)
         if frozen_vision:
             self.student.freeze_vision()
         self.optimizers = optimizers(self.student)
@@ -197,26 +204,27 @@ class Run:
         batches = DataLoader(
             Batches(self.maker, self.step, last, self.vision_steps, 0 if self.frozen_vision else VISION_EVERY),
             batch_size=None,
-            num_workers=N_WORKERS,
-            prefetch_factor=6 if N_WORKERS else None,
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
+            pin_memory=self.student.device.type == "cuda",
         )
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
             task = progress.add_task("training", total=self.steps, completed=self.step)
             saved = logged = time.monotonic()
-            recent: deque[tuple[float, ...]] = deque(maxlen=LOG_EVERY)
+            recent: deque[Tensor] = deque(maxlen=LOG_EVERY)
             for batch in batches:
-                recent.append(self._update(batch))
+                recent.append(self._update(batch.to(self.student.device)))
                 self.step += 1
                 progress.update(task, completed=self.step)
                 if self.step % LOG_EVERY == 0:
-                    loss, grounding, cells = (_mean(losses) for losses in zip(*recent, strict=True))
+                    loss, grounding, cells = self._means(torch.stack(tuple(recent)))
                     self._log(
                         step=self.step,
                         loss=round(loss, 4),
                         grounding=round(grounding, 4),
                         cells=round(cells, 4),
-                        seconds_a_step=round((time.monotonic() - logged) / LOG_EVERY, 2),
+                        seconds_a_step=round((time.monotonic() - logged) / LOG_EVERY, 3),
                     )
                     logged = time.monotonic()
                     progress.update(task, description=f"loss {loss:.3f}, cells {cells:.3f}")
@@ -226,27 +234,35 @@ class Run:
                     self._save()
                     saved = time.monotonic()
 
-    def _evaluate(self) -> None:
-        scores = evaluate(self.student, self.held_out)
-        self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
-        draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+    @cached_property
+    def exam(self) -> list[TrainingBatch]:
+        return [self.held_out(index, plan) for index, plan in enumerate(EVALUATION)]
 
-    def _update(self, batch: TrainingBatch) -> tuple[float, ...]:
+    def _evaluate(self) -> None:
+        scores = evaluate(self.student, self.exam)
+        self._log(step=self.step, **{skill: round(score, 4) for skill, score in scores.items()})
+
+    def _update(self, batch: TrainingBatch) -> Tensor:
+        """The losses, still on the device: reading them would wait for it."""
         share = rate(self.step, self.steps, self.warmup)
         for group in chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             group["lr"] = self.peak * share * group["share"]
         self.student.heads_alone = self.step < self.heads_alone_steps
-        with autocast():
+        with autocast(self.student.device):
             losses = answers_loss, grounding_loss, cell_loss = self.student.loss(batch)
         torch.autograd.backward(answers_loss + GROUNDING_WEIGHT * grounding_loss + CELL_WEIGHT * cell_loss)
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        values = tuple(loss.item() for loss in losses)
-        if not math.isfinite(sum(values)):
-            raise SystemExit(f"the loss is {values} at step {self.step}: lower --rate")
-        return values
+        return torch.stack(losses).detach()
+
+    def _means(self, losses: Tensor) -> list[float]:
+        """Of each loss over the steps that have it; losses: [steps, 3]."""
+        if not losses.isfinite().all():
+            raise SystemExit(f"the loss is not finite at step {self.step}: lower --rate")
+        means: list[float] = (losses.sum(0) / (losses != 0).sum(0).clamp(min=1)).tolist()
+        return means
 
     def _log(self, **entry: Any) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
@@ -260,19 +276,14 @@ class Run:
         }
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
+        draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
 
     def _resume(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        state = torch.load(self.folder / "state.pt", map_location=self.student.device, weights_only=True)
         self.step = state["step"]
         self.student.load_state_dict(state["student"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def _mean(losses: Sequence[float]) -> float:
-    """Over the steps that have this loss."""
-    given = [loss for loss in losses if loss]
-    return sum(given) / max(1, len(given))
 
 
 if __name__ == "__main__":

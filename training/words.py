@@ -1,8 +1,9 @@
-"""Short English words in capitals, as signs have them; a fifth is kept for held-out scenes."""
+"""Short English words in capitals, as signs have them, a fifth for held-out scenes; and words that mean nothing."""
 
 from __future__ import annotations
 
 from functools import cache
+from random import Random
 
 _WORDS = """
 ACE ACID AGE AIR ALL ANT APE ARM ART ASH ATOM BABY BACK BAD BAG BAKE BALL BAND BANK BAR BAT BAY BEACH BEAN BEAR BED BEE
@@ -17,6 +18,18 @@ QUICK QUIZ RAIN RAT RED REST RICE RING ROAD ROCK ROOM ROSE RUN SAFE SALE SALT SA
 SNOW SOAP SOFA SONG SOUP STAR STOP SUN TAXI TEA TEN TENT TIGER TIME TOP TOY TREE TRUCK TWO UP VAN VASE VET VIEW VOTE
 WALK WALL WARM WAVE WAX WEB WEST WET WIFI WIN WIND WING WOLF WOOD WORK YARD YES YOGA ZEBRA ZERO ZIP ZONE ZOO
 """.split()  # noqa: SIM905 - a page of words reads better
+
+ONSETS = (*"bcdfghjklmnprstvwz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "sh", "sk", "st", "th", "tr", "wh")
+CODAS = ("", "", *"dgklmnprstw", "ck", "ng", "nt", "rd", "st")
+
+
+def made_up_word(random: Random) -> str:
+    """Such as "brenol"."""
+    syllables = (
+        random.choice(ONSETS) + random.choice("aeiou") + random.choice(CODAS)
+        for _ in range(random.choice((1, 2, 2, 3)))
+    )
+    return "".join(syllables)
 
 
 @cache

@@ -115,6 +115,31 @@ def test_a_batch_scores_what_the_model_chooses(maker: BatchMaker, tokens: ChatTo
     assert judged > 10
 
 
+def test_parts_that_stand_apart_are_the_same_text_in_other_tokens(tokens: ChatTokens) -> None:
+    """Where a schema wants a text, a model that began a number has a space of its own before the quotation mark."""
+    apart = [
+        answered
+        for index, (question, _) in enumerate(asked("still"))
+        if (answered := in_json(question, Random(index))).apart
+    ]
+    assert len(apart) > 20
+    for question in apart:
+        split, whole = (tokens.answer(texts) for texts in (question.texts, [question.answer]))
+        assert tokens.decode(split) == tokens.decode(whole) == question.answer
+        firsts, lasts = tokens.first_characters(question.texts), tokens.last_characters(question.texts)
+        assert firsts == [0, *(last + 1 for last in lasts[:-1])]
+        assert lasts[-1] == len(question.answer) - 1
+    assert any(tokens.answer(question.texts) != tokens.answer([question.answer]) for question in apart)
+
+
+def test_keys_in_training_are_mostly_unknown_words() -> None:
+    keys = [
+        next(iter(json.loads(in_json(question, Random(i)).answer))) for i, (question, _) in enumerate(asked("still"))
+    ]
+    known = {key for pair in (ANY_KEY, *KEYS.values()) for key in pair[0]}
+    assert 0.35 < sum(key not in known for key in keys) / len(keys) < 0.65
+
+
 def test_held_out_questions_have_keys_and_words_of_their_own() -> None:
     for training, held_out in (ANY_KEY, HINTS, HINTS_WITH_KEY, *KEYS.values()):
         assert not set(training) & set(held_out)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jsonschema
@@ -71,7 +73,7 @@ def test_prompts_and_calls_are_those_of_the_template_and_of_the_engine(
         rendered += 1
         call, result = conversation
         ids = [*tokens.system(listed(SYSTEM, tools)), *tokens.user_start(), *tokens.text(call.text)]
-        ids += [*tokens.answer_start(), *tokens.answer(call.answer), *tokens.turn_end(), *tokens.user_start()]
+        ids += [*tokens.answer_start(), *tokens.answer([call.answer]), *tokens.turn_end(), *tokens.user_start()]
         ids += [*tokens.text(result.text), *tokens.answer_start()]
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": SYSTEM},
@@ -126,6 +128,23 @@ def test_calls_are_about_the_picture() -> None:
         if "count" in values and "shape" in values:
             assert values["count"] == len(fitting)
     assert judged > 60
+
+
+def test_what_is_told_says_all_there_is_to_know(maker: BatchMaker) -> None:
+    batch = maker(3, Plan("told", (4, 4), 1, 20))
+    assert batch.rows.numel() == 0
+    judged = 0
+    for question in chain.from_iterable(batch.questions):
+        call = read_call(question.answer)
+        if call is not None:
+            judged += 1
+            assert all(value in question.text for value in call["arguments"].values())
+    assert judged > 20
+
+
+def test_names_are_those_that_clients_may_give() -> None:
+    names = {tool.name for index in range(500) for tool in Workshop(Random(index)).tools()}
+    assert all(re.fullmatch("[a-z_]+", name) for name in names)
 
 
 def test_without_tools_the_template_writes_what_that_of_qwen_writes(tokenizer: Any) -> None:

@@ -112,7 +112,6 @@ def _blank() -> bytes:
 def test_two_halves_of_a_run_make_the_whole(
     tmp_path: Path, tokenizer_file: Path, tokens: ChatTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "N_WORKERS", 0)
     monkeypatch.setattr(train, "EVALUATION", (Plan("still", (4, 4), 1, 2), Plan("easy", (4, 4), 1, 2)))
     folders = [tmp_path / "whole", tmp_path / "halves"]
     for folder in folders:
@@ -122,7 +121,7 @@ def test_two_halves_of_a_run_make_the_whole(
     for folder, stops in zip(folders, ((4,), (2, 4)), strict=True):
         for stop in stops:
             torch.manual_seed(0)
-            run = train.Run(folder, steps=4, vision_steps=1, peak=1e-3)
+            run = train.Run(folder, steps=4, vision_steps=1, peak=1e-3, workers=0)
             run.maker = run.held_out = small
             run.train(until=stop)
     whole, halves = (torch.load(folder / "state.pt", weights_only=True)["student"] for folder in folders)
@@ -195,7 +194,7 @@ def test_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str], monk
 def test_later_turns_are_laid_out_as_the_template_does(tokens: ChatTokens, engine: Engine) -> None:
     turns = [("How many stars?", "2"), ("What color is the left one?", "red")]
     ids = [*tokens.system(SYSTEM), *tokens.user_start(), *tokens.media(tokens.image_pad, 16), *tokens.text(turns[0][0])]
-    ids += [*tokens.answer_start(), *tokens.answer(turns[0][1]), *tokens.turn_end(), *tokens.user_start()]
+    ids += [*tokens.answer_start(), *tokens.answer([turns[0][1]]), *tokens.turn_end(), *tokens.user_start()]
     ids += [*tokens.text(turns[1][0]), *tokens.answer_start()]
     first = [{"type": "image", "image": _blank()}, {"type": "text", "text": turns[0][0]}]
     messages: list[tuple[str, object]] = [("user", first), ("assistant", turns[0][1]), ("user", turns[1][0])]
