@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
 import torch
-from training.held_out import Exam, all_skills, exams
+from benchmarks.quality import ask_all
+from testing.processes import serving
+from training.held_out import JSON, TOOLS, Exam, all_skills, exams
 from training.unknown import strange_question
 from transformers import AutoTokenizer
 
@@ -49,6 +52,17 @@ def test_it_is_small_and_opens_with_transformers() -> None:
 @pytest.mark.parametrize("skill", all_skills())
 def test_it_answers_what_it_has_never_seen(skill: str, engine: Engine) -> None:
     assert accuracy(engine, list(exams(skill, PER_SKILL))) >= FLOOR
+
+
+@pytest.mark.slow
+def test_it_answers_in_json_and_calls_tools() -> None:
+    """Held to the schema, and free to call: by keys and tools that training never saw."""
+    chosen = {skill: list(exams(skill, 60)) for skill in (JSON, TOOLS)}
+    with serving(SHIPPED, "--n-nodes", "2") as (_, url):
+        answered = asyncio.run(ask_all(url, chosen))
+    for answers in answered.values():
+        assert sum(answer.right for answer in answers) >= FLOOR * len(answers)
+    assert sum(bool(answer.calls) and answer.right for answer in answered[TOOLS]) > 10
 
 
 def test_transformers_gives_the_same_answers(engine: Engine) -> None:

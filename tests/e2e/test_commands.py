@@ -105,6 +105,8 @@ def test_the_demo_answers_and_draws_its_answers(tmp_path: Path) -> None:
     assert found
     assert int(found[1]) >= 10
     assert "secondary0" in shown.stdout
+    assert re.search(r"model calls +\S+ find_maker\(", shown.stdout)
+    assert "The maker is 274." in shown.stdout
     with Image.open(tmp_path / "answers.png") as sheet:
         assert len(sheet.convert("RGB").getcolors(2**24) or ()) > 1000
 

@@ -1,6 +1,7 @@
-"""`mdi demo`: the bundled model over three local nodes answers questions about sample images. Needs no network.
+"""`mdi demo`: the bundled model over three local nodes answers questions about sample images, and calls a tool.
 
-The samples are the first held-out ones of every skill (training/sample_images.py): no training image is among them.
+Needs no network. The samples are the first held-out ones of every skill (training/sample_images.py): no training image
+is among them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mdi.cli.demo_agent import AgentStep
     from mdi.engine import Engine
 
 N_NODES = 3
@@ -29,9 +31,10 @@ def demo(
         "demo-output"
     ),
 ) -> None:
-    """Three local nodes and the bundled model answer questions about sample images; no network needed."""
+    """Three local nodes and the bundled model answer questions about sample images, and call a tool; no network."""
     from mdi.checkpoint.bundled import BUNDLED
     from mdi.cli.contact_sheet import contact_sheet
+    from mdi.cli.demo_agent import agent_steps
     from mdi.engine import Engine
     from mdi.rpc.tls import encryption_enabled
 
@@ -41,6 +44,7 @@ def demo(
     with Engine(BUNDLED, n_nodes=N_NODES, encryption=encryption_enabled()) as engine:
         out.print(f"{N_NODES} nodes with one model between them, started in {time.perf_counter() - started:.1f} s\n")
         answers = [_ask(engine, sample) for sample in sample_questions()]
+        steps = agent_steps(engine)
         nodes = Table("node", "layers", "process", "memory")
         for node in engine.nodes():
             layers = f"{node.first_layer}-{node.last_layer - 1}"
@@ -48,6 +52,7 @@ def demo(
     out.print(_answers_table(answers))
     n_right = sum(answer.right for answer in answers)
     out.print(f"{n_right} of {len(answers)} answers are right; the model has 5 million parameters.\n")
+    out.print(_steps_table(steps))
     out.print(nodes)
     contact_sheet(answers).save(sheet)
     say(f"\nThe pictures and the answers: {sheet}")
@@ -75,4 +80,11 @@ def _answers_table(answers: list[AnsweredQuestion]) -> Table:
     for answer in answers:
         text = Text(answer.text, "green" if answer.right else "red")
         table.add_row(answer.sample.question, text, answer.sample.truth, f"{answer.seconds:.2f}")
+    return table
+
+
+def _steps_table(steps: list[AgentStep]) -> Table:
+    table = Table("what an agent does", "over the OpenAI API")
+    for step in steps:
+        table.add_row(step.speaker, Text(step.text, {True: "green", False: "red", None: ""}[step.right]))
     return table

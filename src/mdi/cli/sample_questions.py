@@ -38,6 +38,36 @@ class AnsweredQuestion:
         return self.text == self.sample.truth
 
 
+@dataclass(frozen=True)
+class StructuredSample:
+    """A question about images to be answered in JSON of a schema."""
+
+    question: str
+    media: tuple[Path, ...]
+    schema: dict[str, Any]
+    truth: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CalledSample:
+    """A request that a tool fits. call: its name and arguments; result: what it returns; truth: the answer then."""
+
+    question: str
+    media: tuple[Path, ...]
+    tools: list[dict[str, Any]]
+    call: dict[str, Any]
+    result: str
+    truth: str
+
+
+def agent_samples() -> tuple[StructuredSample, CalledSample]:
+    """What an agent asks for; they ship with the package."""
+    entries = json.loads((SAMPLES / "agent.json").read_text(encoding="utf-8"))
+    for entry in entries.values():
+        entry["media"] = tuple(SAMPLES / name for name in entry["media"])
+    return StructuredSample(**entries["structured"]), CalledSample(**entries["called"])
+
+
 def sample_questions() -> list[SampleQuestion]:
     """The samples that ship with the package."""
     entries = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
