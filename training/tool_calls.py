@@ -175,7 +175,7 @@ class Workshop:
         text, values, about = request
         looks = frozenset(thing.look for thing in about)
         if not fits:
-            answer = UNKNOWN if tool.family == "look up" else CANNOT
+            answer = UNKNOWN if tool.family == "look up" or not tools else CANNOT
             return [Question("no tool", text, answer, looks)]
         pieces = _call(tool, values, about)
         call = Question(

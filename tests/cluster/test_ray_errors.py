@@ -98,7 +98,11 @@ def test_a_silent_address_is_no_ray_either(monkeypatch: pytest.MonkeyPatch) -> N
         ("Could not find any running Ray instance. Please", "no Ray cluster runs on this machine: run `ray start"),
         ("Version mismatch: The cluster was started with: Ray: 2.41.0", "runs another version: use one version of Ray"),
         ("This node has an IP address of 10.0.0.9, and Ray expects this", "this machine is no part of the Ray cluster"),
-        ("InvalidAuthToken: no token", "cannot be used from here: InvalidAuthToken: no token"),
+        (
+            "Failed to connect to Ray cluster at 10.0.0.1:6379",
+            "does not let this command in: where it wants a token",
+        ),
+        ("out of luck", "cannot be used from here: out of luck"),
     ],
 )
 def test_what_ray_itself_refuses_is_passed_on_with_the_remedy(

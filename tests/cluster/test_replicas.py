@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -201,7 +202,25 @@ def test_an_update_under_load_loses_no_request(cluster: Any, server: Process, po
     assert "another command took over bundled" in "".join(server.lines)
     wait_for(lambda: not before & {starter.pid for starter in starters()}, 60)
     assert ask_all(port) == alone
+    check_that_full_queues_refuse(port)
     again.popen.terminate()
     assert again.popen.wait(60) == 0
     again.kill()
     wait_for(lambda: not starters(), 30)
+
+
+def check_that_full_queues_refuse(port: int) -> None:
+    """Each replica takes 256 requests; of more, some are refused as by a single server."""
+    answers = asyncio.run(post_at_once(port, 900))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"]
+    assert "256 requests are running or waiting already" in refused.json()["error"]["message"]
+
+
+async def post_at_once(port: int, count: int) -> list[httpx.Response]:
+    body = {"model": "bundled", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24, "ignore_eos": True}
+    settings: Any = {"timeout": 120, "limits": httpx.Limits(max_connections=None)}
+    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}, **settings) as asking:
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        return await asyncio.gather(*(asking.post(url, json=body) for _ in range(count)))

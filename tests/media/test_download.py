@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import socket
 import ssl
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 import httpcore
 import pytest
+from testing.certificates import self_signed
 
 from mdi.core.errors import MediaError
 from mdi.media import MediaPolicy, download, fetch
@@ -364,42 +364,13 @@ def test_the_next_address_is_tried_when_one_does_not_answer(server: PictureServe
 @pytest.fixture
 def tls_server(server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PictureServer:
     """The same server behind TLS, with a certificate for pictures.test that `fetch` trusts."""
-    certificate = self_signed("pictures.test", tmp_path)
+    certificate = self_signed(tmp_path, "pictures.test")
     serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     serving.load_cert_chain(certificate)
     server.socket = serving.wrap_socket(server.socket, server_side=True)
     trusting = ssl.create_default_context(cafile=str(certificate))
     monkeypatch.setattr(download, "_ssl_context", lambda: trusting)
     return server
-
-
-def self_signed(name: str, folder: Path) -> Path:
-    x509 = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "certificate.pem"
-    pem = serialization.Encoding.PEM
-    path.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate.public_bytes(pem)
-    )
-    return path
 
 
 def test_tls_is_verified_for_the_name_and_not_for_the_address(

@@ -181,7 +181,10 @@ def serve_replicas(application: Application, port: int) -> None:
         signal.signal(number, lambda *_: stopped.set())
     try:
         _open_door(application.gateway, port)
-        _run(application, port, stopped)
+        try:
+            _run(application, port, stopped)
+        finally:
+            _close_door_if_idle()
     finally:
         cluster.close()
 
@@ -203,6 +206,13 @@ def _open_door(gateway: GatewayConfig, port: int) -> None:
             f"Ray Serve runs on this cluster already, with {', '.join(other)}: use the same, or end what it runs "
             "(serve shutdown)"
         )
+
+
+def _close_door_if_idle() -> None:
+    """Ends Ray Serve, unless it has applications of others, or one that another command took over."""
+    serve = _imported()
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _run(application: Application, port: int, stopped: threading.Event) -> None:
@@ -262,12 +272,10 @@ class _Running:
         return bool(self._commands() - {self._command})
 
     def end(self) -> None:
-        """Ends the application, unless it was taken over, and Ray Serve with the last of them."""
+        """Ends the application, unless it was taken over."""
         serve = _imported()
         if self._name in serve.status().applications and not self.taken_over():
             serve.delete(self._name)
-        if not serve.status().applications:
-            serve.shutdown()
 
     def _commands(self) -> set[str]:
         answers = self._handle.broadcast("command").results(timeout_s=ANSWER_S, return_exceptions=True)

@@ -91,6 +91,9 @@ def _refusal(address: str, reason: str) -> str:
         return f"no Ray cluster runs on this machine: {JOIN}"
     if "raylet" in lower or "node_ip" in lower or "ip address" in lower:
         return f"this machine is no part of {shown}: {JOIN}"
+    if "failed to connect" in lower or "authtoken" in lower:
+        wanted = "where it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
+        return f"{shown} does not let this command in: {wanted}. Ray says: {reason[:400]}"
     return f"{shown} cannot be used from here: {reason[:400]}"
 
 
@@ -112,7 +115,10 @@ def _check_address(address: str) -> None:
             "its port open?"
         ) from None
     if os.environ.get("RAY_USE_TLS", "0") != "1" and not _is_ray(address):
-        raise ConfigError(f"what answers at {address} is no head of a Ray cluster: its port is 6379 unless set")
+        raise ConfigError(
+            f"what answers at {address} is no head of a Ray cluster: its port is 6379 unless set; one with "
+            "RAY_USE_TLS=1 wants that here, too"
+        )
 
 
 def _is_ray(address: str) -> bool:
