@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -137,6 +138,9 @@ def test_nodes_name_their_replica(server: Process, port: int) -> None:
     by_replica = {node["replica"]: node["name"] for node in report["nodes"]}
     assert len(by_replica) == 2
     assert (report["recovering"], report["failed_requests"]) == (False, 0)
+    told = get(port, "/metrics").text
+    assert set(re.findall(r'mdi:node_up{engine="([^"]+)"', told)) == set(by_replica)
+    assert sum(map(float, re.findall(r"vllm:generation_tokens_total{.*} (.*)", told))) >= len(PROMPTS) * MAX_TOKENS
 
 
 def test_a_session_stays_with_its_replica(server: Process, port: int) -> None:

@@ -24,6 +24,8 @@ from mdi.core.config import EngineConfig, GatewayConfig
 from mdi.core.errors import ConfigError, LinkError
 from mdi.gateway.app import create_app
 from mdi.gateway.health import Report, joined
+from mdi.gateway.metrics import Metrics
+from mdi.gateway.metrics import joined as joined_metrics
 from mdi.gateway.middleware.request_log import show_access_log
 from mdi.gateway.request_record import REQUEST_ID
 from mdi.gateway.server import HEADERS, KEEP_ALIVE_S
@@ -68,7 +70,9 @@ class Replica:
         self._application = application
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return OwnHeaders(create_app(self._engine, self._application.gateway, self._report_of_all))
+        app = create_app(self._engine, self._application.gateway, _AllReplicas())
+        self._metrics: Metrics = app.state.metrics
+        return OwnHeaders(app)
 
     def command(self) -> str:
         """The id of the command that deployed this replica."""
@@ -81,20 +85,12 @@ class Replica:
 
     def report(self) -> Report:
         """Of this replica's nodes, under its name."""
-        from ray import serve
-
-        name = serve.get_replica_context().replica_id.unique_id
-        nodes = [{"replica": name, **asdict(node)} for node in self._engine.nodes()]
+        nodes = [{"replica": _AllReplicas().name, **asdict(node)} for node in self._engine.nodes()]
         return {"nodes": nodes, **asdict(self._engine.recovery)}
 
-    async def _report_of_all(self) -> Report:
-        """Of all replicas that answer."""
-        from ray import serve
-
-        context = serve.get_replica_context()
-        handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        reports = await handle.broadcast("report").results_async(timeout_s=ANSWER_S, return_exceptions=True)
-        return joined([report for report in reports if isinstance(report, dict)])
+    def metrics(self) -> str:
+        """This replica's series, under its name."""
+        return self._metrics.text()
 
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
@@ -105,6 +101,31 @@ def _log_waiting(nodes: Sequence[Presence]) -> None:
     """Writes into the replica's log what its nodes wait for."""
     for node in nodes:
         logging.getLogger("ray.serve").info("%s: %s", node.node.role, node.note)
+
+
+class _AllReplicas:
+    """All replicas, seen from one of them."""
+
+    @property
+    def name(self) -> str:
+        from ray import serve
+
+        return str(serve.get_replica_context().replica_id.unique_id)
+
+    async def nodes(self) -> Report:
+        return joined([report for report in await self._ask("report") if isinstance(report, dict)])
+
+    async def metrics(self) -> str:
+        return joined_metrics([text for text in await self._ask("metrics") if isinstance(text, str)])
+
+    async def _ask(self, method: str) -> list[Any]:
+        """What each answers, or the error of those that do not."""
+        from ray import serve
+
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        answers: list[Any] = await handle.broadcast(method).results_async(timeout_s=ANSWER_S, return_exceptions=True)
+        return answers
 
 
 class OwnHeaders:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +11,7 @@ from mdi.gateway import errors, generate, health, openai, openapi, tokenize
 from mdi.gateway.anthropic import messages
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.keys import Keys
+from mdi.gateway.metrics import ENGINE, Metrics
 from mdi.gateway.middleware.api_keys import ApiKeys
 from mdi.gateway.middleware.body_limit import BodyLimit
 from mdi.gateway.middleware.foreign_pages import ForeignPages
@@ -28,9 +27,9 @@ from mdi.gateway.streaming import Answers
 def create_app(
     engine: TextEngine,
     config: GatewayConfig = GatewayConfig(),
-    all_nodes: Callable[[], Awaitable[health.Report]] | None = None,
+    replicas: health.Replicas | None = None,
 ) -> FastAPI:
-    """The application, for any ASGI server. all_nodes: what /v1/nodes answers where there are several replicas."""
+    """The application, for any ASGI server. replicas: where it is one of several."""
     app = FastAPIOffline(  # /docs loads nothing from other sites
         title="MDI-LLM",
         summary="One vision-language model over the machines you already have.",
@@ -40,8 +39,9 @@ def create_app(
     errors.install(app)
     _add_checks(app, config)
     served = ServedModel(engine, config.served_model_name)
+    app.state.metrics = Metrics(engine, served.name, replicas.name if replicas else ENGINE)
     app.include_router(generate.router(engine, config))
-    app.include_router(health.router(engine, all_nodes))
+    app.include_router(health.router(engine, app.state.metrics, replicas))
     app.include_router(openai.router(engine, served, config))
     app.include_router(messages.router(engine, served, config))
     app.include_router(tokenize.router(engine, served, config))
@@ -54,7 +54,7 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_upload_bytes)
     if config.needs_key:
-        app.add_middleware(ApiKeys, keys=Keys(config.api_keys, config.api_keys_file))
+        app.add_middleware(ApiKeys, keys=Keys(config.api_keys, config.api_keys_file), host=config.host)
     if config.allow_origins:  # outside the key: preflights have none, and pages may read why they are refused
         app.add_middleware(
             CORSMiddleware,

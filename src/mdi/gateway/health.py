@@ -1,17 +1,18 @@
-"""Liveness, readiness, load and node status: /health, /ping, /health/ready, /load, /version and /v1/nodes."""
+"""How the server is: /health, /ping, /health/ready, /load, /version, /v1/nodes and /metrics."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from mdi import __version__
 from mdi.gateway.engine import TextEngine
+from mdi.gateway.metrics import CONTENT_TYPE, Metrics
 
 READY_TIMEOUT_S = 10.0
 RETRY_AFTER = {"Retry-After": "2"}
@@ -20,8 +21,17 @@ Report = dict[str, Any]
 """What /v1/nodes answers."""
 
 
-def router(engine: TextEngine, all_nodes: Callable[[], Awaitable[Report]] | None = None) -> APIRouter:
-    """all_nodes: the report of all replicas, where there are several."""
+class Replicas(Protocol):
+    """All replicas of a server, of which this process is one. name: its own."""
+
+    @property
+    def name(self) -> str: ...
+    async def nodes(self) -> Report: ...
+    async def metrics(self) -> str: ...
+
+
+def router(engine: TextEngine, metrics: Metrics, replicas: Replicas | None = None) -> APIRouter:
+    """replicas: where there are several."""
     routes = APIRouter()
     readiness = _Readiness(engine)
 
@@ -60,9 +70,14 @@ def router(engine: TextEngine, all_nodes: Callable[[], Awaitable[Report]] | None
 
         On a Ray cluster with several replicas, each node names its `replica`, and the counts are of all of them.
         """
-        if all_nodes:
-            return JSONResponse(await all_nodes())
+        if replicas:
+            return JSONResponse(await replicas.nodes())
         return JSONResponse({"nodes": [asdict(node) for node in engine.nodes()], **asdict(engine.recovery)})
+
+    @routes.get("/metrics", include_in_schema=False)
+    async def series() -> Response:
+        """What requests and nodes do, as Prometheus reads it; of all replicas, by their names in `engine`."""
+        return Response(await replicas.metrics() if replicas else metrics.text(), media_type=CONTENT_TYPE)
 
     return routes
 

@@ -75,7 +75,7 @@ async def completion(request: Request, running: Running, timeout_s: float | None
     Raises ClientDisconnect when the client disconnects first, TimeoutError past the limit; both cancel the request.
     """
     answers: Answers = request.app.state.answers
-    record_of(request.scope).running = running
+    running = record_of(request.scope).running = request.app.state.metrics.observed(running)
 
     async def all_pieces() -> list[Piece]:
         async with answers.limited(timeout_s, asyncio.get_running_loop().time()):
@@ -96,7 +96,7 @@ async def events(
     The response begins with the first event or after STATUS_S. An error before that is raised, for its own status.
     """
     answers: Answers = request.app.state.answers
-    record_of(request.scope).running = running
+    running = record_of(request.scope).running = request.app.state.metrics.observed(running)
     began_s = asyncio.get_running_loop().time()
     contents = render(aiter(running))
     first = asyncio.ensure_future(anext(contents))

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mdi.gateway.errors import ErrorAnswer
 from mdi.gateway.keys import Key, Keys, has_expired
+from mdi.gateway.middleware.host_names import is_loopback, name_of
 from mdi.gateway.request_record import record_of
 
 OPEN_PATHS = ("/health", "/health/ready", "/ping")
+METRICS = "/metrics"  # open where the server binds loopback, to who names it so
 UNAUTHORIZED = "this server needs an API key: send Authorization: Bearer KEY, or x-api-key: KEY"
 
 
 class ApiKeys:
     """ASGI middleware that refuses requests without a key, except health checks, and those beyond its limits.
 
+    host: the address or name that the server binds.
+
     The limits are for requests that ask for an answer (POST).
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, host: str) -> None:
         self._app = app
         self._keys = keys
+        self._local = is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         key = await self._keys.find(_secret(dict(scope["headers"])))
@@ -39,6 +45,11 @@ class ApiKeys:
             await self._within_limits(key, scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        if scope["path"] == METRICS:
+            return self._local and is_loopback(name_of(Headers(scope=scope).get("host", "")))
+        return scope["path"] in OPEN_PATHS
 
     async def _within_limits(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._keys.account(key)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mdi.gateway.errors import ErrorAnswer
+from mdi.gateway.middleware.host_names import address_of, is_loopback, name_of
 
 READING = ("GET", "HEAD", "OPTIONS")  # the browser keeps the answers to these from other sites' pages
 SHOWN = 100  # characters of a header in an error
@@ -28,8 +28,7 @@ class ForeignPages:
 
     def __init__(self, app: ASGIApp, host: str, hosts: Iterable[str], origins: Iterable[str]) -> None:
         self._app = app
-        bound = _address(host)
-        self._loopback = host == "localhost" or (bound is not None and bound.is_loopback)
+        self._loopback = is_loopback(host)
         self._names = {"localhost", host.lower(), *(name.lower() for name in hosts)}
         if not self._loopback:
             own = socket.gethostname().lower()
@@ -45,8 +44,8 @@ class ForeignPages:
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         host, origin = headers.get("host"), headers.get("origin")
-        if host is not None and not self._is_own(_name(host)):  # browsers always send one
-            named = _name(host)[:SHOWN]
+        if host is not None and not self._is_own(name_of(host)):  # browsers always send one
+            named = name_of(host)[:SHOWN]
             return (
                 f"this server does not know the name {named!r}: start it with --allow-host {named}, or with --api-key"
             )
@@ -59,22 +58,7 @@ class ForeignPages:
 
     def _is_own(self, name: str) -> bool:
         """Whether a name is this server's. An address is no name that anyone else could have made to lead here."""
-        address = _address(name)
+        address = address_of(name)
         if address is not None and (address.is_loopback or not self._loopback):
             return True
         return name in self._names
-
-
-def _name(host: str) -> str:
-    """The name or address in a Host header, without the port."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-    except ValueError:  # "[" without "]"
-        return host
-
-
-def _address(name: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(name)
-    except ValueError:
-        return None

@@ -1,0 +1,130 @@
+"""GET /metrics: vLLM's series move with requests, nodes and losses are told, and strangers do not see them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from testing.fakes import HOLD, FakeEngine, piece
+from testing.waiting import wait_for
+
+from mdi.core.config import GatewayConfig
+from mdi.core.errors import LinkError
+from mdi.core.status import RecoveryStatus
+from mdi.gateway.app import create_app
+from mdi.gateway.metrics import Metrics, joined, token_buckets
+from tests.gateway.conftest import CHAT, HELLO, Server, serving
+
+Sample = tuple[str, tuple[tuple[str, str], ...]]
+
+
+@pytest.fixture
+def server() -> Iterator[Server[FakeEngine]]:
+    with serving(FakeEngine()) as server:
+        yield server
+
+
+def series(text: str) -> dict[Sample, float]:
+    """Values by name and labels, but the model's name and the engine."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name not in ("model_name", "engine")}
+            found[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return found
+
+
+def moved(server: Server[FakeEngine], before: dict[Sample, float], name: str, **labels: str) -> float:
+    key = (name, tuple(sorted(labels.items())))
+    return series(server.get("/metrics").text)[key] - before[key]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_moves_the_series(server: Server[FakeEngine], stream: bool) -> None:
+    server.engine.says(piece("a"), piece("b"), piece("c", "stop"))
+    before = series(server.get("/metrics").text)
+    assert server.post("/v1/chat/completions", json={**CHAT, "stream": stream}).status_code == 200
+    assert moved(server, before, "vllm:request_success_total", finished_reason="stop") == 1
+    assert moved(server, before, "vllm:request_success_total", finished_reason="abort") == 0
+    assert moved(server, before, "vllm:generation_tokens_total") == 3
+    assert moved(server, before, "vllm:time_to_first_token_seconds_count") == 1
+    assert moved(server, before, "vllm:inter_token_latency_seconds_count") == 2
+    assert moved(server, before, "vllm:e2e_request_latency_seconds_count") == 1
+    assert moved(server, before, "vllm:request_generation_tokens_sum") == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 8}),
+        ("/generate", {"prompt": "a"}),
+    ],
+)
+def test_every_route_that_answers_is_counted(server: Server[FakeEngine], path: str, body: dict[str, object]) -> None:
+    before = series(server.get("/metrics").text)
+    model = {} if path == "/generate" else {"model": "fake"}
+    assert server.post(path, json={**model, **body}).status_code == 200
+    answers = 4 if path == "/v1/completions" else 1
+    assert moved(server, before, "vllm:request_success_total", finished_reason="stop") == answers
+    assert moved(server, before, "vllm:e2e_request_latency_seconds_count") == 1
+
+
+def test_a_client_that_leaves_and_a_lost_node_are_aborts(server: Server[FakeEngine]) -> None:
+    before = series(server.get("/metrics").text)
+    server.engine.says(piece("a"), HOLD)
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json={**CHAT, "stream": True}, headers=server.headers
+    ) as answer:
+        next(answer.iter_lines())
+    wait_for(lambda: moved(server, before, "vllm:request_success_total", finished_reason="abort") == 1, 5)
+    server.engine.says(piece("a"), LinkError("lost"))
+    server.post("/v1/chat/completions", json=CHAT)
+    assert moved(server, before, "vllm:request_success_total", finished_reason="abort") == 2
+    assert moved(server, before, "vllm:e2e_request_latency_seconds_count") == 0
+
+
+def test_nodes_and_losses_are_told(server: Server[FakeEngine]) -> None:
+    server.engine.recovery = RecoveryStatus(recovering=True, recoveries=2, failed_requests=3)
+    told = series(server.get("/metrics").text)
+    assert told["mdi:node_up", (("node", "starter"), ("state", "ready"))] == 1
+    assert told["mdi:node_resident_bytes", (("node", "starter"),)] == 1000
+    assert told["mdi:node_sent_bytes_total", (("node", "starter"),)] == 20
+    assert (told["mdi:recovering", ()], told["mdi:recoveries_total", ()]) == (1, 2)
+    assert (told["vllm:num_requests_running", ()], told["vllm:num_requests_waiting", ()]) == (0, 0)
+
+
+def test_labels_and_buckets_are_those_of_vllm() -> None:
+    text = Metrics(FakeEngine(), "m").text()
+    assert 'vllm:prompt_tokens_total{engine="0",model_name="m"} 0.0' in text
+    assert 'vllm:request_prompt_tokens_bucket{engine="0",le="500.0",model_name="m"}' in text
+    assert token_buckets(600) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
+def test_replicas_are_one_text() -> None:
+    first, second = (Metrics(FakeEngine(), "m", name) for name in "ab")
+    first.generated(3)
+    text = joined([first.text(), second.text()])
+    assert text.count("# TYPE vllm:generation_tokens_total counter") == 1
+    assert 'vllm:generation_tokens_total{engine="a",model_name="m"} 3.0' in text
+    assert 'vllm:generation_tokens_total{engine="b",model_name="m"} 0.0' in text
+
+
+@pytest.mark.parametrize(
+    ("bound", "named", "status"),
+    [("127.0.0.1", "localhost", 200), ("127.0.0.1", "rebound.example", 401), ("0.0.0.0", "localhost", 401)],
+)
+def test_only_on_loopback_they_need_no_key(bound: str, named: str, status: int) -> None:
+    app = create_app(FakeEngine(), GatewayConfig(host=bound, api_keys=("k",)))
+
+    async def answer(**headers: str) -> int:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{named}", headers=headers) as client:
+            return (await client.get("/metrics")).status_code
+
+    assert asyncio.run(answer()) == status
+    assert asyncio.run(answer(authorization="Bearer k")) == 200
