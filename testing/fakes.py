@@ -22,7 +22,7 @@ from mdi.core.constraint import Constraint
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import Load
+from mdi.core.status import CacheStatus, Load
 from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
@@ -114,6 +114,7 @@ class FakeEngine:
         """Restores the first state: echoes, refuses nothing, has no calls."""
         self.capabilities = Capabilities(max_model_len=512, modalities=("text", "image", "video"), tool_syntax="hermes")
         self.error: MDIError | None = None
+        self.cache = CacheStatus(used_share=0.0, preemptions=0)
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
         self.answer_ready: Callable[[], bool] = lambda: True
         self.opens_thought = False

@@ -47,7 +47,8 @@ def test_a_preempted_sequence_has_the_tokens_and_logprobs_that_it_has_alone(
     with Engine(tiny_checkpoint, kv_cache_gb=6 * 64 * size / 1e9, **limits) as engine:
         assert engine._cluster.cache.tokens == 6 * 64
         answers = together(engine, prompts)
-        assert engine._loop._scheduler.preemptions > 0
+        assert engine.cache.preemptions > 0
+        assert engine.cache.used_share == 0
     with Engine(tiny_checkpoint, **limits) as engine:
         expected = [together(engine, [prompt])[0] for prompt in prompts]
     assert [answer.samples for answer in answers] == [answer.samples for answer in expected]

@@ -177,6 +177,7 @@ def test_without_memory_the_youngest_makes_room_and_comes_again_in_its_turn() ->
     scheduler.add([old, young])
     finish(scheduler, scheduler.schedule())
     assert scheduler.running == 2
+    assert scheduler.cache.used_share == 5 / 7  # one block and four
     while young.slot is not None:
         finish(scheduler, scheduler.schedule())
     assert old.computed == 2 * BLOCK + 1

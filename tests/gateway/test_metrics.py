@@ -13,7 +13,7 @@ from testing.waiting import wait_for
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError
-from mdi.core.status import RecoveryStatus
+from mdi.core.status import CacheStatus, RecoveryStatus
 from mdi.gateway.app import create_app
 from mdi.gateway.metrics import Metrics, joined, token_buckets
 from tests.gateway.conftest import CHAT, HELLO, Server, serving
@@ -90,10 +90,12 @@ def test_a_client_that_leaves_and_a_lost_node_are_aborts(server: Server[FakeEngi
 
 def test_nodes_and_losses_are_told(server: Server[FakeEngine]) -> None:
     server.engine.recovery = RecoveryStatus(recovering=True, recoveries=2, failed_requests=3)
+    server.engine.cache = CacheStatus(used_share=0.25, preemptions=4)
     told = series(server.get("/metrics").text)
     assert told["mdi:node_up", (("node", "starter"), ("state", "ready"))] == 1
     assert told["mdi:node_resident_bytes", (("node", "starter"),)] == 1000
     assert told["mdi:node_sent_bytes_total", (("node", "starter"),)] == 20
+    assert (told["vllm:kv_cache_usage_perc", ()], told["vllm:num_preemptions_total", ()]) == (0.25, 4)
     assert (told["mdi:recovering", ()], told["mdi:recoveries_total", ()]) == (1, 2)
     assert (told["vllm:num_requests_running", ()], told["vllm:num_requests_waiting", ()]) == (0, 0)
 

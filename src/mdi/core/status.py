@@ -51,6 +51,17 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheStatus:
+    """The KV cache. used_share: part of its memory that running sequences hold.
+
+    preemptions: how often one lost its place for lack of memory, to be computed again later.
+    """
+
+    used_share: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryStatus:
     """Recovery from lost nodes. recovering: nodes are being brought back now, and running requests wait.
 

@@ -26,7 +26,7 @@ from mdi.core.messages import Conversation, PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
-from mdi.core.status import Load, NodeStatus, RecoveryStatus
+from mdi.core.status import CacheStatus, Load, NodeStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.grammar import Grammars
@@ -200,6 +200,11 @@ class Engine:
             requests = list(self._requests)
         running = sum(any(sequence.slot is not None for sequence in list(request.sequences)) for request in requests)
         return Load(running, len(requests) - running)
+
+    @property
+    def cache(self) -> CacheStatus:
+        """How full the KV cache is, and how often that cost a sequence its place."""
+        return self._loop.cache
 
     @property
     def recovery(self) -> RecoveryStatus:

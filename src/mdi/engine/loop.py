@@ -18,7 +18,7 @@ from mdi.core.allocator import next_item
 from mdi.core.batch import Batch, Result, Token
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import ClosedError, InputError, LinkError, MDIError, NumbersError
-from mdi.core.status import RecoveryStatus
+from mdi.core.status import CacheStatus, RecoveryStatus
 from mdi.engine.packing import pack
 from mdi.engine.prefill_budget import PrefillBudget
 from mdi.engine.scheduler import ScheduledSlice, Scheduler
@@ -88,6 +88,10 @@ class StepLoop:
         self._compute_s = 0.0  # duration of the last `_compute`
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def cache(self) -> CacheStatus:
+        return self._scheduler.cache
 
     def close(self) -> None:
         """Ends the loop; what runs fails. The link stays open."""

@@ -19,6 +19,7 @@ from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
 from mdi.core.batch import CacheEdit
+from mdi.core.status import CacheStatus
 from mdi.engine.slots import Cached, Slots
 
 
@@ -84,6 +85,11 @@ class Scheduler(Generic[S]):
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def cache(self) -> CacheStatus:
+        """From any thread."""
+        return CacheStatus(self._slots.used_share, self.preemptions)
 
     def add(self, sequences: Iterable[S]) -> None:
         """Puts sequences at the end of the queue."""

@@ -59,6 +59,11 @@ class Slots(Generic[C]):
         """Tokens that memory is given for."""
         return sum(self._blocks) * CACHE_BLOCK
 
+    @property
+    def used_share(self) -> float:
+        """Part of the memory that running sequences have. From any thread."""
+        return sum(self._blocks[slot] for slot in list(self._taken)) / self._n_blocks
+
     def fits(self, n_tokens: int, spare_blocks: int = 0) -> bool:
         """Whether there is memory for so many more tokens, and some to spare, if all free slots give theirs up."""
         return self._left() >= _blocks(n_tokens) + spare_blocks

@@ -12,7 +12,7 @@ from mdi.core.errors import MDIError
 from mdi.core.messages import PromptInput
 from mdi.core.outputs import Piece, Usage
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import Load, NodeStatus, RecoveryStatus
+from mdi.core.status import CacheStatus, Load, NodeStatus, RecoveryStatus
 
 
 class Running(Protocol):
@@ -53,6 +53,8 @@ class TextEngine(Protocol):
     def error(self) -> MDIError | None: ...
     @property
     def load(self) -> Load: ...
+    @property
+    def cache(self) -> CacheStatus: ...
     @property
     def recovery(self) -> RecoveryStatus: ...
     def nodes(self) -> list[NodeStatus]: ...

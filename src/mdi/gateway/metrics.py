@@ -153,9 +153,11 @@ class _EngineSeries(Collector):
         self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
-        load, recovery = self._engine.load, self._engine.recovery
+        load, cache, recovery = self._engine.load, self._engine.cache, self._engine.recovery
         yield self._gauge("vllm:num_requests_running", "Requests that are computed.", load.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", load.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV cache in use; 1 is all.", cache.used_share)
+        yield self._counter("vllm:num_preemptions", "Sequences that lost their place in the cache.", cache.preemptions)
         yield self._gauge("mdi:recovering", "Whether lost nodes are brought back now.", recovery.recovering)
         yield self._counter("mdi:recoveries", "How often nodes were lost and brought back.", recovery.recoveries)
         yield self._counter("mdi:failed_requests", "Requests that ended with their nodes.", recovery.failed_requests)
