@@ -15,6 +15,8 @@ from typing import Any
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdi" / "peers" / "llama-cpp"
 BUILD = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF"
+WITHOUT_AMX = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
+"""llama-cpp-python 0.3.36, built for a Xeon with AMX, died there at its first `tileloadd`, with one thread and two."""
 BATCH = 2048
 
 
@@ -25,9 +27,15 @@ def llama_python() -> Path:
         print(f"building llama.cpp for this CPU into {FOLDER}: some minutes", file=sys.stderr)
         venv.create(FOLDER, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
-        subprocess.run(pip, check=True, env={**os.environ, "CMAKE_ARGS": BUILD})
+        subprocess.run(pip, check=True, env={**os.environ, "CMAKE_ARGS": _build_options()})
         built.touch()
     return python
+
+
+def _build_options() -> str:
+    processor = Path("/proc/cpuinfo")
+    has_amx = processor.exists() and "amx_int8" in processor.read_text()
+    return f"{BUILD} {WITHOUT_AMX}" if has_amx else BUILD
 
 
 class Llama:
