@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +11,8 @@ from pathlib import Path
 import pytest
 from testing.fakes import FakeEngine
 from testing.links import free_port
-from testing.processes import ENVIRONMENT, command
+from testing.processes import command
+from testing.terminal import terminal
 
 from mdi.cli import app as cli
 from mdi.core.config import GatewayConfig
@@ -82,23 +79,10 @@ def test_what_is_no_server_of_ours_is_told_with_the_remedy(
         assert said in capfd.readouterr().err
 
 
-def test_in_a_terminal_it_goes_on_until_ctrl_c_also_when_the_server_goes() -> None:
-    ours, theirs = pty.openpty()
-    with serving(FakeEngine()) as server:
-        words = command("cluster", "--url", server.url)
-        environment = {**ENVIRONMENT, "TERM": "xterm", "MDI_API_KEY": "none"}
-        process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-        os.close(theirs)
-        seen = read_until(ours, "MB/s")
-        assert "starter" in seen
-    read_until(ours, "does mdi serve run there?")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 0
-    os.close(ours)
-
-
-def read_until(terminal: int, wanted: str) -> str:
-    text = ""
-    while wanted not in text:
-        text += os.read(terminal, 4096).decode(errors="replace")
-    return text
+def test_in_a_terminal_it_goes_on_until_ctrl_c_also_when_the_server_goes(tmp_path: Path) -> None:
+    with serving(FakeEngine()) as server, terminal(command("cluster", "--url", server.url), tmp_path) as shown:
+        assert "starter" in shown.read_until("MB/s")
+        server.http.should_exit = True
+        shown.read_until("does mdi serve run there?")
+        shown.type("\x03")
+        assert shown.process.wait(20) == 0

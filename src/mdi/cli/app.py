@@ -13,6 +13,7 @@ from rich.text import Text
 from mdi.cli import cache, certs
 from mdi.cli.ask import ask
 from mdi.cli.bench import bench
+from mdi.cli.chat import chat
 from mdi.cli.cluster import cluster
 from mdi.cli.config_file import CommandLikeVllms
 from mdi.cli.demo import demo
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 app.command(cls=CommandLikeVllms)(serve)
 app.command(context_settings={"allow_interspersed_args": False})(service)
-for command in (prepare, plan, secondary, ask, cluster, verify, bench, demo):
+for command in (prepare, plan, secondary, ask, chat, cluster, verify, bench, demo):
     app.command()(command)
 app.add_typer(certs.app, name="certs")
 app.add_typer(cache.app, name="cache")
