@@ -28,7 +28,7 @@ Node = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """What a server said at a time. nodes, load: as its routes answer; asked_s: on the monotonic clock."""
 
     model: str
@@ -48,11 +48,11 @@ def cluster(
     keys = (api_key or "").split()  # the variable may hold several
     headers = {b"Authorization": f"Bearer {keys[0]}".encode()} if keys else {}
     with httpx.Client(base_url=_checked(url), headers=headers, timeout=TIMEOUT_S) as client:
-        first = _look(client)
+        first = _fetch(client)
         if as_json:
             say(json.dumps({"model": first.model, **first.nodes, **first.load}, indent=2))
         elif out.is_terminal:
-            _watch(lambda: _look(client), first)
+            _watch(lambda: _fetch(client), first)
         else:
             out.print(_shown(first, first))
 
@@ -69,11 +69,11 @@ def _checked(url: str) -> httpx.URL:
     return checked
 
 
-def _look(client: httpx.Client) -> Seen:
+def _fetch(client: httpx.Client) -> Snapshot:
     """Raises ConfigError where no server of ours answers, or refuses the key."""
     model, nodes, load = (_get(client, path) for path in ("/v1/models", "/v1/nodes", "/load"))
     try:
-        return Seen(model["data"][0]["id"], {**nodes, "nodes": nodes["nodes"]}, load, time.monotonic())
+        return Snapshot(model["data"][0]["id"], {**nodes, "nodes": nodes["nodes"]}, load, time.monotonic())
     except (KeyError, IndexError, TypeError):
         raise ConfigError(f"what answers at {client.base_url} is no server of mdi serve: name it with --url") from None
 
@@ -92,7 +92,7 @@ def _get(client: httpx.Client, path: str) -> Any:
         raise ConfigError(f"what answers at {client.base_url} is no server of mdi serve: name it with --url") from None
 
 
-def _watch(look: Callable[[], Seen], first: Seen) -> None:
+def _watch(fetch: Callable[[], Snapshot], first: Snapshot) -> None:
     """Until Ctrl-C. A server that does not answer may come back: what was seen last stays, with the reason."""
     before = now = first
     with Live(_shown(now, before), console=out, auto_refresh=False) as live:
@@ -100,7 +100,7 @@ def _watch(look: Callable[[], Seen], first: Seen) -> None:
             while True:
                 time.sleep(EVERY_S)
                 try:
-                    before, now = now, look()
+                    before, now = now, fetch()
                     live.update(_shown(now, before), refresh=True)
                 except ConfigError as error:
                     since = Text(f"{error} (seen last {time.monotonic() - now.asked_s:.0f} s ago)", "bold red")
@@ -109,7 +109,7 @@ def _watch(look: Callable[[], Seen], first: Seen) -> None:
             return
 
 
-def _shown(now: Seen, before: Seen) -> RenderableType:
+def _shown(now: Snapshot, before: Snapshot) -> RenderableType:
     """before: seen earlier, for the rates of links."""
     table = Table("node", "state", "layers", "memory", "busy", "links", "round trip", "computes with")
     traffic = {_key(node): _traffic(node) for node in before.nodes["nodes"]}
@@ -129,13 +129,13 @@ def _shown(now: Seen, before: Seen) -> RenderableType:
     return Group(table, Text(_summary(now)))
 
 
-def _summary(seen: Seen) -> str:
-    parts = [f"{seen.model}: {seen.load['running']} requests running, {seen.load['waiting']} waiting"]
-    if recoveries := seen.nodes["recoveries"]:
+def _summary(now: Snapshot) -> str:
+    parts = [f"{now.model}: {now.load['running']} requests running, {now.load['waiting']} waiting"]
+    if recoveries := now.nodes["recoveries"]:
         parts.append(f"nodes lost and brought back: {recoveries}")
-    if failed := seen.nodes["failed_requests"]:
+    if failed := now.nodes["failed_requests"]:
         parts.append(f"requests that ended with them: {failed}")
-    if seen.nodes["recovering"]:
+    if now.nodes["recovering"]:
         parts.append("a lost node is being brought back: requests wait")
     return "; ".join(parts)
 
