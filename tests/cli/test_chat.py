@@ -60,11 +60,16 @@ def test_what_is_wrong_with_a_line_is_said_and_the_next_one_is_answered(talk: Ty
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "there.json").write_text("kept")
     said = talk(
-        "/image no.png", "/image", "/image 'cat", "/nothing", "/save there.json", "/image broken.png", "What is it?",
+        "/image no.png", "/image ~nobody-of-this-name/cat.png", f"/image {'x' * 300}", "/save ~nobody-of-this-name/a",
+        "/save a\0b", "/image", "/image 'cat", "/nothing", "/save there.json", "/image broken.png", "What is it?",
         "x " * 9000, f"/image {PICTURE}", "Describe this picture.",
     )  # fmt: skip
     for cause in (
         "there is no file 'no.png'",
+        "there is no file '~nobody-of-this-name/cat.png'",
+        "there is no file 'xxx",
+        "'~nobody-of-this-name/a' cannot be written (No such file or directory)",
+        "cannot be written (embedded null byte)",
         "/image takes one file",
         "cannot be read: No closing quotation",
         "there is no /nothing: /help lists",

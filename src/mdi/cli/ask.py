@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from mdi.cli.options import (
-    EngineOptions,
-    Images,
-    KvCacheDtype,
-    KvCacheGb,
-    MaxPixels,
-    MinPixels,
-    Model,
-    SequenceLength,
-    Videos,
-    grouped,
-)
+from mdi.cli.options import EngineOptions, Images, LimitOptions, Model, Videos, grouped
 from mdi.cli.screen import out, say
 from mdi.core.errors import InputError
 
@@ -34,6 +24,7 @@ def ask(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The question; FILE:questions.txt asks one per paragraph.")],
     options: EngineOptions,
+    limits: LimitOptions,
     image: Images = None,
     video: Videos = None,
     n_samples: Annotated[int, typer.Option(help="Independent answers to each question.")] = 1,
@@ -44,11 +35,6 @@ def ask(
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    sequence_length: SequenceLength = None,
-    kv_cache_gb: KvCacheGb = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    min_pixels: MinPixels = None,
-    max_pixels: MaxPixels = None,
 ) -> None:
     """Ask a question about images and videos, and print the answer as it comes."""
     from mdi.core.sampling import SamplingParams
@@ -57,9 +43,7 @@ def ask(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n=n_samples
     )
     questions = _questions(prompt)
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    cache = {"sequence_length": sequence_length, "kv_cache_gb": kv_cache_gb, "kv_cache_dtype": kv_cache_dtype}
-    with options.start(model, **cache, **limits) as engine:
+    with options.start(model, **asdict(limits)) as engine:
         for question in questions:
             _print_answers(engine, user_message(question, image or [], video or []), params)
 

@@ -7,24 +7,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from mdi.cli.options import (
-    EngineOptions,
-    Images,
-    KvCacheDtype,
-    KvCacheGb,
-    MaxPixels,
-    MinPixels,
-    Model,
-    SequenceLength,
-    Videos,
-    grouped,
-)
+from mdi.cli.options import EngineOptions, Images, LimitOptions, Model, Videos, grouped
 from mdi.cli.screen import err, out, say
 from mdi.core.errors import InputError
 
@@ -48,25 +38,19 @@ COMMANDS = {
 def chat(
     model: Model,
     options: EngineOptions,
+    limits: LimitOptions,
     image: Images = None,
     video: Videos = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = 1024,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    sequence_length: SequenceLength = None,
-    kv_cache_gb: KvCacheGb = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    min_pixels: MinPixels = None,
-    max_pixels: MaxPixels = None,
 ) -> None:
     """Talk with a model in the terminal, about images and videos; /help lists what can be typed."""
     from mdi.core.sampling import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    cache = {"sequence_length": sequence_length, "kv_cache_gb": kv_cache_gb, "kv_cache_dtype": kv_cache_dtype}
-    with options.start(model, **cache, **limits) as engine:
+    with options.start(model, **asdict(limits)) as engine:
         talk = Talk(engine, params, system)
         for kind, places in (("image", image), ("video", video)):
             for place in places or ():
@@ -101,9 +85,11 @@ class Talk:
 
     def attach(self, kind: str, place: str) -> None:
         """Raises InputError where there is no such file."""
-        if "://" not in place and not place.startswith("data:") and not Path(place).expanduser().is_file():
-            raise InputError(f"there is no file {place!r}", kind)
-        self._attached.append({"type": kind, kind: place if "://" in place else os.path.expanduser(place)})  # noqa: PTH111
+        if "://" not in place and not place.startswith("data:"):
+            place = os.path.expanduser(place)  # noqa: PTH111 - of pathlib: raises for users that do not exist
+            if not os.path.isfile(place):  # noqa: PTH113 - the same for names that are too long
+                raise InputError(f"there is no file {place!r}", kind)
+        self._attached.append({"type": kind, kind: place})
 
     def _command(self, line: str) -> None:
         name, *words = _words(line)
@@ -145,10 +131,11 @@ class Talk:
 
     def _save(self, name: str) -> None:
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            with Path(os.path.expanduser(name)).open("x", encoding="utf-8") as file:  # noqa: PTH111 - as in `attach`
                 json.dump(self._messages, file, indent=2, ensure_ascii=False)
-        except OSError as error:
-            raise InputError(f"{name!r} cannot be written ({error.strerror})", "/save") from None
+        except (OSError, ValueError) as error:  # the second: a name with a zero byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{name!r} cannot be written ({reason})", "/save") from None
         say(Text(f"saved {len(self._messages)} messages to {name}", "dim"))
 
 

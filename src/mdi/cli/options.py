@@ -145,6 +145,17 @@ class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
         }
 
 
+@dataclass(frozen=True)
+class LimitOptions:
+    """How long and how large the requests of one caller may be."""
+
+    sequence_length: SequenceLength = None
+    kv_cache_gb: KvCacheGb = None
+    kv_cache_dtype: KvCacheDtype = None
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator of a command: the fields of its dataclass parameters become options in their place."""
     parameters = inspect.signature(command, eval_str=True).parameters.values()
