@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=2048, help="patches of the pictures of a batch")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw; one keeps up with two cores")
     parser.add_argument("--export", action="store_true", help="only write checkpoint/ from state.pt")
     arguments = parser.parse_args()

@@ -62,7 +62,7 @@ class Slots(Generic[C]):
     @property
     def used_share(self) -> float:
         """Part of the memory that running sequences have. From any thread."""
-        return sum(self._blocks[slot] for slot in list(self._taken)) / self._n_blocks
+        return (self._n_blocks - self._left()) / self._n_blocks
 
     def fits(self, n_tokens: int, spare_blocks: int = 0) -> bool:
         """Whether there is memory for so many more tokens, and some to spare, if all free slots give theirs up."""
@@ -121,7 +121,7 @@ class Slots(Generic[C]):
 
     def _left(self) -> int:
         """Blocks that no running sequence has."""
-        return self._n_blocks - sum(self._blocks[slot] for slot in self._taken)
+        return self._n_blocks - sum(self._blocks[slot] for slot in tuple(self._taken))
 
     def _in_place(self, source: int, length: int, needed: int) -> bool:
         """Whether a sequence goes on in the free slot with its prefix: not where that slot would lose much more.
