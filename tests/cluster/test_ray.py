@@ -94,16 +94,17 @@ def test_three_machines_answer_as_one_process_does(
     assert engine._cluster._monitor.identity is not None  # type: ignore[union-attr]  # the links are encrypted
 
 
-def test_names_roles_and_what_nodes_do_are_shown_by_ray(engine: Engine) -> None:
+def test_names_roles_and_what_nodes_do_are_shown_by_ray(engine: Engine, cluster: Any) -> None:
     from ray.util.state import get_log, list_actors, list_placement_groups
 
-    actors = [actor for actor in list_actors(detail=True) if actor.state == "ALIVE"]
+    address = cluster.address  # without one Ray takes the latest cluster, which may be another test's
+    actors = [actor for actor in list_actors(address, detail=True) if actor.state == "ALIVE"]
     assert sorted(actor.name.rsplit(" ", 1)[1] for actor in actors) == ["finisher", "secondary0"]
     assert {actor.repr_name for actor in actors} == {"mdi finisher", "mdi secondary0"}
-    group, *_ = [group for group in list_placement_groups() if group.state == "CREATED"]
+    group, *_ = [group for group in list_placement_groups(address) if group.state == "CREATED"]
     assert group.name.startswith("mdi bundled ")
     finisher = next(actor for actor in actors if actor.name.endswith("finisher"))
-    log = "".join(get_log(actor_id=finisher.actor_id, suffix="err"))
+    log = "".join(get_log(address, actor_id=finisher.actor_id, suffix="err"))
     assert "finisher: has its weights" in log
 
 
