@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from testing.fakes import FakeEngine
 
@@ -81,6 +81,8 @@ TOKENS = st.lists(
 
 
 @settings(max_examples=150)
+@example([0xED, 0xA0], [], False)  # half of a surrogate
+@example([0xED, 0xA0, 0x80, 0xED, 0x9F, 0xBF], [], False)
 @given(ids=TOKENS.filter(bool), stop=st.lists(TEXTS.filter(bool), max_size=2), skip=st.booleans())
 def test_every_offset_points_at_its_tokens_text(
     tokenizer: Tokenizer, ids: list[int], stop: list[str], skip: bool

@@ -105,11 +105,23 @@ class _Offsets:
         return [min(self._start(token), self._length) for token in tokens]
 
     def _start(self, token: bytes) -> int:
-        self._begun += len(self._decoder.decode(token[:1]))
+        self._begun += self._count(token[:1])
         unfinished = bool(self._decoder.getstate()[0])
         start = self._begun if unfinished or not token else self._begun - 1
-        self._begun += len(self._decoder.decode(token[1:]))
+        self._begun += self._count(token[1:])
         return start
+
+    def _count(self, part: bytes) -> int:
+        """Characters that these bytes end."""
+        return sum(len(self._decoder.decode(bytes((byte,)))) + self._dropped() for byte in part)
+
+    def _dropped(self) -> int:
+        """Takes half a surrogate, which no third byte makes a character, from the decoder, which waits for one."""
+        waiting = self._decoder.getstate()[0]
+        if waiting[:1] != b"\xed" or waiting[1:] < b"\xa0":
+            return 0
+        self._decoder.reset()
+        return len(waiting)
 
 
 def token_name(token: bytes) -> str:
