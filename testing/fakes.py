@@ -22,7 +22,7 @@ from mdi.core.constraint import Constraint
 from mdi.core.errors import LinkError, MDIError
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import CacheStatus, Load
+from mdi.core.status import CacheStatus, Load, PlanStatus, StageStatus
 from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
@@ -116,6 +116,7 @@ class FakeEngine:
         self.error: MDIError | None = None
         self.cache = CacheStatus(used_share=0.0, preemptions=0)
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
+        self.plan = PlanStatus(2, "one node has the whole model", (StageStatus("starter", 0, 2, ("head",), 1.0),))
         self.answer_ready: Callable[[], bool] = lambda: True
         self.opens_thought = False
         self.script: Script = echo

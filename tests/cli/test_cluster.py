@@ -50,7 +50,9 @@ def test_without_a_terminal_it_shows_the_machines_once(
     assert run("--url", server.url, "--api-key", REAL_KEY) == 0
     shown = capfd.readouterr().out
     assert re.search(r"starter +\S+ ready +\S+ 0-1 .* 50%", shown)
-    assert "fake: 0 requests running, 0 waiting; nodes lost and brought back: 2" in " ".join(shown.split())
+    words = " ".join(shown.split())
+    assert "fake: 0 requests running, 0 waiting; KV cache 0% full; nodes lost and brought back: 2" in words
+    assert "The plan: one node has the whole model." in words
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -60,7 +62,7 @@ def test_as_json_it_says_what_the_server_says(
     monkeypatch.setenv("MDI_API_KEY", f"{REAL_KEY} another")
     assert run("--url", f"{server.url}/", "--json") == 0
     said = json.loads(capfd.readouterr().out)
-    assert (said["model"], said["running"], said["nodes"][0]["name"]) == ("fake", 0, "starter")
+    assert (said["model"], said["requests"]["running"], said["nodes"][0]["name"]) == ("fake", 0, "starter")
 
 
 def test_what_is_no_server_of_ours_is_told_with_the_remedy(

@@ -24,16 +24,16 @@ URL = "http://127.0.0.1:8000"
 EVERY_S, TIMEOUT_S = 1.0, 5.0
 STATE_STYLES = {"ready": "green", "lost": "bold red", "failed": "bold red"}  # yellow: on its way
 
+FIELDS = {"model", "nodes", "plan", "requests", "cache", "recoveries", "failed_requests", "recovering"}  # that we show
+
 Node = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a server said at a time. nodes, load: as its routes answer; asked_s: on the monotonic clock."""
+    """What a server said at a time. report: as /v1/nodes answers; asked_s: on the monotonic clock."""
 
-    model: str
-    nodes: Mapping[str, Any]
-    load: Mapping[str, int]
+    report: Mapping[str, Any]
     asked_s: float
 
 
@@ -50,7 +50,7 @@ def cluster(
     with httpx.Client(base_url=_checked(url), headers=headers, timeout=TIMEOUT_S) as client:
         first = _fetch(client)
         if as_json:
-            say(json.dumps({"model": first.model, **first.nodes, **first.load}, indent=2))
+            say(json.dumps(first.report, indent=2))
         elif out.is_terminal:
             _watch(lambda: _fetch(client), first)
         else:
@@ -71,11 +71,10 @@ def _checked(url: str) -> httpx.URL:
 
 def _fetch(client: httpx.Client) -> Snapshot:
     """Raises ConfigError where no server of ours answers, or refuses the key."""
-    model, nodes, load = (_get(client, path) for path in ("/v1/models", "/v1/nodes", "/load"))
-    try:
-        return Snapshot(model["data"][0]["id"], {**nodes, "nodes": nodes["nodes"]}, load, time.monotonic())
-    except (KeyError, IndexError, TypeError):
-        raise ConfigError(f"what answers at {client.base_url} is no server of mdi serve: name it with --url") from None
+    report = _get(client, "/v1/nodes")
+    if not isinstance(report, dict) or not report.keys() >= FIELDS:
+        raise ConfigError(f"what answers at {client.base_url} is no server of this mdi's version: name it with --url")
+    return Snapshot(report, time.monotonic())
 
 
 def _get(client: httpx.Client, path: str) -> Any:
@@ -112,9 +111,9 @@ def _watch(fetch: Callable[[], Snapshot], first: Snapshot) -> None:
 def _shown(now: Snapshot, before: Snapshot) -> RenderableType:
     """before: seen earlier, for the rates of links."""
     table = Table("node", "state", "layers", "memory", "busy", "links", "round trip", "computes with")
-    traffic = {_key(node): _traffic(node) for node in before.nodes["nodes"]}
+    traffic = {_key(node): _traffic(node) for node in before.report["nodes"]}
     seconds = now.asked_s - before.asked_s
-    for node in now.nodes["nodes"]:
+    for node in now.report["nodes"]:
         rate = (_traffic(node) - traffic.get(_key(node), 0)) / seconds if seconds and _key(node) in traffic else None
         table.add_row(
             node["name"] + (f" {node['replica']}" if "replica" in node else ""),
@@ -126,16 +125,22 @@ def _shown(now: Snapshot, before: Snapshot) -> RenderableType:
             "" if node["round_trip_s"] is None else f"{node['round_trip_s'] * 1e3:.1f} ms",
             f"{node['device']} {node['kernels']}".strip(),
         )
-    return Group(table, Text(_summary(now)))
+    causes = [Text(f"{node['name']}: {node['error']}", "red") for node in now.report["nodes"] if node["error"]]
+    return Group(table, *causes, Text(_summary(now, before)), Text(f"The plan: {now.report['plan']['reason']}.", "dim"))
 
 
-def _summary(now: Snapshot) -> str:
-    parts = [f"{now.model}: {now.load['running']} requests running, {now.load['waiting']} waiting"]
-    if recoveries := now.nodes["recoveries"]:
+def _summary(now: Snapshot, before: Snapshot) -> str:
+    report, requests = now.report, now.report["requests"]
+    parts = [f"{report['model']}: {requests['running']} requests running, {requests['waiting']} waiting"]
+    if seconds := now.asked_s - before.asked_s:
+        tokens = requests["generated_tokens"] - before.report["requests"]["generated_tokens"]
+        parts.append(f"{max(0, tokens) / seconds:.1f} tokens/s")
+    parts.append(f"KV cache {report['cache']['used_share']:.0%} full")
+    if recoveries := report["recoveries"]:
         parts.append(f"nodes lost and brought back: {recoveries}")
-    if failed := now.nodes["failed_requests"]:
+    if failed := report["failed_requests"]:
         parts.append(f"requests that ended with them: {failed}")
-    if now.nodes["recovering"]:
+    if report["recovering"]:
         parts.append("a lost node is being brought back: requests wait")
     return "; ".join(parts)
 

@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -23,12 +23,12 @@ from mdi.cluster.launchers.ray_cluster import AUTO, RayCluster
 from mdi.core.config import EngineConfig, GatewayConfig
 from mdi.core.errors import ConfigError, LinkError
 from mdi.gateway.app import create_app
-from mdi.gateway.health import Report, joined
 from mdi.gateway.metrics import Metrics
 from mdi.gateway.metrics import joined as joined_metrics
 from mdi.gateway.middleware.request_log import show_access_log
+from mdi.gateway.nodes import Report, joined, report
 from mdi.gateway.request_record import REQUEST_ID
-from mdi.gateway.server import HEADERS, KEEP_ALIVE_S
+from mdi.gateway.server import KEEP_ALIVE_S
 
 DEPLOYMENT = "pipeline"
 POLL_S = 1.0
@@ -84,9 +84,8 @@ class Replica:
             raise self._engine.error
 
     def report(self) -> Report:
-        """Of this replica's nodes, under its name."""
-        nodes = [{"replica": _AllReplicas().name, **asdict(node)} for node in self._engine.nodes()]
-        return {"nodes": nodes, **asdict(self._engine.recovery)}
+        """What /v1/nodes answers, of this replica alone."""
+        return report(self._engine, self._metrics, _AllReplicas().name)
 
     def metrics(self) -> str:
         """This replica's series, under its name."""
@@ -129,7 +128,7 @@ class _AllReplicas:
 
 
 class OwnHeaders:
-    """ASGI middleware: the headers that our own server adds, and none that Serve's adds as well."""
+    """ASGI middleware that drops the header that Serve's own server adds as well."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -137,9 +136,7 @@ class OwnHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                del headers[REQUEST_ID]
-                headers.update(dict(HEADERS))
+                del MutableHeaders(scope=message)[REQUEST_ID]
             await send(message)
 
         await self._app(scope, receive, sent)

@@ -36,7 +36,7 @@ from mdi.core.cores import default_threads
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
-from mdi.core.status import NodeStatus
+from mdi.core.status import NodeRole, NodeStatus, PlanStatus
 from mdi.core.tracing import Span
 from mdi.kernels.library import kernels_in_use
 from mdi.kernels.threads import set_threads
@@ -44,7 +44,8 @@ from mdi.models.config import ModelConfig
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
-from mdi.planning.plan import make_plan
+from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, MEASURED, explain
+from mdi.planning.plan import VISION, make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
 from mdi.rpc.tls import Identity
@@ -56,10 +57,10 @@ log = logging.getLogger(__name__)
 class Cluster:
     """The first stage, loaded here, and the nodes that hold the others. The one owner of all that it starts.
 
-    cache: what the nodes have memory for. link: to the other nodes; None where there are none. encoder: of images,
-    where the vision tower has its own node. Chunks are prepared when there are none yet. deliver: takes results, and
-    what happens to the link. progress: called with (node, bytes done, bytes in all). waiting: called with the nodes
-    that are waited for.
+    plan: which node has which layers. cache: what the nodes have memory for. link: to the other nodes; None where there
+    are none. encoder: of images, where the vision tower has its own node. Chunks are prepared when there are none yet.
+    deliver: takes results, and what happens to the link. progress: called with (node, bytes done, bytes in all).
+    waiting: called with the nodes that are waited for.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Cluster:
         self._chunks: Chunks | None = None
         self._manual: ManualLauncher | None = None
         self._ray: RayPlacement | None = None
+        self._measured = False
         set_threads(nodes.starter.threads if nodes else None, self._device)
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -100,6 +102,7 @@ class Cluster:
             alone = self.n_nodes == 1 and not self._vision_address
             self._loaded = self._load_alone(source) if alone else self._load_together(source)
             self.cache = self._cache_budget(source.model_config)
+            self.plan = self._explained(source.model_config)
             self.stage = Stage(
                 self._loaded,
                 n_slots=self.cache.n_slots,
@@ -133,7 +136,12 @@ class Cluster:
         others = self.link.status() if self.link else []
         spares = self._manual.spares() if self._manual else []
         nodes = [here, *others, *spares, *([self.encoder.status()] if self.encoder else [])]
-        return [replace(node, quantization=self._loaded.quantization) for node in nodes]
+        return [self._placed(node, index) for index, node in enumerate(nodes)]
+
+    def _placed(self, node: NodeStatus, index: int) -> NodeStatus:
+        """The same with its place. index: among all, the pipeline's first."""
+        group, rank = (index, 0) if index < self.n_nodes else (None, None)
+        return replace(node, quantization=self._loaded.quantization, role=_role(node), group=group, rank=rank)
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
         """What every node did since the last call, by this machine's clock. record: whether to note more.
@@ -156,6 +164,21 @@ class Cluster:
             self._ray.close()
         if self._chunks:
             self._chunks.close()
+
+    def _explained(self, model: ModelConfig) -> PlanStatus:
+        dtype, quantization = dtype_name(self._loaded.dtype), self._loaded.quantization
+        plan = self._chunks.manifest.plan if self._chunks else make_plan(model, 1)
+        return explain(plan, model, dtype, quantization, self._reason())
+
+    def _reason(self) -> str:
+        """Why the layers are split as they are."""
+        if self.n_nodes == 1:
+            return ALONE
+        if self._layers:
+            return GIVEN
+        if self._nodes is None:
+            return EVEN
+        return MEASURED if self._measured else FOUND
 
     @property
     def _vision_address(self) -> NodeAddress | None:
@@ -257,6 +280,7 @@ class Cluster:
     def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
         if self._nodes is None or self._monitor is None:
             return None
+        self._measured = True
         model, cache = source.model_config, self._config.cache
         dtype = self._dtype or model.dtype
         formats, manual = self._formats or UNQUANTIZED, self._config.cluster.manual
@@ -277,3 +301,10 @@ class Cluster:
     def _starter_progress(self) -> Progress | None:
         progress = self._progress
         return (lambda _what, done, total: progress("starter", done, total)) if progress else None
+
+
+def _role(node: NodeStatus) -> NodeRole:
+    if node.spare and node.name == node.spare:
+        return "spare"
+    known: dict[str, NodeRole] = {"starter": "starter", "finisher": "finisher", VISION: "vision"}
+    return known.get(node.name, "secondary")

@@ -121,7 +121,7 @@ class Heartbeat:
             return NodeStatus(name, "lost", 0, 0, "", "", 0, 0, 0.0, 0, 0, spare=_spare(node.id), node=node.id)
         status = _node_status(answer, name, last.round_trip_s)
         if self.last and self.last.lost:
-            return replace(status, state="lost")
+            return replace(status, state="lost", error=str(self.last.error or ""))
         return replace(status, state="ready") if status.state == "loaded" and answer.epoch == epoch else status
 
     async def close(self) -> None:
@@ -222,6 +222,7 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         round_trip_s=round_trip_s,
         spare=_spare(status.node),
         node=status.node,
+        error=status.error,
     )
 
 

@@ -54,6 +54,7 @@ class Supervisor:
         self._lost: dict[str, LinkError] = {}  # nodes at fault, and why
         self._losses = LossLog(limits, time.monotonic())
         self._away: frozenset[str] = frozenset()  # being started anew
+        self._reasons: dict[str, str] = {}  # why nodes are lost, until all are back
         self._restarts: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
         self._link = GrpcLink(monitor, settings, self._take, progress)
@@ -77,9 +78,11 @@ class Supervisor:
         """What was last heard of every node, in pipeline order."""
         with self._lock:
             lost = self._away | self._lost.keys()
+            reasons = dict(self._reasons)
+        nodes = [replace(node, restarts=self._restarts[node.name]) for node in self._link.status()]
         return [
-            replace(node, state="lost" if node.name in lost else node.state, restarts=self._restarts[node.name])
-            for node in self._link.status()
+            replace(node, state="lost", error=reasons.get(node.name, node.error)) if node.name in lost else node
+            for node in nodes
         ]
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
@@ -112,6 +115,7 @@ class Supervisor:
             if self._closing:
                 return
             self._lost.setdefault(error.node, error)
+            self._reasons.setdefault(error.node, str(error))
             if self._wired:
                 self._wired = False
                 self._losses.interrupted(time.monotonic())
@@ -173,6 +177,7 @@ class Supervisor:
         """All nodes are wired: delivers the answer, and then the losses of the meantime."""
         with self._lock:
             self._wired = True
+            self._reasons.clear()
             self._losses.wired(time.monotonic())
             for event in answer:
                 self._deliver(event)

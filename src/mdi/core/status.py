@@ -1,4 +1,4 @@
-"""The status of nodes and of recovery. Plain data."""
+"""The status of nodes, of the plan, of requests and of recovery. Plain data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "faile
 """waiting: for its weights or, as a spare, for a role. receiving: its weights. loaded: weights, but no links yet.
 failed: its chunk cannot be used. lost: dead or silent. leaving: asked to end, until a spare has replaced it."""
 
+NodeRole = Literal["starter", "secondary", "finisher", "vision", "spare"]
+"""starter: takes requests. secondary: middle layers. finisher: draws the tokens. spare: waits for a node to be lost."""
+
+StagePart = Literal["embedding", "vision", "head"]
+"""What a stage has besides layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
@@ -20,7 +26,9 @@ class NodeStatus:
     busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
     started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
     name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
-    quantization: of the model. kernels: what computes: an instruction set of the kernels, or "torch".
+    quantization: of the model. kernels: what computes: an instruction set of the kernels, or "torch". error: why it is
+    lost or failed. group, rank: which stage of the pipeline it computes, and as which of that stage's nodes; None for
+    those beside the pipeline.
     """
 
     name: str
@@ -40,6 +48,33 @@ class NodeStatus:
     node: str = ""
     kernels: str = ""
     quantization: ModelQuantization = UNQUANTIZED
+    role: NodeRole = "starter"
+    group: int | None = None
+    rank: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """What the plan gives one node. first_layer, last_layer: half-open. holds: what it has besides layers.
+
+    step_share: its part of the weights that one decode step reads.
+    """
+
+    node: str
+    first_layer: int
+    last_layer: int
+    holds: tuple[StagePart, ...]
+    step_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStatus:
+    """How the layers are split over the nodes, and why. stages: in pipeline order, a vision node last."""
+
+    n_layers: int
+    reason: str
+    stages: tuple[StageStatus, ...]
 
 
 @dataclass(frozen=True, slots=True)

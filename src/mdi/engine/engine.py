@@ -26,7 +26,7 @@ from mdi.core.messages import Conversation, PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
-from mdi.core.status import CacheStatus, Load, NodeStatus, RecoveryStatus
+from mdi.core.status import CacheStatus, Load, NodeStatus, PlanStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.grammar import Grammars
@@ -168,6 +168,11 @@ class Engine:
     def nodes(self) -> list[NodeStatus]:
         """The last known status of every node, in pipeline order."""
         return self._cluster.nodes()
+
+    @property
+    def plan(self) -> PlanStatus:
+        """Which node has which layers, and why."""
+        return self._cluster.plan
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
         """Spans of work of every node since the last call, by its name. record: whether to note more from now on.

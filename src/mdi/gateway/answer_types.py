@@ -7,7 +7,7 @@ from typing import Literal
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from mdi.core.outputs import FinishReason
-from mdi.core.status import NodeStatus
+from mdi.core.status import CacheStatus, NodeStatus, PlanStatus
 
 
 class ErrorDetails(TypedDict):
@@ -324,10 +324,27 @@ class Unready(TypedDict, total=False):
     detail: str
 
 
-class Nodes(TypedDict):
-    """See `NodeStatus`. recovering: nodes are being brought back now. recoveries: how often that began."""
+class Requests(TypedDict):
+    """Requests that run and wait, and the tokens of all since the server started."""
 
+    running: int
+    waiting: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Nodes(TypedDict):
+    """See `NodeStatus` and `PlanStatus`. recovering: nodes are being brought back now. recoveries: how often it began.
+
+    Fields may be added, and none goes or changes its meaning before the next version of the API.
+    """
+
+    model: str
+    version: str
     nodes: list[NodeStatus]
+    plan: PlanStatus
+    requests: Requests
+    cache: CacheStatus
     recovering: bool
     recoveries: int
     failed_requests: int

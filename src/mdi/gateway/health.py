@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -13,12 +12,10 @@ from starlette.responses import JSONResponse, Response
 from mdi import __version__
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.metrics import CONTENT_TYPE, Metrics
+from mdi.gateway.nodes import Report, report
 
 READY_TIMEOUT_S = 10.0
 RETRY_AFTER = {"Retry-After": "2"}
-
-Report = dict[str, Any]
-"""What /v1/nodes answers."""
 
 
 class Replicas(Protocol):
@@ -66,13 +63,11 @@ def router(engine: TextEngine, metrics: Metrics, replicas: Replicas | None = Non
 
     @routes.get("/v1/nodes")
     async def nodes() -> JSONResponse:
-        """What every node holds and does, in pipeline order, and how often lost nodes were replaced.
+        """The machines: what every node holds and does, the plan and its reason, requests, and recovery.
 
         On a Ray cluster with several replicas, each node names its `replica`, and the counts are of all of them.
         """
-        if replicas:
-            return JSONResponse(await replicas.nodes())
-        return JSONResponse({"nodes": [asdict(node) for node in engine.nodes()], **asdict(engine.recovery)})
+        return JSONResponse(await replicas.nodes() if replicas else report(engine, metrics))
 
     @routes.get("/metrics", include_in_schema=False)
     async def series() -> Response:
@@ -80,16 +75,6 @@ def router(engine: TextEngine, metrics: Metrics, replicas: Replicas | None = Non
         return Response(await replicas.metrics() if replicas else metrics.text(), media_type=CONTENT_TYPE)
 
     return routes
-
-
-def joined(reports: Sequence[Report]) -> Report:
-    """Several pipelines' reports as one."""
-    return {
-        "nodes": [node for report in reports for node in report["nodes"]],
-        "recovering": any(report["recovering"] for report in reports),
-        "recoveries": sum(report["recoveries"] for report in reports),
-        "failed_requests": sum(report["failed_requests"] for report in reports),
-    }
 
 
 def _failed(engine: TextEngine) -> JSONResponse | None:

@@ -41,6 +41,9 @@ class Metrics:
     """The series of one engine."""
 
     def __init__(self, engine: TextEngine, model_name: str, name: str = ENGINE) -> None:
+        self.model_name = model_name
+        self.prompt_tokens = 0  # of requests that came to their end
+        self.generated_tokens = 0
         self._registry = CollectorRegistry()
         self._labels = (model_name, name)
         tokens = token_buckets(engine.capabilities.max_model_len)
@@ -51,8 +54,6 @@ class Metrics:
         self._whole = self._histogram("e2e_request_latency_seconds", "From a request to its end.", REQUEST_S)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts, media included.", tokens)
         self._answer = self._histogram("request_generation_tokens", "Tokens of all answers to a request.", tokens)
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._answer_tokens = self._counter("generation_tokens", "Tokens of answers.")
         self._queried = self._counter("prefix_cache_queries", "Tokens of prompts that were looked for in the cache.")
         self._hit = self._counter("prefix_cache_hits", "Tokens of prompts that an earlier sequence had computed.")
         self._finished = Counter(
@@ -60,7 +61,7 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort"):
             self._finished.labels(*self._labels, reason)
-        self._registry.register(_EngineSeries(engine, self._labels))
+        self._registry.register(_EngineSeries(engine, self, self._labels))
 
     def text(self) -> str:
         """All series, in the text form."""
@@ -79,7 +80,7 @@ class Metrics:
             self._between.observe(seconds / count)
 
     def generated(self, count: int) -> None:
-        self._answer_tokens.inc(count)
+        self.generated_tokens += count
 
     def answered(self, reason: str) -> None:
         self._finished.labels(*self._labels, reason).inc()
@@ -89,7 +90,7 @@ class Metrics:
         self._whole.observe(seconds)
         self._prompt.observe(usage.prompt_tokens)
         self._answer.observe(usage.completion_tokens)
-        self._prompt_tokens.inc(usage.prompt_tokens)
+        self.prompt_tokens += usage.prompt_tokens
         self._queried.inc(usage.prompt_tokens)
         self._hit.inc(usage.cached_tokens)
 
@@ -148,8 +149,9 @@ class _Observed:
 class _EngineSeries(Collector):
     """What the engine and its nodes say of themselves, when it is asked for."""
 
-    def __init__(self, engine: TextEngine, labels: tuple[str, str]) -> None:
+    def __init__(self, engine: TextEngine, metrics: Metrics, labels: tuple[str, str]) -> None:
         self._engine = engine
+        self._metrics = metrics
         self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
@@ -158,6 +160,8 @@ class _EngineSeries(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", load.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV cache in use; 1 is all.", cache.used_share)
         yield self._counter("vllm:num_preemptions", "Sequences that lost their place in the cache.", cache.preemptions)
+        yield self._counter("vllm:prompt_tokens", "Tokens of prompts.", self._metrics.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens of answers.", self._metrics.generated_tokens)
         yield self._gauge("mdi:recovering", "Whether lost nodes are brought back now.", recovery.recovering)
         yield self._counter("mdi:recoveries", "How often nodes were lost and brought back.", recovery.recoveries)
         yield self._counter("mdi:failed_requests", "Requests that ended with their nodes.", recovery.failed_requests)
