@@ -35,6 +35,25 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewayConfig]:
     return configs
 
 
+def test_it_opens_the_page_in_a_browser_and_says_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened = list[str]()
+
+    def open_first(url: str) -> bool:
+        opened.append(url)
+        return len(opened) == 1
+
+    monkeypatch.setattr("webbrowser.open", open_first)
+    run(monkeypatch, "--open")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", opened[0])
+    assert "no browser" not in capfd.readouterr().err
+    run(monkeypatch, "--open", "--host", "::1")
+    assert f"no browser could be opened here: open {opened[1]} in one" in capfd.readouterr().err
+    run(monkeypatch)
+    assert len(opened) == 2
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["mdi", "serve", "bundled", "--port", "0", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -88,10 +88,11 @@ RealServer = Server[Engine]
 
 
 @contextmanager
-def serving(engine: E, config: GatewayConfig | None = None) -> Iterator[Server[E]]:
+def serving(engine: E, config: GatewayConfig | None = None, port: int = 0) -> Iterator[Server[E]]:
+    """port: 0 takes a free one."""
     config = config or GatewayConfig()
     server = gateway.Server(create_app(engine, config), config)
-    bound = gateway.bind("127.0.0.1", 0)
+    bound = gateway.bind("127.0.0.1", port)
     port = bound.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

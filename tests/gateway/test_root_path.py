@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import httpx
 import pytest
@@ -34,6 +35,18 @@ def test_requests_arrive_with_the_path_or_without(prefix: str) -> None:
     assert refused.json()["error"]["type"] == "authentication_error"  # OpenAI's shape
     wrong = send(f"{prefix}/v1/chat/completions", json={})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "model")
+
+
+def test_the_path_itself_leads_to_the_page() -> None:
+    assert send("/mdi").headers["location"] == "/mdi/"
+    for path in ("/mdi/", "/", "/mdi/page/app.js", "/page/app.js"):
+        assert send(path, key="none").status_code == 200
+
+
+def test_the_files_of_the_docs_are_where_their_page_says() -> None:
+    files = re.findall(r'(?:src|href)="([^"]+)"', send("/mdi/docs").text)
+    assert len(files) == 3
+    assert {send(file).status_code for file in files} == {200}
 
 
 def test_other_paths_that_begin_alike_are_not_its() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from mdi.cli.options import (
     grouped,
     setting,
 )
-from mdi.cli.screen import err, nodes_table
+from mdi.cli.screen import err, nodes_table, say
 from mdi.cli.values import limits_of_kinds, tokens, words
 from mdi.core.config import MEBIBYTE
 from mdi.core.errors import ConfigError
@@ -74,6 +75,7 @@ def serve(
     generation_config: Annotated[str, setting("generation_config")] = DEFAULTS.model.generation_config,
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page of the server in a browser.")] = False,
     replicas: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +92,7 @@ def serve(
             f"--pipeline-parallel-size {tensor_parallel}"
         )
     from mdi.gateway.middleware.request_log import show_access_log
-    from mdi.gateway.server import bind, check_files, raise_open_files
+    from mdi.gateway.server import bind, check_files, page_url, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
     name = model or ckpt or ""
@@ -131,4 +133,12 @@ def serve(
         return
     with bind(gateway.host, gateway.port) as bound, options.start(name, **settings) as engine:
         err.print(nodes_table(engine.model_name, engine.nodes()))
+        if open_page:
+            _open_page(page_url(bound, http))
         serve_http(engine, bound, http)
+
+
+def _open_page(url: str) -> None:
+    """Connections wait until the server takes them."""
+    if not webbrowser.open(url):
+        say(f"no browser could be opened here: open {url} in one", err)

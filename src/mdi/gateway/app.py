@@ -7,7 +7,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from mdi.core.config import GatewayConfig
-from mdi.gateway import errors, generate, health, openai, openapi, tokenize
+from mdi.gateway import errors, generate, health, openai, openapi, page, tokenize
 from mdi.gateway.anthropic import messages
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.keys import Keys
@@ -18,6 +18,7 @@ from mdi.gateway.middleware.foreign_pages import ForeignPages
 from mdi.gateway.middleware.head import HeadAsGet
 from mdi.gateway.middleware.request_log import RequestLog
 from mdi.gateway.middleware.root_path import RootPath
+from mdi.gateway.middleware.safe_headers import SafeHeaders
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.request_record import REQUEST_ID
@@ -40,6 +41,7 @@ def create_app(
     _add_checks(app, config)
     served = ServedModel(engine, config.served_model_name)
     app.state.metrics = Metrics(engine, served.name, replicas.name if replicas else ENGINE)
+    app.include_router(page.router())
     app.include_router(generate.router(engine, config))
     app.include_router(health.router(engine, app.state.metrics, replicas))
     app.include_router(openai.router(engine, served, config))
@@ -69,4 +71,5 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
         app.add_middleware(ForeignPages, host=config.host, hosts=config.allow_hosts, origins=config.allow_origins)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
+    app.add_middleware(SafeHeaders)
     app.add_middleware(RequestLog)

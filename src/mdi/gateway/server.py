@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any, cast
 
@@ -26,14 +27,6 @@ from mdi.gateway.connection import REQUEST_TIMEOUT, Connection, ConnectionLimit,
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.keys import read_keys
 
-HEADERS = [
-    ("X-Content-Type-Options", "nosniff"),
-    (
-        "Content-Security-Policy",  # for /docs, whose first script stands in the page
-        "default-src 'none'; connect-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-]
 KEEP_ALIVE_S = 75  # longer than the pools of clients keep idle connections
 BACKLOG = 256
 FOR_EVER_S = 1e9  # uvicorn takes whole numbers only
@@ -49,14 +42,26 @@ def serve(engine: TextEngine, bound: socket.socket, config: GatewayConfig = Gate
 
     Raises the engine's error, some seconds after it has one: what supervises this process then starts it again.
     """
-    address, port = bound.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
-    scheme = "https" if config.ssl_certfile else "http"
-    print(f"serving {engine.model_name} at {scheme}://{shown}:{port}", flush=True)  # noqa: T201
+    print(f"serving {engine.model_name} at {_url(bound, config)}", flush=True)  # noqa: T201
     server = Server(create_app(engine, config), config, failed=lambda: engine.error is not None)
     server.run(sockets=[bound])
     if engine.error:
         raise engine.error
+
+
+def page_url(bound: socket.socket, config: GatewayConfig) -> str:
+    """Where a browser on this machine finds the page."""
+    address = ip_address(bound.getsockname()[0])
+    loopback = "127.0.0.1" if address.version == 4 else "::1"  # for a server that binds all addresses
+    return f"{_url(bound, config, loopback if address.is_unspecified else None)}{config.root_path}/"
+
+
+def _url(bound: socket.socket, config: GatewayConfig, address: str | None = None) -> str:
+    """address: instead of the bound one."""
+    own, port = bound.getsockname()[:2]
+    address = address or own
+    shown = f"[{address}]" if ":" in address else address
+    return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -148,7 +153,6 @@ class Server(uvicorn.Server):
                 log_level=config.uvicorn_log_level,
                 access_log=False,
                 backlog=BACKLOG,
-                headers=HEADERS,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(self._drain_s + 2 * LAST_EVENTS_S),

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mdi.gateway.errors import ErrorAnswer
 from mdi.gateway.keys import Key, Keys, has_expired
 from mdi.gateway.middleware.host_names import is_loopback, name_of
+from mdi.gateway.page import is_page
 from mdi.gateway.request_record import record_of
 
 OPEN_PATHS = ("/health", "/health/ready", "/ping")
@@ -18,7 +19,7 @@ UNAUTHORIZED = "this server needs an API key: send Authorization: Bearer KEY, or
 
 
 class ApiKeys:
-    """ASGI middleware that refuses requests without a key, except health checks, and those beyond its limits.
+    """ASGI middleware that refuses requests without a key, except for health and the page, and those beyond its limits.
 
     host: the address or name that the server binds.
 
@@ -49,7 +50,7 @@ class ApiKeys:
     def _is_open(self, scope: Scope) -> bool:
         if scope["path"] == METRICS:
             return self._local and is_loopback(name_of(Headers(scope=scope).get("host", "")))
-        return scope["path"] in OPEN_PATHS
+        return scope["path"] in OPEN_PATHS or is_page(scope["path"])
 
     async def _within_limits(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._keys.account(key)

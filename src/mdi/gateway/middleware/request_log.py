@@ -12,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mdi.gateway.errors import CLIENT_GONE
 from mdi.gateway.middleware.api_keys import OPEN_PATHS
+from mdi.gateway.page import is_page
 from mdi.gateway.request_record import PLACE, REQUEST_ID, RequestRecord
 
 USABLE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # of ids that clients give: nothing that a log could misread
 SHOWN = 200  # characters of a path
+QUIET_PATHS = (*OPEN_PATHS, "/v1/nodes", "/metrics")  # what is asked again and again
 
 log = logging.getLogger("mdi.access")
 
@@ -24,7 +26,8 @@ class RequestLog:
     """ASGI middleware that gives each request its id, taken from its header where usable, and logs its end.
 
     A line has the client's address, the request, its status, seconds, the name of its key, tokens of prompt and
-    answers, and its id. Health checks that succeed have none. 499: the client left before the end.
+    answers, and its id. What is asked again and again, as health checks, has none when it succeeds. 499: the client
+    left before the end.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -59,7 +62,7 @@ class RequestLog:
 
 
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
-    if scope["path"] in OPEN_PATHS and status == 200:
+    if (scope["path"] in QUIET_PATHS or is_page(scope["path"])) and status < 400:
         return
     client = scope.get("client")
     usage, late = record.usage, f" error={record.late_error}" if record.late_error else ""
