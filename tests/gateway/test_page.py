@@ -54,6 +54,12 @@ def test_every_import_names_a_file() -> None:
             assert (FOLDER / name).is_file() if name.startswith("./") else name in libraries, (script.name, name)
 
 
+def test_all_scripts_are_fetched_at_once() -> None:
+    """Otherwise a browser would find them one after the other, import by import."""
+    first = re.findall(r'(?:modulepreload" href|module" src)="page/(.+?)"', (FOLDER / "index.html").read_text())
+    assert sorted(first) == sorted(name for name in FILES if name.endswith(".js"))
+
+
 def test_answers_of_the_api_may_do_nothing_in_a_browser(server: FakeServer) -> None:
     for path in ("/health", "/v1/models", "/nowhere"):
         assert server.get(path).headers["content-security-policy"].startswith("default-src 'none'; ")

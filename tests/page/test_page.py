@@ -229,8 +229,8 @@ def test_files_that_are_no_media_are_told_and_nothing_typed_is_lost(opened: Tab,
     (tmp_path / "empty.png").write_bytes(b"")
     page.get_by_role("textbox", name="Message", exact=True).fill("typed")
     opened.drop(*(tmp_path / name for name in ("notes.txt", "broken.png", "picture.png", "empty.png")))
-    page.get_by_text("notes.txt is neither a picture nor a film (text/plain)").wait_for()
-    page.get_by_text("broken.png cannot be read as a picture").wait_for()
+    page.get_by_text("notes.txt is neither an image nor a video (text/plain)").wait_for()
+    page.get_by_text("broken.png cannot be read as an image").wait_for()
     page.get_by_text("empty.png is empty").wait_for()
     assert page.locator(".composer .media li").count() == 1
     assert page.get_by_role("textbox", name="Message", exact=True).input_value() == "typed"
@@ -244,7 +244,7 @@ def test_pictures_come_from_the_camera_too(opened: Tab, server: FakeServer) -> N
     page.locator("video.camera").evaluate(
         "video => video.videoWidth || new Promise((seen) => video.addEventListener('loadeddata', () => seen(0)))"
     )
-    page.get_by_role("button", name="Take the picture").click()
+    page.get_by_role("button", name="Take the image").click()
     page.get_by_alt_text("camera.jpg").wait_for()
     opened.ask("What do you see?")
     opened.answer()
@@ -262,7 +262,7 @@ def test_a_model_that_reads_text_takes_no_pictures(browser: Browser, picture: Pa
         opened.page.get_by_text("Reads text, up to 512 tokens").wait_for()
         opened.drop(picture)
         opened.page.get_by_text("fake reads no images: picture.png was not taken").wait_for()
-        assert opened.page.get_by_role("button", name="Picture or film").count() == 0
+        assert opened.page.get_by_role("button", name="Image or video").count() == 0
 
 
 def test_a_key_is_asked_for_and_a_wrong_one_again(browser: Browser) -> None:
@@ -305,7 +305,7 @@ def test_what_happens_to_the_machines_is_told(opened: Tab, server: FakeServer, m
     page.get_by_text("Half an ans").wait_for()
     monkeypatch.setattr(server.engine, "nodes", lambda: [lost])
     server.engine.recovery = RecoveryStatus(recovering=True, recoveries=1, failed_requests=0)
-    page.get_by_text("A machine was lost. It is being brought back, and the answer goes on.").wait_for()
+    page.get_by_text("A machine was lost. It is being brought back, and the answer goes on").wait_for()
     page.get_by_text("starter was lost: the process ended. Answers wait.").wait_for()
     assert page.locator("aside .strip .part.bad").is_visible()
     assert opened.violations() == ""

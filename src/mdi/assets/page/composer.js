@@ -1,4 +1,4 @@
-// Where the reader types, and adds pictures and films: by choosing, dropping, pasting, or with the camera.
+// Where the reader types, and adds images and videos: by choosing, dropping, pasting, or with the camera.
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { send } from "./answer.js";
@@ -45,7 +45,7 @@ export function Composer({ conversation }) {
       ref=${field}
       rows="1"
       aria-label="Message"
-      placeholder=${accepted() ? "Ask something; drop or paste a picture" : "Ask something"}
+      placeholder=${accepted() ? "Ask something; drop or paste an image" : "Ask something"}
       value=${conversation.draft}
       onInput=${typed}
       onKeyDown=${keyed}
@@ -77,7 +77,7 @@ function FileButton({ conversation }) {
     attach(conversation, [...input.current.files]);
     input.current.value = "";
   };
-  return html`<button type="button" onClick=${() => input.current.click()}>Picture or film</button>
+  return html`<button type="button" onClick=${() => input.current.click()}>Image or video</button>
     <input ref=${input} type="file" hidden multiple accept=${accepted()} onChange=${chosen} />`;
 }
 
@@ -107,7 +107,7 @@ export function DropTarget() {
     for (const [name, listener] of Object.entries(listeners)) addEventListener(name, listener);
     return () => Object.entries(listeners).forEach(([name, listener]) => removeEventListener(name, listener));
   }, []);
-  return over && html`<div class="drop" aria-hidden="true">Drop pictures and films here</div>`;
+  return over && html`<div class="drop" aria-hidden="true">Drop images and videos here</div>`;
 }
 
 function CameraButton() {
@@ -148,7 +148,7 @@ function Camera({ conversation }) {
   };
   return html`<${Dialog} title="Camera" onClose=${close}>
     <video ref=${video} class="camera" autoplay muted playsinline aria-label="What the camera sees"></video>
-    <p class="actions"><button type="button" class="main" onClick=${take}>Take the picture</button></p>
+    <p class="actions"><button type="button" class="main" onClick=${take}>Take the image</button></p>
   <//>`;
 }
 

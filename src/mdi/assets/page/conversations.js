@@ -1,4 +1,4 @@
-// The reader's conversations. They stay in the browser (IndexedDB), with their pictures and films.
+// The reader's conversations. They stay in the browser (IndexedDB), with their images and videos.
 //
 // A conversation: {id, updated, messages, draft, media}. draft, media: what is typed and not sent yet.
 // A message: {id, role, text, media, version} of the user; the model's has also {thought, calls, finish, error, stats}.
@@ -55,7 +55,7 @@ export function title(conversation) {
   const text = conversation.messages.find((message) => message.text)?.text || conversation.draft;
   const line = text.trim().split("\n")[0];
   if (line.length > TITLE_LENGTH) return `${line.slice(0, TITLE_LENGTH)}…`;
-  return line || (conversation.messages.length ? "A picture" : "New conversation");
+  return line || (conversation.messages.length ? "An image" : "New conversation");
 }
 
 /** Notes that a conversation changed: it is drawn, and soon saved. */

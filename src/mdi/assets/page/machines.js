@@ -88,11 +88,11 @@ export function Machines() {
   if (!report) return html`<p class="quiet">${state.awaySince ? "The server does not answer." : "Asking the server…"}</p>`;
   return html`<${Strip} report=${report} />
     <${Figures} report=${report} />
+    <${Events} />
     <ul class="nodes">
       ${report.nodes.map((node) => html`<${Node} key=${key(node)} node=${node} plan=${report.plan} />`)}
     </ul>
-    <p class="quiet">Why this split: ${report.plan.reason}.</p>
-    <${Events} />`;
+    <p class="quiet">Why this split: ${report.plan.reason}.</p>`;
 }
 
 /** A band of all layers; each node has its part of it. */
@@ -127,7 +127,7 @@ function tone(node) {
 }
 
 function layers(node) {
-  if (!node.last_layer) return node.role === "vision" ? "pictures" : "no layers";
+  if (!node.last_layer) return node.role === "vision" ? "images" : "no layers";
   return node.last_layer - node.first_layer === 1 ? `${node.first_layer}` : `${node.first_layer}–${node.last_layer - 1}`;
 }
 
@@ -151,7 +151,7 @@ function Node({ node, plan }) {
   const facts = [
     ["layers", [layers(node), ...holds].join(", ")],
     ["device", [node.device, node.kernels].filter(Boolean).join(" ")],
-    ["numbers", numbers(node)],
+    ["dtype", dtype(node)],
     ["memory", `${Math.round(node.resident_bytes / 1e6).toLocaleString("en")} MB`],
     ["busy", `${Math.round(node.busy_share * 100)} %`],
     ["links", `${(rate / 1e6).toFixed(2)} MB/s`],
@@ -165,7 +165,7 @@ function Node({ node, plan }) {
   </li>`;
 }
 
-function numbers(node) {
+function dtype(node) {
   const { layers: format } = node.quantization;
   return format ? `${format}, ${node.dtype}` : node.dtype;
 }
@@ -173,7 +173,7 @@ function numbers(node) {
 function Events() {
   if (!state.events.length) return null;
   return html`<h2>What happened</h2>
-    <div class="events" role="log" aria-label="What happened to the machines">
+    <div class="events" tabindex="0" role="log" aria-label="What happened to the machines">
       <ol>
       ${state.events.map(
         (event) => html`<li key=${event.when.getTime() + event.text} class=${event.bad ? "bad" : ""}>

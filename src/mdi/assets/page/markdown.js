@@ -1,4 +1,4 @@
-// The model's Markdown, made safe: no HTML of its own, no pictures from elsewhere, only links that a reader may follow.
+// The model's Markdown, made safe: no HTML of its own, no images from elsewhere, only links that a reader may follow.
 //
 // While an answer grows, only its last block is made anew with each frame.
 

@@ -1,4 +1,4 @@
-// Pictures and films that the reader gives: which files are taken, and how they go to the server.
+// Images and videos that the reader gives: which files are taken, and how they go to the server.
 
 import { newId, touch } from "./conversations.js";
 import { notice, state } from "./state.js";
@@ -27,7 +27,7 @@ export function accepted() {
 }
 
 function entry(file) {
-  return { id: newId(), kind: kindOf(file), name: file.name || "picture", blob: file, url: URL.createObjectURL(file) };
+  return { id: newId(), kind: kindOf(file), name: file.name || "image.png", blob: file, url: URL.createObjectURL(file) };
 }
 
 function kindOf(file) {
@@ -37,15 +37,15 @@ function kindOf(file) {
 async function refusalOf(file) {
   const kind = kindOf(file);
   if (kind !== "image" && kind !== "video")
-    return `${file.name} is neither a picture nor a film${file.type ? ` (${file.type})` : ""}: it was not taken.`;
+    return `${file.name} is neither an image nor a video${file.type ? ` (${file.type})` : ""}: it was not taken.`;
   if (state.model && !accepted().includes(kind)) return `${state.model.id} reads no ${kind}s: ${file.name} was not taken.`;
   if (!file.size) return `${file.name} is empty: it was not taken.`;
-  if (kind === "image" && !(await isPicture(file)))
-    return `${file.name} cannot be read as a picture: it was not taken. Is the file complete?`;
+  if (kind === "image" && !(await isImage(file)))
+    return `${file.name} cannot be read as an image: it was not taken. Is the file complete?`;
   return null;
 }
 
-async function isPicture(file) {
+async function isImage(file) {
   if (file.type === "image/svg+xml") return false; // the server takes none
   try {
     (await createImageBitmap(file)).close();
@@ -70,7 +70,7 @@ function read(blob) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("A picture or film cannot be read any more: was its file moved?"));
+    reader.onerror = () => reject(new Error("An image or video cannot be read any more: was its file moved?"));
     reader.readAsDataURL(blob);
   });
 }

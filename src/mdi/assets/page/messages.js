@@ -40,7 +40,7 @@ export function Messages({ conversation }) {
 function Welcome() {
   const { model } = state;
   if (!model) return null;
-  const reads = { image: "pictures", video: "films" };
+  const reads = { image: "images", video: "videos" };
   const kinds = ["text", ...model.modalities.map((kind) => reads[kind]).filter(Boolean)];
   return html`<div class="welcome">
     <h2>${model.id}</h2>
@@ -51,8 +51,8 @@ function Welcome() {
 /** Why no words come yet, or any more. */
 function waitingFor() {
   const { message } = state.answering;
-  if (state.awaySince) return "The server does not answer.";
-  if (state.report?.recovering) return "A machine was lost. It is being brought back, and the answer goes on.";
+  if (state.awaySince) return "The server does not answer";
+  if (state.report?.recovering) return "A machine was lost. It is being brought back, and the answer goes on";
   if (message.text || message.thought || message.calls.length) return "";
   return state.report?.requests.waiting ? "Waiting for its turn" : "Reading";
 }
