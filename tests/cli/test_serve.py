@@ -51,6 +51,7 @@ def test_it_opens_the_page_in_a_browser_and_says_where_there_is_none(
     run(monkeypatch, "--open", "--host", "::1")
     assert f"no browser could be opened here: open {opened[1]} in one" in capfd.readouterr().err
     run(monkeypatch)
+    assert run(monkeypatch, "--open", "--ray", "auto", "--replicas", "2") == 2
     assert len(opened) == 2
 
 

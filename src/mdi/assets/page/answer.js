@@ -76,7 +76,6 @@ function take(conversation, message, timing, event) {
   if (!choice) return;
   const { content, reasoning, tool_calls: calls = [] } = choice.delta;
   if (content || reasoning || calls.length) timing.first ??= performance.now();
-  timing.last = performance.now();
   message.text += content ?? "";
   message.thought += reasoning ?? "";
   for (const call of calls) takeCall(message, call);
@@ -91,12 +90,13 @@ function takeCall(message, { index, id, function: part }) {
 }
 
 function stats(usage, timing) {
-  const seconds = (performance.now() - timing.first) / 1000;
+  const first = timing.first ?? performance.now();
+  const seconds = (performance.now() - first) / 1000;
   const tokens = usage.completion_tokens;
   return {
     tokens,
     promptTokens: usage.prompt_tokens,
-    firstSeconds: (timing.first - timing.began) / 1000,
+    firstSeconds: (first - timing.began) / 1000,
     rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
   };
 }
