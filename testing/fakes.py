@@ -20,9 +20,10 @@ from mdi.core.batch import Batch, Copy, Result, Token, TokenSampling, Visual
 from mdi.core.capabilities import Capabilities
 from mdi.core.constraint import Constraint
 from mdi.core.errors import LinkError, MDIError
+from mdi.core.histogram import Distribution
 from mdi.core.messages import Conversation, Message, PromptInput, RawText, TokenIds, parse_messages
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import CacheStatus, Load, PlanStatus, StageStatus
+from mdi.core.status import CacheLayout, CacheStatus, Load, Measurements, PlanStatus, StageStatus
 from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
 
@@ -70,8 +71,18 @@ class FakeRequest:
                 if isinstance(step, Hold):
                     return
                 self.ended = isinstance(step, MDIError)
+                if isinstance(step, Piece):
+                    self._note(step)
                 self.stream.put(step)
             self._end()
+
+    def _note(self, step: Piece) -> None:
+        """The times of an engine that schedules a request just before its first token."""
+        if self.stream.timing.first_token_s is None:
+            self.stream.reached("scheduled_s")
+            self.stream.reached("first_token_s")
+        if step.finish_reason:
+            self.stream.reached("last_token_s")
 
     def _cancel(self) -> None:
         with self._lock:
@@ -116,6 +127,12 @@ class FakeEngine:
         self.error: MDIError | None = None
         self.cache = CacheStatus(used_share=0.0, preemptions=0)
         self.recovery = RecoveryStatus(recovering=False, recoveries=0, failed_requests=0)
+        self.cache_layout = CacheLayout(16, 64, "float32", max_sequences=4, sequence_length=512)
+        nothing = Distribution((1.0,), (0, 0), 0.0)
+        self.measurements = Measurements(nothing, nothing, nothing, 0, media_queries=0, media_hits=0)
+        self.statuses = [
+            NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10, node="starter", group=0)
+        ]
         self.plan = PlanStatus(2, "one node has the whole model", (StageStatus("starter", 0, 2, ("head",), 1.0),))
         self.answer_ready: Callable[[], bool] = lambda: True
         self.opens_thought = False
@@ -174,7 +191,7 @@ class FakeEngine:
         return Load(running=sum(not request.ended for request in self.requests), waiting=0)
 
     def nodes(self) -> list[NodeStatus]:
-        return [NodeStatus("starter", "ready", 0, 2, "float32", "cpu", 1000, 7, 0.5, 20, 10, node="starter")]
+        return self.statuses
 
     def ready(self, timeout_s: float) -> bool:
         return self.answer_ready()

@@ -368,3 +368,37 @@ def test_logprobs_of_a_prompt_come_once_whatever_is_lost(
         answer = request.stream.completion()
         assert answer.samples[0].token_ids == expected.samples[0].token_ids
         assert tuple(token.id for token in request.stream.prompt_logprobs) == prompt.token_ids[1:]
+
+
+def test_steps_of_a_request_are_timed_in_order(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    before_s = time.monotonic()
+    words, shown = world.submit(text("some words"), GREEDY), world.submit(picture(), GREEDY)
+    for request in (words, shown):
+        request.stream.completion()
+        timing = request.stream.timing
+        steps = (timing.arrived_s, timing.prepared_s, timing.scheduled_s, timing.first_token_s, timing.last_token_s)
+        times = [before_s, *(step for step in steps if step is not None), time.monotonic()]
+        assert len(times) == len(steps) + 2
+        assert times == sorted(times)
+    assert words.stream.timing.encoded_s is None
+    encoded_s, scheduled_s = shown.stream.timing.encoded_s, shown.stream.timing.scheduled_s
+    assert encoded_s is not None
+    assert scheduled_s is not None
+    assert encoded_s <= scheduled_s
+
+
+def test_batches_and_what_losses_cost_are_measured(make_world: Callable[..., World]) -> None:
+    """Nothing is shared between these prompts: each token is computed once, and what was lost once more."""
+    requests = [(text("a longer prompt, of several chunks"), GREEDY), (text("another"), GREEDY)]
+    undisturbed, disturbed = make_world(), make_world(breaks=[9])
+    for world in (undisturbed, disturbed):
+        completions(world, requests)
+    calm, rough = undisturbed.loop.measurements, disturbed.loop.measurements
+    tokens = sum(len(prompt.token_ids) + params.max_tokens - 1 for prompt, params in requests if params.max_tokens)
+    assert calm.batch_tokens.total == tokens
+    assert sum(calm.batch_tokens.counts) == undisturbed.loop.results
+    assert (calm.replayed_tokens, sum(calm.recovery_s.counts)) == (0, 0)
+    assert 0 < rough.replayed_tokens <= rough.batch_tokens.total - tokens
+    assert sum(rough.recovery_s.counts) == 1
+    assert rough.recovery_s.total > 0

@@ -196,3 +196,17 @@ def test_a_failed_image_does_not_stop_the_next() -> None:
     setup.queue.encode(0.0)
     setup.remote.answer()
     assert (values(first), values(second)) == ([], [8.0])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_is_encoded_and_what_was_known_is_counted(remote: bool) -> None:
+    """Each image of a prompt once, however often the queue looks for it."""
+    setup = Setup(remote=remote)
+    setup.add(1)
+    setup.add(1, 1)
+    while setup.queue.encode(60.0) or setup.remote.asked:
+        if setup.remote.asked:
+            setup.remote.answer()
+    assert (setup.queue.misses, setup.queue.hits) == (1, 2)
+    encoded = setup.queue.encode_s.distribution
+    assert (sum(encoded.counts), encoded.total > 0) == (1, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -13,12 +14,16 @@ from testing.waiting import wait_for
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError
-from mdi.core.status import CacheStatus, RecoveryStatus
+from mdi.core.histogram import Distribution
+from mdi.core.outputs import Timing
+from mdi.core.status import CacheStatus, Measurements, NodeStatus, RecoveryStatus
 from mdi.gateway.app import create_app
+from mdi.gateway.engine_series import link_bytes
 from mdi.gateway.metrics import Metrics, joined, token_buckets
 from tests.gateway.conftest import CHAT, HELLO, Server, serving
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
+STEPS = ("queue", "prefill", "decode", "inference")
 
 
 @pytest.fixture
@@ -54,6 +59,12 @@ def test_a_request_moves_the_series(server: Server[FakeEngine], stream: bool) ->
     assert moved(server, before, "vllm:inter_token_latency_seconds_count") == 2
     assert moved(server, before, "vllm:e2e_request_latency_seconds_count") == 1
     assert moved(server, before, "vllm:request_generation_tokens_sum") == 3
+    assert moved(server, before, "vllm:request_max_num_generation_tokens_sum") == 3
+    assert moved(server, before, "vllm:request_prompt_tokens_sum") == 7
+    assert moved(server, before, "vllm:prompt_tokens_total") == 7
+    assert moved(server, before, "vllm:prefix_cache_queries_total") == 7
+    for step in STEPS:
+        assert moved(server, before, f"vllm:request_{step}_time_seconds_count") == 1
 
 
 @pytest.mark.parametrize(
@@ -72,6 +83,23 @@ def test_every_route_that_answers_is_counted(server: Server[FakeEngine], path: s
     answers = 4 if path == "/v1/completions" else 1
     assert moved(server, before, "vllm:request_success_total", finished_reason="stop") == answers
     assert moved(server, before, "vllm:e2e_request_latency_seconds_count") == 1
+    assert moved(server, before, "vllm:request_inference_time_seconds_count") == 1
+
+
+def test_times_of_steps_are_those_that_the_engine_noted() -> None:
+    engine = FakeEngine()
+    metrics = Metrics(engine, "m")
+    stream = engine.submit("a")
+    stream.timing = Timing(10.0, prepared_s=11.0, scheduled_s=13.0, first_token_s=13.5, last_token_s=15.0)
+
+    async def read() -> None:
+        async for _ in metrics.observed(stream):
+            pass
+
+    asyncio.run(read())
+    found = series(metrics.text())
+    times = {step: found[f"vllm:request_{step}_time_seconds_sum", ()] for step in STEPS}
+    assert times == {"queue": 3.0, "prefill": 0.5, "decode": 1.5, "inference": 2.0}
 
 
 def test_a_client_that_leaves_and_a_lost_node_are_aborts(server: Server[FakeEngine]) -> None:
@@ -100,6 +128,67 @@ def test_nodes_and_losses_are_told(server: Server[FakeEngine]) -> None:
     assert (told["vllm:num_requests_running", ()], told["vllm:num_requests_waiting", ()]) == (0, 0)
 
 
+def test_what_the_engine_measured_is_shown() -> None:
+    engine = FakeEngine()
+    engine.measurements = Measurements(
+        Distribution((1, 8), (2, 1, 1), 30.0),
+        Distribution((0.5,), (3, 0), 0.75),
+        Distribution((1.0,), (0, 2), 9.0),
+        replayed_tokens=40,
+        media_queries=5,
+        media_hits=2,
+    )
+    found = series(Metrics(engine, "m").text())
+    name = "vllm:iteration_tokens_total"
+    buckets = [found[f"{name}_bucket", (("le", bound),)] for bound in ("1.0", "8.0", "+Inf")]
+    assert (buckets, found[f"{name}_sum", ()], found[f"{name}_count", ()]) == ([2, 3, 4], 30, 4)
+    assert (found["mdi:vision_encode_seconds_sum", ()], found["mdi:vision_encode_seconds_count", ()]) == (0.75, 3)
+    assert (found["mdi:recovery_seconds_sum", ()], found["mdi:recovery_seconds_count", ()]) == (9, 2)
+    assert found["mdi:replayed_tokens_total", ()] == 40
+    assert (found["vllm:mm_cache_queries_total", ()], found["vllm:mm_cache_hits_total", ()]) == (5, 2)
+    [layout] = [dict(labels) for name, labels in found if name == "vllm:cache_config_info"]
+    assert (layout["block_size"], layout["num_gpu_blocks"], layout["cache_dtype"]) == ("16", "64", "float32")
+
+
+def node(name: str, sent: int, received: int, **place: Any) -> NodeStatus:
+    return NodeStatus(name, "ready", 0, 1, "float32", "cpu", 1, 1, 0.0, sent, received, round_trip_s=0.25, **place)
+
+
+MACHINES = [
+    node("starter", 300, 30, group=0, steps=4, step_s=0.5),
+    node("secondary0", 310, 290, group=1, role="secondary"),
+    node("finisher", 31, 305, group=2, role="finisher"),
+    node("spare1", 0, 0, role="spare"),
+    node("vision", 7, 9, role="vision"),
+]
+
+
+def test_each_link_has_its_bytes_and_its_round_trip() -> None:
+    """Results go from the last node of the pipeline to the starter; a vision node stands beside it."""
+    assert link_bytes(MACHINES) == {
+        ("starter", "secondary0"): 290,
+        ("secondary0", "finisher"): 305,
+        ("finisher", "starter"): 30,
+        ("starter", "vision"): 9,
+        ("vision", "starter"): 7,
+    }
+    assert link_bytes(MACHINES[:1]) == {}
+    engine = FakeEngine()
+    engine.statuses = MACHINES
+    found = series(Metrics(engine, "m").text())
+    assert found["mdi:link_bytes_total", (("from", "finisher"), ("to", "starter"))] == 30
+    assert found["mdi:link_round_trip_seconds", (("from", "starter"), ("to", "vision"))] == 0.25
+
+
+def test_each_node_of_the_pipeline_has_the_times_of_its_steps() -> None:
+    engine = FakeEngine()
+    engine.statuses = MACHINES
+    found = series(Metrics(engine, "m").text())
+    assert found["mdi:node_step_seconds_count", (("node", "starter"),)] == 4
+    assert found["mdi:node_step_seconds_sum", (("node", "starter"),)] == 0.5
+    assert ("mdi:node_step_seconds_sum", (("node", "vision"),)) not in found
+
+
 def test_labels_and_buckets_are_those_of_vllm() -> None:
     text = Metrics(FakeEngine(), "m").text()
     assert 'vllm:prompt_tokens_total{engine="0",model_name="m"} 0.0' in text
@@ -114,6 +203,9 @@ def test_replicas_are_one_text() -> None:
     assert text.count("# TYPE vllm:generation_tokens_total counter") == 1
     assert 'vllm:generation_tokens_total{engine="a",model_name="m"} 3.0' in text
     assert 'vllm:generation_tokens_total{engine="b",model_name="m"} 0.0' in text
+    for type_ in ("vllm:iteration_tokens_total histogram", "mdi:node_step_seconds summary"):
+        assert text.count(f"# TYPE {type_}") == 1
+    assert 'vllm:iteration_tokens_total_bucket{engine="b",le="+Inf",model_name="m"} 0.0' in text
 
 
 @pytest.mark.parametrize(

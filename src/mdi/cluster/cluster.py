@@ -31,12 +31,13 @@ from mdi.cluster.node_client import NodeAddress
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import START_TIMEOUT_S, Supervisor
+from mdi.core.batch import CACHE_BLOCK
 from mdi.core.config import EngineConfig
 from mdi.core.cores import default_threads
 from mdi.core.dtypes import dtype_name
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
-from mdi.core.status import NodeRole, NodeStatus, PlanStatus
+from mdi.core.status import CacheLayout, NodeRole, NodeStatus, PlanStatus
 from mdi.core.tracing import Span
 from mdi.kernels.library import kernels_in_use
 from mdi.kernels.threads import set_threads
@@ -132,11 +133,19 @@ class Cluster:
             busy_share=self.stage.busy.share(),
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
+            steps=self.stage.steps,
+            step_s=self.stage.step_s,
         )
         others = self.link.status() if self.link else []
         spares = self._manual.spares() if self._manual else []
         nodes = [here, *others, *spares, *([self.encoder.status()] if self.encoder else [])]
         return [self._placed(node, index) for index, node in enumerate(nodes)]
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the KV cache has memory for."""
+        cache, dtype = self.cache, self._config.cache.kv_cache_dtype or dtype_name(self._loaded.dtype)
+        return CacheLayout(CACHE_BLOCK, cache.tokens // CACHE_BLOCK, dtype, cache.n_slots, cache.sequence_length)
 
     def _placed(self, node: NodeStatus, index: int) -> NodeStatus:
         """The same with its place. index: among all, the pipeline's first."""

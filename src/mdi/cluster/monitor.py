@@ -219,6 +219,8 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         busy_share=status.busy_share,
         sent_bytes=status.sent_bytes,
         received_bytes=status.received_bytes,
+        steps=status.steps,
+        step_s=status.step_s,
         round_trip_s=round_trip_s,
         spare=_spare(status.node),
         node=status.node,

@@ -38,6 +38,35 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """When a request came to each of its steps, by time.monotonic; None before that.
+
+    arrived_s: it was accepted. prepared_s: its prompt was ready, media fetched and decoded. encoded_s: its last image
+    or video was encoded; None without media. scheduled_s: it was first part of a batch. first_token_s, last_token_s:
+    the engine received them, the last one of all samples.
+    """
+
+    arrived_s: float
+    prepared_s: float | None = None
+    encoded_s: float | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Timing]) -> Timing:
+        """Of several requests as one: the first to come to each step, and the last token of all."""
+        return cls(
+            min(part.arrived_s for part in parts),
+            min((part.prepared_s for part in parts if part.prepared_s is not None), default=None),
+            min((part.encoded_s for part in parts if part.encoded_s is not None), default=None),
+            min((part.scheduled_s for part in parts if part.scheduled_s is not None), default=None),
+            min((part.first_token_s for part in parts if part.first_token_s is not None), default=None),
+            max((part.last_token_s for part in parts if part.last_token_s is not None), default=None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One complete answer. Its tokens include the end-of-sequence token that ended it; the text does not.
 

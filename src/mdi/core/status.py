@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mdi.core.histogram import Distribution
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 
 NodeState = Literal["waiting", "receiving", "loading", "loaded", "ready", "failed", "lost", "leaving"]
@@ -28,7 +29,8 @@ class NodeStatus:
     name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
     quantization: of the model. kernels: what computes: an instruction set of the kernels, or "torch". error: why it is
     lost or failed. group, rank: which stage of the pipeline it computes, and as which of that stage's nodes; None for
-    those beside the pipeline.
+    those beside the pipeline. steps, step_s: batches that it computed since its links were made, and the seconds that
+    they took, its draws of tokens included.
     """
 
     name: str
@@ -52,6 +54,8 @@ class NodeStatus:
     group: int | None = None
     rank: int | None = None
     error: str = ""
+    steps: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,38 @@ class CacheStatus:
 
     used_share: float
     preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the KV cache has memory for: n_blocks of block_tokens each, in dtype.
+
+    max_sequences: that run at once. sequence_length: of the longest one.
+    """
+
+    block_tokens: int
+    n_blocks: int
+    dtype: str
+    max_sequences: int
+    sequence_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What the engine has measured since it started.
+
+    batch_tokens: tokens of each batch. encode_s: seconds from the start of each image's or video's encoding to its
+    embeddings, batches in between included. recovery_s: seconds of each recovery, from the loss until batches flow
+    again. replayed_tokens: that were computed again after a loss. media_queries: images and videos that prompts showed;
+    media_hits: those of them whose embeddings were kept.
+    """
+
+    batch_tokens: Distribution
+    encode_s: Distribution
+    recovery_s: Distribution
+    replayed_tokens: int
+    media_queries: int
+    media_hits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from mdi.core.messages import Conversation, PromptInput
 from mdi.core.outputs import Completion, Piece
 from mdi.core.progress import Progress
 from mdi.core.sampling import Sampling, SamplingParams
-from mdi.core.status import CacheStatus, Load, NodeStatus, PlanStatus, RecoveryStatus
+from mdi.core.status import CacheLayout, CacheStatus, Load, Measurements, NodeStatus, PlanStatus, RecoveryStatus
 from mdi.core.tracing import Span
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.grammar import Grammars
@@ -210,6 +210,16 @@ class Engine:
     def cache(self) -> CacheStatus:
         """How full the KV cache is, and how often that cost a sequence its place."""
         return self._loop.cache
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the KV cache has memory for."""
+        return self._cluster.cache_layout
+
+    @property
+    def measurements(self) -> Measurements:
+        """Sizes of batches and times of encodings and recoveries, of all so far."""
+        return self._loop.measurements
 
     @property
     def recovery(self) -> RecoveryStatus:

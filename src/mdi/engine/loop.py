@@ -18,7 +18,8 @@ from mdi.core.allocator import next_item
 from mdi.core.batch import Batch, Result, Token
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import ClosedError, InputError, LinkError, MDIError, NumbersError
-from mdi.core.status import CacheStatus, RecoveryStatus
+from mdi.core.histogram import Histogram
+from mdi.core.status import CacheStatus, Measurements, RecoveryStatus
 from mdi.engine.packing import pack
 from mdi.engine.prefill_budget import PrefillBudget
 from mdi.engine.scheduler import ScheduledSlice, Scheduler
@@ -27,6 +28,9 @@ from mdi.engine.vision_queue import EncodeDone, VisionQueue
 from mdi.models.stage import Stage
 
 log = logging.getLogger(__name__)
+
+BATCH_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # as in vLLM
+RECOVERY_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,29 @@ class StepLoop:
         self._prefill_budget = PrefillBudget(scheduler.token_budget, scheduler.max_in_flight)
         self._scheduler.prefill_budget = self._prefill_budget.tokens
         self._compute_s = 0.0  # duration of the last `_compute`
+        self._batch_tokens = Histogram(BATCH_TOKENS)
+        self._recovery_s = Histogram(RECOVERY_S)
+        self._lost_s = 0.0  # when nodes were lost last, by time.monotonic
+        self._replayed_tokens = 0
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
         self._thread.start()
 
     @property
     def cache(self) -> CacheStatus:
         return self._scheduler.cache
+
+    @property
+    def measurements(self) -> Measurements:
+        """From any thread."""
+        vision = self._vision
+        return Measurements(
+            self._batch_tokens.distribution,
+            vision.encode_s.distribution,
+            self._recovery_s.distribution,
+            self._replayed_tokens,
+            media_queries=vision.hits + vision.misses,
+            media_hits=vision.hits,
+        )
 
     def close(self) -> None:
         """Ends the loop; what runs fails. The link stays open."""
@@ -124,12 +145,16 @@ class StepLoop:
         return bool(scheduled)
 
     def _run_batch(self, scheduled: list[ScheduledSlice[Sequence]]) -> None:
+        for item in scheduled:
+            if (stream := item.sequence.request.stream).timing.scheduled_s is None:
+                stream.reached("scheduled_s")
         edits = self._scheduler.take_edits()
         batch, hidden = pack(next(self._batch_ids), scheduled, edits, self._stage.embed)
         self._in_flight[batch.id] = (batch, scheduled)
-        started_s = time.perf_counter()
+        started_s, n_tokens = time.perf_counter(), batch.n_tokens
         out = self._stage.run(batch, hidden)
-        self._prefill_budget.observe(batch.n_tokens, time.perf_counter() - started_s)
+        self._prefill_budget.observe(n_tokens, time.perf_counter() - started_s)
+        self._batch_tokens.add(n_tokens)
         self._scheduler.prefill_budget = self._prefill_budget.tokens
         if self._link:
             self._link.send(batch, out)
@@ -161,6 +186,7 @@ class StepLoop:
                 self._recover()
             case Rewired():
                 self.recovery = replace(self.recovery, recovering=False)
+                self._recovery_s.add(time.monotonic() - self._lost_s)
             case GaveUp(error):
                 self._give_up(error)
             case Close():
@@ -185,7 +211,11 @@ class StepLoop:
     def _recover(self) -> None:
         """Drops all batches in flight: their tokens will be drawn again, and be the same."""
         self.recovery = replace(self.recovery, recovering=True, recoveries=self.recovery.recoveries + 1)
+        self._lost_s = time.monotonic()
         self._in_flight.clear()
+        kept = [request for request in self._live if not request.cancelled]
+        running = [sequence for request in kept for sequence in request.sequences if sequence.slot is not None]
+        self._replayed_tokens += sum(sequence.computed for sequence in running)
         self._scheduler.restart()
         for request in [request for request in self._live if request.cancelled]:
             self._cancel(request)
@@ -217,7 +247,12 @@ class StepLoop:
         """Adds tokens to an answer. An error ends this request, and no other."""
         request = sequence.request
         try:
-            if piece := sequence.append(drawn):
+            piece = sequence.append(drawn)
+            if request.prefilled and request.stream.timing.first_token_s is None:
+                request.stream.reached("first_token_s")
+            if sequence.finished:
+                request.stream.reached("last_token_s")
+            if piece:
                 request.stream.put(piece)
         except InputError as error:
             request.error = error

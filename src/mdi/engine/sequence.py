@@ -61,6 +61,7 @@ class Request:
         sampling, rule, thoughts = self.sampling, self.rule, prompt.thoughts
         self.prompt = prompt
         self.stream.prompt_token_ids = prompt.token_ids
+        self.stream.reached("prepared_s")
         self.stream.opens_thought = thoughts is not None and thoughts.opened
         max_tokens = min(sampling.max_tokens, sequence_length - len(prompt.token_ids))
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else end_ids)
@@ -88,6 +89,7 @@ class Request:
         self.embeddings.append(embeddings)
         if self.encoded:
             assert self.prompt is not None
+            self.stream.reached("encoded_s")
             self.prompt = self.prompt.without_rows()
             for sequence in self.sequences:
                 sequence.prompt = self.prompt

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from mdi.core.batch import Token
 from mdi.core.errors import MDIError
-from mdi.core.outputs import Completion, Piece, Usage, collect, joined
+from mdi.core.outputs import Completion, Piece, Timing, Usage, collect, joined
 from mdi.engine.wakes import Wakes
 
 MANY = 16  # pieces that wait for a slow caller: more are joined
 JOINED_CHARACTERS = 16_384  # about: further ones wait
+Step = Literal["prepared_s", "encoded_s", "scheduled_s", "first_token_s", "last_token_s"]
+"""Of `Timing`."""
 
 
 class Stream:
@@ -25,7 +30,7 @@ class Stream:
 
     prompt_token_ids: of the prompt, media included; none before the first piece. opens_thought: whether the prompt ends
     with the mark that begins thoughts. prompt_logprobs: the prompt's tokens with their logprobs, but the first, which
-    has none; only where the request asks for them.
+    has none; only where the request asks for them. timing: so far; complete when the stream has ended.
     """
 
     def __init__(self, cancel: Callable[[], None]) -> None:
@@ -34,6 +39,7 @@ class Stream:
         self.opens_thought = False
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.timing = Timing(time.monotonic())
         self._cancel = cancel
         self._items: queue.SimpleQueue[Piece | MDIError | None] = queue.SimpleQueue()
         self._ready = deque[Piece | MDIError | None]()
@@ -56,6 +62,10 @@ class Stream:
     def completion(self) -> Completion:
         """Waits for the end; all pieces together."""
         return collect(list(self), self.usage)
+
+    def reached(self, step: Step) -> None:
+        """Notes the time of a step. For the engine."""
+        self.timing = replace(self.timing, **{step: time.monotonic()})
 
     def put(self, item: Piece | MDIError | None) -> None:
         """Adds a piece, the error that ended the request, or None at its end. For the engine."""

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from mdi.cluster.remote_encoder import Encoded, RemoteEncoder
+from mdi.core.histogram import Histogram
 from mdi.engine.embedding_cache import EmbeddingCache
 from mdi.engine.sequence import Request
 from mdi.models.stage import Stage
+
+ENCODE_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ class VisionQueue:
     """Encodes one image or video at a time.
 
     remote: where to encode; None encodes on this node, in parts between batches. post: called with each outcome of
-    `remote`, from another thread; the loop then calls `take` with it.
+    `remote`, from another thread; the loop then calls `take` with it. hits, misses: images and videos that the cache
+    had, and that are or were encoded. encode_s: seconds of each encoding.
     """
 
     def __init__(
         self, stage: Stage, cache: EmbeddingCache, remote: RemoteEncoder | None, post: Callable[[EncodeDone], None]
     ) -> None:
+        self.hits = self.misses = 0
+        self.encode_s = Histogram(ENCODE_S)
+        self._began_s = 0.0  # the encoding, by time.monotonic
         self._stage = stage
         self._cache = cache
         self._remote = remote
@@ -75,6 +82,7 @@ class VisionQueue:
                     next(self._parts)
         except StopIteration as done:
             self._parts = None
+            self.encode_s.add(time.monotonic() - self._began_s)
             request = self._waiting[0]
             self._keep(request, request.next_media.patches.digest, done.value)
         return True
@@ -83,6 +91,7 @@ class VisionQueue:
         """Keeps what the vision node has encoded, and lets it encode the next."""
         self._remote_work = None
         if isinstance(done.outcome, Tensor):
+            self.encode_s.add(time.monotonic() - self._began_s)
             self._keep(done.request, done.digest, done.outcome)
 
     def _keep(self, request: Request, digest: bytes, embeddings: Tensor) -> None:
@@ -102,6 +111,8 @@ class VisionQueue:
             if self._take_known(request):
                 continue
             patches = request.next_media.patches
+            self.misses += 1
+            self._began_s = time.monotonic()
             if self._remote is None:
                 return self._stage.encode_steps(torch.from_numpy(patches.rows), patches.grid)
             self._encode_remotely(self._remote, request)
@@ -111,6 +122,7 @@ class VisionQueue:
         """Gives a request the embeddings of its next image or video, if the cache has them."""
         known = self._cache.get(request.next_media.patches.digest)
         if known is not None:
+            self.hits += 1
             request.add_embeddings(known)
         return known is not None
 

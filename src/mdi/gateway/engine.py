@@ -10,9 +10,9 @@ from mdi.core.capabilities import Capabilities
 from mdi.core.constraint import Constraint
 from mdi.core.errors import MDIError
 from mdi.core.messages import PromptInput
-from mdi.core.outputs import Piece, Usage
+from mdi.core.outputs import Piece, Timing, Usage
 from mdi.core.sampling import SamplingParams
-from mdi.core.status import CacheStatus, Load, NodeStatus, PlanStatus, RecoveryStatus
+from mdi.core.status import CacheLayout, CacheStatus, Load, Measurements, NodeStatus, PlanStatus, RecoveryStatus
 
 
 class Running(Protocol):
@@ -20,6 +20,8 @@ class Running(Protocol):
 
     @property
     def usage(self) -> Usage: ...
+    @property
+    def timing(self) -> Timing: ...
     def __aiter__(self) -> AsyncIterator[Piece]: ...
     def cancel(self) -> None: ...
 
@@ -55,6 +57,10 @@ class TextEngine(Protocol):
     def load(self) -> Load: ...
     @property
     def cache(self) -> CacheStatus: ...
+    @property
+    def cache_layout(self) -> CacheLayout: ...
+    @property
+    def measurements(self) -> Measurements: ...
     @property
     def recovery(self) -> RecoveryStatus: ...
     @property

@@ -7,21 +7,22 @@ alerts work; `mdi:` are our own.
 from __future__ import annotations
 
 import time
+from collections import Counter as Counts
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import chain
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from mdi.core.outputs import Piece, Usage
+from mdi.core.outputs import Piece, Timing, Usage
 from mdi.gateway.engine import Running, TextEngine
+from mdi.gateway.engine_series import LABELS, EngineSeries
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 ENGINE = "0"  # the label of the only engine, as in vLLM; replicas have their names
-LABELS = ("model_name", "engine")
 FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
     640.0, 2560.0,
@@ -54,6 +55,21 @@ class Metrics:
         self._whole = self._histogram("e2e_request_latency_seconds", "From a request to its end.", REQUEST_S)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts, media included.", tokens)
         self._answer = self._histogram("request_generation_tokens", "Tokens of all answers to a request.", tokens)
+        self._longest = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest answer to a request.", tokens
+        )
+        self._queue = self._histogram("request_queue_time_seconds", "From a request to its first batch.", REQUEST_S)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From a request's first batch to its first token.", REQUEST_S
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From a request's first token to its last.", REQUEST_S
+        )
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From a request's first batch to its last token.", REQUEST_S
+        )
+        self._prompted = self._counter("prompt_tokens", "Tokens of prompts, of requests that came to their end.")
+        self._generated = self._counter("generation_tokens", "Tokens of answers.")
         self._queried = self._counter("prefix_cache_queries", "Tokens of prompts that were looked for in the cache.")
         self._hit = self._counter("prefix_cache_hits", "Tokens of prompts that an earlier sequence had computed.")
         self._finished = Counter(
@@ -61,7 +77,7 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort"):
             self._finished.labels(*self._labels, reason)
-        self._registry.register(_EngineSeries(engine, self, self._labels))
+        self._registry.register(EngineSeries(engine, self._labels))
 
     def text(self) -> str:
         """All series, in the text form."""
@@ -81,18 +97,31 @@ class Metrics:
 
     def generated(self, count: int) -> None:
         self.generated_tokens += count
+        self._generated.inc(count)
 
     def answered(self, reason: str) -> None:
         self._finished.labels(*self._labels, reason).inc()
 
-    def ended(self, usage: Usage, seconds: float) -> None:
-        """A request that came to its own end."""
+    def ended(self, usage: Usage, longest: int, timing: Timing, seconds: float) -> None:
+        """A request that came to its own end. longest: tokens of its longest answer."""
         self._whole.observe(seconds)
+        self._longest.observe(longest)
+        self._observe_steps(timing)
         self._prompt.observe(usage.prompt_tokens)
         self._answer.observe(usage.completion_tokens)
         self.prompt_tokens += usage.prompt_tokens
+        self._prompted.inc(usage.prompt_tokens)
         self._queried.inc(usage.prompt_tokens)
         self._hit.inc(usage.cached_tokens)
+
+    def _observe_steps(self, timing: Timing) -> None:
+        scheduled_s, first_s, last_s = timing.scheduled_s, timing.first_token_s, timing.last_token_s
+        if scheduled_s is None or first_s is None or last_s is None:
+            return
+        self._queue.observe(scheduled_s - timing.arrived_s)
+        self._prefill.observe(first_s - scheduled_s)
+        self._decode.observe(last_s - first_s)
+        self._inference.observe(last_s - scheduled_s)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(f"vllm:{name}", text, LABELS, registry=self._registry, buckets=buckets)
@@ -110,11 +139,16 @@ class _Observed:
         self._metrics = metrics
         self._began_s = time.monotonic()
         self._last_s: dict[int, float] = {}  # of each sample
+        self._tokens: Counts[int] = Counts()  # of each sample
         self._ended = False
 
     @property
     def usage(self) -> Usage:
         return self._running.usage
+
+    @property
+    def timing(self) -> Timing:
+        return self._running.timing
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         async for piece in self._running:
@@ -137,69 +171,15 @@ class _Observed:
             elif piece.index in self._last_s:
                 self._metrics.further_tokens(count, now - self._last_s[piece.index])
             self._last_s[piece.index] = now
+            self._tokens[piece.index] += count
             self._metrics.generated(count)
         if piece.finish_reason:
             self._metrics.answered(piece.finish_reason)
 
     def _end(self) -> None:
         self._ended = True
-        self._metrics.ended(self._running.usage, time.monotonic() - self._began_s)
-
-
-class _EngineSeries(Collector):
-    """What the engine and its nodes say of themselves, when it is asked for."""
-
-    def __init__(self, engine: TextEngine, metrics: Metrics, labels: tuple[str, str]) -> None:
-        self._engine = engine
-        self._metrics = metrics
-        self._labels = labels
-
-    def collect(self) -> Iterator[Metric]:
-        load, cache, recovery = self._engine.load, self._engine.cache, self._engine.recovery
-        yield self._gauge("vllm:num_requests_running", "Requests that are computed.", load.running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", load.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV cache in use; 1 is all.", cache.used_share)
-        yield self._counter("vllm:num_preemptions", "Sequences that lost their place in the cache.", cache.preemptions)
-        yield self._counter("vllm:prompt_tokens", "Tokens of prompts.", self._metrics.prompt_tokens)
-        yield self._counter("vllm:generation_tokens", "Tokens of answers.", self._metrics.generated_tokens)
-        yield self._gauge("mdi:recovering", "Whether lost nodes are brought back now.", recovery.recovering)
-        yield self._counter("mdi:recoveries", "How often nodes were lost and brought back.", recovery.recoveries)
-        yield self._counter("mdi:failed_requests", "Requests that ended with their nodes.", recovery.failed_requests)
-        yield from self._of_nodes()
-
-    def _of_nodes(self) -> Iterator[Metric]:
-        nodes = self._engine.nodes()
-        labels = (*LABELS, "node")
-        up = GaugeMetricFamily("mdi:node_up", "Whether a node is ready.", labels=(*labels, "state"))
-        busy = GaugeMetricFamily("mdi:node_busy_share", "Part of the time that a node computes.", labels=labels)
-        resident = GaugeMetricFamily("mdi:node_resident_bytes", "Memory of a node's process.", labels=labels)
-        sent = CounterMetricFamily("mdi:node_sent_bytes", "Over a node's links, since it started.", labels=labels)
-        received = CounterMetricFamily(
-            "mdi:node_received_bytes", "Over a node's links, since it started.", labels=labels
-        )
-        trip = GaugeMetricFamily(
-            "mdi:link_round_trip_seconds", "Of the last heartbeat.", labels=(*LABELS, "from", "to")
-        )
-        for node in nodes:
-            name = (*self._labels, node.name or node.spare)
-            up.add_metric((*name, node.state), node.state == "ready")
-            busy.add_metric(name, node.busy_share)
-            resident.add_metric(name, node.resident_bytes)
-            sent.add_metric(name, node.sent_bytes)
-            received.add_metric(name, node.received_bytes)
-            if node.round_trip_s is not None:
-                trip.add_metric((*self._labels, "starter", name[-1]), node.round_trip_s)
-        yield from (up, busy, resident, sent, received, trip)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=LABELS)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=LABELS)
-        family.add_metric(self._labels, value)
-        return family
+        longest = max(self._tokens.values(), default=0)
+        self._metrics.ended(self._running.usage, longest, self._running.timing, time.monotonic() - self._began_s)
 
 
 def token_buckets(most: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,7 +28,7 @@ class Stage:
 
     cache_dtype: int8, or None for the stage's own. shards: parts in which the sums of the out and down products are
     taken, one after the other. busy: the time that it computes. recorder: records each piece of work. reduce: adds up
-    the ranks' partial sums.
+    the ranks' partial sums. steps, step_s: batches so far, and the seconds that they took, draws included.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Stage:
         self.dtype = dtype
         self.device = device
         self.busy = BusyMeter()
+        self.steps, self.step_s = 0, 0.0
         self.recorder = recorder or Recorder()
         config.check_shards(shards, _shard_step(loaded))
         self._reduce = reduce
@@ -77,12 +79,17 @@ class Stage:
     @torch.inference_mode()
     def run(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Runs the stage's layers: hidden [tokens, hidden_size] -> the same. Writes the cache."""
+        started_s = time.perf_counter()
         with self.working("prefill" if batch.prefills else "decode", batch.id, batch.n_tokens):
-            return self.forward(batch, hidden)
+            out = self.forward(batch, hidden)
+        self.steps += 1
+        self.step_s += time.perf_counter() - started_s
+        return out
 
     @torch.inference_mode()
     def sample(self, batch: Batch, hidden: Tensor) -> Result:
         """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
+        started_s = time.perf_counter()
         with self.working("sample"):
             rows, samplings, finite = batch.sampled_rows, batch.samplings, _finite_rows(hidden)
             tokens = list[Token]()
@@ -92,7 +99,8 @@ class Stage:
                 finite[part] &= _finite_rows(logits)
                 sound = logits if finite.all() else logits.nan_to_num()
                 tokens += sample(sound, samplings[first : first + MAX_LOGIT_ROWS])
-            return Result(batch.id, tuple(tokens), _overflowed(batch, finite))
+        self.step_s += time.perf_counter() - started_s
+        return Result(batch.id, tuple(tokens), _overflowed(batch, finite))
 
     @contextmanager
     def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:

@@ -148,6 +148,7 @@ class NodeService(NodeServicer):
         status.sent_bytes, status.received_bytes = self._traffic.sent_bytes, self._traffic.received_bytes
         status.busy_share = (epoch.stage.busy if epoch else self._encoder.busy).share()
         if epoch:
+            status.steps, status.step_s = epoch.stage.steps, epoch.stage.step_s
             status.epoch, status.next_lost, status.next_error = epoch.number, epoch.next_lost, epoch.next_error
         return status
 

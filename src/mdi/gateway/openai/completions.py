@@ -14,7 +14,7 @@ from mdi.core.config import GatewayConfig
 from mdi.core.constraint import Constraint
 from mdi.core.errors import InputError
 from mdi.core.messages import RawText, TokenIds
-from mdi.core.outputs import Piece, Sample, Usage
+from mdi.core.outputs import Piece, Sample, Timing, Usage
 from mdi.core.sampling import SamplingParams
 from mdi.gateway.engine import Submitted, TextEngine
 from mdi.gateway.json_body import JSONRoute
@@ -96,6 +96,10 @@ class _Joined:
             sum(usage.completion_tokens for usage in each),
             sum(usage.cached_tokens for usage in each),
         )
+
+    @property
+    def timing(self) -> Timing:
+        return Timing.of_all([part.timing for part in self.parts])
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         for number, part in enumerate(self.parts):
