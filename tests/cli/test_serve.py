@@ -64,7 +64,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]) -> None:
     options = "--allow-host a --allow-host b --allow-origin https://c.example --max-body-mb 1 --max-upload-mb 2"
-    assert run(monkeypatch, *options.split(), *["--drain-timeout", "3", "--strict-requests", "--api-key", "k"]) == 0
+    keys = "--api-key k --metrics-key m"
+    assert run(monkeypatch, *options.split(), "--drain-timeout", "3", "--strict-requests", *keys.split()) == 0
     assert served == [
         GatewayConfig(
             allow_hosts=("a", "b"),
@@ -74,6 +75,7 @@ def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch,
             drain_timeout_s=3,
             strict_requests=True,
             api_keys=("k",),
+            metrics_key="m",
         )
     ]
 

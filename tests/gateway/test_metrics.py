@@ -13,7 +13,7 @@ from testing.fakes import HOLD, FakeEngine, piece
 from testing.waiting import wait_for
 
 from mdi.core.config import GatewayConfig
-from mdi.core.errors import LinkError
+from mdi.core.errors import ConfigError, LinkError
 from mdi.core.histogram import Distribution
 from mdi.core.outputs import Timing
 from mdi.core.status import CacheStatus, Measurements, NodeStatus, RecoveryStatus
@@ -222,3 +222,23 @@ def test_only_on_loopback_they_need_no_key(bound: str, named: str, status: int) 
 
     assert asyncio.run(answer()) == status
     assert asyncio.run(answer(authorization="Bearer k")) == 200
+
+
+def test_the_metrics_key_opens_them_and_nothing_else() -> None:
+    app = create_app(FakeEngine(), GatewayConfig(host="0.0.0.0", api_keys=("k",), metrics_key="schlüssel"))
+
+    async def statuses(key: str) -> list[int]:
+        transport, headers = httpx.ASGITransport(app), httpx.Headers({b"x-api-key": key.encode()})
+        async with httpx.AsyncClient(transport=transport, base_url="http://mdi.example", headers=headers) as client:
+            got = [(await client.get(path)).status_code for path in ("/metrics", "/v1/nodes", "/metrics/")]
+            return [*got, (await client.post("/v1/chat/completions", json=CHAT)).status_code]
+
+    assert asyncio.run(statuses("schlüssel")) == [200, 401, 401, 401]
+    assert asyncio.run(statuses("k"))[:2] == [200, 200]
+    assert asyncio.run(statuses("schluessel"))[0] == 401
+
+
+@pytest.mark.parametrize("config", [{"metrics_key": "m"}, {"metrics_key": "", "api_keys": ("k",)}])
+def test_a_metrics_key_that_protects_nothing_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--metrics-key needs a value, and --api-key or --api-keys"):
+        GatewayConfig(**config)

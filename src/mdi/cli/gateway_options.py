@@ -25,6 +25,7 @@ class GatewayOptions:
     served_model_name: Annotated[Strings, setting("served_model_name")] = None
     api_key: Annotated[Strings, setting("api_keys", "--api-key", envvar="MDI_API_KEY")] = None
     api_keys: Annotated[Path | None, setting("api_keys_file", "--api-keys")] = None
+    metrics_key: Annotated[str | None, setting("metrics_key", envvar="MDI_METRICS_KEY")] = None
     allow_host: Annotated[Strings, setting("allow_hosts", "--allow-host", "--allowed-hosts")] = None
     allow_origin: Annotated[Strings, setting("allow_origins", "--allow-origin", "--allowed-origins")] = None
     root_path: Annotated[str, setting("root_path")] = DEFAULTS.root_path
@@ -55,6 +56,7 @@ class GatewayOptions:
             served_model_name=words(self.served_model_name, "--served-model-name"),
             api_keys=tuple(self.api_key or ()),
             api_keys_file=self.api_keys,
+            metrics_key=self.metrics_key,
             allow_hosts=words(self.allow_host, "--allow-host"),
             allow_origins=words(self.allow_origin, "--allow-origin"),
             root_path=self.root_path,

@@ -319,6 +319,7 @@ class GatewayConfig(Section):
     api_keys_file: Path | None = setting(
         None, "YAML file with API keys: names, limits and expiry. It is reread when it changes."
     )
+    metrics_key: str | None = setting(None, "Key that opens GET /metrics and nothing else, for Prometheus.")
     served_model_name: tuple[str, ...] = setting(
         (), "A name of the model, in place of its own; may be repeated. The first one stands in answers."
     )
@@ -354,6 +355,8 @@ class GatewayConfig(Section):
             raise ConfigError("a name of the model is empty: leave it out, or name it")
         if "" in self.api_keys:
             raise ConfigError("the API key is empty: give one, or none at all")
+        if self.metrics_key is not None and (not self.metrics_key or not self.needs_key):
+            raise ConfigError("--metrics-key needs a value, and --api-key or --api-keys: without these all is open")
         for origin in self.allow_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(f"an origin is like https://chat.example.com:8080, without a path; got {origin!r}")

@@ -56,7 +56,8 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_upload_bytes)
     if config.needs_key:
-        app.add_middleware(ApiKeys, keys=Keys(config.api_keys, config.api_keys_file), host=config.host)
+        keys = Keys(config.api_keys, config.api_keys_file)
+        app.add_middleware(ApiKeys, keys=keys, host=config.host, metrics_key=config.metrics_key)
     if config.allow_origins:  # outside the key: preflights have none, and pages may read why they are refused
         app.add_middleware(
             CORSMiddleware,

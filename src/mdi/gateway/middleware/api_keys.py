@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from secrets import compare_digest
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,15 +22,16 @@ UNAUTHORIZED = "this server needs an API key: send Authorization: Bearer KEY, or
 class ApiKeys:
     """ASGI middleware that refuses requests without a key, except for health and the page, and those beyond its limits.
 
-    host: the address or name that the server binds.
+    host: the address or name that the server binds. metrics_key: opens GET /metrics and nothing else.
 
     The limits are for requests that ask for an answer (POST).
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, host: str) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, host: str, metrics_key: str | None = None) -> None:
         self._app = app
         self._keys = keys
         self._local = is_loopback(host)
+        self._metrics_key = metrics_key.encode() if metrics_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_open(scope):
@@ -49,8 +51,12 @@ class ApiKeys:
 
     def _is_open(self, scope: Scope) -> bool:
         if scope["path"] == METRICS:
-            return self._local and is_loopback(name_of(Headers(scope=scope).get("host", "")))
+            local = self._local and is_loopback(name_of(Headers(scope=scope).get("host", "")))
+            return local or self._is_metrics_key(_secret(dict(scope["headers"])))
         return scope["path"] in OPEN_PATHS or is_page(scope["path"])
+
+    def _is_metrics_key(self, secret: bytes) -> bool:
+        return self._metrics_key is not None and compare_digest(secret, self._metrics_key)
 
     async def _within_limits(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._keys.account(key)
