@@ -20,7 +20,7 @@ demo: $(INSTALLED) $(LIBRARY)  ## three local nodes with a small model answer qu
 test: $(DEVELOPED) $(LIBRARY)  ## the tests, without the slow ones: some minutes
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(DEVELOPED) $(LIBRARY)  ## the slow ones: hosts (as root, with iproute2), the page (with chromium), outside clients, benchmarks, many lost nodes
+test-slow: $(DEVELOPED) $(LIBRARY)  ## the slow ones: hosts (as root, with iproute2), the page (with chromium), completion (with zsh), outside clients, benchmarks, many lost nodes
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow  ## all tests

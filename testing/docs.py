@@ -16,6 +16,10 @@ HEAD = """# Commands
 Every command with its arguments and options, as `mdi COMMAND --help` shows them. Written by `make docs`: do not edit.
 
 A command ends with 0 when it is done, with 2 for what the caller can mend (input, options, checkpoints), or with 1.
+
+`mdi --install-completion` lets your shell (bash, zsh, fish, PowerShell) complete commands, options, checkpoints and the
+values of options from its next start on; `mdi --show-completion` prints what it installs. In zsh, the first Tab of a
+shell only loads the completion.
 """
 
 

@@ -31,7 +31,6 @@ app = typer.Typer(
     name="mdi",
     help="One vision-language model over the machines you already have.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(cls=CommandLikeVllms)(serve)

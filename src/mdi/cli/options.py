@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdi.cli import values
-from mdi.core.config import EngineConfig, ModelSettings, meaning
+from mdi.cli.completion import checkpoints, words
+from mdi.core.config import EngineConfig, ModelSettings, choices, meaning
 from mdi.core.errors import ConfigError
 from mdi.core.quantization import ModelQuantization
 
@@ -29,11 +30,13 @@ CERTS = DEFAULTS.cluster.manual.certs
 
 
 def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
-    """An option for a setting of the engine, which has its meaning."""
+    """An option for a setting of the engine, which has its meaning, and whose choices the shell completes."""
+    if known := choices(name):
+        settings["autocompletion"] = words(known)
     return typer.Option(*flags, help=meaning(name) + example, **settings)
 
 
-Model = Annotated[str, typer.Argument(help=meaning("checkpoint"))]
+Model = Annotated[str, typer.Argument(help=meaning("checkpoint"), autocompletion=checkpoints)]
 N_NODES = setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)
 NNodes = Annotated[int, N_NODES]
 Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mdi.cli.completion import checkpoints
 from mdi.cli.config_file import use_config_file
 from mdi.cli.gateway_options import GatewayOptions
 from mdi.cli.options import (
@@ -33,8 +34,10 @@ from mdi.core.errors import ConfigError
 def serve(
     options: EngineOptions,
     gateway: GatewayOptions,
-    model: Annotated[str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.")] = None,
-    ckpt: Annotated[str | None, typer.Option(help="The same as the argument.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint's folder, or its name on the hub.", autocompletion=checkpoints)
+    ] = None,
+    ckpt: Annotated[str | None, typer.Option(help="The same as the argument.", autocompletion=checkpoints)] = None,
     config: Annotated[  # noqa: ARG001  # its callback has used it
         Path | None,
         typer.Option(
@@ -124,6 +127,8 @@ def serve(
         "recovery_timeout_s": recovery_timeout,
         "spare_after_s": spare_after,
     }
+    if replicas is not None and open_page:
+        raise ConfigError("--open is for a server on this machine: open the address of the replicas in a browser")
     if replicas is not None:
         from mdi.cli.replicas import Application, ReplicaCount, serve_replicas
 

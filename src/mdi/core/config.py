@@ -375,9 +375,17 @@ class GatewayConfig(Section):
 
 def meaning(name: str) -> str:
     """What a setting means, in a sentence."""
+    return str(_field(name).metadata["meaning"])
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The only values of a setting; none where it has others."""
+    return tuple(_field(name).metadata["choices"])
+
+
+def _field(name: str) -> Field[Any]:
     known = (*_all_fields(EngineConfig.of("")), *_all_fields(GatewayConfig()))
-    found = next(item for item in known if item.name == name)
-    return str(found.metadata["meaning"])
+    return next(item for item in known if item.name == name)
 
 
 def _all_fields(section: Section) -> Iterator[Field[Any]]:
