@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from playwright.sync_api import Page
@@ -36,7 +37,7 @@ PARAGRAPH = (
     "[links](https://example.org/), lists and code, as answers of models are:\n\n- one thing\n- another *thing*\n\n"
     "```python\nfor token in stream:\n    print(token)\n```\n\n"
 )
-PAINTED = """() => performance.getEntriesByType("paint").find((entry) => entry.name === "first-contentful-paint")?.startTime"""
+PAINTED = "() => performance.getEntriesByName('first-contentful-paint')[0].startTime"
 RECORD_FRAMES = """() => {
     const frames = window.frames = [];
     const note = (at) => {
@@ -119,7 +120,7 @@ def _frames(page: Page, work: Any) -> list[float]:
     page.evaluate(RECORD_FRAMES)
     work()
     times = page.evaluate("() => window.frames")
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 @contextmanager

@@ -58,6 +58,6 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     return config | {"vision_config": vision}
 
 
-def tiny_text_config(**overrides: Any) -> dict[str, Any]:
-    """The language model of `tiny_config` alone, as a Qwen2 config."""
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **_TINY_TEXT, **overrides}
+def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
+    """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
+    return {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family, **_TINY_TEXT, **overrides}

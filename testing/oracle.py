@@ -8,13 +8,10 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-MODELS = {
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration,
-}
+VISION_MODELS = {"Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration}
 
 
 class Oracle:
@@ -22,7 +19,8 @@ class Oracle:
 
     def __init__(self, path: Path) -> None:
         [architecture] = json.loads((path / "config.json").read_text())["architectures"]
-        self.model = MODELS[architecture].from_pretrained(path, local_files_only=True).eval()
+        model_class = VISION_MODELS.get(architecture, AutoModelForCausalLM)
+        self.model = model_class.from_pretrained(path, local_files_only=True).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self._path = path
 

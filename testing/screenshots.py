@@ -1,6 +1,6 @@
 """Writes the pictures of the page in docs/, from a real server of the bundled model on three nodes.
 
-    python -m testing.screenshots
+python -m testing.screenshots
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_a_config_that_lacks_an_entry_is_refused_by_the_entry_s_name(own_copy: P
 
 def test_an_unsupported_architecture_is_named_with_those_that_are_supported(own_copy: Path) -> None:
     change_config(own_copy, architectures=["BertModel"])
-    with pytest.raises(CheckpointError, match=r"BertModel.*supported: Qwen2VL"):
+    with pytest.raises(CheckpointError, match=r"BertModel.*all: Qwen2VL"):
         open_source(own_copy)
 
 

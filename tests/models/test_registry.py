@@ -54,8 +54,8 @@ def test_names_of_other_versions_are_those_of_the_hub() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "RoPE scaling of type 'yarn'"),
-        ({"use_sliding_window": True, "max_window_layers": 2}, "layers with sliding_attention are not supported"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4}}, "RoPE scaling of type 'longrope'"),
+        ({"layer_types": ["chunked_attention"] * 6}, "layers with chunked_attention are not supported"),
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported in the decoder"),
         ({"vision_config": {"hidden_act": "silu"}}, "activation 'silu' is not supported in the vision tower"),
     ],

@@ -17,6 +17,7 @@ from mdi.cli.chat import chat
 from mdi.cli.cluster import cluster
 from mdi.cli.config_file import CommandLikeVllms
 from mdi.cli.demo import demo
+from mdi.cli.models import models
 from mdi.cli.plan import plan
 from mdi.cli.prepare import prepare
 from mdi.cli.screen import err, say
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 app.command(cls=CommandLikeVllms)(serve)
 app.command(context_settings={"allow_interspersed_args": False})(service)
-for command in (prepare, plan, secondary, ask, chat, cluster, verify, bench, demo):
+for command in (prepare, plan, secondary, ask, chat, cluster, verify, bench, demo, models):
     app.command()(command)
 app.add_typer(certs.app, name="certs")
 app.add_typer(cache.app, name="cache")

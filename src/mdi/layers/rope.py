@@ -7,6 +7,7 @@ position so far plus one. Video follows transformers 4 (`get_rope_index` there):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -82,6 +83,52 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How frequencies are changed for sequences longer than those of the training, trained_positions.
+
+    linear: all are divided by `factor`. llama3: slow ones are, those in between in part (Llama 3.1; low_freq_factor and
+    high_freq_factor are the turns in trained_positions that bound them). yarn: the same by channels, from beta_fast
+    turns to beta_slow ones (arXiv:2309.00071); attention_factor multiplies cosines and sines, truncate widens the
+    bounds to whole channels. As in transformers' `modeling_rope_utils.py`.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    trained_positions: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def applied(self, frequencies: Tensor, theta: float) -> Tensor:
+        """float32 [head_dim / 2] -> the same."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        kept = self._kept_turns(frequencies) if self.kind == "llama3" else self._kept_channels(len(frequencies), theta)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+    def _kept_turns(self, frequencies: Tensor) -> Tensor:
+        """How far each channel keeps its frequency, by its turns in trained_positions: from 0 to 1."""
+        turns = self.trained_positions * frequencies / (2 * math.pi)
+        return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+
+    def _kept_channels(self, n_channels: int, theta: float) -> Tensor:
+        """The same by its place between the channels that make beta_fast and beta_slow turns."""
+
+        def channel(turns: float) -> float:
+            return n_channels * math.log(self.trained_positions / (turns * 2 * math.pi)) / math.log(theta)
+
+        first, last = channel(self.beta_fast), channel(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * n_channels - 1)
+        ramp = (torch.arange(n_channels, dtype=torch.float32) - first) / (last - first if last != first else 0.001)
+        return 1 - ramp.clamp(0, 1)
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """How a decoder rotates by position.
 
@@ -92,6 +139,7 @@ class RopeConfig:
     kind: Literal["default", "mrope"]
     theta: float
     sections: tuple[int, int, int] | None = None
+    scaling: RopeScaling | None = None
 
     def axes(self, n_channels: int) -> Tensor:
         """The axis that each channel is rotated by: int64 [n_channels]."""
@@ -105,13 +153,18 @@ class DecoderRope:
 
     def __init__(self, head_dim: int, config: RopeConfig, device: torch.device) -> None:
         channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
-        self.frequencies = (1.0 / config.theta ** (channels / head_dim)).to(device)  # [head_dim / 2]
+        frequencies = 1.0 / config.theta ** (channels / head_dim)
+        scaling = config.scaling
+        self.frequencies = (scaling.applied(frequencies, config.theta) if scaling else frequencies).to(device)
+        self.factor = scaling.attention_factor if scaling else 1.0
         self.axes = config.axes(head_dim // 2).to(device)
 
     def __call__(self, positions: Tensor) -> Rotation:
         """positions: int64 [3, tokens]."""
         angles = positions.to(torch.float32)[self.axes].T.contiguous() * self.frequencies  # [tokens, head_dim / 2]
-        return Rotation(angles.cos(), angles.sin())
+        if self.factor == 1:
+            return Rotation(angles.cos(), angles.sin())
+        return Rotation(angles.cos() * self.factor, angles.sin() * self.factor)
 
 
 def vision_rotation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.entries import check_ids
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.layers.rope import RopeConfig
+from mdi.layers.rope import RopeConfig, RopeScaling
 from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class VisionConfig:
 class DecoderDefaults:
     """What a family takes where config.json is silent, as its config class in transformers does.
 
-    n_kv_heads: None is as many as there are heads. mrope_sections: None where positions have one axis.
+    n_kv_heads: None is as many as there are heads. head_dim: None is the hidden size by the heads. mrope_sections: None
+    where positions have one axis. slides: a window is one of all layers, in families that have no flag for it.
     """
 
     rope_theta: float = 10000.0
@@ -55,6 +59,9 @@ class DecoderDefaults:
     n_kv_heads: int | None = None
     sliding_from: int = 28
     mrope_sections: tuple[int, int, int] | None = None
+    head_dim: int | None = None
+    max_positions: int = 32768
+    slides: bool = False
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -63,7 +70,14 @@ class DecoderDefaults:
             "rms_norm_eps": self.rms_eps,
             "num_key_value_heads": self.n_kv_heads,
             "max_window_layers": self.sliding_from,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_positions,
         }
+
+    @property
+    def fixed_entries(self) -> dict[str, Any]:
+        """Entries that say this, whatever config.json has under these names of other families."""
+        return {"use_sliding_window": True, "max_window_layers": 0} if self.slides else {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,8 @@ class ModelConfig:
 
     qkv_bias: the products of queries, keys and values have biases. qk_norm: each head's queries and keys are
     normalised before they are rotated. norm_dtype: of the decoder's norms; None is the stage's dtype.
-    tied_embeddings: the LM head's matrix is the embedding's.
+    tied_embeddings: the LM head's matrix is the embedding's. max_positions: tokens of a sequence. Attention that slides
+    over a window is all attention within the first one, so the window is the most where layers have one.
     """
 
     architecture: str
@@ -139,9 +154,10 @@ class ModelConfig:
         part = config if part is None else part
         where = "" if part is config else "text_config."
         top = TopEntries.read(config, CONFIG)
-        content = {**defaults.entries, **part} if isinstance(part, dict) else part
+        content = {**defaults.entries, **part, **defaults.fixed_entries} if isinstance(part, dict) else part
         entries = DecoderEntries.read(content, CONFIG, where.removesuffix("."))
         head_dim = entries.head_dim or entries.hidden_size // entries.num_attention_heads
+        rope = rope_entries(part, defaults.rope_theta, where)
         made = cls(
             architecture=top.architectures[0],
             hidden_size=entries.hidden_size,
@@ -152,11 +168,11 @@ class ModelConfig:
             intermediate_size=entries.intermediate_size,
             vocab_size=entries.vocab_size,
             rms_eps=entries.rms_norm_eps,
-            rope=_rope_config(rope_entries(part, defaults.rope_theta, where), defaults.mrope_sections, head_dim),
+            rope=_rope_config(rope, defaults.mrope_sections, head_dim, entries.max_position_embeddings),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tied_embeddings=top.tie_word_embeddings or (vision is not None and entries.tie_word_embeddings),
-            max_positions=entries.max_position_embeddings,
+            max_positions=_max_positions(entries, rope),
             dtype=_dtype(top),
             vision=vision,
         )
@@ -213,12 +229,25 @@ def _dtype(top: TopEntries) -> str:
     return name
 
 
-def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim: int) -> RopeConfig:
+def _max_positions(entries: DecoderEntries, rope: RopeEntries) -> int:
+    """As vLLM takes it: YaRN multiplies the length that the model was trained with."""
+    most = entries.max_position_embeddings
+    if rope.kind == "yarn" and rope.factor:
+        most = max(most, round((rope.original_max_position_embeddings or most) * rope.factor))
+    slides = "sliding_attention" in entries.attention_kinds and entries.sliding_window
+    return min(most, entries.sliding_window) if slides and entries.sliding_window else most
+
+
+def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim: int, max_positions: int) -> RopeConfig:
     """sections: the default ones of a family with three axes of positions; None for one axis."""
+    check_rope(
+        entries.kind, ("default", "linear", "llama3", "yarn") if sections is None else ("default", "mrope", "yarn")
+    )
+    if entries.partial_rotary_factor != 1:
+        raise unusable(f"partial_rotary_factor is {entries.partial_rotary_factor:g}: only 1 is supported")
+    scaling = _rope_scaling(entries, max_positions) if entries.kind in ("linear", "llama3", "yarn") else None
     if sections is None:
-        check_rope(entries.kind, ("default",))
-        return RopeConfig("default", entries.rope_theta)
-    check_rope(entries.kind, ("default", "mrope"))
+        return RopeConfig("default", entries.rope_theta, scaling=scaling)
     found = tuple(sections if entries.mrope_section is None else entries.mrope_section)
     if len(found) != 3 or sum(found) != head_dim // 2:
         source = "transformers' default " if entries.mrope_section is None else ""
@@ -226,7 +255,45 @@ def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim:
             f"mrope_section is {source}{list(found)}: three numbers that add up to half of the head's {head_dim} "
             "channels are expected"
         )
-    return RopeConfig("mrope", entries.rope_theta, (found[0], found[1], found[2]))
+    return RopeConfig("mrope", entries.rope_theta, (found[0], found[1], found[2]), scaling)
+
+
+def _rope_scaling(entries: RopeEntries, max_positions: int) -> RopeScaling:
+    """Raises CheckpointError, naming the entry, for one that the kind needs and that is missing."""
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+    for name in needed[entries.kind]:
+        if getattr(entries, name) is None:
+            raise unusable(f"RoPE scaling of type {entries.kind!r} needs {name}")
+    low, high = entries.low_freq_factor or 1.0, entries.high_freq_factor or 4.0
+    if entries.kind == "llama3" and low >= high:
+        raise unusable(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+    return RopeScaling(
+        kind=entries.kind,  # type: ignore[arg-type]  # checked above
+        factor=entries.factor or 1.0,
+        trained_positions=entries.original_max_position_embeddings or max_positions,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        beta_fast=entries.beta_fast or 32.0,
+        beta_slow=entries.beta_slow or 1.0,
+        attention_factor=_attention_factor(entries),
+        truncate=entries.truncate,
+    )
+
+
+def _attention_factor(entries: RopeEntries) -> float:
+    """What YaRN multiplies cosines and sines by (arXiv:2309.00071, section 3.4); as in transformers."""
+    if entries.kind != "yarn":
+        return 1.0
+    if entries.attention_factor is not None:
+        return entries.attention_factor
+
+    def magnitude(scale: float, by: float = 1.0) -> float:
+        return 0.1 * by * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    factor = entries.factor or 1.0
+    if entries.mscale and entries.mscale_all_dim:
+        return magnitude(factor, entries.mscale) / magnitude(factor, entries.mscale_all_dim)
+    return magnitude(factor)
 
 
 def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
@@ -234,8 +301,13 @@ def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
     kinds = entries.attention_kinds
     if len(kinds) != config.n_layers:
         raise unusable(f"layer_types has {len(kinds)} entries, num_hidden_layers is {config.n_layers}")
-    if other := next((kind for kind in kinds if kind != "full_attention"), None):
-        raise unusable(f"layers with {other} are not supported (use_sliding_window, layer_types)")
+    if other := next((kind for kind in kinds if kind not in ATTENTION_KINDS), None):
+        raise unusable(f"layers with {other} are not supported (layer_types)")
+    if "sliding_attention" in kinds and entries.sliding_window is None:
+        raise unusable("layer_types has sliding_attention, but sliding_window is missing")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(entries, name):
+            raise unusable(f"{name} is set, which is not supported")
     if entries.hidden_act != "silu":
         raise unusable(f"activation {entries.hidden_act!r} is not supported in the decoder")
     if config.n_heads % config.n_kv_heads:

@@ -34,12 +34,23 @@ class MediaEntries(Entries):
 
 
 class RopeEntries(Entries):
-    """How positions are rotated. type: the older name of rope_type."""
+    """How positions are rotated. type: the older name of rope_type. The others: see `RopeScaling`."""
 
     rope_type: str | None = None
     type: str | None = None
     rope_theta: Annotated[float, Field(gt=0)]
     mrope_section: list[Annotated[int, Field(ge=0, le=2**16)]] | None = None
+    factor: Annotated[float, Field(ge=1)] | None = None
+    original_max_position_embeddings: Size | None = None
+    low_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    high_freq_factor: Annotated[float, Field(gt=0)] | None = None
+    beta_fast: Annotated[float, Field(gt=0)] | None = None
+    beta_slow: Annotated[float, Field(gt=0)] | None = None
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    partial_rotary_factor: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -62,7 +73,9 @@ class DecoderEntries(Entries):
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     tie_word_embeddings: bool = False
     use_sliding_window: bool | None = False
-    sliding_window: int | None = 4096
+    sliding_window: Annotated[int, Field(ge=1)] | None = 4096
+    attention_bias: bool | None = False
+    mlp_bias: bool | None = False
     max_window_layers: int = 28
     layer_types: list[str] | None = None
     pad_token_id: Annotated[int, Field(ge=-1, le=2**24)] | None = None

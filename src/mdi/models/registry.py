@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import qwen2, qwen2_vl
+from mdi.models import llama, mistral, qwen2, qwen2_vl, qwen3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -29,12 +30,14 @@ class Family:
     """What one family of models adds to the decoder that all share.
 
     read_config: from the contents of config.json to a config. model_type: the entry that goes with the architecture.
+    models: some that people know.
     vision_tower: loads it, where the family has one.
     aliases: (prefix in a file, prefix on the hub) of tensors that some versions of transformers rename.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     model_type: str
+    models: str
     vision_tower: Callable[[VisionConfig, GetTensor], VisionTower] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
 
@@ -48,17 +51,27 @@ class Family:
 
 FAMILIES = {
     "Qwen2VLForConditionalGeneration": Family(
-        qwen2_vl.read_config, "qwen2_vl", qwen2_vl.VisionTransformer, qwen2_vl.ALIASES
+        qwen2_vl.read_config,
+        "qwen2_vl",
+        "Qwen2-VL (2B, 7B, 72B), the bundled model",
+        qwen2_vl.VisionTransformer,
+        qwen2_vl.ALIASES,
     ),
-    "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2"),
+    "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2", "Qwen2, Qwen2.5, Qwen2.5-Coder"),
+    "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),
+    "LlamaForCausalLM": Family(llama.read_config, "llama", "Llama 2 and 3, TinyLlama, SmolLM2, Yi"),
+    "MistralForCausalLM": Family(mistral.read_config, "mistral", "Mistral 7B, Mistral Nemo"),
 }
 REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, weights under another name
 
 
 def family_of(architecture: str) -> Family:
-    """Raises CheckpointError, with the supported architectures, for one that no family has."""
+    """Raises CheckpointError, with the supported architectures and the closest of them, for one that no family has."""
     if architecture not in FAMILIES:
-        raise unusable(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
+        [closest, *_] = get_close_matches(architecture, FAMILIES, cutoff=0)
+        raise unusable(
+            f"architecture {architecture} is not supported; the closest that is: {closest}; all: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[architecture]
 
 

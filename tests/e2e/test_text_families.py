@@ -1,0 +1,84 @@
+"""Text families through whole engines: tokenizer, template, plan and nodes give the answers of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testing.checkpoints import tiny_text_config
+from testing.oracle import Oracle
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.published import PUBLISHED
+from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.checkpoint.source import open_source
+from mdi.core.config import CacheSettings
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
+from mdi.planning.predict import stage_summary
+
+QUESTION = "What is at hand?"
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": LLAMA3, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 600, "head_dim": 32},
+    "qwen3": {"head_dim": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
+}
+PARAMETERS = {
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen2-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "llama-3.2-1b": 1_235_814_400,
+    "tinyllama-1.1b": 1_100_048_384,
+    "mistral-7b": 7_248_023_552,
+}
+"""As the hub counts them."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_text_config(request.param, **FAMILIES[request.param])
+    return write_random_checkpoint(tmp_path_factory.mktemp(request.param) / request.param, config)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[int]:
+    return Oracle(checkpoint).answer(QUESTION)[: GREEDY.max_tokens]
+
+
+@pytest.mark.parametrize("n_nodes", [1, 3])
+def test_answers_are_those_of_transformers(checkpoint: Path, expected: list[int], n_nodes: int) -> None:
+    with Engine(checkpoint, n_nodes=n_nodes, dtype="float32") as engine:
+        answer = engine.chat([{"role": "user", "content": QUESTION}], GREEDY)
+    assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_quantised_model_answers_the_same_on_one_node_and_on_three(checkpoint: Path, quantization: str) -> None:
+    answers = []
+    for n_nodes in (1, 3):
+        with Engine(checkpoint, n_nodes=n_nodes, dtype="bfloat16", quantization=quantization) as engine:
+            answers.append(engine.chat([{"role": "user", "content": QUESTION}], GREEDY).token_ids)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_of_published_models_have_as_many_parameters(name: str) -> None:
+    config = read_config(PUBLISHED[name])
+    summary = stage_summary(config, StageSpec.everything(config), "bfloat16")
+    assert summary.parameters == PARAMETERS[name]
+
+
+def test_a_window_is_as_long_as_a_sequence_may_be(tmp_path: Path) -> None:
+    config = tiny_text_config("mistral", sliding_window=600)
+    model = open_source(write_random_checkpoint(tmp_path / "model", config)).model_config
+    assert CacheSettings().sequence_length_for(model.max_positions) == 600

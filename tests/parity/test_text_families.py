@@ -1,0 +1,153 @@
+"""Text families against transformers: logits and greedy tokens, on one node and on two, with every scaling of RoPE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mdi.core.errors import CheckpointError
+from mdi.models.registry import read_config
+from tests.parity.conftest import load_stages, qwen2_vl_config
+from tests.parity.test_model import Prompt, greedy_tokens, logits_of, relative_difference
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama with heads of their own size": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32}),
+    "llama 3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
+    "llama linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral with a window": (MistralConfig, MistralForCausalLM, {"sliding_window": 300, "head_dim": 32}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3 yarn": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"head_dim": 32, "rope_parameters": YARN | {"attention_factor": 0.8, "beta_fast": 16, "truncate": False}},
+    ),
+    "qwen2 yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7}},
+    ),
+    "qwen2 with a window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 1},
+    ),
+}
+TEXT = [(7 * index + index // 9) % 250 for index in range(200)]  # longer than the lengths that scalings begin from
+MIXED = [Prompt(TEXT), Prompt(TEXT[:7]), Prompt(TEXT[50:120])]
+
+
+def saved(model: Any, path: Path) -> Path:
+    """The model with norms that differ from 1, as transformers saves it."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config_class, model_class, changes = FAMILIES[name]
+    oracle = model_class(config_class(**{**SIZES, **changes})).eval()
+    path = saved(oracle, tmp_path)
+    with torch.no_grad():
+        theirs = oracle(torch.tensor([TEXT]), use_cache=False).logits[0]
+        answers = [
+            oracle.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+            for ids in (TEXT, TEXT[:7], TEXT[50:120])
+        ]
+    for cuts in ((), (2,)):
+        assert relative_difference(logits_of(load_stages(path, *cuts), Prompt(TEXT)), theirs) < 1e-4
+        assert greedy_tokens(load_stages(path, *cuts), MIXED, 12) == answers
+
+
+def test_axes_of_positions_and_yarn_go_together(tmp_path: Path) -> None:
+    """As the documentation of Qwen2.5-VL asks for long texts."""
+    torch.manual_seed(3)
+    oracle = Qwen2VLForConditionalGeneration(
+        qwen2_vl_config(rope_parameters=YARN | {"mrope_section": [2, 3, 3]}, max_position_embeddings=256)
+    ).eval()
+    path = saved(oracle, tmp_path)
+    prompt = Prompt(TEXT[:40], (1, 8, 12), TEXT[:90])
+    with torch.no_grad():
+        theirs = oracle(**prompt.oracle_inputs(), use_cache=False).logits[0]
+    assert relative_difference(logits_of(load_stages(path), prompt), theirs) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("mistral with a window", 300), ("qwen2 with a window", 300), ("llama yarn", 2048), ("qwen3", 32768)],
+)
+def test_a_window_is_the_longest_sequence(name: str, most: int) -> None:
+    config_class, model_class, changes = FAMILIES[name]
+    config = config_class(**{**SIZES, **changes}).to_dict() | {"architectures": [model_class.__name__]}
+    assert read_config(config).max_positions == most
+    extended = config | {"max_position_embeddings": 64}
+    if name == "llama yarn":
+        assert read_config(extended).max_positions == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is set, which is not supported"),
+        ({"mlp_bias": True}, "mlp_bias is set, which is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling of type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "RoPE scaling of type 'linear' needs factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor should be greater than or equal to 1"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "RoPE scaling of type 'llama3' needs low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4 is not below high_freq_factor 4"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1 is supported"),
+        ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layers with chunked_attention are not"),
+        ({"architectures": ["Llama4ForCausalLM"]}, "architecture Llama4ForCausalLM is not supported; the closest"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = LlamaConfig(**SIZES).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(CheckpointError, match=f"^config.json: .*{message}"):
+        read_config(json.loads(json.dumps(config | changes)))
