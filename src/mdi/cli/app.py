@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.text import Text
 
 from mdi.cli import cache, certs
 from mdi.cli.ask import ask
@@ -20,7 +19,7 @@ from mdi.cli.demo import demo
 from mdi.cli.models import models
 from mdi.cli.plan import plan
 from mdi.cli.prepare import prepare
-from mdi.cli.screen import err, say
+from mdi.cli.screen import say_error
 from mdi.cli.secondary import secondary
 from mdi.cli.serve import serve
 from mdi.cli.service import service
@@ -48,5 +47,5 @@ def main() -> None:
     try:
         app()
     except MDIError as error:
-        say(Text.assemble(("error:", "bold red"), f" {error}"), err)
+        say_error(str(error))
         sys.exit(2 if isinstance(error, (InputError, ConfigError, CheckpointError)) else 1)

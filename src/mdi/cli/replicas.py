@@ -17,6 +17,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mdi.cli.logs import LogFormat, set_up_logs
 from mdi.cli.screen import err, say
 from mdi.cluster.launchers.manual import Presence
 from mdi.cluster.launchers.ray_cluster import AUTO, RayCluster
@@ -25,7 +26,6 @@ from mdi.core.errors import ConfigError, LinkError
 from mdi.gateway.app import create_app
 from mdi.gateway.metrics import Metrics
 from mdi.gateway.metrics import joined as joined_metrics
-from mdi.gateway.middleware.request_log import show_access_log
 from mdi.gateway.nodes import Report, joined, report
 from mdi.gateway.request_record import REQUEST_ID
 from mdi.gateway.server import KEEP_ALIVE_S
@@ -64,8 +64,7 @@ class Replica:
     def __init__(self, application: Application) -> None:
         from mdi.engine import Engine
 
-        if application.access_log:
-            show_access_log()
+        set_up_logs(application.log_format, access=application.access_log)
         self._engine = Engine(application.config.with_settings(ray=AUTO), waiting=_log_waiting)
         self._application = application
 
@@ -149,6 +148,7 @@ class Application:
     config: EngineConfig
     gateway: GatewayConfig
     count: ReplicaCount
+    log_format: LogFormat
     access_log: bool
     command: str = field(default_factory=lambda: secrets.token_hex(8))
 

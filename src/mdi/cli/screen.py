@@ -5,6 +5,7 @@ No text is read as markup, so names and answers appear as they are; colours are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mdi.cli.logs import LINES, logs_json
 from mdi.core.quantization import described
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+log = logging.getLogger("mdi")
 
 
 def say(text: str | Text, console: Console = out) -> None:
@@ -46,16 +49,36 @@ def steps_bar() -> Progress:
     return _bar(MofNCompleteColumn())
 
 
+def say_error(text: str) -> None:
+    """What ends a command."""
+    if logs_json():
+        log.error("%s", text)
+    else:
+        say(Text.assemble(("error:", "bold red"), f" {text}"), err)
+
+
+def show_nodes(title: str, nodes: Sequence[NodeStatus]) -> None:
+    """A table of the nodes of a running engine; a line of the log for each where that is JSON."""
+    if not logs_json():
+        err.print(nodes_table(title, nodes))
+        return
+    for node in nodes:
+        fields = dict(zip(("node", "layers", "dtype", "device", "memory"), _cells(node), strict=True))
+        LINES.info("%(node)s: %(layers)s, %(dtype)s, %(device)s, %(memory)s", fields)
+
+
 def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> Table:
     """A row for each node of a running engine."""
     table = Table("node", "layers", "dtype", "device", "memory", title=title)
     for node in nodes:
-        layers = f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare"
-        numbers = described(node.dtype, node.quantization) if node.dtype else ""
-        table.add_row(
-            node.name, layers, numbers, f"{node.device} {node.kernels}", f"{node.resident_bytes / 1e6:,.0f} MB"
-        )
+        table.add_row(*_cells(node))
     return table
+
+
+def _cells(node: NodeStatus) -> tuple[str, ...]:
+    layers = f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare"
+    numbers = described(node.dtype, node.quantization) if node.dtype else ""
+    return node.name, layers, numbers, f"{node.device} {node.kernels}", f"{node.resident_bytes / 1e6:,.0f} MB"
 
 
 class Startup:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mdi.cli.logs import LogFormat, LogFormatOption, set_up_logs
 from mdi.cli.options import CERTS, Certs, Device, Dtype, Insecure, NodesJson, grouped
 from mdi.cli.parent import OPTION, end_with_parent
 from mdi.cli.screen import BytesProgress
@@ -53,6 +54,7 @@ class NodeOptions:
     ] = None
     certs: Certs = CERTS
     insecure: Insecure = False
+    log_format: LogFormatOption = LogFormat.TEXT
 
     def settings(self) -> NodeSettings:
         """Raises ConfigError for options that contradict each other, the nodes-config or the certificates."""
@@ -96,6 +98,8 @@ def secondary(options: NodeOptions) -> None:
     """
     if options.with_parent:
         end_with_parent()
+
+    set_up_logs(options.log_format)
 
     from mdi.node.server import serve_node
 

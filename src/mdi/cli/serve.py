@@ -11,6 +11,7 @@ import typer
 from mdi.cli.completion import checkpoints
 from mdi.cli.config_file import use_config_file
 from mdi.cli.gateway_options import GatewayOptions
+from mdi.cli.logs import LogFormat, LogFormatOption, set_up_logs
 from mdi.cli.options import (
     DEFAULTS,
     EngineOptions,
@@ -24,7 +25,7 @@ from mdi.cli.options import (
     grouped,
     setting,
 )
-from mdi.cli.screen import err, nodes_table, say
+from mdi.cli.screen import err, say, show_nodes
 from mdi.cli.values import limits_of_kinds, tokens, words
 from mdi.core.config import MEBIBYTE
 from mdi.core.errors import ConfigError
@@ -79,6 +80,7 @@ def serve(
     recovery_timeout: Annotated[float, setting("recovery_timeout_s")] = DEFAULTS.cluster.recovery.recovery_timeout_s,
     spare_after: Annotated[float, setting("spare_after_s", min=0)] = DEFAULTS.cluster.manual.spare_after_s,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page of the server in a browser.")] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
     replicas: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +96,6 @@ def serve(
             f"-tp {tensor_parallel}: one node computes a whole layer. Split the model by layers instead, with "
             f"--pipeline-parallel-size {tensor_parallel}"
         )
-    from mdi.gateway.middleware.request_log import show_access_log
     from mdi.gateway.server import bind, check_files, page_url, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
@@ -102,8 +103,7 @@ def serve(
     http = gateway.config()
     check_files(http)
     limits = limits_of_kinds(limit_mm_per_prompt, "--limit-mm-per-prompt")
-    if not gateway.no_access_log:
-        show_access_log()
+    set_up_logs(log_format, access=not gateway.no_access_log)
     raise_open_files()
     settings = {
         "sequence_length": sequence_length,
@@ -134,10 +134,11 @@ def serve(
 
         count = ReplicaCount.parse(replicas)
         settled = options.config(name, **settings)
-        serve_replicas(Application(settled, http, count, access_log=not gateway.no_access_log), gateway.port)
+        application = Application(settled, http, count, log_format, access_log=not gateway.no_access_log)
+        serve_replicas(application, gateway.port)
         return
     with bind(gateway.host, gateway.port) as bound, options.start(name, **settings) as engine:
-        err.print(nodes_table(engine.model_name, engine.nodes()))
+        show_nodes(engine.model_name, engine.nodes())
         if open_page:
             _open_page(page_url(bound, http))
         serve_http(engine, bound, http)

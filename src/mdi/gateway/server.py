@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import math
 import resource
 import signal
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import ConfigError
@@ -150,6 +152,7 @@ class Server(uvicorn.Server):
                 app,
                 http=cast(type[Connection], partial(Connection, limit)),  # called as the class would be
                 ws="none",
+                log_config=None if logging.getLogger().handlers else LOGGING_CONFIG,  # a process may have its own
                 log_level=config.uvicorn_log_level,
                 access_log=False,
                 backlog=BACKLOG,

@@ -19,6 +19,9 @@ USABLE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # of ids that clients give: 
 SHOWN = 200  # characters of a path
 QUIET_PATHS = (*OPEN_PATHS, "/v1/nodes", "/metrics")  # what is asked again and again
 
+LINE = '%(client)s "%(method)s %(path)s" %(status)d'
+FIGURES = " %(seconds).3fs key=%(key)s tokens=%(prompt_tokens)d+%(completion_tokens)d id=%(id)s"
+
 log = logging.getLogger("mdi.access")
 
 
@@ -64,27 +67,17 @@ class RequestLog:
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
     if (scope["path"] in QUIET_PATHS or is_page(scope["path"])) and status < 400:
         return
-    client = scope.get("client")
-    usage, late = record.usage, f" error={record.late_error}" if record.late_error else ""
-    log.info(
-        '%s "%s %s" %d%s %.3fs key=%s tokens=%d+%d id=%s',
-        client[0] if client else "-",
-        scope["method"],
-        scope["raw_path"].decode("ascii", "backslashreplace")[:SHOWN],  # as it was sent: without line ends
-        status,
-        late,
-        seconds,
-        record.key,
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        record.id,
-    )
-
-
-def show_access_log() -> None:
-    """Writes a line for each request to standard error, for the command line."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    client, usage = scope.get("client"), record.usage
+    fields = {
+        "client": client[0] if client else "-",
+        "method": scope["method"],
+        "path": scope["raw_path"].decode("ascii", "backslashreplace")[:SHOWN],  # as it was sent: without line ends
+        "status": status,
+        "seconds": round(seconds, 6),
+        "key": record.key,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "id": record.id,
+        "error": record.late_error,
+    }
+    log.info(LINE + (" error=%(error)s" if record.late_error else "") + FIGURES, fields)
