@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,13 +94,15 @@ def test_times_of_steps_are_those_that_the_engine_noted() -> None:
     stream.timing = Timing(10.0, prepared_s=11.0, scheduled_s=13.0, first_token_s=13.5, last_token_s=15.0)
 
     async def read() -> None:
-        async for _ in metrics.observed(stream):
+        async for _ in metrics.observed(stream, time.monotonic() - 5.0):
             pass
 
     asyncio.run(read())
     found = series(metrics.text())
     times = {step: found[f"vllm:request_{step}_time_seconds_sum", ()] for step in STEPS}
     assert times == {"queue": 3.0, "prefill": 0.5, "decode": 1.5, "inference": 2.0}
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+        assert 5.0 <= found[f"vllm:{name}_sum", ()] < 6.0
 
 
 def test_a_client_that_leaves_and_a_lost_node_are_aborts(server: Server[FakeEngine]) -> None:

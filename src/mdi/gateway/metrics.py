@@ -7,13 +7,12 @@ alerts work; `mdi:` are our own.
 from __future__ import annotations
 
 import time
-from collections import Counter as Counts
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from itertools import chain
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -68,8 +67,6 @@ class Metrics:
         self._inference = self._histogram(
             "request_inference_time_seconds", "From a request's first batch to its last token.", REQUEST_S
         )
-        self._prompted = self._counter("prompt_tokens", "Tokens of prompts, of requests that came to their end.")
-        self._generated = self._counter("generation_tokens", "Tokens of answers.")
         self._queried = self._counter("prefix_cache_queries", "Tokens of prompts that were looked for in the cache.")
         self._hit = self._counter("prefix_cache_hits", "Tokens of prompts that an earlier sequence had computed.")
         self._finished = Counter(
@@ -78,14 +75,15 @@ class Metrics:
         for reason in ("stop", "length", "abort"):
             self._finished.labels(*self._labels, reason)
         self._registry.register(EngineSeries(engine, self._labels))
+        self._registry.register(_Totals(self, self._labels))
 
     def text(self) -> str:
         """All series, in the text form."""
         return generate_latest(self._registry).decode()
 
-    def observed(self, running: Running) -> Running:
-        """The same request, whose tokens and times are counted."""
-        return _Observed(running, self)
+    def observed(self, running: Running, began_s: float) -> Running:
+        """The same request, whose tokens and times are counted. began_s: when it came, by time.monotonic."""
+        return _Observed(running, self, began_s)
 
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
@@ -97,7 +95,6 @@ class Metrics:
 
     def generated(self, count: int) -> None:
         self.generated_tokens += count
-        self._generated.inc(count)
 
     def answered(self, reason: str) -> None:
         self._finished.labels(*self._labels, reason).inc()
@@ -110,7 +107,6 @@ class Metrics:
         self._prompt.observe(usage.prompt_tokens)
         self._answer.observe(usage.completion_tokens)
         self.prompt_tokens += usage.prompt_tokens
-        self._prompted.inc(usage.prompt_tokens)
         self._queried.inc(usage.prompt_tokens)
         self._hit.inc(usage.cached_tokens)
 
@@ -131,15 +127,32 @@ class Metrics:
         return Counter(f"vllm:{name}", text, LABELS, registry=self._registry).labels(*self._labels)
 
 
+class _Totals(Collector):
+    """Tokens of all requests: plain numbers, because every piece of every answer adds to them."""
+
+    def __init__(self, metrics: Metrics, labels: tuple[str, str]) -> None:
+        self._metrics = metrics
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, count in (
+            ("prompt_tokens", "Tokens of prompts, of requests that came to their end.", self._metrics.prompt_tokens),
+            ("generation_tokens", "Tokens of answers.", self._metrics.generated_tokens),
+        ):
+            family = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            family.add_metric(self._labels, count)
+            yield family
+
+
 class _Observed:
     """A running request whose pieces are counted and timed as they are taken."""
 
-    def __init__(self, running: Running, metrics: Metrics) -> None:
+    def __init__(self, running: Running, metrics: Metrics, began_s: float) -> None:
         self._running = running
         self._metrics = metrics
-        self._began_s = time.monotonic()
+        self._began_s = began_s
         self._last_s: dict[int, float] = {}  # of each sample
-        self._tokens: Counts[int] = Counts()  # of each sample
+        self._tokens: dict[int, int] = {}  # of each sample
         self._ended = False
 
     @property
@@ -171,7 +184,7 @@ class _Observed:
             elif piece.index in self._last_s:
                 self._metrics.further_tokens(count, now - self._last_s[piece.index])
             self._last_s[piece.index] = now
-            self._tokens[piece.index] += count
+            self._tokens[piece.index] = self._tokens.get(piece.index, 0) + count
             self._metrics.generated(count)
         if piece.finish_reason:
             self._metrics.answered(piece.finish_reason)

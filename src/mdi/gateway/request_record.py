@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
@@ -15,12 +16,17 @@ REQUEST_ID = "x-request-id"  # the header
 
 @dataclass
 class RequestRecord:
-    """One request. key: the name of its API key. running: what it computes. late_error: of an answer that had begun."""
+    """One request.
+
+    key: the name of its API key. running: what it computes. late_error: of an answer that had begun. began_s: when its
+    head had come, by time.monotonic.
+    """
 
     id: str
     key: str = "-"
     running: Running | None = None
     late_error: int | None = None
+    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def usage(self) -> Usage:

@@ -18,6 +18,7 @@ from mdi.core.outputs import Completion, Piece, collect
 from mdi.gateway.engine import Running
 from mdi.gateway.errors import answer_to
 from mdi.gateway.json_text import json_text
+from mdi.gateway.metrics import Metrics
 from mdi.gateway.request_record import record_of
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ async def completion(request: Request, running: Running, timeout_s: float | None
     Raises ClientDisconnect when the client disconnects first, TimeoutError past the limit; both cancel the request.
     """
     answers: Answers = request.app.state.answers
-    running = record_of(request.scope).running = request.app.state.metrics.observed(running)
+    running = _observed(request, running)
 
     async def all_pieces() -> list[Piece]:
         async with answers.limited(timeout_s, asyncio.get_running_loop().time()):
@@ -96,7 +97,7 @@ async def events(
     The response begins with the first event or after STATUS_S. An error before that is raised, for its own status.
     """
     answers: Answers = request.app.state.answers
-    running = record_of(request.scope).running = request.app.state.metrics.observed(running)
+    running = _observed(request, running)
     began_s = asyncio.get_running_loop().time()
     contents = render(aiter(running))
     first = asyncio.ensure_future(anext(contents))
@@ -183,6 +184,14 @@ class _Events(Response):
     async def _send(self, send: Send, event: bytes) -> None:
         self._sent_s = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+def _observed(request: Request, running: Running) -> Running:
+    """The same, whose tokens and times are counted, also in the request's record."""
+    record, metrics = record_of(request.scope), request.app.state.metrics
+    assert isinstance(metrics, Metrics)
+    record.running = observed = metrics.observed(running, record.began_s)
+    return observed
 
 
 def _event(content: Content, named: bool) -> bytes:
