@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from mdi.bench.measure import MemoryLog, Run, node_times
 from mdi.core.status import NodeStatus
+from mdi.core.tables import UncutTable
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.plan import VISION
 from mdi.planning.predict import StageSummary, stage_summary
@@ -46,7 +44,7 @@ class Bench:
     memory: tuple[NodeMemory, ...]
     memory_log: MemoryLog
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[UncutTable]:
         """For the screen."""
         tables = [self._speed_table(), self._nodes_table(), self._memory_table()]
         return [*tables, self._ratio_table()] if self.peers else tables
@@ -85,8 +83,8 @@ class Bench:
                         (run.scenario.name, stream, token, f"{time_s:.6f}") for token, time_s in enumerate(times_s)
                     )
 
-    def _speed_table(self) -> Table:
-        table = Table(
+    def _speed_table(self) -> UncutTable:
+        table = UncutTable(
             "work",
             "tokens seen",
             "first token",
@@ -106,29 +104,29 @@ class Bench:
             )
         return table
 
-    def _nodes_table(self) -> Table:
+    def _nodes_table(self) -> UncutTable:
         works = ("fetch", "preprocess", "encode", "prefill", "decode", "sample")
-        columns = ("node", *works, "idle", "hop, ms")  # fits into 80 columns
-        table = Table(*columns, title="seconds of each node", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        columns = ("node", *works, "idle", "hop, ms")
+        table = UncutTable(*columns, title="seconds of each node", narrow=True)
         for run in self.runs:
             table.add_row(run.scenario.name, style="bold")
             for name, times in node_times(run).items():
                 hop = "-" if times.hop_s is None else f"{times.hop_s * 1e3:.2f}"
-                spent = (f"{times.work_s[work]:.3f}" if work in times.work_s else "-" for work in works)
-                table.add_row(name, *spent, f"{times.idle_s:.3f}", hop)
+                spent = (_seconds(times.work_s[work]) if work in times.work_s else "-" for work in works)
+                table.add_row(name, *spent, _seconds(times.idle_s), hop)
         return table
 
-    def _memory_table(self) -> Table:
+    def _memory_table(self) -> UncutTable:
         columns = ("embedding", "vision", "layers", "LM head", "KV cache, full", "resident")
-        table = Table("node", *columns, title="memory, MB")
+        table = UncutTable("node", *columns, title="memory, MB")
         for node in self.memory:
             sizes = (node.embedding, node.vision, node.layers, node.head, node.cache, node.resident)
             table.add_row(node.node, *(f"{size / MB:,.0f}" for size in sizes))
         return table
 
-    def _ratio_table(self) -> Table:
+    def _ratio_table(self) -> UncutTable:
         columns = ("work", "first token", "there", "ratio", "tokens/s, decode", "there", "ratio")
-        table = Table(*columns, title="here, and there: in transformers")
+        table = UncutTable(*columns, title="here, and there: in transformers")
         for ours, theirs in zip(self.runs, self.peers, strict=True):
             table.add_row(
                 ours.scenario.name,
@@ -167,6 +165,10 @@ def _memory_of(config: ModelConfig, node: NodeStatus, vision: bool, cache_tokens
         cache=layers.cache_bytes,
         resident=node.resident_bytes,
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 100 else f"{seconds:.1f}"
 
 
 def _figures(run: Run) -> dict[str, Any]:

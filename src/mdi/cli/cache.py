@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
+from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
     from mdi.checkpoint.cache import CacheEntry
@@ -35,13 +36,17 @@ def ls(cache_folder: Folder = None) -> None:
     cache = Cache.open(cache_folder)
     entries = cache.entries()
     if entries:
-        table = Table("entry", "contents", "size", "last used", "")
-        for entry in entries:
-            size, used = _gb(entry.size_bytes), f"{datetime.fromtimestamp(entry.used_s):%Y-%m-%d %H:%M}"
-            table.add_row(entry.name[:NAME_WIDTH], entry.contents, size, used, "in use" if entry.in_use else "")
-        out.print(table)
+        out.print(entries_table(entries))
     total_bytes = sum(entry.size_bytes for entry in entries)
     say(f"{_gb(total_bytes)} of at most {_gb(cache.limit_bytes)} in {cache.folder}")
+
+
+def entries_table(entries: Sequence[CacheEntry]) -> UncutTable:
+    table = UncutTable("entry", "contents", "size", "last used", "", narrow=True)
+    for entry in entries:
+        size, used = _gb(entry.size_bytes), f"{datetime.fromtimestamp(entry.used_s):%Y-%m-%d %H:%M}"
+        table.add_row(entry.name[:NAME_WIDTH], entry.contents, size, used, "in use" if entry.in_use else "")
+    return table
 
 
 @app.command()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
+from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
     import httpx
@@ -110,7 +110,7 @@ def _watch(fetch: Callable[[], Snapshot], first: Snapshot) -> None:
 
 def _shown(now: Snapshot, before: Snapshot) -> RenderableType:
     """before: seen earlier, for the rates of links."""
-    table = Table("node", "state", "layers", "memory", "busy", "links", "round trip", "computes with")
+    table = UncutTable("node", "state", "layers", "memory", "busy", "links", "round trip", "computes with", narrow=True)
     traffic = {_key(node): _traffic(node) for node in before.report["nodes"]}
     seconds = now.asked_s - before.asked_s
     for node in now.report["nodes"]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from mdi.cli.sample_questions import AnsweredQuestion, SampleQuestion, sample_questions
 from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
+from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
     from mdi.cli.demo_agent import AgentStep
@@ -45,7 +45,7 @@ def demo(
         out.print(f"{N_NODES} nodes with one model between them, started in {time.perf_counter() - started:.1f} s\n")
         answers = [_ask(engine, sample) for sample in sample_questions()]
         steps = agent_steps(engine)
-        nodes = Table("node", "layers", "process", "memory")
+        nodes = UncutTable("node", "layers", "process", "memory")
         for node in engine.nodes():
             layers = f"{node.first_layer}-{node.last_layer - 1}"
             nodes.add_row(node.name, layers, str(node.pid), f"{node.resident_bytes / 1e6:,.0f} MB")
@@ -75,16 +75,16 @@ def _ask(engine: Engine, sample: SampleQuestion) -> AnsweredQuestion:
     return AnsweredQuestion(sample, completion.text, time.perf_counter() - started)
 
 
-def _answers_table(answers: list[AnsweredQuestion]) -> Table:
-    table = Table("question", "answer", "truth", "seconds")
+def _answers_table(answers: list[AnsweredQuestion]) -> UncutTable:
+    table = UncutTable("question", "answer", "truth", "seconds")
     for answer in answers:
         text = Text(answer.text, "green" if answer.right else "red")
         table.add_row(answer.sample.question, text, answer.sample.truth, f"{answer.seconds:.2f}")
     return table
 
 
-def _steps_table(steps: list[AgentStep]) -> Table:
-    table = Table("what an agent does", "over the OpenAI API")
+def _steps_table(steps: list[AgentStep]) -> UncutTable:
+    table = UncutTable("what an agent does", "over the OpenAI API")
     for step in steps:
         table.add_row(step.speaker, Text(step.text, {True: "green", False: "red", None: ""}[step.right]))
     return table

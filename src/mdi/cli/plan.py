@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from mdi.cli.options import (
     DEFAULTS,
     CheckpointOptions,
@@ -24,6 +22,7 @@ from mdi.cli.options import (
 from mdi.cli.screen import err, out
 from mdi.core.config import CacheSettings, ManualNodes
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
@@ -111,8 +110,8 @@ def _measure(
         return measure_reachable(nodes, identity, dtype, quantization, device)
 
 
-def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:
-    table = Table("node", "layers", "holds", "parameters", "size", "share of a step")
+def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> UncutTable:
+    table = UncutTable("node", "layers", "holds", "parameters", "size", "share of a step")
     for name, spec, summary in rows:
         parts = [("embedding", spec.embedding), ("vision", spec.vision), ("LM head", spec.head)]
         table.add_row(
@@ -126,9 +125,10 @@ def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> Table:
     return table
 
 
-def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machines: Sequence[Machine]) -> Table:
+def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machines: Sequence[Machine]) -> UncutTable:
     """Once all nodes have work, a token takes the time of the slowest node; a single stream takes the sum of all."""
-    table = Table("node", "layers", "weights", "cache", "room", "reads", "computes", "a token", "1,000 of a prompt")
+    columns = ("weights", "cache", "room", "reads", "computes", "a token", "1,000 of a prompt")
+    table = UncutTable("node", "layers", *columns, narrow=True)
     for (name, spec, summary), machine in zip(rows, machines, strict=True):
         table.add_row(
             name,

@@ -21,11 +21,11 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from mdi.cli.logs import LINES, logs_json
 from mdi.core.quantization import described
+from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
     from mdi.cluster.launchers.manual import Presence
@@ -67,9 +67,9 @@ def show_nodes(title: str, nodes: Sequence[NodeStatus]) -> None:
         LINES.info("%(node)s: %(layers)s, %(dtype)s, %(device)s, %(memory)s", fields)
 
 
-def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> Table:
+def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> UncutTable:
     """A row for each node of a running engine."""
-    table = Table("node", "layers", "dtype", "device", "memory", title=title)
+    table = UncutTable("node", "layers", "dtype", "device", "memory", title=title)
     for node in nodes:
         table.add_row(*_cells(node))
     return table
@@ -119,7 +119,7 @@ class Startup:
     def _render(self) -> RenderableType:
         if not any(presence.missing for presence in self._present):
             return self._progress
-        table = Table("node", "address", "", "", title="waiting for nodes", title_justify="left")
+        table = UncutTable("node", "address", "", "", title="waiting for nodes", title_justify="left")
         for presence in self._present:
             state = Text("there", "green") if presence.there else Text("missing", "yellow")
             table.add_row(presence.node.name, presence.node.address, state, presence.note)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mdi.cli.ask import user_message
 from mdi.cli.options import CheckpointOptions, Images, Model, NNodes, QuantizationOptions, Videos, grouped
 from mdi.cli.screen import out
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.tables import UncutTable
 
 
 @grouped
@@ -38,7 +38,7 @@ def verify(
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")
         raise typer.Exit(1)
-    table = Table("position", "largest logit difference", title=_title(dtype, quantization, n_nodes))
+    table = UncutTable("position", "largest logit difference", title=_title(dtype, quantization, n_nodes))
     for position, difference in enumerate(report.differences):
         table.add_row(str(position), f"{difference:.3g}")
     out.print(table)
