@@ -64,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch, served: list[GatewayConfig]) -> None:
     options = "--allow-host a --allow-host b --allow-origin https://c.example --max-body-mb 1 --max-upload-mb 2"
-    keys = "--api-key k --metrics-key m"
+    keys = "--api-key k --metrics-key m --otlp-traces-endpoint http://127.0.0.1:4318"
     assert run(monkeypatch, *options.split(), "--drain-timeout", "3", "--strict-requests", *keys.split()) == 0
     assert served == [
         GatewayConfig(
@@ -76,6 +76,7 @@ def test_options_are_the_settings_of_the_server(monkeypatch: pytest.MonkeyPatch,
             strict_requests=True,
             api_keys=("k",),
             metrics_key="m",
+            otlp_traces_endpoint="http://127.0.0.1:4318",
         )
     ]
 

@@ -401,4 +401,5 @@ def test_batches_and_what_losses_cost_are_measured(make_world: Callable[..., Wor
     assert (calm.replayed_tokens, sum(calm.recovery_s.counts)) == (0, 0)
     assert 0 < rough.replayed_tokens <= rough.batch_tokens.total - tokens
     assert sum(rough.recovery_s.counts) == 1
-    assert rough.recovery_s.total > 0
+    [(began_s, ended_s)] = rough.recoveries
+    assert rough.recovery_s.total == ended_s - began_s > 0

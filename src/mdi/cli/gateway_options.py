@@ -47,6 +47,7 @@ class GatewayOptions:
         bool,
         typer.Option("--no-access-log", "--disable-uvicorn-access-log", help="Log no line for each request."),
     ] = False
+    otlp_traces_endpoint: Annotated[str | None, setting("otlp_traces_endpoint")] = None
     uvicorn_log_level: Annotated[str, setting("uvicorn_log_level")] = DEFAULTS.uvicorn_log_level
 
     def config(self) -> GatewayConfig:
@@ -68,5 +69,6 @@ class GatewayOptions:
             max_upload_bytes=self.max_upload_mb * MEBIBYTE,
             strict_requests=self.strict_requests,
             drain_timeout_s=self.drain_timeout,
+            otlp_traces_endpoint=self.otlp_traces_endpoint,
             uvicorn_log_level=self.uvicorn_log_level,
         )

@@ -320,6 +320,10 @@ class GatewayConfig(Section):
         None, "YAML file with API keys: names, limits and expiry. It is reread when it changes."
     )
     metrics_key: str | None = setting(None, "Key that opens GET /metrics and nothing else, for Prometheus.")
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "Collector that gets OpenTelemetry traces, like http://127.0.0.1:4318: needs the extra tracing.",
+    )
     served_model_name: tuple[str, ...] = setting(
         (), "A name of the model, in place of its own; may be repeated. The first one stands in answers."
     )
@@ -357,6 +361,8 @@ class GatewayConfig(Section):
             raise ConfigError("the API key is empty: give one, or none at all")
         if self.metrics_key is not None and (not self.metrics_key or not self.needs_key):
             raise ConfigError("--metrics-key needs a value, and --api-key or --api-keys: without these all is open")
+        if self.otlp_traces_endpoint is not None and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"a collector is like http://127.0.0.1:4318; got {self.otlp_traces_endpoint!r}")
         for origin in self.allow_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(f"an origin is like https://chat.example.com:8080, without a path; got {origin!r}")

@@ -121,7 +121,8 @@ class Measurements:
     batch_tokens: tokens of each batch. encode_s: seconds from the start of each image's or video's encoding to its
     embeddings, batches in between included. recovery_s: seconds of each recovery, from the loss until batches flow
     again. replayed_tokens: that were computed again after a loss. media_queries: images and videos that prompts showed;
-    media_hits: those of them whose embeddings were kept.
+    media_hits: those of them whose embeddings were kept. recoveries: when the last ones began and ended, by
+    time.monotonic, those that failed included.
     """
 
     batch_tokens: Distribution
@@ -130,6 +131,7 @@ class Measurements:
     replayed_tokens: int
     media_queries: int
     media_hits: int
+    recoveries: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from mdi.models.stage import Stage
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # as in vLLM
+MOST_RECOVERIES = 16  # whose times are kept
 RECOVERY_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
 
 
@@ -94,6 +95,7 @@ class StepLoop:
         self._recovery_s = Histogram(RECOVERY_S)
         self._lost_s = 0.0  # when nodes were lost last, by time.monotonic
         self._replayed_tokens = 0
+        self._recoveries: tuple[tuple[float, float], ...] = ()  # the last ones: when they began and ended
         self._thread = threading.Thread(target=self._run, name="mdi-engine", daemon=True)
         self._thread.start()
 
@@ -112,6 +114,7 @@ class StepLoop:
             self._replayed_tokens,
             media_queries=vision.hits + vision.misses,
             media_hits=vision.hits,
+            recoveries=self._recoveries,
         )
 
     def close(self) -> None:
@@ -186,7 +189,8 @@ class StepLoop:
                 self._recover()
             case Rewired():
                 self.recovery = replace(self.recovery, recovering=False)
-                self._recovery_s.add(time.monotonic() - self._lost_s)
+                self._note_recovery()
+                self._recovery_s.add(self._recoveries[-1][1] - self._lost_s)
             case GaveUp(error):
                 self._give_up(error)
             case Close():
@@ -221,6 +225,10 @@ class StepLoop:
             self._cancel(request)
         assert self._link is not None
         self._link.recover()
+
+    def _note_recovery(self) -> None:
+        """One has ended."""
+        self._recoveries = (*self._recoveries[-MOST_RECOVERIES + 1 :], (self._lost_s, time.monotonic()))
 
     def _collect(self, result: Result) -> None:
         """A batch came back: the caches hold its tokens, and every slice with samplings has new ones."""
@@ -295,6 +303,8 @@ class StepLoop:
 
     def _give_up(self, error: LinkError) -> None:
         failed = self.recovery.failed_requests + len(self._live)
+        if self.recovery.recovering:
+            self._note_recovery()
         self.recovery = replace(self.recovery, recovering=False, failed_requests=failed)
         self._fail(error)
 

@@ -19,10 +19,12 @@ from mdi.gateway.middleware.head import HeadAsGet
 from mdi.gateway.middleware.request_log import RequestLog
 from mdi.gateway.middleware.root_path import RootPath
 from mdi.gateway.middleware.safe_headers import SafeHeaders
+from mdi.gateway.middleware.trace import TraceRequests
 from mdi.gateway.openai.ignored import HEADER
 from mdi.gateway.openai.models import ServedModel
 from mdi.gateway.request_record import REQUEST_ID
 from mdi.gateway.streaming import Answers
+from mdi.gateway.traces import Traces
 
 
 def create_app(
@@ -38,8 +40,12 @@ def create_app(
     )
     app.state.answers = Answers()
     errors.install(app)
-    _add_checks(app, config)
     served = ServedModel(engine, config.served_model_name)
+    _add_checks(app, config)
+    if config.otlp_traces_endpoint:
+        app.state.traces = traces = Traces(config.otlp_traces_endpoint)
+        app.add_middleware(TraceRequests, traces=traces, engine=engine, model=served.name)
+    app.add_middleware(RequestLog)
     app.state.metrics = Metrics(engine, served.name, replicas.name if replicas else ENGINE)
     app.include_router(page.router())
     app.include_router(generate.router(engine, config))
@@ -52,7 +58,7 @@ def create_app(
 
 
 def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
-    """Adds the middleware, from the innermost to the outermost."""
+    """Adds the middleware that may refuse requests, from the innermost to the outermost."""
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_upload_bytes=config.max_upload_bytes)
     if config.needs_key:
@@ -73,4 +79,3 @@ def _add_checks(app: FastAPI, config: GatewayConfig) -> None:
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
     app.add_middleware(SafeHeaders)
-    app.add_middleware(RequestLog)

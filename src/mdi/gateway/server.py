@@ -28,6 +28,7 @@ from mdi.gateway.app import create_app
 from mdi.gateway.connection import REQUEST_TIMEOUT, Connection, ConnectionLimit, Occasionally
 from mdi.gateway.engine import TextEngine
 from mdi.gateway.keys import read_keys
+from mdi.gateway.traces import exporter_to
 
 KEEP_ALIVE_S = 75  # longer than the pools of clients keep idle connections
 BACKLOG = 256
@@ -89,7 +90,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def check_files(config: GatewayConfig) -> None:
-    """Raises ConfigError for files of API keys or for HTTPS that cannot be used, before the model is loaded."""
+    """Raises ConfigError for files of API keys or for HTTPS, or traces, that cannot be, before the model is loaded."""
+    if config.otlp_traces_endpoint is not None:
+        exporter_to(config.otlp_traces_endpoint).shutdown()
     if config.api_keys_file is not None:
         read_keys(config.api_keys_file)
     if config.ssl_certfile is None:
