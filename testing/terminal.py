@@ -30,6 +30,12 @@ class Terminal:
         before, _, self._unread = self._unread.partition(wanted)
         return before + wanted
 
+    def read_some(self) -> str:
+        """What is shown next, a letter or more."""
+        shown = self._unread or os.read(self._descriptor, 4096).decode(errors="replace")
+        self._unread = ""
+        return shown
+
 
 @contextmanager
 def terminal(words: Sequence[str], folder: Path, **environment: str) -> Iterator[Terminal]:

@@ -22,6 +22,7 @@ from mdi.core.outputs import Piece
 
 PICTURE = SHIPPED.parent / "samples" / "json-1-1.png"  # a brown circle, a brown heart and a gray star
 READY = "\x1b[?2004h"  # what prompt_toolkit turns on when it begins to read: pasting in brackets
+ANSWERS = "\x1b[?2004l"  # what it turns off when it has read
 Type = Callable[..., str]
 
 
@@ -30,12 +31,13 @@ def talk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureF
     """Types lines into a conversation, and returns what was printed, errors last."""
     monkeypatch.chdir(tmp_path)
 
-    def talk(*lines: str, options: tuple[str, ...] = ()) -> str:
+    def talk(*lines: str, options: tuple[str, ...] = (), code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["mdi", "chat", str(SHIPPED), "--temperature", "0", *options])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        typed = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        assert ended.value.code == 0
+        assert ended.value.code == code
         printed = capfd.readouterr()
         return printed.out + printed.err
 
@@ -82,6 +84,12 @@ def test_what_is_wrong_with_a_line_is_said_and_the_next_one_is_answered(talk: Ty
     assert (tmp_path / "there.json").read_text() == "kept"
 
 
+def test_what_is_not_utf_8_ends_the_conversation_and_lines_before_it_are_answered(talk: Type) -> None:
+    said = talk("What color is the star?", "caf\udce9", "never asked", options=("--image", str(PICTURE)), code=2)
+    assert said.splitlines()[0] == "gray"
+    assert "line 2 of standard input is not UTF-8: convert it" in " ".join(said.split())
+
+
 def test_ctrl_c_stops_an_answer_and_what_came_of_it_stays(capfd: pytest.CaptureFixture[str]) -> None:
     seen, closed = [], []
 
@@ -119,3 +127,45 @@ def test_in_a_terminal_there_are_a_history_and_ctrl_d(tmp_path: Path) -> None:
     history = tmp_path / "mdi" / "chat-history"
     assert "+Hello" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_in_a_terminal_it_answers_about_an_image_and_saves_that(tmp_path: Path) -> None:
+    words = command("chat", SHIPPED, "--image", PICTURE, "--temperature", "0")
+    with terminal(words, tmp_path, XDG_STATE_HOME=str(tmp_path)) as shown:
+        shown.read_until(READY)
+        shown.type("What color is the star?\r")
+        shown.read_until("gray")
+        shown.read_until(READY)
+        shown.type("/save talk.json\r")
+        shown.read_until("saved 2 messages to talk.json")
+        shown.read_until(READY)
+        shown.type("/exit\r")
+        assert shown.process.wait(30) == 0
+    asked, answered = json.loads((tmp_path / "talk.json").read_text())
+    assert asked["content"] == [
+        {"type": "image", "image": str(PICTURE)},
+        {"type": "text", "text": "What color is the star?"},
+    ]
+    assert answered == {"role": "assistant", "content": "gray"}
+
+
+def test_in_a_terminal_ctrl_c_stops_an_answer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A model of random weights, whose answers are long."""
+    words = command("chat", tiny_checkpoint, "--image", PICTURE, "--max-tokens", "100000", "--temperature", "0")
+    with terminal([*words, "--n-nodes", "2"], tmp_path, XDG_STATE_HOME=str(tmp_path)) as shown:
+        for question in ("Describe it.", "And now?"):
+            shown.read_until(READY)
+            shown.type(f"{question}\r")
+            shown.read_until(ANSWERS)
+            assert shown.read_some()
+            shown.type("\x03")
+            shown.read_until(" (stopped)")
+        shown.read_until(READY)
+        shown.type("/save talk.json\r")
+        shown.read_until("saved 4 messages")
+        shown.read_until(READY)
+        shown.type("\x04")
+        assert shown.process.wait(30) == 0
+    _, first, _, second = json.loads((tmp_path / "talk.json").read_text())
+    assert first["content"]
+    assert second["content"]

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,9 +119,9 @@ class Talk:
         pieces = self._engine.stream(asked, self._params)
         try:
             for piece in pieces:
+                text += piece.text  # first: Ctrl-C may come right after it is shown
                 out.file.write(piece.text)  # as it is: `print` would turn tabs into spaces
                 out.file.flush()
-                text += piece.text
             out.print()
         except KeyboardInterrupt:
             say(Text(" (stopped)", "dim"))
@@ -149,7 +149,7 @@ def _words(line: str) -> list[str]:
 def _lines() -> Iterator[str]:
     """What is typed, with a history and completion; without a terminal, the lines of standard input."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from _piped_lines(sys.stdin.buffer)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import NestedCompleter, PathCompleter
@@ -166,6 +166,17 @@ def _lines() -> Iterator[str]:
             continue
         except EOFError:
             return
+
+
+def _piped_lines(lines: Iterable[bytes]) -> Iterator[str]:
+    """Raises InputError at a line that is not UTF-8; those before it are answered."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InputError(
+                f"line {number} of standard input is not UTF-8: convert it, as with iconv -f latin1 -t utf-8", "prompt"
+            ) from None
 
 
 def _history() -> Any:
