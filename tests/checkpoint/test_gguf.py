@@ -1,0 +1,172 @@
+"""GGUF files: weights, config and tokenizer are those of the checkpoint that was written, and answers transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from testing.checkpoints import tiny_text_config
+from testing.gguf_files import KINDS, dequantised, write_gguf
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from mdi import Engine, SamplingParams
+from mdi.checkpoint.gguf import GgufSource, gguf_folder
+from mdi.checkpoint.random_weights import write_random_checkpoint
+from mdi.checkpoint.source import open_source
+from mdi.core.errors import CheckpointError
+
+QUESTION = "What is at hand?"
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 128, "tie_word_embeddings": False},  # transformers' reader takes no other head size
+    "llama": {"tie_word_embeddings": False},
+}
+TOKENS = settings(max_examples=200)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: write_random_checkpoint(folder / name, tiny_text_config(name, num_hidden_layers=2, **changes))
+        for name, changes in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def small(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(checkpoints["llama"], tmp_path_factory.mktemp("small") / "small.gguf", "Q4_0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_those_that_were_written(
+    family: str, kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    written = load_file(checkpoints[family] / "model.safetensors")
+    source = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "model.gguf", kind)))
+    assert isinstance(source, GgufSource)
+    assert source.names() == written.keys()
+    for name, weight in written.items():
+        assert source.spec(name).shape == tuple(weight.shape)
+        expected = weight if weight.dim() == 1 else dequantised(weight, kind)
+        assert torch.equal(source.tensor(name), expected)
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers_reader(
+    family: str, n_nodes: int, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    file = write_gguf(checkpoints[family], tmp_path / f"{family}.gguf", "Q8_0")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    with Engine(file, n_nodes=n_nodes, dtype="float32") as engine:
+        assert engine.model_name == family
+        prompt = engine.tokenize([{"role": "user", "content": QUESTION}])
+        answer = engine.chat([{"role": "user", "content": QUESTION}], GREEDY).token_ids
+    with torch.no_grad():
+        theirs = oracle.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert list(answer) == theirs[0, len(prompt) :].tolist()
+
+
+def test_the_config_is_that_of_the_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for family, path in checkpoints.items():
+        file = write_gguf(path, tmp_path / f"{family}.gguf", "F16")
+        ours, original = open_source(gguf_folder(file)).model_config, open_source(path).model_config
+        assert (ours.dtype, original.dtype) == ("bfloat16", "float32")
+        for name in ("architecture", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "tied_embeddings", "qk_norm"):
+            assert getattr(ours, name) == getattr(original, name), name
+        assert ours.rms_eps == pytest.approx(original.rms_eps)
+        assert ours.rope.theta == original.rope.theta
+
+
+def test_frequencies_of_llama_3_are_found_in_their_divisors(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    config = tiny_text_config("llama", num_hidden_layers=1, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
+    path = write_random_checkpoint(tmp_path / "llama", config)
+    ours = open_source(gguf_folder(write_gguf(path, tmp_path / "a.gguf", "F16"))).model_config.rope
+    assert ours == open_source(path).model_config.rope
+    other = write_random_checkpoint(tmp_path / "other", config | {"rope_scaling": scaling | {"high_freq_factor": 2.0}})
+    with pytest.raises(CheckpointError, match=r"scales positions by a rope_freqs.weight that is not Llama 3's"):
+        gguf_folder(write_gguf(other, tmp_path / "b.gguf", "F16"))
+
+
+@TOKENS
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("'ſs \n\t12é日🎉")), max_size=40))
+def test_tokens_are_those_of_the_checkpoints_tokenizer(text: str, checkpoints: dict[str, Path], small: Path) -> None:
+    original = Tokenizer.from_file(str(checkpoints["llama"] / "tokenizer.json"))
+    ours = Tokenizer.from_file(str(gguf_folder(small) / "tokenizer.json"))
+    assert ours.encode(text).ids == original.encode(text).ids
+    assert ours.decode(ours.encode(text).ids) == original.decode(original.encode(text).ids)
+
+
+def test_the_files_of_one_gguf_are_written_once(small: Path) -> None:
+    folder = gguf_folder(small)
+    before = (folder / "tokenizer.json").stat().st_mtime_ns
+    assert gguf_folder(small) == folder
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == before
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [258]}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_it_is_quantised_anew_where_that_is_asked_for(small: Path, quantization: str) -> None:
+    with Engine(small, quantization=quantization) as engine:
+        assert engine.nodes()[0].quantization.layers == quantization
+        assert len(engine.chat(QUESTION, GREEDY).token_ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"general.architecture": "gemma3"}, "'gemma3' are not supported; supported: llama, qwen2, qwen3"),
+        ({"split.count": 3}, "split over several GGUF files: join them"),
+        ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken', which is not supported; supported: gpt-2"),
+        ({"tokenizer.ggml.model": "rwkv"}, "tokenizer of the kind 'rwkv' are not supported"),
+        ({"llama.rope.dimension_count": 8}, "rotates a part of each head only"),
+        ({"llama.rope.scaling.type": "longrope"}, "RoPE scaling of type 'longrope' is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    entries: dict[str, Any], message: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    file = write_gguf(checkpoints["llama"], tmp_path / "model.gguf", "F16", **entries)
+    with pytest.raises(CheckpointError, match=message), Engine(file):
+        pass
+
+
+def test_a_file_that_is_none_is_refused(small: Path, tmp_path: Path) -> None:
+    content = small.read_bytes()
+    for name, part in (("text", b"no model at all"), ("cut", content[: len(content) // 2]), ("head", content[:100])):
+        (tmp_path / f"{name}.gguf").write_bytes(part)
+        with pytest.raises(CheckpointError, match=f"{name}.gguf is (no GGUF file|damaged or cut off)"):
+            gguf_folder(tmp_path / f"{name}.gguf")
+
+
+@settings(max_examples=150)
+@given(place=st.floats(0, 1), byte=st.integers(0, 255), near=st.booleans())
+def test_a_changed_byte_is_refused_or_read(place: float, byte: int, near: bool, small: Path) -> None:
+    """Nothing else than CheckpointError comes out of the reader. near: within the file's description of itself."""
+    content = bytearray(small.read_bytes())
+    content[int(place * ((20_000 if near else len(content)) - 1))] = byte
+    changed = small.with_name("changed.gguf")
+    changed.write_bytes(content)
+    try:
+        source = open_source(gguf_folder(changed))
+        for name in sorted(source.names()):
+            source.tensor(name)
+    except CheckpointError:
+        pass
