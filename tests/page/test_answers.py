@@ -44,9 +44,9 @@ def opened(browser: Browser, url: str) -> Iterator[Tab]:
 
 def asked(url: str, content: Any, **settings: Any) -> str:
     """The answer over the API."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     messages: Any = [{"role": "user", "content": content}]
-    answer = client.chat.completions.create(model="bundled", messages=messages, temperature=0, **settings)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(model="bundled", messages=messages, temperature=0, **settings)
     return str(answer.choices[0].message.content)
 
 

@@ -97,6 +97,31 @@ def test_unsafe_markdown_does_nothing(opened: Tab, server: FakeServer) -> None:
     assert dialogs == []
 
 
+def test_markdown_that_grows_is_what_it_is_as_a_whole(opened: Tab, server: FakeServer) -> None:
+    """Lists behind blank lines, code, tables, quotes, references that are defined later."""
+    text = (
+        "1. one\n\n2. two\n\n   more of two\n\n- a\n\n- b\n\n```python\nx = 1\n\ny = 2\n```\n\n> quote\n> goes on\n\n"
+        "Title\n=====\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[late]\n\n"
+        + "word " * 30
+        + "\n\n[late]: https://example.org/\n"
+    )
+    grown = [piece(text[at : at + 3]) for at in range(0, len(text), 3)]
+    server.engine.says(*(step for each in grown for step in (each, HOLD)), piece("", "stop"))
+    opened.ask("Write.")
+    shown = opened.page.locator(".message.model .markdown")
+    for _ in grown:
+        opened.page.wait_for_timeout(20)  # a frame
+        server.engine.requests[-1].resume()
+    opened.answer_ended()
+    by_steps = shown.inner_html()
+    server.engine.says(piece(text, "stop"))
+    opened.ask("Write.")
+    opened.answer_ended()
+    assert shown.last.inner_html() == by_steps
+    assert shown.last.locator("ol > li").count() == 2
+    assert shown.last.locator("a[href='https://example.org/']").count() == 1
+
+
 def test_stop_leaves_what_has_come_and_go_on_adds_to_it(opened: Tab, server: FakeServer) -> None:
     server.engine.says(piece("The begin"), HOLD, piece("ning", "stop"))
     opened.ask("Tell me.")

@@ -108,7 +108,10 @@ addEventListener("keydown", (event) => {
 });
 
 begin();
-drawWith(() => render(html`<${App} />`, document.body));
+drawWith(() => {
+  render(html`<${App} />`, document.body);
+  performance.mark("drawn");
+});
 changed();
 load();
 watch();

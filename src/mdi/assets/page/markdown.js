@@ -1,11 +1,13 @@
 // The model's Markdown, made safe: no HTML of its own, no images from elsewhere, only links that a reader may follow.
 //
-// While an answer grows, only its last block is made anew with each frame.
+// While an answer grows, only its last blocks are made anew with each frame.
 
 import DOMPurify from "dompurify";
 import { Marked } from "marked";
-import { useMemo, useState } from "preact/hooks";
+import { useMemo, useRef, useState } from "preact/hooks";
 import { html, memo } from "./html.js";
+
+const OPEN_BLOCKS = 4; // at the end of a text: a list goes on behind a blank line and what is no item yet
 
 const KEPT = {
   ALLOWED_TAGS: "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr input li ol p pre strong table tbody td th thead tr ul"
@@ -40,19 +42,31 @@ function escaped(text) {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-export function Markdown({ text }) {
-  const blocks = reader.lexer(text).filter((token) => token.type !== "space" && token.type !== "def");
+/** grows: text is still being added. */
+export function Markdown({ text, grows = false }) {
+  const blocks = useBlocks(text, grows).filter((token) => token.type !== "space" && token.type !== "def");
   return html`<div class="markdown">
     ${blocks.map((token, index) =>
       token.type === "code"
         ? html`<${CodeBlock} key=${index} text=${token.text} language=${token.lang ?? ""} />`
-        : html`<${Block} key=${index} raw=${token.raw} token=${token} />`,
+        : html`<${Block} key=${index} raw=${token.raw} token=${token} grows=${grows} />`,
     )}
   </div>`;
 }
 
-function Block({ raw, token }) {
-  const safe = useMemo(() => DOMPurify.sanitize(reader.parser([token]), KEPT), [raw]);
+/** The blocks of a text. Those that text added to its end cannot change are kept while it grows. */
+function useBlocks(text, grows) {
+  const before = useRef({ text: "", blocks: [] }).current;
+  const keeps = grows && text.startsWith(before.text) && !text.includes("\r"); // else lengths of blocks differ
+  const kept = keeps ? before.blocks.slice(0, -OPEN_BLOCKS) : [];
+  const length = kept.reduce((sum, token) => sum + token.raw.length, 0);
+  const blocks = [...kept, ...reader.lexer(text.slice(length))];
+  Object.assign(before, { text, blocks });
+  return blocks;
+}
+
+function Block({ raw, token, grows }) {
+  const safe = useMemo(() => DOMPurify.sanitize(reader.parser([token]), KEPT), [raw, grows]);
   return html`<div dangerouslySetInnerHTML=${{ __html: safe }}></div>`;
 }
 

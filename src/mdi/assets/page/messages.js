@@ -102,7 +102,7 @@ const ModelMessage = memo(function ModelMessage({ conversation, message, last, i
   return html`<article class="message model" aria-label="The model">
     ${message.thought &&
     html`<details class="thought"><summary>Thoughts</summary><${Markdown} text=${message.thought} /></details>`}
-    ${asJson(message) ? html`<${CodeBlock} language="JSON" text=${asJson(message)} />` : html`<${Markdown} text=${message.text} />`}
+    ${asJson(message) ? html`<${CodeBlock} language="JSON" text=${asJson(message)} />` : html`<${Markdown} text=${message.text} grows=${!message.finish && !message.error} />`}
     ${message.calls.map((call, index) => html`<${Call} key=${index} ...${{ conversation, message, call, idle }} answered=${!last} version=${message.version} />`)}
     ${waits && html`<p class="waits" role="status">${waits}<span class="dots" aria-hidden="true"></span></p>`}
     ${message.error && html`<p class="error" role="alert">${message.error}</p>`}
