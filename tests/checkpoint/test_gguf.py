@@ -20,7 +20,11 @@ from mdi import Engine, SamplingParams
 from mdi.checkpoint.gguf import GgufSource, gguf_folder
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
+from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import INT4, INT8
+from mdi.layers.quantize import dequantize
+from mdi.models.decoder import EMBEDDING
 
 QUESTION = "What is at hand?"
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -120,6 +124,18 @@ def test_the_files_of_one_gguf_are_written_once(small: Path) -> None:
     assert gguf_folder(small) == folder
     assert (folder / "tokenizer.json").stat().st_mtime_ns == before
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [258]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_of_4_bits_are_taken_as_they_are(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    source = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "model.gguf", "Q4_0")))
+    for name in source.names():
+        if len(source.spec(name).shape) == 2:
+            made = RoundedWeights(source).quantized(name, INT4)
+            assert torch.equal(dequantize(made), source.tensor(name))
+            assert source.quantized(name, INT8) is None
+    other = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "other.gguf", "Q4_1")))
+    assert other.quantized(EMBEDDING, INT4) is None
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -13,6 +13,7 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 
@@ -36,6 +37,9 @@ class MemorySource:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:
+        return None
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from mdi.checkpoint.gguf_tokenizer import write_tokenizer
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.new_folder import new_folder
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import INT4, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.layers.rope import RopeScaling
 from mdi.models.config import ModelConfig
@@ -96,6 +97,25 @@ class GgufSource:
         with _damage_named(self.path / LINK):
             made = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
             return self._in_our_order(name, made.view(self.spec(name).shape))
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:
+        """Q4_0 is int4: groups of 32 with a float16 scale, and 8 for zero. Only the order of the integers differs."""
+        stored = self._stored(name)
+        if quantization != INT4 or stored.tensor_type.name != "Q4_0":
+            return None
+        outputs, inputs = self.spec(name).shape
+        with _damage_named(self.path / LINK):
+            blocks = torch.from_numpy(stored.data.copy()).view(outputs, inputs // 32, 18)
+            scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+            bytes_ = blocks[..., 2:]  # number i in the low half of byte i, number 16 + i in its high half
+            numbers = torch.cat((bytes_ & 15, bytes_ >> 4), -1).view(outputs, inputs)
+            values = numbers[:, ::2] | numbers[:, 1::2] << 4
+            return QuantizedTensor(INT4, self._in_our_order(name, values), self._in_our_order(name, scales))
+
+    @property
+    def has_int4(self) -> bool:
+        """Whether some of its matrices are int4 as they are."""
+        return any(tensor.tensor_type.name == "Q4_0" for tensor in self._tensors.values())
 
     def _stored(self, name: str) -> Any:
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
 from mdi.checkpoint.calibration import CalibratedWeights, CalibrationText
 from mdi.checkpoint.fingerprint import Fingerprint
+from mdi.checkpoint.gguf import GgufSource
 from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import CalibrationEntry, ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
@@ -115,9 +116,14 @@ def prepared(
         names = others if quantization else [usual, *others]
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
-            text = None if is_random(source.path) else CalibrationText.default()
+            text = None if is_random(source.path) or _has_int4(source) else CalibrationText.default()
             contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
             _write(folder, contents, search.fingerprint, progress)
+
+
+def _has_int4(source: Source) -> bool:
+    """Whether its weights are int4 already, at least in part: calibration would round them once more."""
+    return isinstance(source, GgufSource) and source.has_int4
 
 
 @dataclass(frozen=True)

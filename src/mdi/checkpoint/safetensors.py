@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mdi.checkpoint.json_file import read_json, refuse_damaged
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig, StageSpec, unusable
 from mdi.models.decoder import EMBEDDING, LM_HEAD
@@ -72,6 +73,9 @@ class SafetensorsSource:
         path, stored = self._place(name)
         with _opened(path) as file:
             return file.get_tensor(stored)  # type: ignore[no-any-return]
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:  # noqa: ARG002
+        return None
 
     def _place(self, name: str) -> tuple[Path, str]:
         try:

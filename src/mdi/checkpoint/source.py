@@ -10,6 +10,7 @@ from torch import Tensor
 from mdi.checkpoint.gguf import LINK, GgufSource
 from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.core.errors import CheckpointError
+from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 
@@ -41,6 +42,9 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor. Raises CheckpointError for one that is not there."""
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:
+        """A matrix with the integers and scales that it is stored with, where they are of this format."""
 
 
 def open_source(path: Path) -> Source:

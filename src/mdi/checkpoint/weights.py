@@ -36,7 +36,7 @@ class UnfitError(CheckpointError):
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """A checkpoint's weights, rounded to the nearest that a format has."""
+    """A checkpoint's weights, as they are stored where that is in a format, or rounded to the nearest that it has."""
 
     source: Source
 
@@ -44,6 +44,8 @@ class RoundedWeights:
         return self.source.tensor(source_name(self.source, name))
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
+        if stored := self.source.quantized(source_name(self.source, name), quantization):
+            return stored
         try:
             return quantize(self.tensor(name), quantization)
         except NotFiniteError as error:
