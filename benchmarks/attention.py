@@ -27,7 +27,7 @@ def main() -> None:
 
         def ours(qkv: torch.Tensor = qkv) -> torch.Tensor:
             out = torch.empty(len(qkv), HEADS * HEAD_DIM, dtype=qkv.dtype)
-            for _ in attend_fully(qkv, 1, out):
+            for _ in attend_fully(qkv, [len(qkv)], out):
                 pass
             return out
 

@@ -58,6 +58,26 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     return config | {"vision_config": vision}
 
 
+def tiny_windowed_config(**overrides: Any) -> dict[str, Any]:
+    """The same as a Qwen2.5-VL: a tower of four blocks, two of which see whole frames."""
+    vision = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_heads": 2,
+        "in_chans": 3,
+        "out_hidden_size": _TINY_TEXT["hidden_size"],
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+    }
+    family = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    return tiny_config(**family, **overrides) | {"vision_config": vision}
+
+
 def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
     return {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family, **_TINY_TEXT, **overrides}

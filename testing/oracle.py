@@ -8,10 +8,18 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-VISION_MODELS = {"Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration}
+VISION_MODELS = {
+    "Qwen2VLForConditionalGeneration": Qwen2VLForConditionalGeneration,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLForConditionalGeneration,
+}
 
 
 class Oracle:

@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
+    "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2-0.5b": 494_032_768,
     "qwen3-0.6b": 596_049_920,
     "llama-3.2-1b": 1_235_814_400,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
-from mdi.layers.rope import Grid, MediaSpan, prompt_positions
-from mdi.media import MediaPolicy, PatchSpec, decode_image, fetch, open_video
+from mdi.layers.rope import MediaSpan, prompt_positions
+from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, fetch, open_video
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.registry import family_of
+from mdi.prompt.builder import media_span
 
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
@@ -118,46 +118,46 @@ class Transformers:
     def _inputs(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-        media = [(part["type"], *self._rows(part)) for part in parts if part["type"] != "text"]
-        for kind, _, grid in media:
-            text = text.replace(f"<|{kind}_pad|>", f"<|{kind}_here|>" * (math.prod(grid) // 4), 1)
+        media = [(part["type"], self._patches(part)) for part in parts if part["type"] != "text"]
+        for kind, patches in media:
+            text = text.replace(f"<|{kind}_pad|>", f"<|{kind}_here|>" * patches.n_tokens, 1)
         text = text.replace("_here|>", "_pad|>")
         inputs = {"input_ids": self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
         for kind, rows, grids in (
             ("image", "pixel_values", "image_grid_thw"),
             ("video", "pixel_values_videos", "video_grid_thw"),
         ):
-            if found := [(values, grid) for name, values, grid in media if name == kind]:
-                inputs[rows] = torch.cat([values for values, _ in found]).to(self._dtype)
-                inputs[grids] = torch.tensor([grid for _, grid in found])
+            if found := [patches for name, patches in media if name == kind]:
+                inputs[rows] = torch.cat([torch.from_numpy(patches.rows) for patches in found]).to(self._dtype)
+                inputs[grids] = torch.tensor([patches.grid for patches in found])
         if media:
             image, video = (inputs["input_ids"].eq(token or -1).int() for token in self._pads)
             inputs["mm_token_type_ids"] = image + 2 * video
         if "video_grid_thw" in inputs:
-            inputs["position_ids"] = self._positions(inputs["input_ids"][0].tolist(), [grid for _, _, grid in media])
+            shown = [patches for _, patches in media]
+            inputs["position_ids"] = self._positions(inputs["input_ids"][0].tolist(), shown)
         return inputs
 
     @property
     def _pads(self) -> tuple[int | None, int | None]:
         return self._config.image_token_id, self._config.video_token_id
 
-    def _rows(self, part: dict[str, Any]) -> tuple[Tensor, Grid]:
+    def _patches(self, part: dict[str, Any]) -> Patches:
         if part["type"] == "video":
             assert self._cut is not None
-            video = open_video(part["video"], ANY_FILE, self._video, self._cut).patches()
-            return torch.from_numpy(video.rows), video.grid
+            return open_video(part["video"], ANY_FILE, self._video, self._cut).patches()
         assert self._processor is not None
         features = self._processor(images=decode_image(fetch(part["image"], ANY_FILE), ANY_FILE), return_tensors="pt")
         frames, rows, columns = features["image_grid_thw"][0].tolist()
-        return features["pixel_values"], (frames, rows, columns)
+        return Patches(features["pixel_values"].numpy(), (frames, rows, columns), digest=b"")
 
-    def _positions(self, ids: list[int], grids: Sequence[Grid]) -> Tensor:
+    def _positions(self, ids: list[int], media: Sequence[Patches]) -> Tensor:
         """int64 [3, 1, tokens], by the rule of transformers 4."""
         spans: list[MediaSpan] = []
         start = 0
-        for grid in grids:
+        for patches in media:
             start = next(index for index in range(start, len(ids)) if ids[index] in self._pads)
-            spans.append(MediaSpan(start, grid, merge_size=2))
+            spans.append(media_span(start, patches, self._config))
             start += spans[-1].length
         return prompt_positions(len(ids), spans)[0][:, None]
 

@@ -60,6 +60,35 @@ QWEN2_VL_7B: dict[str, Any] = QWEN2_VL_2B | {
 }
 """config.json of Qwen/Qwen2-VL-7B-Instruct: 8,291,375,616 parameters."""
 
+QWEN25_VL_3B: dict[str, Any] = QWEN2_VL_2B | {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 70,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 2048,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+}
+"""config.json of Qwen/Qwen2.5-VL-3B-Instruct: 3,754,622,976 parameters."""
+
 QWEN2_05B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -207,6 +236,7 @@ TINY_LLAMA: dict[str, Any] = {
 PUBLISHED = {
     "qwen2-vl-2b": QWEN2_VL_2B,
     "qwen2-vl-7b": QWEN2_VL_7B,
+    "qwen2.5-vl-3b": QWEN25_VL_3B,
     "qwen2-0.5b": QWEN2_05B,
     "qwen3-0.6b": QWEN3_06B,
     "llama-3.2-1b": LLAMA_32_1B,

@@ -147,21 +147,30 @@ def rotate_in_place(qkv: Tensor, rotation: Rotation) -> None:
         qkv[:, :2] = rotation(rotated).view(tokens, 2, heads, head_dim)
 
 
-def attend_fully(qkv: Tensor, frames: int, out: Tensor) -> Generator[None, None, None]:
-    """Attention of every token to every token of its frame. Yields between small parts of the work.
+def attend_fully(qkv: Tensor, sizes: Sequence[int], out: Tensor) -> Generator[None, None, None]:
+    """Attention of every token to every token of its part. Yields between small parts of the work.
 
-    qkv: [tokens, 3, heads, head_dim], frame after frame; out: [tokens, heads * head_dim].
+    qkv: [tokens, 3, heads, head_dim], part after part. sizes: tokens of each part. out: [tokens, heads * head_dim].
     """
-    size = len(qkv) // frames
-    step = max(MIN_ROWS, SCORES_AT_ONCE // size)
-    for frame in range(0, len(qkv), size):
-        queries, keys, values = qkv[frame : frame + size].permute(1, 2, 0, 3)
-        for start in range(frame, frame + size, step):
-            rows = slice(start, min(start + step, frame + size))
-            if kernels.works_on(qkv.device):
-                kernels.attend_fully(qkv, rows, size, out[rows])
-            else:
-                some = queries[:, rows.start - frame : rows.stop - frame]
-                attended = functional.scaled_dot_product_attention(some[None], keys[None], values[None])[0]
-                out[rows] = attended.transpose(0, 1).flatten(1)
-            yield
+    first = scores = 0
+    for size in sizes:
+        part, part_out = qkv[first : first + size], out[first : first + size]
+        step = max(MIN_ROWS, SCORES_AT_ONCE // size)
+        for start in range(0, size, step):
+            rows = slice(start, min(start + step, size))
+            _attend_rows(part, rows, part_out[rows])
+            scores += (rows.stop - rows.start) * size
+            if scores >= SCORES_AT_ONCE or rows.stop - rows.start == step:
+                scores = 0
+                yield
+        first += size
+
+
+def _attend_rows(qkv: Tensor, rows: slice, out: Tensor) -> None:
+    """Some rows of one part to all of it."""
+    if kernels.works_on(qkv.device):
+        kernels.attend_fully(qkv, rows, len(qkv), out)
+        return
+    queries, keys, values = qkv.permute(1, 2, 0, 3)
+    attended = functional.scaled_dot_product_attention(queries[None, :, rows], keys[None], values[None])[0]
+    out.copy_(attended.transpose(0, 1).flatten(1))

@@ -20,11 +20,15 @@ Grid = tuple[int, int, int]  # patches of one image or video: frames, rows, colu
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """The tokens of an image or a video in a prompt: `length` of them from `start`, in a merged grid."""
+    """The tokens of an image or a video in a prompt: `length` of them from `start`, in a merged grid.
+
+    time_step: positions along time from one grid to the next.
+    """
 
     start: int
     grid: Grid
     merge_size: int
+    time_step: float = 1.0
 
     @property
     def merged(self) -> Grid:
@@ -47,7 +51,7 @@ def prompt_positions(length: int, spans: Sequence[MediaSpan]) -> tuple[Tensor, i
     index = position = 0
     for span in spans:
         gap = span.start - index
-        pieces += [text_positions(position, gap), _grid_positions(span.merged) + (position + gap)]
+        pieces += [text_positions(position, gap), _grid_positions(span) + (position + gap)]
         position = int(pieces[-1].max()) + 1
         index = span.start + span.length
     pieces.append(text_positions(position, length - index))
@@ -60,9 +64,12 @@ def text_positions(start: int, length: int) -> Tensor:
     return torch.arange(start, start + length).expand(3, length)
 
 
-def _grid_positions(merged: Grid) -> Tensor:
-    """(t, h, w) of every cell of a grid, row-major: int64 [3, cells]."""
-    return torch.cartesian_prod(*(torch.arange(size) for size in merged)).reshape(-1, 3).T
+def _grid_positions(span: MediaSpan) -> Tensor:
+    """(t, h, w) of every cell of a grid, row-major: int64 [3, cells]. Along time, parts of positions are dropped."""
+    cells = torch.cartesian_prod(*(torch.arange(size) for size in span.merged)).reshape(-1, 3).T
+    if span.time_step != 1:
+        cells[0] = (cells[0] * span.time_step).long()
+    return cells
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,14 @@ class Patches:
         merge_size^2 patches of a token follow each other.
     grid: patches along time, height and width.
     digest: SHA-256 of the resized pixels and of all that turns them into rows; equal digests mean equal rows.
+    seconds: of a video, from one patch to the next along time.
     """
 
     rows: npt.NDArray[np.float32]
     grid: tuple[int, int, int]
     digest: bytes
     merge_size: int = 2
+    seconds: float | None = None
 
     @property
     def n_tokens(self) -> int:

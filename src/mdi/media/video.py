@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -27,12 +27,13 @@ CUTTING_BYTES = 18  # for a pixel of a frame: RGB twice, and a row's three float
 class Video:
     """A video with a known number and size of frames, which are decoded on demand.
 
-    n_frames is even; height and width are those after resizing.
+    n_frames is even; height and width are those after resizing. fps: of the frames that are taken.
     """
 
     n_frames: int
     height: int
     width: int
+    fps: float
     spec: PatchSpec
     _work: Work
     _frames: Callable[[], Sequence[Image.Image]]
@@ -49,7 +50,7 @@ class Video:
         self._work.reserve(self.n_frames * self.height * self.width * CUTTING_BYTES)
         frames = self._frames()
         with self._work.computing():
-            return video_patches(frames, self.spec)
+            return replace(video_patches(frames, self.spec), seconds=self.spec.temporal_patch_size / self.fps)
 
 
 def open_video(
@@ -92,7 +93,7 @@ def _from_stills(
                 resized.append(resize(image, height, width))
         return resized
 
-    return Video(n_frames, height, width, cut, deadline.work, frames)
+    return Video(n_frames, height, width, video.fps, cut, deadline.work, frames)
 
 
 def _check_same_size(first: Image.Image, image: Image.Image, index: int) -> None:
@@ -126,4 +127,5 @@ def _from_file(file: VideoFile, video: VideoSpec, cut: PatchSpec) -> Video:
         with file.deadline.work.computing():
             return file.sample(found.n_frames, n_frames, height, width)
 
-    return Video(n_frames, height, width, cut, file.deadline.work, frames)
+    fps = n_frames / found.n_frames * found.fps
+    return Video(n_frames, height, width, fps, cut, file.deadline.work, frames)

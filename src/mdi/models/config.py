@@ -18,7 +18,11 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer. out_size: width of its embeddings, the decoder's hidden size."""
+    """A vision transformer. out_size: width of its embeddings, the decoder's hidden size.
+
+    window_tokens: side of the windows that attention stays within, but in whole_frame_blocks; 0 where there are none.
+    positions_per_second: of a video along time; None where each grid of its frames is one position further.
+    """
 
     depth: int
     width: int
@@ -30,6 +34,9 @@ class VisionConfig:
     in_channels: int
     out_size: int
     rope_theta: float = 10000.0
+    window_tokens: int = 0
+    whole_frame_blocks: tuple[int, ...] = ()
+    positions_per_second: float | None = None
 
     @property
     def head_dim(self) -> int:

@@ -105,6 +105,23 @@ class VisionEntries(Entries):
     temporal_patch_size: Annotated[int, Field(ge=1, le=64)] = 2
 
 
+class WindowedVisionEntries(Entries):
+    """Qwen2.5-VL's vision tower."""
+
+    depth: Annotated[int, Field(ge=1, le=1000)] = 32
+    hidden_size: Size = 3584
+    out_hidden_size: Size = 3584
+    hidden_act: str = "silu"
+    intermediate_size: Size = 3420
+    num_heads: Size = 16
+    patch_size: Annotated[int, Field(ge=1, le=1024)] = 14
+    spatial_merge_size: Annotated[int, Field(ge=1, le=64)] = 2
+    temporal_patch_size: Annotated[int, Field(ge=1, le=64)] = 2
+    tokens_per_second: Annotated[float, Field(gt=0, le=1000, strict=False)] = 4.0
+    window_size: Annotated[int, Field(ge=1, le=2**16)] = 112
+    fullatt_block_indexes: list[Annotated[int, Field(ge=0)]] = Field(default=[7, 15, 23, 31])
+
+
 def rope_entries(part: Mapping[str, Any], default_theta: float, where: str = "") -> RopeEntries:
     """The rope of a decoder or tower: `rope_scaling` (older) before `rope_parameters`, as in transformers."""
     key = "rope_scaling" if part.get("rope_scaling") else "rope_parameters"

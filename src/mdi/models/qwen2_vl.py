@@ -21,6 +21,7 @@ from mdi.models.config import DecoderDefaults, ModelConfig, VisionConfig, check_
 from mdi.models.entries import CONFIG, VisionEntries, rope_entries
 
 LAYER_NORM_EPS = 1e-6
+CHANNELS = 3
 ENCODE_ROWS = 512  # patches in one product: more are no faster (docs/performance.md)
 DEFAULT_VISION_THETA = 10000.0
 DEFAULTS = DecoderDefaults(  # transformers' Qwen2VLTextConfig
@@ -35,12 +36,18 @@ ALIASES = (
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the contents of config.json, in its flat (hub) or nested (transformers 5) form."""
-    vision = _vision_config(config.get("vision_config"))
+    return with_tower(config, _vision_config(config.get("vision_config")))
+
+
+def with_tower(config: Mapping[str, Any], vision: VisionConfig) -> ModelConfig:
+    """The decoder of Qwen2-VL and of what came after it, with a tower."""
     made = ModelConfig.from_hf(config, config.get("text_config"), defaults=DEFAULTS, qkv_bias=True, vision=vision)
     if made.q_size != made.hidden_size:
         raise unusable(f"{made.n_heads} heads of {made.head_dim} do not make hidden_size {made.hidden_size}")
     if vision.out_size != made.hidden_size:
-        raise unusable(f"vision_config.hidden_size is {vision.out_size}, the decoder's hidden_size {made.hidden_size}")
+        raise unusable(
+            f"the tower's output (vision_config) has {vision.out_size} numbers, the decoder {made.hidden_size}"
+        )
     return made
 
 
@@ -52,7 +59,7 @@ def _vision_config(part: Any) -> VisionConfig:
     check_rope(rope.kind, ("default", "axial"))
     if entries.hidden_act != "quick_gelu":
         raise unusable(f"activation {entries.hidden_act!r} is not supported in the vision tower")
-    if entries.in_channels != 3:
+    if entries.in_channels != CHANNELS:
         raise unusable(f"vision_config.in_channels is {entries.in_channels}, but pictures have 3")
     if entries.embed_dim % (4 * entries.num_heads):
         raise unusable(f"vision_config.embed_dim {entries.embed_dim} is not a multiple of 4 x num_heads")
@@ -132,7 +139,7 @@ class VisionBlock:
             rotate_in_place(qkv[part], rotation[part])
             yield
         attention = torch.empty_like(hidden)
-        yield from attend_fully(qkv, frames, attention)
+        yield from attend_fully(qkv, [patches // frames] * frames, attention)
         for part in row_slices(patches):
             hidden[part] = self.proj.add_to(hidden[part], attention[part])
             inner = self.fc1(self.norm2(hidden[part]))

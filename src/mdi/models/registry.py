@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_vl, qwen3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -56,6 +56,13 @@ FAMILIES = {
         "Qwen2-VL (2B, 7B, 72B), the bundled model",
         qwen2_vl.VisionTransformer,
         qwen2_vl.ALIASES,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        qwen2_5_vl.read_config,
+        "qwen2_5_vl",
+        "Qwen2.5-VL (3B, 7B, 72B)",
+        qwen2_5_vl.VisionTransformer,
+        qwen2_5_vl.ALIASES,
     ),
     "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2", "Qwen2, Qwen2.5, Qwen2.5-Coder"),
     "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from struct import pack
 
 from torch import Tensor
 
@@ -77,9 +78,17 @@ class Prompt:
         """One for each token: its id, or, for a token of an image or a video, a number that its content decides."""
         keys = list(self.token_ids)
         for item in self.media:
-            content = -int.from_bytes(item.patches.digest) - 1
+            content = -int.from_bytes(item.patches.digest + pack("<d", item.span.time_step)) - 1
             keys[item.span.start : item.span.start + item.span.length] = [content] * item.span.length
         return tuple(keys)
+
+
+def media_span(start: int, patches: Patches, config: ModelConfig) -> MediaSpan:
+    """The tokens of an image or a video, and how far its frames stand apart."""
+    assert config.vision
+    rate = config.vision.positions_per_second
+    step = 1.0 if rate is None or patches.seconds is None else rate * patches.seconds
+    return MediaSpan(start, patches.grid, config.vision.merge_size, step)
 
 
 @dataclass(frozen=True)
@@ -282,14 +291,13 @@ class PromptBuilder:
 
     def _assemble(self, token_ids: Sequence[int], loaded: Sequence[Patches]) -> Prompt:
         """The prompt, each placeholder repeated for the tokens of its image or video."""
-        merge_size = self._config.vision.merge_size if self._config.vision else 1
         remaining = iter(loaded)
         expanded: list[int] = []
         media: list[Media] = []
         for token in token_ids:
             if loaded and token in self._placeholders:
                 patches = next(remaining)
-                span = MediaSpan(len(expanded), patches.grid, merge_size)
+                span = media_span(len(expanded), patches, self._config)
                 media.append(Media(span, patches))
                 expanded += [token] * span.length
             else:
