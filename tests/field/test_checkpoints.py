@@ -290,7 +290,7 @@ def test_the_towers_own_base_of_frequencies_is_used(vision_model: Path, picture:
         ({"head_dim": 8}, "mrope_section|4 heads of 8 do not make hidden_size 64"),
         ({"vision_config": None}, "vision_config is missing"),
         ({"vision_config": {"patch_size": [14, 14]}}, "vision_config.patch_size should be a valid integer"),
-        ({"vision_config": {}}, "vision_config.hidden_size is 3584, the decoder's hidden_size 64"),
+        ({"vision_config": {}}, r"the tower's output \(vision_config\) has 3584 numbers, the decoder 64"),
         ({"text_config": []}, "text_config is not a JSON object"),
         ({"text_config": {}}, "text_config.vocab_size is missing"),
         ({"image_token_id": ...}, "image_token_id is 151655, but the model has 272 tokens"),
