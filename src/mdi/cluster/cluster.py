@@ -177,17 +177,18 @@ class Cluster:
     def _explained(self, model: ModelConfig) -> PlanStatus:
         dtype, quantization = dtype_name(self._loaded.dtype), self._loaded.quantization
         plan = self._chunks.manifest.plan if self._chunks else make_plan(model, 1)
-        return explain(plan, model, dtype, quantization, self._reason())
+        even = plan.layers == make_plan(model, self.n_nodes).layers
+        return explain(plan, model, dtype, quantization, self._reason(even))
 
-    def _reason(self) -> str:
-        """Why the layers are split as they are."""
+    def _reason(self, even: bool) -> str:
+        """Why the layers are split as they are. even: as for machines that are alike."""
         if self.n_nodes == 1:
             return ALONE
         if self._layers:
             return GIVEN
-        if self._nodes is None:
-            return EVEN
-        return MEASURED if self._measured else FOUND
+        if self._measured:
+            return MEASURED
+        return EVEN if even and self._nodes is None else FOUND
 
     @property
     def _vision_address(self) -> NodeAddress | None:
