@@ -14,27 +14,14 @@ import numpy as np
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from rich.progress import track
 
+from mdi.checkpoint import gguf as reader
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import parse_dtype
 from mdi.models.config import ModelConfig
 
 ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2": "qwen2"}  # of config.json -> of llama.cpp
-OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+OUTER = {f"{here}.weight": f"{there}.weight" for there, here in reader.OUTER.items()}
+INNER = {here: there for there, here in reader.INNER.items()}
 
 
 def gguf_file(checkpoint: Path, kind: str) -> Path:
