@@ -12,8 +12,6 @@ from testing.oracle import Oracle
 from mdi import Engine, SamplingParams
 from mdi.checkpoint.published import PUBLISHED
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import open_source
-from mdi.core.config import CacheSettings
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
 from mdi.planning.predict import stage_summary
@@ -29,7 +27,8 @@ LLAMA3 = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": LLAMA3, "tie_word_embeddings": False},
-    "mistral": {"sliding_window": 600, "head_dim": 32},
+    "mistral": {"sliding_window": 20, "head_dim": 32},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 2, "pad_token_id": None},
     "qwen3": {"head_dim": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
 }
 PARAMETERS = {
@@ -41,6 +40,7 @@ PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "tinyllama-1.1b": 1_100_048_384,
     "mistral-7b": 7_248_023_552,
+    "smollm3-3b": 3_075_098_624,
 }
 """As the hub counts them."""
 
@@ -77,9 +77,3 @@ def test_shapes_of_published_models_have_as_many_parameters(name: str) -> None:
     config = read_config(PUBLISHED[name])
     summary = stage_summary(config, StageSpec.everything(config), "bfloat16")
     assert summary.parameters == PARAMETERS[name]
-
-
-def test_a_window_is_as_long_as_a_sequence_may_be(tmp_path: Path) -> None:
-    config = tiny_text_config("mistral", sliding_window=600)
-    model = open_source(write_random_checkpoint(tmp_path / "model", config)).model_config
-    assert CacheSettings().sequence_length_for(model.max_positions) == 600

@@ -41,16 +41,18 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     kernel(before)
 
 
-def attend(queries: Tensor, cache: Tensor, runs: Sequence[Run]) -> Tensor:
-    return attention.attend(queries, cache, torch.tensor(runs))
+def attend(queries: Tensor, cache: Tensor, runs: Sequence[Run], window: int = 0) -> Tensor:
+    return attention.attend(queries, cache, torch.tensor(runs), window=window)
 
 
-def exactly(queries: Tensor, cache: Tensor, runs: Sequence[Run]) -> Tensor:
+def exactly(queries: Tensor, cache: Tensor, runs: Sequence[Run], window: int = 0) -> Tensor:
     """In float64, row by row."""
     group, out = queries.shape[1] // cache.shape[3], []
     for row, slot, start, length in runs:
         for index in range(length):
-            keys, values = cache[slot, : start + index + 1].double().repeat_interleave(group, 2).unbind(1)
+            end = start + index + 1
+            seen = cache[slot, max(0, end - window) if window else 0 : end]
+            keys, values = seen.double().repeat_interleave(group, 2).unbind(1)
             scores = torch.einsum("hd,khd->hk", queries[row + index].double(), keys) / queries.shape[2] ** 0.5
             out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values).flatten())
     return torch.stack(out)
@@ -92,6 +94,28 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype, set_threads:
                 assert torch.equal(attend(queries, cache, [*parts, (200, 0, 520, 9)])[:200], whole)
                 alone = [attend(queries[row : row + 1], cache, [(0, 1, start + row, 1)]) for row in range(190, 200)]
                 assert torch.equal(torch.cat(alone), whole[190:])
+
+
+WINDOWS = [1, 5, 64, 70, 512, 700, 5000]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_hides_older_keys_and_keeps_the_bits(
+    dtype: torch.dtype, window: int, set_threads: Callable[[int], None]
+) -> None:
+    for shape in [(6, 2, 32), (9, 3, 20), (4, 4, 80)]:
+        for start in (0, 450, 1400):
+            run = (0, 1, start, 200)
+            queries, cache = made(shape, [run], dtype)
+            set_threads(1)
+            whole, exact = attend(queries, cache, [run], window), exactly(queries, cache, [run], window)
+            assert (whole.double() - exact).norm() < DTYPES[dtype] * exact.norm()
+            for n_threads in (1, 3):
+                set_threads(n_threads)
+                parts = [(first, 1, start + first, last - first) for first, last in pairwise(CUTS)]
+                assert torch.equal(attend(queries, cache, parts, window), whole)
+                alone = [attend(queries[row : row + 1], cache, [(0, 1, start + row, 1)], window) for row in (0, 199)]
+                assert torch.equal(torch.cat(alone), whole[[0, 199]])
 
 
 EMULATED = pytest.param(("emulated", "avx512bf16"), marks=pytest.mark.slow)

@@ -72,11 +72,20 @@ def test_a_batch_is_rotated_written_and_attended_to_in_its_slots(way: str) -> No
     assert torch.equal(cache, before)  # nothing else was written
 
 
-def test_kernels_and_torch_attend_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [0, 1, 3, 100])
+def test_kernels_and_torch_attend_alike(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, cache = batch()
-    by_kernels = attend(qkv[:, :6], cache, Layout.of(SLICES, CPU))
+    by_kernels = attend(qkv[:, :6], cache, Layout.of(SLICES, CPU), window=window)
     monkeypatch.setattr(kernels, "works_on", lambda device: False)
-    assert torch.allclose(attend(qkv[:, :6], cache, Layout.of(SLICES, CPU)), by_kernels, atol=1e-5)
+    by_torch = attend(qkv[:, :6], cache, Layout.of(SLICES, CPU), window=window)
+    assert torch.allclose(by_torch, by_kernels, atol=1e-5)
+
+
+def test_layers_may_write_what_is_not_rotated(way: str) -> None:
+    qkv, cache = batch()
+    queries = rotate(qkv.clone(), None, cache, Layout.of(SLICES, CPU))
+    assert torch.equal(queries, qkv[:, :6])
+    assert torch.equal(cache[SLICES[0].slot, SLICES[0].start, 0], qkv[0, 6:8])
 
 
 def test_kernels_and_torch_keep_the_same_int8_cache(monkeypatch: pytest.MonkeyPatch) -> None:

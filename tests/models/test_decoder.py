@@ -54,11 +54,13 @@ def hidden() -> Tensor:
 
 
 def test_two_ranks_with_half_of_the_weights_each_give_the_layer_of_one(hidden: Tensor) -> None:
-    expected = outputs(CONFIG, DecoderLayer(CONFIG, Unquantized(weight, torch.float32)), hidden, alone)
+    expected = outputs(CONFIG, DecoderLayer(CONFIG, CONFIG.kinds[0], Unquantized(weight, torch.float32)), hidden, alone)
     together = _Sum(2)
 
     def rank(index: int) -> Tensor:
-        layer = DecoderLayer(HALF, Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32))
+        layer = DecoderLayer(
+            HALF, HALF.kinds[0], Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32)
+        )
         return outputs(HALF, layer, hidden, lambda partial: together.add(index, partial))
 
     with ThreadPoolExecutor(2) as pool:
@@ -89,7 +91,7 @@ class _Sum:
 
 def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> None:
     before = hidden.clone()
-    layer = DecoderLayer(CONFIG, Unquantized(weight, torch.float32))
+    layer = DecoderLayer(CONFIG, CONFIG.kinds[0], Unquantized(weight, torch.float32))
     expected = outputs(CONFIG, layer, hidden, alone)
     assert torch.allclose(outputs(CONFIG, layer, hidden, lambda partial: partial), expected, atol=1e-6)
     assert torch.equal(hidden, before)

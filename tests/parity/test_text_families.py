@@ -11,6 +11,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from mdi.core.errors import CheckpointError
@@ -57,7 +61,24 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "llama yarn": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "mistral with a window": (MistralConfig, MistralForCausalLM, {"sliding_window": 300, "head_dim": 32}),
+    "mistral with a window": (MistralConfig, MistralForCausalLM, {"sliding_window": 11, "head_dim": 32}),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {"sliding_window": 67, "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layer_interval": 2, "pad_token_id": None}),
+    "smollm3 with a window": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {
+            "no_rope_layers": [0, 1, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "pad_token_id": None,
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
     "qwen3 yarn": (
         Qwen3Config,
@@ -72,9 +93,10 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2 with a window": (
         Qwen2Config,
         Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     ),
 }
+SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 TEXT = [(7 * index + index // 9) % 250 for index in range(200)]  # longer than the lengths that scalings begin from
 MIXED = [Prompt(TEXT), Prompt(TEXT[:7]), Prompt(TEXT[50:120])]
 
@@ -121,9 +143,9 @@ def test_axes_of_positions_and_yarn_go_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("mistral with a window", 300), ("qwen2 with a window", 300), ("llama yarn", 2048), ("qwen3", 32768)],
+    [("mistral with a window", 131072), ("llama yarn", 2048), ("qwen3", 32768)],
 )
-def test_a_window_is_the_longest_sequence(name: str, most: int) -> None:
+def test_a_sequence_may_be_as_long_as_the_model_is_scaled_to(name: str, most: int) -> None:
     config_class, model_class, changes = FAMILIES[name]
     config = config_class(**{**SIZES, **changes}).to_dict() | {"architectures": [model_class.__name__]}
     assert read_config(config).max_positions == most
@@ -144,6 +166,10 @@ def test_a_window_is_the_longest_sequence(name: str, most: int) -> None:
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4 is not below high_freq_factor 4"),
         ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: only 1 is supported"),
         ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layers with chunked_attention are not"),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layers": [1]},
+            "no_rope_layers has 1",
+        ),
         ({"architectures": ["Llama4ForCausalLM"]}, "architecture Llama4ForCausalLM is not supported; the closest"),
     ],
 )

@@ -233,6 +233,34 @@ TINY_LLAMA: dict[str, Any] = {
 }
 """config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0: 1,100,048,384 parameters."""
 
+SMOLLM3_3B: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": 128012,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 65536,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0.dev0",
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+"""config.json of HuggingFaceTB/SmolLM3-3B: 3,075,098,624 parameters."""
+
 PUBLISHED = {
     "qwen2-vl-2b": QWEN2_VL_2B,
     "qwen2-vl-7b": QWEN2_VL_7B,
@@ -242,5 +270,6 @@ PUBLISHED = {
     "llama-3.2-1b": LLAMA_32_1B,
     "tinyllama-1.1b": TINY_LLAMA,
     "mistral-7b": MISTRAL_7B,
+    "smollm3-3b": SMOLLM3_3B,
 }
 """The shapes of `mdi bench random:NAME`."""

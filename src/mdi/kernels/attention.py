@@ -26,6 +26,7 @@ class Attention(ctypes.Structure):
         *((name, c_int64) for name in ("n_runs", "query_stride", "key_stride", "slot_rows")),
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
         *((name, c_int32) for name in ("dtype", "cache_dtype", "causal")),
+        ("window", c_int64),
         *((name, c_void_p) for name in ("scratch", "claimed")),
     )
 
@@ -66,12 +67,13 @@ def works_on(device: torch.device) -> bool:
     return device.type == "cpu" and kernels() is not None
 
 
-def attend(queries: Tensor, cache: Tensor, runs: Tensor, scales: Tensor | None = None) -> Tensor:
+def attend(queries: Tensor, cache: Tensor, runs: Tensor, scales: Tensor | None = None, *, window: int = 0) -> Tensor:
     """Causal attention of each run's rows over its slot. A row's bits depend on its slot's contents alone.
 
     queries: [rows, heads, head_dim]; a row's heads lie together. cache: [slots, rows, 2, kv_heads, head_dim], with the
     keys and values of these rows in it. scales: of an int8 cache, float32 [slots, rows, 2, kv_heads]. runs: int64
-    [runs, 4]: first row, slot, position, rows. Returns [rows, heads * head_dim].
+    [runs, 4]: first row, slot, position, rows. window: the last keys that a row attends to, its own included; 0 is all.
+    Returns [rows, heads * head_dim].
     """
     rows, heads, head_dim = queries.shape
     kv_heads = cache.shape[3]
@@ -93,6 +95,7 @@ def attend(queries: Tensor, cache: Tensor, runs: Tensor, scales: Tensor | None =
         dtype=FLOATS[queries.dtype],
         cache_dtype=CACHE_DTYPES[cache.dtype],
         causal=1,
+        window=window,
     )
     _attend(call, runs, out)
     return out
@@ -136,8 +139,8 @@ def _attend(call: Attention, runs: Tensor, out: Tensor) -> None:
 
 def rotate(
     heads: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     runs: Tensor,
     cache: Tensor | None = None,
     scales: Tensor | None = None,
@@ -148,17 +151,18 @@ def rotate(
 ) -> None:
     """Rotates queries in place, and keys in place or into a cache, with the values behind them.
 
-    heads: [rows, queries + keys + values, head_dim]. cos, sin: float32 [rows, head_dim / 2]. norms: RMSNorm of queries
-    and keys before, float32 [head_dim] each. runs, cache, scales: as for `attend`.
+    heads: [rows, queries + keys + values, head_dim]. cos, sin: float32 [rows, head_dim / 2]; None where nothing is
+    rotated, only normalised and written. norms: RMSNorm of queries and keys before, float32 [head_dim] each. runs,
+    cache, scales: as for `attend`.
     """
     rows, n_heads, head_dim = heads.shape
     assert heads.is_contiguous()
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
+    assert cos is None or cos.is_contiguous()
+    assert sin is None or sin.is_contiguous()
     call = Rotary(
         heads=heads.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
+        cos=None if cos is None else cos.data_ptr(),
+        sin=None if sin is None else sin.data_ptr(),
         q_norm=norms[0].data_ptr() if norms else None,
         k_norm=norms[1].data_ptr() if norms else None,
         cache=None if cache is None else cache.data_ptr(),

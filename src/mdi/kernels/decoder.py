@@ -19,7 +19,10 @@ from mdi.kernels.packed import FLOATS, PackedWeight
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one layer computes with. Biases and norms are float32; None where it has none."""
+    """What one layer computes with. Biases and norms are float32; None where it has none.
+
+    window, rotates: as `mdi.models.config.LayerKind` has them.
+    """
 
     products: tuple[PackedWeight, ...]  # q, k and v; out; gate and up; down
     qkv_bias: Tensor | None
@@ -27,6 +30,8 @@ class LayerWeights:
     mlp_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    window: int = 0
+    rotates: bool = True
 
 
 WEIGHTS = ("qkv", "out", "gate_up", "down")
@@ -36,7 +41,10 @@ VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm")
 class Layer(ctypes.Structure):
     """`Layer` of `c/decoder.h`."""
 
-    _fields_ = tuple((name, c_void_p) for name in (*WEIGHTS, *VECTORS, "cache", "scales"))
+    _fields_ = (
+        *((name, c_void_p) for name in (*WEIGHTS, *VECTORS, "cache", "scales")),
+        *((name, c_int64) for name in ("window", "rotates")),
+    )
 
 
 class Step(ctypes.Structure):
@@ -107,7 +115,8 @@ class NativeLayers:
 def _addresses(layer: LayerWeights) -> Layer:
     weights = {name: weight.address for name, weight in zip(WEIGHTS, layer.products, strict=True)}
     vectors = {name: getattr(layer, name) for name in VECTORS}
-    return Layer(**weights, **{name: None if held is None else held.data_ptr() for name, held in vectors.items()})
+    addresses = {name: None if held is None else held.data_ptr() for name, held in vectors.items()}
+    return Layer(**weights, **addresses, window=layer.window, rotates=layer.rotates)
 
 
 @functools.cache

@@ -52,19 +52,22 @@ class Layout:
         slots = [part.slot for part in slices for _ in range(part.length)]
         rows = [row for part in slices for row in range(part.start, part.end)]
         places = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
-        return cls(made, places, tuple(_mask(part, device) for part in slices))
+        return cls(made, places, tuple(_mask(part.start, part.length, 0, device) for part in slices))
 
 
-def _mask(part: Slice, device: torch.device) -> Tensor | None:
-    """Row i attends to key j where j <= start + i."""
-    if part.start == 0 or part.length == 1:
+def _mask(start: int, length: int, window: int, device: torch.device) -> Tensor | None:
+    """Row i attends to key j where j <= start + i, and j > start + i - window where there is one."""
+    end = start + length
+    slides = 0 < window < end
+    if not slides and (start == 0 or length == 1):
         return None
-    return torch.ones(part.length, part.end, dtype=torch.bool, device=device).tril_(part.start)
+    mask = torch.ones(length, end, dtype=torch.bool, device=device).tril_(start)
+    return mask.triu_(start + 1 - window) if slides else mask
 
 
 def rotate(
     qkv: Tensor,
-    rotation: Rotation,
+    rotation: Rotation | None,
     cache: Tensor,
     layout: Layout,
     norms: Norms | None = None,
@@ -72,51 +75,53 @@ def rotate(
 ) -> Tensor:
     """Rotates a batch's queries and keys, and writes its keys and values to its slots. Returns the queries.
 
-    qkv: [tokens, queries + keys + values, head_dim], overwritten. cache: one layer's [slots, length, 2, n_kv_heads,
-    head_dim]. norms: of each head's queries and keys, before they are rotated. scales: of an int8 cache.
+    qkv: [tokens, queries + keys + values, head_dim], overwritten. rotation: None where a layer does not rotate. cache:
+    one layer's [slots, length, 2, n_kv_heads, head_dim]. norms: of each head's queries and keys, before they are
+    rotated. scales: of an int8 cache.
     """
     n_kv_heads = cache.shape[3]
     n_heads = qkv.shape[1] - 2 * n_kv_heads
     if kernels.works_on(qkv.device):
         exact = (norms[0].exact, norms[1].exact) if norms else None
         eps = norms[0].eps if norms else 0.0
-        tables = rotation.cos, rotation.sin
-        kernels.rotate(qkv, *tables, layout.runs, cache, scales, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
+        cos, sin = (rotation.cos, rotation.sin) if rotation else (None, None)
+        kernels.rotate(qkv, cos, sin, layout.runs, cache, scales, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
         return qkv[:, :n_heads]
     queries, keys, values = qkv.tensor_split((n_heads, n_heads + n_kv_heads), dim=1)
     if norms:
         queries, keys = norms[0](queries), norms[1](keys)
-    written = torch.stack((rotation(keys), values), dim=1)
+    if rotation:
+        queries, keys = rotation(queries), rotation(keys)
+    written = torch.stack((keys, values), dim=1)
     if scales is not None:
         scale = written.float().abs().amax(-1) / 127
         scales[layout.places] = scale
         written = (written.float() / scale.clamp_min(TINY)[..., None]).round().to(torch.int8)
     cache[layout.places] = written
-    return rotation(queries)
+    return queries
 
 
-def attend(queries: Tensor, cache: Tensor, layout: Layout, scales: Tensor | None = None) -> Tensor:
+def attend(queries: Tensor, cache: Tensor, layout: Layout, scales: Tensor | None = None, *, window: int = 0) -> Tensor:
     """Attention of every slice over its own slot.
 
     queries: [tokens, n_heads, head_dim]; cache: one layer's [slots, length, 2, n_kv_heads, head_dim], with the keys
     and values of the batch in it. Returns [tokens, n_heads * head_dim]. Query heads share key heads in groups (GQA,
-    arXiv:2305.13245). scales: of an int8 cache, float32 [slots, length, 2, n_kv_heads].
+    arXiv:2305.13245). scales: of an int8 cache, float32 [slots, length, 2, n_kv_heads]. window: the last keys that a
+    query attends to, its own included; 0 is all.
     """
     if kernels.works_on(queries.device):
-        return kernels.attend(queries, cache, layout.runs, scales)
+        return kernels.attend(queries, cache, layout.runs, scales, window=window)
 
     def kept(slot: int, end: int) -> Tensor:
         if scales is None:
             return cache[slot, :end]
         return (cache[slot, :end] * scales[slot, :end, ..., None]).to(queries.dtype)
 
-    runs = zip(layout.runs.tolist(), layout.masks, strict=True)
-    return torch.cat(
-        [
-            _attend_run(queries[row : row + length], kept(slot, start + length), mask)
-            for (row, slot, start, length), mask in runs
-        ]
-    )
+    made = []
+    for (row, slot, start, length), causal in zip(layout.runs.tolist(), layout.masks, strict=True):
+        mask = _mask(start, length, window, queries.device) if window else causal
+        made.append(_attend_run(queries[row : row + length], kept(slot, start + length), mask))
+    return torch.cat(made)
 
 
 def _attend_run(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:

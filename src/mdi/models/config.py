@@ -13,7 +13,8 @@ from mdi.core.errors import CheckpointError, ConfigError
 from mdi.layers.rope import RopeConfig, RopeScaling
 from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
 
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
+SLIDING = "sliding_attention"
+ATTENTION_KINDS = ("full_attention", SLIDING)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class DecoderDefaults:
     mrope_sections: tuple[int, int, int] | None = None
     head_dim: int | None = None
     max_positions: int = 32768
+    sliding_window: int | None = 4096
     slides: bool = False
 
     @property
@@ -79,6 +81,7 @@ class DecoderDefaults:
             "max_window_layers": self.sliding_from,
             "head_dim": self.head_dim,
             "max_position_embeddings": self.max_positions,
+            "sliding_window": self.sliding_window,
         }
 
     @property
@@ -88,13 +91,24 @@ class DecoderDefaults:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """How attention of some layers differs from that of others.
+
+    window: the last tokens that one attends to, itself included (arXiv:2004.05150); 0 is all. rotates: queries and keys
+    are rotated by position; SmolLM3 leaves that out of each fourth layer (arXiv:2501.18795).
+    """
+
+    window: int = 0
+    rotates: bool = True
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A model: its decoder, and its vision tower where it has one.
 
     qkv_bias: the products of queries, keys and values have biases. qk_norm: each head's queries and keys are
     normalised before they are rotated. norm_dtype: of the decoder's norms; None is the stage's dtype.
-    tied_embeddings: the LM head's matrix is the embedding's. max_positions: tokens of a sequence. Attention that slides
-    over a window is all attention within the first one, so the window is the most where layers have one.
+    tied_embeddings: the LM head's matrix is the embedding's. max_positions: tokens of a sequence. kinds: of each layer.
     """
 
     architecture: str
@@ -112,6 +126,7 @@ class ModelConfig:
     tied_embeddings: bool
     max_positions: int
     dtype: str
+    kinds: tuple[LayerKind, ...]
     norm_dtype: str | None = None
     vision: VisionConfig | None = None
     image_token_id: int | None = None
@@ -150,6 +165,7 @@ class ModelConfig:
         defaults: DecoderDefaults = DecoderDefaults(),
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        unrotated_layers: Sequence[int] = (),
         vision: VisionConfig | None = None,
     ) -> ModelConfig:
         """Reads the entries of config.json that families share.
@@ -181,6 +197,7 @@ class ModelConfig:
             tied_embeddings=top.tie_word_embeddings or (vision is not None and entries.tie_word_embeddings),
             max_positions=_max_positions(entries, rope),
             dtype=_dtype(top),
+            kinds=_layer_kinds(entries, unrotated_layers),
             vision=vision,
         )
         _check_decoder(entries, made)
@@ -241,8 +258,7 @@ def _max_positions(entries: DecoderEntries, rope: RopeEntries) -> int:
     most = entries.max_position_embeddings
     if rope.kind == "yarn" and rope.factor:
         most = max(most, round((rope.original_max_position_embeddings or most) * rope.factor))
-    slides = "sliding_attention" in entries.attention_kinds and entries.sliding_window
-    return min(most, entries.sliding_window) if slides and entries.sliding_window else most
+    return most
 
 
 def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim: int, max_positions: int) -> RopeConfig:
@@ -303,15 +319,21 @@ def _attention_factor(entries: RopeEntries) -> float:
     return magnitude(factor)
 
 
-def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
-    """Raises CheckpointError where entries contradict each other, or ask for what the decoder does not compute."""
+def _layer_kinds(entries: DecoderEntries, unrotated: Sequence[int]) -> tuple[LayerKind, ...]:
+    """Raises CheckpointError for kinds of attention that are not computed."""
     kinds = entries.attention_kinds
-    if len(kinds) != config.n_layers:
-        raise unusable(f"layer_types has {len(kinds)} entries, num_hidden_layers is {config.n_layers}")
+    if len(kinds) != entries.num_hidden_layers:
+        raise unusable(f"layer_types has {len(kinds)} entries, num_hidden_layers is {entries.num_hidden_layers}")
     if other := next((kind for kind in kinds if kind not in ATTENTION_KINDS), None):
         raise unusable(f"layers with {other} are not supported (layer_types)")
-    if "sliding_attention" in kinds and entries.sliding_window is None:
-        raise unusable("layer_types has sliding_attention, but sliding_window is missing")
+    if SLIDING in kinds and entries.sliding_window is None:
+        raise unusable(f"layer_types has {SLIDING}, but sliding_window is missing")
+    windows = ((entries.sliding_window or 0) if kind == SLIDING else 0 for kind in kinds)
+    return tuple(LayerKind(window, layer not in unrotated) for layer, window in enumerate(windows))
+
+
+def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
+    """Raises CheckpointError where entries contradict each other, or ask for what the decoder does not compute."""
     for name in ("attention_bias", "mlp_bias"):
         if getattr(entries, name):
             raise unusable(f"{name} is set, which is not supported")

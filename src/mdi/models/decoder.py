@@ -19,7 +19,7 @@ from mdi.layers.kv_cache import KVCache
 from mdi.layers.linear import Linear, PackedLinear
 from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
-from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.config import LayerKind, ModelConfig, StageSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -35,7 +35,9 @@ class Decoder:
     ) -> None:
         """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
         self.embedding = embedding
-        self.layers = [DecoderLayer(config, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
+        self.layers = [
+            DecoderLayer(config, config.kinds[layer], within(f"{LAYERS}{layer}.", get)) for layer in spec.layers
+        ]
         self._native = _native(config, self.layers)
         self.norm = self.lm_head = None
         if spec.head:
@@ -83,11 +85,12 @@ class Decoder:
 class DecoderLayer:
     """One layer. q, k and v are one product, gate and up another: each weight is read in one pass."""
 
-    def __init__(self, config: ModelConfig, get: GetTensor) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, get: GetTensor) -> None:
         hidden, inner, eps, norm_dtype = config.hidden_size, config.intermediate_size, config.rms_eps, config.norm_dtype
         sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
         qkv = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
         self.config = config
+        self.kind = kind
         self.input_norm = RMSNorm(get, "input_layernorm", hidden, eps, norm_dtype)
         self.qkv = Linear.load(get, qkv, hidden, bias=config.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -118,7 +121,8 @@ class DecoderLayer:
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.config.head_dim)  # [tokens, q + k + v heads, head_dim]
         norms = (self.q_norm, self.k_norm) if self.q_norm and self.k_norm else None
-        return attend(rotate(qkv, rotation, cache, layout, norms, scales), cache, layout, scales)
+        queries = rotate(qkv, rotation if self.kind.rotates else None, cache, layout, norms, scales)
+        return attend(queries, cache, layout, scales, window=self.kind.window)
 
     @property
     def native(self) -> LayerWeights | None:
@@ -134,6 +138,8 @@ class DecoderLayer:
             mlp_norm=self.mlp_norm.exact,
             q_norm=self.q_norm.exact if self.q_norm else None,
             k_norm=self.k_norm.exact if self.k_norm else None,
+            window=self.kind.window,
+            rotates=self.kind.rotates,
         )
 
 

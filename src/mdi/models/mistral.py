@@ -1,4 +1,4 @@
-"""Mistral: the form of Llama, with a window that attention slides over in older versions."""
+"""Mistral and Ministral: the form of Llama, with a window in older versions, or in some layers."""
 
 from __future__ import annotations
 

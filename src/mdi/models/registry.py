@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, smollm3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -68,6 +68,8 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),
     "LlamaForCausalLM": Family(llama.read_config, "llama", "Llama 2 and 3, TinyLlama, SmolLM2, Yi"),
     "MistralForCausalLM": Family(mistral.read_config, "mistral", "Mistral 7B, Mistral Nemo"),
+    "MinistralForCausalLM": Family(mistral.read_config, "ministral", "Ministral 8B"),
+    "SmolLM3ForCausalLM": Family(smollm3.read_config, "smollm3", "SmolLM3"),
 }
 REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, weights under another name
 

@@ -16,6 +16,7 @@
 // partitions, or, where a sequence has few rows and a long context, some, so that the context spreads over all threads.
 #include "attention.h"
 
+#include <float.h>
 #include <math.h>
 
 #include "attention_tiles.h"
@@ -34,7 +35,7 @@ typedef struct {  // a thread's own memory
     float *queries, *scores;           // [rows][width], [rows][BLOCK]
     float *key_scales, *value_scales;  // [BLOCK], of an int8 cache
     float *highest, *kept;             // [rows]: the largest score so far; what earlier sums are multiplied by
-    int *seen;                         // [rows]: keys of the block that a row attends to
+    int *unseen, *seen;                // [rows]: a row attends to the keys [unseen, seen) of the block
     Softmax part, total;
     Ahead ahead;
 } Scratch;
@@ -63,9 +64,12 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long pieces(long length, long size) { return (length + size - 1) / size; }
 INLINE long number_bytes(int dtype) { return dtype == INT8_CACHE ? 1 : dtype_bytes(dtype); }
 
-// The first keys_of_token(token) keys of a slot are what a token of a run attends to.
+// A token of a run attends to the keys [first_key(token), keys_of_token(token)) of its slot.
 INLINE long keys_of_token(const Attention *call, const Run *run, long token) {
     return call->causal ? run->start + token + 1 : call->slot_rows;
+}
+INLINE long first_key(const Attention *call, const Run *run, long token) {
+    return call->window ? most(0, keys_of_token(call, run, token) - call->window) : 0;
 }
 INLINE long partitions_of(const Attention *call, const Run *run) {
     return pieces(keys_of_token(call, run, run->length - 1), PARTITION);
@@ -115,11 +119,12 @@ static void score_block(const Work *work, Scratch *scratch, const Rows *keys, co
 }
 
 // The keys that a row does not see have a score of -infinity. Returns the largest score.
-static float mask_scores(float *scores, const float *key_scales, long n_keys, float largest) {
+static float mask_scores(float *scores, const float *key_scales, long unseen, long n_keys, float largest) {
     vfloat highest = vf_set1(largest);
     if (key_scales)
         for (long key = 0; key < n_keys; key += LANES)
             vf_store(scores + key, vf_mul(vf_load(scores + key), vf_load(key_scales + key)));
+    for (long key = 0; key < unseen; key++) scores[key] = -INFINITY;
     for (long key = n_keys; key % LANES; key++) scores[key] = -INFINITY;
     for (long key = 0; key < n_keys; key += LANES) highest = vf_max(vf_load(scores + key), highest);
     return vf_largest(highest);
@@ -141,7 +146,8 @@ static void weigh_block(Scratch *scratch, int quantized, float *largest, float *
     const float *value_scales = quantized ? scratch->value_scales : NULL;
     float *highest = scratch->highest, *kept = scratch->kept;
     for (long row = first; row < rows; row++)
-        highest[row] = mask_scores(scratch->scores + row * BLOCK, key_scales, scratch->seen[row], largest[row]);
+        highest[row] = mask_scores(scratch->scores + row * BLOCK, key_scales, scratch->unseen[row], scratch->seen[row],
+                                   largest[row]);
     for (long row = first; row < rows; row += LANES)
         vf_store(kept + row, vf_exp2(vf_sub(vf_load(largest + row), vf_load(highest + row))));
     for (long row = first; row < rows; row++) {
@@ -197,7 +203,11 @@ static void attend_block(const Work *work, Scratch *scratch, const Item *item, l
     for (long token = item->tokens - 1; token >= 0; token--, first -= group) {
         long seen = keys_of_token(call, item->run, item->token + token) - block;
         if (seen <= 0) break;
-        for (long row = token * group; row < (token + 1) * group; row++) scratch->seen[row] = (int)least(seen, n_keys);
+        long unseen = first_key(call, item->run, item->token + token) - block;
+        for (long row = token * group; row < (token + 1) * group; row++) {
+            scratch->unseen[row] = (int)most(0, least(unseen, n_keys));
+            scratch->seen[row] = (int)least(seen, n_keys);
+        }
     }
     scratch->ahead = ahead_of(work, scratch, item, least(block + BLOCK, last));
     for (long head = 0; head < item->heads; head++) {
@@ -208,15 +218,18 @@ static void attend_block(const Work *work, Scratch *scratch, const Item *item, l
     }
 }
 
+// The largest score is finite at first: the difference of two infinite ones, of a row that sees no key, is none.
 static void begin(Softmax *softmax, long rows, long width) {
-    for (long row = 0; row < rows; row++) softmax->largest[row] = -INFINITY, softmax->sum[row] = 0.0f;
+    for (long row = 0; row < rows; row++) softmax->largest[row] = -FLT_MAX, softmax->sum[row] = 0.0f;
     memset(softmax->mixed, 0, sizeof(float) * rows * width);
 }
 
-// An item's rows over one partition: into scratch->part.
+// An item's rows over one partition: into scratch->part. Blocks before the window of the first token are left out; to
+// later tokens they would add nothing, not even a bit: what is added before the first seen key is multiplied by 2^-126.
 static void attend_partition(const Work *work, Scratch *scratch, const Item *item, long partition, long last) {
     begin(&scratch->part, item->heads * item->tokens * work->group, work->width);
-    for (long block = partition * PARTITION; block < least((partition + 1) * PARTITION, last); block += BLOCK)
+    long first = most(partition * PARTITION, first_key(work->call, item->run, item->token) / BLOCK * BLOCK);
+    for (long block = first; block < least((partition + 1) * PARTITION, last); block += BLOCK)
         attend_block(work, scratch, item, block, last);
 }
 
@@ -291,10 +304,11 @@ static void attend_item(const Work *work, Scratch *scratch, const Item *item) {
 static void merge_run(const Work *work, Scratch *scratch, const Run *run, const float *partials, long token) {
     long size = work->width + 2, partitions = partitions_of(work->call, run), heads = work->call->heads;
     long seen = pieces(keys_of_token(work->call, run, token), PARTITION);
+    long first = first_key(work->call, run, token) / PARTITION;
     for (long head = 0; head < heads; head++) {
-        const float *part = partials + (token * heads + head) * partitions * size;
+        const float *part = partials + ((token * heads + head) * partitions + first) * size;
         begin(&scratch->total, 1, work->width);
-        for (long partition = 0; partition < seen; partition++, part += size)
+        for (long partition = first; partition < seen; partition++, part += size)
             merge(scratch->total.largest, scratch->total.sum, scratch->total.mixed, part[0], part[1], part + 2,
                   work->width);
         write_row(work, run->row + token, head, scratch->total.sum[0], scratch->total.mixed);
@@ -307,7 +321,7 @@ static long panel_size(const Work *work) { return PANEL * most(work->width, BLOC
 
 static size_t thread_size(const Work *work) {
     long rows = item_rows(work);
-    size_t floats = panel_size(work) + rows * (3 * work->width + BLOCK + 7) + 2 * BLOCK;
+    size_t floats = panel_size(work) + rows * (3 * work->width + BLOCK + 8) + 2 * BLOCK;
     return (floats * sizeof(float) + CACHE_LINE - 1) & ~(size_t)(CACHE_LINE - 1);
 }
 
@@ -327,6 +341,7 @@ static Scratch scratch_of(const Work *work, int thread) {
     scratch.total.sum = at += rows;
     scratch.highest = at += rows;
     scratch.kept = at += rows;
+    scratch.unseen = (int *)(at += rows);
     scratch.seen = (int *)(at + rows);
     return scratch;
 }
@@ -342,7 +357,7 @@ static void attend_claimed(const Work *work, Scratch *scratch) {
         for (; token >= 0; token -= cut.tokens) {  // those with the most keys first
             long tokens = least(cut.tokens, run->length - token);
             long end = pieces(keys_of_token(call, run, token + tokens - 1), PARTITION);
-            for (long first = 0; first < end; first += cut.partitions)
+            for (long first = first_key(call, run, token) / PARTITION; first < end; first += cut.partitions)
                 for (long head = 0; head < call->kv_heads; head += cut.heads) {
                     if (index++ != mine) continue;
                     Item item = {run, token, tokens, head, cut.heads, first, least(first + cut.partitions, end),

@@ -22,6 +22,7 @@ typedef struct {
     int64_t n_runs, query_stride, key_stride, slot_rows, heads, kv_heads, head_dim;
     int32_t dtype, cache_dtype;  // of queries and out; of keys and values
     int32_t causal;              // else every row attends to all slot_rows keys of its slot
+    int64_t window;              // of a causal row: the last keys that it attends to, its own included; 0 is all
     char *scratch;
     atomic_long *claimed;  // items of work that threads have taken: 0 at first
 } Attention;

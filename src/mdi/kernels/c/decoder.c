@@ -52,8 +52,8 @@ static void add_product(const Region *region, const Weight *weight, const void *
 
 static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
     const Step *step = region->step;
-    Rotary rotary = {.heads = region->qkv, .cos = step->cos, .sin = step->sin, .q_norm = layer->q_norm,
-                     .k_norm = layer->k_norm, .cache = layer->cache, .scales = layer->scales, .runs = step->runs,
+    Rotary rotary = {.heads = region->qkv, .cos = layer->rotates ? step->cos : NULL, .sin = step->sin,
+                     .q_norm = layer->q_norm, .k_norm = layer->k_norm, .cache = layer->cache, .scales = layer->scales, .runs = step->runs,
                      .n_runs = step->n_runs, .rows = step->rows, .slot_rows = step->slot_rows, .n_heads = step->heads,
                      .kv_heads = step->kv_heads, .head_dim = step->head_dim, .eps = step->eps, .dtype = step->dtype,
                      .cache_dtype = step->cache_dtype};
@@ -70,7 +70,7 @@ static Attention attention_of(const Region *region, const Layer *layer) {
                        .query_stride = (step->heads + 2 * step->kv_heads) * step->head_dim, .key_stride = 2 * kv_size,
                        .slot_rows = step->slot_rows, .heads = step->heads, .kv_heads = step->kv_heads,
                        .head_dim = step->head_dim, .dtype = step->dtype, .cache_dtype = step->cache_dtype,
-                       .causal = 1, .scratch = region->scratch};
+                       .causal = 1, .window = layer->window, .scratch = region->scratch};
 }
 
 static void attend(const Region *region, const Layer *layer, int thread, int n_threads) {

@@ -11,6 +11,8 @@ typedef struct {
     const float *q_norm, *k_norm;        // [head_dim], or NULL
     void *cache;                         // [slots][slot_rows][2][kv_heads][head_dim]
     float *scales;                       // [slots][slot_rows][2][kv_heads], of an int8 cache
+    int64_t window;                      // as `Attention` has it
+    int64_t rotates;                     // whether queries and keys are rotated
 } Layer;
 
 typedef struct {

@@ -13,9 +13,10 @@
 
 static void rotated(const Rotary *rotary, long row, long at, const float *norm, float *head) {
     long half = rotary->head_dim / 2;
-    const float *cosines = rotary->cos + row * half, *sines = rotary->sin + row * half;
     widen_row(rotary->heads, at, rotary->dtype, rotary->head_dim, head);
     if (norm) KERNEL(rms_norm_row)(head, norm, rotary->head_dim, rotary->eps);
+    if (!rotary->cos) return;
+    const float *cosines = rotary->cos + row * half, *sines = rotary->sin + row * half;
     long i = 0;
     for (; i + LANES <= half; i += LANES) {
         vfloat a = vf_load(head + i), b = vf_load(head + half + i);

@@ -8,7 +8,7 @@
 
 typedef struct {
     void *heads;                  // [rows][stride]: queries, keys, values, [head_dim] each
-    const float *cos, *sin;       // [rows][head_dim / 2]
+    const float *cos, *sin;       // [rows][head_dim / 2], or NULL: nothing is rotated
     const float *q_norm, *k_norm; // [head_dim], or NULL
     void *cache;                  // one layer's, or NULL: keys are rotated in place
     float *scales;                // of an int8 cache
