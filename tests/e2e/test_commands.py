@@ -93,6 +93,7 @@ def test_verify_finds_no_difference_to_transformers(checkpoint: Path, picture: P
     report = mdi("verify", checkpoint, "What is this?", "--image", picture, "--n-nodes", "2", "--max-tokens", "6")
     assert report.returncode == 0, report.stderr + report.stdout
     assert "all 6 greedy tokens are equal" in report.stdout
+    assert "greedy answer: '" in report.stdout
     found = re.search(r"relative to the largest logit: (\S+);", report.stdout)
     assert found
     assert float(found[1]) < 1e-4

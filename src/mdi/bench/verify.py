@@ -39,7 +39,8 @@ class Report:
     """Result of a comparison.
 
     differences: per prompt position, the largest absolute logit difference over the vocabulary.
-    relative: the largest difference over the largest logit. cosine: of all logits. token ids: greedy answers.
+    relative: the largest difference over the largest logit. cosine: of all logits. ours, theirs: greedy answers as
+    token ids. text: of ours, special tokens included: boxes of grounding answers stand in them.
     """
 
     same_prompt: bool
@@ -48,6 +49,7 @@ class Report:
     cosine: float
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
+    text: str
 
     @property
     def first_difference(self) -> int | None:
@@ -76,12 +78,13 @@ def verify(
         loaded, theirs = _loaded(source, dtype, quantization, n_nodes)
         their_ids, their_logits = theirs.read(messages)
         their_answer = theirs.answer(messages, max_tokens)
-        prompt = _prompt(source, messages, max_tokens)
+        tokenizer = Tokenizer(source.path)
+        prompt = _prompt(source, tokenizer, messages, max_tokens)
         set_threads(None, "cpu")
         our_logits, ours = _through_stages(loaded, prompt, end_ids(source), max_tokens)
-    same_prompt = list(prompt.token_ids) == their_ids
+    same_prompt, text = list(prompt.token_ids) == their_ids, tokenizer.decode(ours)
     if not same_prompt:
-        return Report(False, (), float("inf"), 0.0, ours, their_answer)
+        return Report(False, (), float("inf"), 0.0, ours, their_answer, text)
     difference = (our_logits - their_logits).abs()
     return Report(
         same_prompt=True,
@@ -90,6 +93,7 @@ def verify(
         cosine=float(torch.cosine_similarity(our_logits.flatten(), their_logits.flatten(), dim=0)),
         ours=ours,
         theirs=their_answer,
+        text=text,
     )
 
 
@@ -108,11 +112,10 @@ def _loaded(
         return [load_chunk(file) for file in files], theirs
 
 
-def _prompt(source: Source, messages: Sequence[dict[str, Any]], max_tokens: int) -> Prompt:
+def _prompt(source: Source, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], max_tokens: int) -> Prompt:
     config = source.model_config
     spec, video = media_specs(source)
     room = config.max_positions - max_tokens
-    tokenizer = Tokenizer(source.path)
     check_vocabulary(tokenizer.backend, config)
     builder = PromptBuilder(config, tokenizer, spec, ANY_FILE, room, video)
     return builder.build(messages)

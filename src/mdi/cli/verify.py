@@ -43,6 +43,7 @@ def verify(
         table.add_row(str(position), f"{difference:.3g}")
     out.print(table)
     out.print(f"largest difference relative to the largest logit: {report.relative:.3g}; cosine {report.cosine:.7f}")
+    out.print(f"greedy answer: {report.text!r}", markup=False)
     if report.first_difference is None:
         out.print(f"all {len(report.ours)} greedy tokens are equal")
         return

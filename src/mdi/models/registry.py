@@ -71,11 +71,19 @@ FAMILIES = {
     "MinistralForCausalLM": Family(mistral.read_config, "ministral", "Ministral 8B"),
     "SmolLM3ForCausalLM": Family(smollm3.read_config, "smollm3", "SmolLM3"),
 }
+GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # how names of architectures with an LM head end
 REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, weights under another name
 
 
 def family_of(architecture: str) -> Family:
-    """Raises CheckpointError, with the supported architectures and the closest of them, for one that no family has."""
+    """Raises CheckpointError, with the supported architectures and the closest of them, for one that no family has.
+
+    Encoders and decoders without a head, as embeddings of texts are made with, are told apart.
+    """
+    if not architecture.endswith(GENERATING):
+        raise unusable(
+            f"architecture {architecture} writes no text: choose a checkpoint of one of {', '.join(FAMILIES)}"
+        )
     if architecture not in FAMILIES:
         [closest, *_] = get_close_matches(architecture, FAMILIES, cutoff=0)
         raise unusable(
