@@ -76,20 +76,17 @@ REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, we
 
 
 def family_of(architecture: str) -> Family:
-    """Raises CheckpointError, with the supported architectures and the closest of them, for one that no family has.
-
-    Encoders and decoders without a head, as embeddings of texts are made with, are told apart.
-    """
-    if not architecture.endswith(GENERATING):
-        raise unusable(
-            f"architecture {architecture} writes no text: choose a checkpoint of one of {', '.join(FAMILIES)}"
-        )
-    if architecture not in FAMILIES:
-        [closest, *_] = get_close_matches(architecture, FAMILIES, cutoff=0)
-        raise unusable(
-            f"architecture {architecture} is not supported; the closest that is: {closest}; all: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[architecture]
+    """Raises CheckpointError, with the supported architectures and the closest of them, for one that no family has."""
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    [closest, *_] = get_close_matches(architecture, FAMILIES, cutoff=0)
+    headless = (
+        "" if architecture.endswith(GENERATING) else f" (models that write text end with {GENERATING[0]}, mostly)"
+    )
+    raise unusable(
+        f"architecture {architecture} is not supported{headless}; the closest that is: {closest}; "
+        f"all: {', '.join(FAMILIES)}"
+    )
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
