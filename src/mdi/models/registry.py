@@ -80,9 +80,7 @@ def family_of(architecture: str) -> Family:
     if architecture in FAMILIES:
         return FAMILIES[architecture]
     [closest, *_] = get_close_matches(architecture, FAMILIES, cutoff=0)
-    headless = (
-        "" if architecture.endswith(GENERATING) else f" (models that write text end with {GENERATING[0]}, mostly)"
-    )
+    headless = "" if architecture.endswith(GENERATING) else f" (models that write text end with {GENERATING[0]})"
     raise unusable(
         f"architecture {architecture} is not supported{headless}; the closest that is: {closest}; "
         f"all: {', '.join(FAMILIES)}"
