@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the command line itself: `make docs`."""
+"""Writes docs/commands.md from the command line itself, and the sizes in docs/models.md: `make docs`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from typing import Any
 
 import typer
 
+from mdi.checkpoint.published import PUBLISHED
 from mdi.cli.app import app
+from mdi.core.quantization import INT4, INT8, UNQUANTIZED, ModelQuantization
+from mdi.models.config import StageSpec
+from mdi.models.registry import read_config
+from mdi.planning.predict import stage_summary
 
-PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "commands.md"
+MODELS = DOCS / "models.md"
+SIZES, SIZES_END = "<!-- sizes: written by `make docs` -->\n", "<!-- end of sizes -->\n"
+CACHED_TOKENS = 8192
 HEAD = """# Commands
 
 Every command with its arguments and options, as `mdi COMMAND --help` shows them. Written by `make docs`: do not edit.
@@ -52,5 +61,27 @@ def _row(name: str, item: Any) -> str:
     return f"| `{name}` | {default} | {item.help}{variable} |\n"
 
 
+def models_page() -> str:
+    """docs/models.md with its table of sizes as it should be."""
+    before, _, rest = MODELS.read_text(encoding="utf-8").partition(SIZES)
+    _, _, after = rest.partition(SIZES_END)
+    head = (
+        f"| shape | parameters | bfloat16 | int8 | int4 | {CACHED_TOKENS:,} tokens of KV cache |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    return before + SIZES + head + "".join(map(_sizes_row, PUBLISHED)) + SIZES_END + after
+
+
+def _sizes_row(name: str) -> str:
+    config = read_config(PUBLISHED[name])
+    whole = StageSpec.everything(config)
+    formats = UNQUANTIZED, *(ModelQuantization(quantized, quantized) for quantized in (INT8.name, INT4.name))
+    plain, *others = [stage_summary(config, whole, "bfloat16", CACHED_TOKENS, quantized) for quantized in formats]
+    sizes = [plain.size_bytes, *(other.size_bytes for other in others), plain.cache_bytes]
+    shown = " | ".join(f"{size / 1e9:.2f} GB" for size in sizes)
+    return f"| `{name}` | {plain.parameters / 1e9:.2f} billion | {shown} |\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(commands_page(), encoding="utf-8")
+    MODELS.write_text(models_page(), encoding="utf-8")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from testing.docs import PAGE, commands_page
+from testing.docs import MODELS, PAGE, commands_page, models_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -14,6 +14,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def test_the_page_of_commands_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == commands_page(), "run `make docs`"
+
+
+def test_the_sizes_of_models_are_current() -> None:
+    assert MODELS.read_text(encoding="utf-8") == models_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
