@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -21,7 +21,7 @@ class VisionTower(Protocol):
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """Encodes one image or video, and yields between small parts of the work.
 
-        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size].
+        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, embedding_width].
         """
 
 
@@ -63,6 +63,13 @@ FAMILIES = {
         "Qwen2.5-VL (3B, 7B, 72B)",
         qwen2_5_vl.VisionTransformer,
         qwen2_5_vl.ALIASES,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        qwen3_vl.read_config,
+        "qwen3_vl",
+        "Qwen3-VL (dense: 2B, 4B, 8B, 32B)",
+        qwen3_vl.VisionTransformer,
+        qwen3_vl.ALIASES,
     ),
     "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2", "Qwen2, Qwen2.5, Qwen2.5-Coder"),
     "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),
