@@ -17,7 +17,7 @@ from mdi.engine.sequence import Request, Sequence
 from mdi.engine.stream import Stream
 from mdi.layers.rope import MediaSpan
 from mdi.media import Patches
-from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.assembly import Media, Prompt
 
 IMAGE = Patches(np.zeros((24, 2), dtype=np.float32), (1, 4, 6), b"digest")
 PICTURE = Prompt(

@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers: tower, deepstack, interleaved positions, videos by frames, logits and greedy tokens."""
+"""Qwen3-VL against transformers: tower, deepstack, interleaved positions, videos, logits and greedy tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mdi.core.errors import CheckpointError
 from mdi.layers.rope import Grid
-from mdi.models.registry import read_config
 from tests.parity import test_model
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages
 from tests.parity.test_model import encode, greedy_tokens, logits_of, random_rows, relative_difference

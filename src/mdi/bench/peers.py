@@ -18,7 +18,7 @@ from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, fetch, open_video
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.registry import family_of
-from mdi.prompt.builder import media_span
+from mdi.prompt.assembly import media_span
 
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 

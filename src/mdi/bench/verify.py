@@ -26,7 +26,8 @@ from mdi.kernels.threads import set_threads
 from mdi.models.stage import Stage, deepstack_of
 from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
-from mdi.prompt.builder import Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
 

@@ -20,7 +20,7 @@ from mdi.core.sampling import Sampling
 from mdi.engine.grammar_start import AfterThoughts, Rule
 from mdi.engine.stream import Stream
 from mdi.media import Work
-from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.assembly import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
 
 

@@ -25,6 +25,7 @@ from mdi.models.entries import CONFIG, DeepstackVisionEntries, rope_entries
 from mdi.models.qwen2_vl import DEFAULT_VISION_THETA, ENCODE_ROWS, LAYER_NORM_EPS, VisionBlock, row_slices
 
 ALIASES = qwen2_vl.ALIASES
+VISION_MARKS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}  # transformers' Qwen3VLConfig
 DEFAULTS = DecoderDefaults(  # transformers' Qwen3VLTextConfig
     rope_theta=5e5,
     n_kv_heads=32,
@@ -38,7 +39,8 @@ DEFAULTS = DecoderDefaults(  # transformers' Qwen3VLTextConfig
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the contents of config.json."""
     vision = vision_config(config.get("vision_config"))
-    made = ModelConfig.from_hf(config, config.get("text_config"), defaults=DEFAULTS, qk_norm=True, vision=vision)
+    top = {**VISION_MARKS, **config}
+    made = ModelConfig.from_hf(top, top.get("text_config"), defaults=DEFAULTS, qk_norm=True, vision=vision)
     check_tower(made)
     return made
 
