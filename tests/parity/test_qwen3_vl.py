@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import skimage
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+from transformers.video_utils import VideoMetadata
 
+from mdi.core.errors import CheckpointError
 from mdi.layers.rope import Grid
+from mdi.media import PatchSpec, TimedVideoSpec, image_patches
+from mdi.media.video import middle_times
+from mdi.models.registry import read_config
 from tests.parity import test_model
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages
 from tests.parity.test_model import encode, greedy_tokens, logits_of, random_rows, relative_difference
@@ -195,3 +208,122 @@ def test_greedy_tokens_are_those_of_transformers_in_a_mixed_batch(
             for prompt in PROMPTS.values()
         ]
     assert greedy_tokens(load_stages(checkpoint, *cuts), list(PROMPTS.values()), 10) == theirs
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 2, 3)])
+def test_without_kernels_logits_are_the_same(
+    cuts: tuple[int, ...],
+    oracle: Qwen3VLForConditionalGeneration,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mdi.layers.linear.library", lambda: None)
+    prompt = PROMPTS["image and video"]
+    with torch.no_grad():
+        theirs = oracle(**prompt.oracle_inputs(), use_cache=False).logits[0]
+    assert relative_difference(logits_of(load_stages(checkpoint, *cuts), prompt), theirs) < 1e-4
+
+
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(tmp_path: Path) -> None:
+    oracle = small_model(seed=2, initializer_range=0.06).to(torch.bfloat16)
+    oracle.save_pretrained(tmp_path)
+    exact_model = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stages = load_stages(tmp_path, 1, 3, dtype=torch.bfloat16)
+    for prompt in PROMPTS.values():
+        inputs = prompt.oracle_inputs()
+        with torch.no_grad():
+            exact = exact_model(**inputs, use_cache=False).logits[0]
+            floats = {name: value.bfloat16() for name, value in inputs.items() if name.startswith("pixel_values")}
+            theirs = oracle(**inputs | floats, use_cache=False).logits[0].float()
+        ours = logits_of(stages, prompt).float()
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.999
+        assert (ours - exact).norm() < 1.1 * (theirs - exact).norm()  # no further from the truth than the reference
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vision_config", {"hidden_act": "gelu"}, "activation 'gelu' is not supported in the vision tower"),
+        ("vision_config", {"hidden_size": 146}, "hidden_size 146 is not a multiple of 4 x num_heads"),
+        ("vision_config", {"in_channels": 1}, "in_channels is 1, but pictures have 3"),
+        ("vision_config", {"out_hidden_size": 64}, "the tower's output .* has 64 numbers, the decoder 96"),
+        ("vision_config", {"num_position_embeddings": 143}, "num_position_embeddings 143 is not a square"),
+        ("vision_config", {"deepstack_visual_indexes": [0, 5]}, r"is \[0, 5\], but the tower has blocks 0 to 4"),
+        ("vision_config", {"deepstack_visual_indexes": [2, 1]}, r"is \[2, 1\]: rising numbers are expected"),
+        ("vision_config", {"deepstack_visual_indexes": [-1]}, "greater than or equal to 0"),
+        ("vision_config", {"deepstack_visual_indexes": [0, 1, 2, 3, 4]}, "has 5 entries for the first .* there are 4"),
+        ("text_config", {"rope_parameters": {"mrope_section": [6, 5, 4]}}, "add up to half of the head's 32 channels"),
+        ("text_config", {"rope_parameters": {"mrope_section": [4, 6, 6]}}, r"\[4, 6, 6\]: of 16 interleaved channels"),
+    ],
+)
+def test_a_wrong_model_is_refused_by_name(
+    part: str, changes: dict[str, Any], message: str, oracle: Qwen3VLForConditionalGeneration
+) -> None:
+    config = oracle.config.to_dict()
+    config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+    config[part] |= changes
+    with pytest.raises(CheckpointError, match=message):
+        read_config(config)
+
+
+def test_the_dtype_may_stand_in_the_decoders_part_alone(oracle: Qwen3VLForConditionalGeneration) -> None:
+    """As on the hub."""
+    config = oracle.config.to_dict()
+    config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+    del config["dtype"]
+    config["text_config"]["dtype"] = "bfloat16"
+    assert read_config(config).dtype == "bfloat16"
+
+
+# Pictures and frames
+
+
+@pytest.mark.parametrize("size", [(120, 90), (640, 480), (500, 140), (33, 900), (2000, 1500)])
+def test_images_are_cut_as_transformers_cuts_them(size: tuple[int, int]) -> None:
+    image = Image.fromarray(skimage.data.astronaut()).resize(size)
+    limits = {"shortest_edge": 65536, "longest_edge": 1280 * 32 * 32}
+    entries = {"size": limits, "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    theirs = Qwen2VLImageProcessorPil(**entries)(images=image, return_tensors="np")
+    ours = image_patches(image, PatchSpec.from_hf(entries))
+    assert ours.grid == tuple(theirs["image_grid_thw"][0])
+    np.testing.assert_array_max_ulp(ours.rows, theirs["pixel_values"], maxulp=1)
+
+
+VIDEO_SPEC = TimedVideoSpec.from_hf({"size": {"shortest_edge": 4096, "longest_edge": 25165824}})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 5000), st.sampled_from([1.0, 9.0, 15.0, 24.0, 25.0, 29.97, 60.0]), st.sampled_from([2, 1, 4, 0.5])
+)
+def test_frames_and_their_times_are_those_of_transformers(total_frames: int, fps: float, rate: float) -> None:
+    metadata = VideoMetadata(total_num_frames=total_frames, fps=fps)
+    limits = SimpleNamespace(fps=2, min_frames=4, max_frames=768)  # the class itself needs torchvision
+    theirs = Qwen3VLVideoProcessor.sample_frames(limits, metadata, fps=rate)
+    spec = VIDEO_SPEC.with_options(fps=rate)
+    indices = spec.frame_indices(total_frames, spec.frame_count(total_frames, fps))
+    assert indices == theirs.tolist()
+    times_s = middle_times([index / fps for index in indices], 2)
+    assert list(times_s) == Qwen3VLProcessor._calculate_timestamps(None, theirs, fps, 2)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.integers(2, 768),
+    st.integers(16, 2500),
+    st.integers(16, 2500),
+    st.sampled_from([(4096, 25165824), (131072, 786432), (1024, 65536)]),
+)
+def test_frames_are_as_large_as_in_transformers(n_frames: int, height: int, width: int, size: tuple[int, int]) -> None:
+    """With its cap, which is that of qwen-vl-utils and is to become its default."""
+    least, most = size
+    a_frame = max(min(768 * 32 * 32, most // n_frames), int(least * 1.05))  # Qwen3VLVideoProcessor.resize
+    theirs = smart_resize(n_frames, height, width, 2, 32, least, a_frame * n_frames)
+    spec = TimedVideoSpec.from_hf({"size": {"shortest_edge": least, "longest_edge": most}})
+    assert spec.resized(height, width, n_frames, 32) == theirs
+
+
+def test_limits_of_videos_that_contradict_each_other_are_refused() -> None:
+    for wrong in ({"size": {"shortest_edge": 9, "longest_edge": 8}}, {"min_frames": 9, "max_frames": 8}):
+        with pytest.raises(CheckpointError, match="the limits contradict each other"):
+            TimedVideoSpec.from_hf(wrong)

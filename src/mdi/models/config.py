@@ -287,7 +287,8 @@ def _rope_config(entries: RopeEntries, defaults: DecoderDefaults, head_dim: int,
     rope = RopeConfig("mrope", entries.rope_theta, sizes, scaling, defaults.mrope_interleaved)
     if tuple(rope.axes(head_dim // 2).bincount(minlength=3).tolist()) != sizes:
         raise unusable(
-            f"mrope_section is {list(found)}: so many channels of an axis do not fit, each third one its own"
+            f"mrope_section is {list(found)}: of {head_dim // 2} interleaved channels at most each third one is of "
+            "height, and of width"
         )
     return rope
 
