@@ -136,7 +136,14 @@ def test_images_can_be_encoded_on_a_node_of_its_own(checkpoint: Path, chats: Cha
     theirs = Transformers(open_source(checkpoint))
     with ManualCluster(tmp_path, on_loopback(*NODES, "vision")) as nodes:
         nodes.start_all()
-        places = {"nodes_config": nodes.config, "certs": nodes.certs("starter"), "encryption": nodes.encrypted}
-        with Engine(checkpoint, wait_s=100, dtype="float32", sequence_length=2048, **places) as engine:
+        with Engine(
+            checkpoint,
+            nodes_config=nodes.config,
+            wait_s=100,
+            certs=nodes.certs("starter"),
+            encryption=nodes.encrypted,
+            dtype="float32",
+            sequence_length=2048,
+        ) as engine:
             for name in ("images", "both"):
                 assert engine.chat(chats[name], GREEDY).token_ids == theirs.answer(chats[name], 8)

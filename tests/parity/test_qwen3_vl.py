@@ -150,7 +150,7 @@ def test_the_tower_gives_the_numbers_of_transformers(
     rows = random_rows(grid, patch_elements=PATCH_ELEMENTS)
     with torch.no_grad():
         theirs = oracle.model.visual(rows, grid_thw=torch.tensor([grid]))
-    embeddings, *features = encode(stage, rows, grid).split(96, dim=1)
+    embeddings, *features = torch.split(encode(stage, rows, grid), 96, dim=1)
     assert relative_difference(embeddings, theirs.pooler_output) < 1e-4
     for ours, expected in zip(features, theirs.deepstack_features, strict=True):
         assert relative_difference(ours, expected) < 1e-4
@@ -264,6 +264,13 @@ def test_a_wrong_model_is_refused_by_name(
     config[part] |= changes
     with pytest.raises(CheckpointError, match=message):
         read_config(config)
+
+
+def test_frames_need_their_marks(oracle: Qwen3VLForConditionalGeneration) -> None:
+    config = oracle.config.to_dict()
+    config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+    with pytest.raises(CheckpointError, match="vision_start_token_id and vision_end_token_id are needed"):
+        read_config(config | {"vision_end_token_id": None})
 
 
 def test_the_dtype_may_stand_in_the_decoders_part_alone(oracle: Qwen3VLForConditionalGeneration) -> None:

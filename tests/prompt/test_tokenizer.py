@@ -107,7 +107,7 @@ def test_no_user_text_ever_makes_a_special_token(tokenizer: Tokenizer, texts: li
 def test_a_text_behind_others_joins_them_as_one_text(before: str) -> None:
     """With a tokenizer that merges: spaces, signs and words."""
     tokenizer = Tokenizer(SHIPPED)
-    start = tokenizer.backend.token_to_id("<|im_start|>")
+    start = tokenizer.backend.get_vocab()["<|im_start|>"]
     ids = [start, *tokenizer.encode(before)]
     assert tokenizer.with_text(ids, "<0.3 seconds>") == [start, *tokenizer.encode(f"{before}<0.3 seconds>")]
     assert tokenizer.with_text(ids[1:], "!!") == tokenizer.encode(f"{before}!!")

@@ -168,7 +168,7 @@ def video_patches(frames: Sequence[Image.Image], spec: PatchSpec) -> Patches:
 
 
 def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, frames: tuple[int, int] = (1, 1)
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, *, frames: tuple[int, int] = (1, 1)
 ) -> tuple[int, int]:
     """Height and width, multiples of `factor`, closest to the image's own within the pixel budget.
 

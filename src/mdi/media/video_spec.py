@@ -169,7 +169,7 @@ class TimedVideoSpec(VideoSpec):
             grow = max(factor / height, factor / width)
             height, width = int(height * grow), int(width * grow)
         counted = round(n_frames / FRAME_FACTOR) * FRAME_FACTOR
-        return smart_resize(height, width, factor, least, most, (n_frames, counted))
+        return smart_resize(height, width, factor, least, most, frames=(n_frames, counted))
 
 
 def _check_rate(fps: Any, nframes: Any) -> None:

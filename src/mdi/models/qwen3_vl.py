@@ -88,9 +88,11 @@ def _deepstack_blocks(entries: DeepstackVisionEntries) -> tuple[int, ...]:
 
 
 def check_tower(config: ModelConfig) -> None:
-    """Raises CheckpointError for a tower that does not fit its decoder."""
+    """Raises CheckpointError for a tower that does not fit its decoder, and without marks for a video's frames."""
     vision = config.vision
     assert vision is not None
+    if config.vision_start_token_id is None or config.vision_end_token_id is None:
+        raise unusable("vision_start_token_id and vision_end_token_id are needed: frames of videos stand between them")
     if vision.out_size != config.hidden_size:
         raise unusable(
             f"the tower's output (vision_config) has {vision.out_size} numbers, the decoder {config.hidden_size}"

@@ -165,8 +165,9 @@ def deepstack_of(visuals: Sequence[Visual], hidden_size: int) -> Deepstack | Non
     if not visuals or visuals[0].embeddings.shape[1] == hidden_size:
         return None
     rows = [torch.arange(visual.row, visual.row + len(visual.embeddings)) for visual in visuals]
-    features = torch.cat([visual.embeddings[:, hidden_size:] for visual in visuals])
-    return Deepstack(torch.cat(rows), features.unflatten(1, (-1, hidden_size)).transpose(0, 1).contiguous())
+    features = torch.cat([visual.embeddings[:, hidden_size:] for visual in visuals])  # [visual tokens, layers x width]
+    by_layer = features.view(len(features), -1, hidden_size).transpose(0, 1).contiguous()
+    return Deepstack(torch.cat(rows), by_layer)
 
 
 def _shard_step(loaded: LoadedStage) -> int:

@@ -218,7 +218,7 @@ def _encode_deepstack(deepstack: Deepstack) -> node_pb2.Deepstack:
 def _decode_deepstack(message: node_pb2.Deepstack, features: Tensor) -> Deepstack:
     """features: [layers x rows, width]."""
     rows = torch.tensor(message.rows, dtype=torch.int64)
-    return Deepstack(rows, features.unflatten(0, (message.n_layers, -1)), message.first_layer)
+    return Deepstack(rows, features.view(message.n_layers, len(rows), -1), message.first_layer)
 
 
 def _encode_edit(edit: CacheEdit) -> node_pb2.CacheEdit:
