@@ -78,6 +78,37 @@ def tiny_windowed_config(**overrides: Any) -> dict[str, Any]:
     return tiny_config(**family, **overrides) | {"vision_config": vision}
 
 
+def tiny_deepstack_config(**text: Any) -> dict[str, Any]:
+    """The same as a Qwen3-VL, whose entries of the decoder are nested: three blocks of the tower feed three layers."""
+    sizes = {name: value for name, value in _TINY_TEXT.items() if name not in ("torch_dtype", "use_sliding_window")}
+    rope = {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": {**sizes, "head_dim": 32, "rope_scaling": rope, "model_type": "qwen3_vl_text", **text},
+        "vision_config": {
+            "deepstack_visual_indexes": [0, 1, 3],
+            "depth": 4,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 32,
+            "in_channels": 3,
+            "intermediate_size": 52,
+            "model_type": "qwen3_vl",
+            "num_heads": 2,
+            "num_position_embeddings": 36,
+            "out_hidden_size": _TINY_TEXT["hidden_size"],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "tie_word_embeddings": True,
+        "vision_start_token_id": 259,
+        "vision_end_token_id": 260,
+        "image_token_id": 262,
+        "video_token_id": 263,
+    }
+
+
 def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
     return {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family, **_TINY_TEXT, **overrides}

@@ -26,6 +26,7 @@ from mdi.core.sampling import SamplingParams
 from mdi.core.status import CacheLayout, CacheStatus, Load, Measurements, PlanStatus, StageStatus
 from mdi.core.template_settings import TemplateSettings
 from mdi.engine import FinishReason, NodeStatus, Piece, RecoveryStatus, Stream
+from mdi.models.config import StageSpec
 
 Prompt = str | RawText | TokenIds | tuple[Message, ...]
 
@@ -208,6 +209,8 @@ class FakeEngine:
 
 class FakeStage:
     """A first stage whose hidden states are the token ids, or the media's embeddings: float64 [tokens, 1]."""
+
+    spec = StageSpec(0, 1)
 
     def working(self, work: str) -> AbstractContextManager[None]:
         return nullcontext()

@@ -21,6 +21,7 @@ class LocalLink:
     def send(self, batch: Batch, hidden: Tensor) -> None:
         for stage in self._stages:
             hidden = stage.run(batch, hidden)
+            batch = batch.beyond(stage.spec.last_layer)
         self._deliver(self._stages[-1].sample(batch, hidden))
 
     def recover(self) -> None:

@@ -19,7 +19,7 @@ from mdi.bench.peers import Transformers
 from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.source import open_source
 from mdi.layers.rope import MediaSpan
-from mdi.prompt import builder as engine_prompt
+from mdi.prompt import assembly as engine_prompt
 
 MEGABYTE = 10**6
 FLOOR = 0.8  # benchmarks/quality.py measures the quality; this only finds what is broken

@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from testing.checkpoints import tiny_config
-from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
+from testing.checkpoints import tiny_config, tiny_deepstack_config
+from transformers import (
+    AutoTokenizer,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from mdi.checkpoint.cache import Cache
@@ -27,6 +33,7 @@ from mdi.cli.app import app
 from mdi.core.errors import CheckpointError
 from mdi.core.quantization import ModelQuantization
 from mdi.core.tensors import total_size
+from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
 from mdi.models.weights import stage_specs
 from mdi.planning.plan import make_plan
@@ -41,10 +48,24 @@ TEXTS = [
 ]
 
 
-def test_the_2b_config_has_exactly_the_published_parameters() -> None:
-    config = read_config(QWEN2_VL_2B)
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2-vl-2b", 2_208_985_600), ("qwen3-vl-2b", 2_127_532_032), ("qwen3-vl-4b", 4_437_815_808)],
+)
+def test_configs_have_exactly_the_published_parameters(name: str, parameters: int) -> None:
+    config = read_config(PUBLISHED[name])
     specs = stage_specs(config, make_plan(config, 1).stages[0], "bfloat16")
-    assert total_size(specs.values()) == 2_208_985_600
+    assert total_size(specs.values()) == parameters
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b", "32b"])
+def test_qwen3_vl_of_every_size_has_the_parameters_of_transformers(size: str) -> None:
+    published = PUBLISHED[f"qwen3-vl-{size}"]
+    config = read_config(published)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**published))
+    specs = stage_specs(config, StageSpec.everything(config), "bfloat16")
+    assert total_size(specs.values()) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -53,6 +74,7 @@ def test_the_2b_config_has_exactly_the_published_parameters() -> None:
         ("tiny", Qwen2VLForConditionalGeneration),
         ("sharded", Qwen2VLForConditionalGeneration),
         ("text_only", Qwen2ForCausalLM),
+        ("deepstack", Qwen3VLForConditionalGeneration),
     ],
 )
 def test_transformers_loads_every_tensor_and_misses_none(name: str, model: Any, request: pytest.FixtureRequest) -> None:
@@ -62,6 +84,11 @@ def test_transformers_loads_every_tensor_and_misses_none(name: str, model: Any, 
     source = open_source(path)
     theirs = sum(parameter.numel() for parameter in loaded.parameters())
     assert theirs == sum(prod(source.spec(stored).shape) for stored in source.names())
+
+
+@pytest.fixture
+def deepstack(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "deepstack", tiny_deepstack_config())
 
 
 def test_its_tokenizer_has_one_token_per_byte(tiny: Path) -> None:

@@ -39,7 +39,8 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice
 from mdi.models.stage import Stage
-from mdi.prompt.builder import PixelRange, Prompt
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PixelRange
 from mdi.rpc import node_pb2
 
 REASON = why_not()

@@ -35,7 +35,7 @@ from mdi.engine.vision_queue import VisionQueue
 from mdi.layers.rope import Grid, MediaSpan
 from mdi.media import Patches
 from mdi.models.stage import Stage
-from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.assembly import Media, Prompt
 
 N_SLOTS = 3
 END = 256

@@ -17,7 +17,7 @@ from mdi.engine.sequence import Request, Sequence
 from mdi.engine.stream import Stream
 from mdi.layers.rope import MediaSpan
 from mdi.media import Patches
-from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.assembly import Media, Prompt
 
 IMAGE = Patches(np.zeros((24, 2), dtype=np.float32), (1, 4, 6), b"digest")
 PICTURE = Prompt(
@@ -40,7 +40,7 @@ def sequence_of(prompt: Prompt, slot: int, *answer: int) -> Sequence:
 def embed(token_ids: Tensor, visuals: list[Visual]) -> Tensor:
     hidden = token_ids.float()[:, None]
     for visual in visuals:
-        hidden[visual.row : visual.row + len(visual.embeddings)] = visual.embeddings
+        hidden[visual.row : visual.row + len(visual.embeddings)] = visual.embeddings[:, :1]
     return hidden
 
 
@@ -67,3 +67,21 @@ def test_any_part_of_prompt_and_answer_has_its_tokens_positions_and_embeddings(s
     answer = torch.tensor([9 - 3, 10 - 3]).expand(3, -1)  # the next positions, shifted by the prompt's delta
     assert torch.equal(batch.positions, torch.cat((PICTURE.positions, answer), dim=1)[:, start:end])
     assert len(batch.samplings) == (end == 11)
+
+
+def test_features_of_media_stand_beside_their_tokens() -> None:
+    """Rows of the tower have an embedding and two features of one number each."""
+    sequence, words = sequence_of(PICTURE, 0), sequence_of(WORDS, 1)
+    sequence.request.embeddings = [torch.cat((EMBEDDINGS, EMBEDDINGS + 100, EMBEDDINGS + 200), dim=1)]
+    scheduled = [ScheduledSlice(words, 0, 3, samples=True), ScheduledSlice(sequence, 4, 3, samples=False)]
+    batch, hidden = pack(0, scheduled, (), embed)
+    assert hidden.flatten().tolist() == [1, 2, 3, 102, 103, 104]
+    assert batch.deepstack
+    assert batch.deepstack.rows.tolist() == [3, 4, 5]
+    assert batch.deepstack.features.flatten(1).tolist() == [[202, 203, 204], [302, 303, 304]]
+    after = batch.beyond(1).deepstack
+    assert after
+    assert (after.first_layer, after.features.flatten().tolist()) == (1, [302, 303, 304])
+    assert batch.beyond(2).deepstack is None
+    text, _ = pack(0, [ScheduledSlice(words, 0, 3, samples=True)], (), embed)
+    assert text.deepstack is None

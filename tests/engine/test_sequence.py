@@ -18,7 +18,7 @@ from mdi.core.batch import Token, token_bits
 from mdi.core.sampling import SamplingParams
 from mdi.engine.sequence import Request, SeenTokens, Sequence, detokenizer_of
 from mdi.engine.stream import Stream
-from mdi.prompt.builder import Prompt
+from mdi.prompt.assembly import Prompt
 from mdi.prompt.tokenizer import Thoughts
 
 END = 256

@@ -17,7 +17,7 @@ from mdi.core.sampling import SamplingParams
 from mdi.engine import Stream
 from mdi.engine.sequence import Request
 from mdi.gateway.openai.logprobs import TextLogprobs, chat_logprobs
-from mdi.prompt.builder import Prompt
+from mdi.prompt.assembly import Prompt
 from mdi.prompt.tokenizer import Tokenizer
 from tests.gateway.conftest import RealServer
 

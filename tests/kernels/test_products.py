@@ -131,6 +131,8 @@ def test_a_product_is_that_of_float64(kernels: Kernels, shape: tuple[int, int], 
         near(product(packed, x, bias=bias, activation="gelu"), gelu, size, dtype)
         quick = exact * torch.sigmoid(1.702 * exact)
         near(product(packed, x, bias=bias, activation="quick_gelu"), quick, size, dtype)
+        by_tanh = functional.gelu(exact, approximate="tanh")
+        near(product(packed, x, bias=bias, activation="tanh_gelu"), by_tanh, size, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -8,7 +8,6 @@ import pytest
 
 from mdi.core.errors import CheckpointError, InputError
 from mdi.media import VideoSpec
-from mdi.media.video_spec import frame_indices
 
 SPEC = VideoSpec()
 
@@ -60,7 +59,7 @@ def test_more_frames_than_there_are_cannot_be_asked_for() -> None:
     ],
 )
 def test_frames_are_spread_from_the_first_to_the_last(total_frames: int, n_frames: int, indices: list[int]) -> None:
-    assert frame_indices(total_frames, n_frames) == indices
+    assert SPEC.frame_indices(total_frames, n_frames) == indices
 
 
 @pytest.mark.parametrize(

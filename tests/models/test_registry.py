@@ -49,6 +49,16 @@ def test_names_of_other_versions_are_those_of_the_hub() -> None:
     assert family.hub_name("model.language_model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
     assert family.hub_name("model.visual.merger.ln_q.bias") == "visual.merger.ln_q.bias"
     assert family.hub_name("lm_head.weight") == "lm_head.weight"
+    assert family.file_name("visual.merger.ln_q.bias") == "visual.merger.ln_q.bias"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "visual.pos_embed.weight", "lm_head.weight"])
+def test_files_of_qwen3_vl_have_nested_names(name: str) -> None:
+    family = family_of("Qwen3VLForConditionalGeneration")
+    nested = {"model": "model.language_model", "visual": "model.visual", "lm_head": "lm_head"}
+    first, rest = name.split(".", 1)
+    assert family.file_name(name) == f"{nested[first]}.{rest}"
+    assert family.hub_name(family.file_name(name)) == name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
-from mdi.core.batch import Batch, Slice, Token, TokenSampling
+from mdi.core.batch import Batch, Deepstack, Slice, Token, TokenSampling
 from mdi.core.errors import LinkError
 from mdi.core.tensors import Unquantized
 from mdi.layers.rope import text_positions
@@ -78,3 +78,24 @@ def test_a_batch_whose_parts_differ_in_length_is_refused(stage: Stage, rows: int
     batch = Batch(0, (Slice(0, 0, 3),), text_positions(0, positions))
     with pytest.raises(LinkError, match="for 3 tokens"):
         stage.run(batch, torch.zeros(rows, CONFIG.hidden_size))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "first_layer"),
+    [
+        ([0, 3], (1, 2, 64), 0),
+        ([-1, 1], (1, 2, 64), 0),
+        ([1, 1], (1, 2, 64), 0),
+        ([0, 1], (1, 1, 64), 0),
+        ([0, 1], (1, 2, 63), 0),
+        ([0, 1], (4, 2, 64), 0),
+        ([0, 1], (1, 2, 64), 1),
+    ],
+)
+def test_features_that_do_not_fit_the_batch_are_refused(
+    stage: Stage, rows: list[int], shape: tuple[int, ...], first_layer: int
+) -> None:
+    deepstack = Deepstack(torch.tensor(rows), torch.zeros(shape), first_layer)
+    batch = Batch(0, (Slice(0, 0, 3),), text_positions(0, 3), deepstack=deepstack)
+    with pytest.raises(LinkError, match="got features of shape"):
+        stage.run(batch, torch.zeros(3, CONFIG.hidden_size))

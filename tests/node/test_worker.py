@@ -24,6 +24,7 @@ MASKED = replace(PLAIN, token_mask=MASK_ELSEWHERE)
 @dataclass
 class Spec:
     head: bool
+    last_layer: int = 1
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2VLConfig, Qwen2VLFo
 
 from mdi.core.tensors import Unquantized
 from mdi.models.config import StageSpec
-from mdi.models.registry import read_config
+from mdi.models.registry import family_of, read_config
 from mdi.models.stage import Stage
 from mdi.models.weights import load_stage
 
@@ -82,7 +82,8 @@ def text_oracle() -> Qwen2ForCausalLM:
 def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32, n_slots: int = 8) -> list[Stage]:
     """The checkpoint as stages cut at the given layers: none for one stage of everything."""
     config = read_config(json.loads((path / "config.json").read_text()))
-    weights = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+    hub_name = family_of(config.architecture).hub_name
+    weights = {hub_name(name): tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
     cuts = [0, *boundaries, config.n_layers]
     stages = []
     for first, last in pairwise(cuts):

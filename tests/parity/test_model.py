@@ -13,21 +13,22 @@ from transformers import Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
 from mdi.core.batch import Batch, Slice, Token, TokenSampling, Visual
 from mdi.layers.rope import Grid, MediaSpan, prompt_positions
-from mdi.models.stage import Stage
+from mdi.models.stage import Stage, deepstack_of
 from tests.parity.conftest import IMAGE, VIDEO, VISION_END, VISION_START, load_stages, qwen2_vl_config
 
 GREEDY = TokenSampling(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, sample=0, position=0)
 
 
-def random_rows(grid: Grid, seed: int = 0) -> Tensor:
+def random_rows(grid: Grid, seed: int = 0, patch_elements: int = 1176) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(grid[0] * grid[1] * grid[2], 1176, generator=generator)
+    return torch.randn(grid[0] * grid[1] * grid[2], patch_elements, generator=generator)
 
 
 class Prompt:
     """Text pieces (token ids) and media grids in turn; a grid of more than one frame is a video."""
 
-    def __init__(self, *pieces: Sequence[int] | Grid, seed: int = 0) -> None:
+    def __init__(self, *pieces: Sequence[int] | Grid, seed: int = 0, patch_elements: int = 1176) -> None:
+        self.patch_elements = patch_elements
         self.ids: list[int] = []
         self.spans: list[MediaSpan] = []
         self.rows: list[Tensor] = []
@@ -41,7 +42,7 @@ class Prompt:
     def _add_media(self, grid: Grid, seed: int) -> None:
         span = MediaSpan(len(self.ids) + 1, grid, merge_size=2)
         self.spans.append(span)
-        self.rows.append(random_rows(grid, seed))
+        self.rows.append(random_rows(grid, seed, self.patch_elements))
         placeholder = IMAGE if grid[0] == 1 else VIDEO
         self.ids += [VISION_START, *[placeholder] * span.length, VISION_END]
 
@@ -59,9 +60,10 @@ class Prompt:
                 inputs[f"{kind}_grid_thw"] = torch.tensor([self.spans[index].grid for index in chosen])
         return inputs
 
-    def visuals(self, stage: Stage) -> list[Visual]:
+    def visuals(self, stage: Stage, first_row: int = 0) -> list[Visual]:
         return [
-            Visual(span.start, encode(stage, rows, span.grid)) for span, rows in zip(self.spans, self.rows, strict=True)
+            Visual(first_row + span.start, encode(stage, rows, span.grid))
+            for span, rows in zip(self.spans, self.rows, strict=True)
         ]
 
 
@@ -87,6 +89,7 @@ PROMPTS = {
 def run_chain(stages: Sequence[Stage], batch: Batch, hidden: Tensor) -> tuple[Token, ...]:
     for stage in stages:
         hidden = stage.run(batch, hidden)
+        batch = batch.beyond(stage.spec.last_layer)
     return stages[-1].sample(batch, hidden).tokens
 
 
@@ -94,8 +97,13 @@ def greedy_tokens(stages: Sequence[Stage], prompts: Sequence[Prompt], n_tokens: 
     """Every prompt in a slot of its own, all in one packed batch a step."""
     slices = tuple(Slice(slot, 0, len(prompt.ids), (GREEDY,)) for slot, prompt in enumerate(prompts))
     positions = torch.cat([prompt.positions for prompt in prompts], dim=1)
-    embedded = [stages[0].embed(torch.tensor(prompt.ids), prompt.visuals(stages[0])) for prompt in prompts]
-    tokens = run_chain(stages, Batch(0, slices, positions), torch.cat(embedded))
+    ids, visuals = list[int](), list[Visual]()
+    for prompt in prompts:
+        visuals += prompt.visuals(stages[0], len(ids))
+        ids += prompt.ids
+    hidden = stages[0].embed(torch.tensor(ids), visuals)
+    batch = Batch(0, slices, positions, deepstack=deepstack_of(visuals, hidden.shape[1]))
+    tokens = run_chain(stages, batch, hidden)
     answers = [[token.id] for token in tokens]
     for step in range(1, n_tokens):
         starts = [len(prompt.ids) + step - 1 for prompt in prompts]
@@ -110,14 +118,18 @@ def greedy_tokens(stages: Sequence[Stage], prompts: Sequence[Prompt], n_tokens: 
 
 def logits_of(stages: Sequence[Stage], prompt: Prompt, chunk: int = 10**6) -> Tensor:
     """Logits of all positions, the prompt brought in chunks."""
-    hidden = stages[0].embed(torch.tensor(prompt.ids), prompt.visuals(stages[0]))
+    visuals = prompt.visuals(stages[0])
+    hidden = stages[0].embed(torch.tensor(prompt.ids), visuals)
+    deepstack = deepstack_of(visuals, hidden.shape[1])
     pieces = []
     for start in range(0, len(prompt.ids), chunk):
         end = min(start + chunk, len(prompt.ids))
-        batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end])
+        part = deepstack.between(start, end) if deepstack else None
+        batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end], deepstack=part)
         out: Any = hidden[start:end]
         for stage in stages[:-1]:
             out = stage.run(batch, out)
+            batch = batch.beyond(stage.spec.last_layer)
         pieces.append(stages[-1].logits(batch, out))
     return torch.cat(pieces)
 

@@ -25,10 +25,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mdi import Engine, SamplingParams
 from mdi.core.batch import Batch, Slice, Visual
 from mdi.media import MediaPolicy, PatchSpec, VideoSpec, open_video
-from mdi.media.video_spec import frame_indices
 from mdi.models.registry import read_config
 from mdi.models.stage import Stage
-from mdi.prompt.builder import Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from tests.parity.conftest import load_stages, qwen2_vl_config
 from tests.parity.test_model import encode, relative_difference
@@ -67,7 +67,7 @@ def test_rows_of_a_video_equal_those_of_its_frames_in_transformers(size: tuple[i
 @given(st.integers(1, 5000), st.integers(1, 384))
 def test_frames_are_those_of_torch_linspace(total_frames: int, pairs: int) -> None:
     theirs = torch.linspace(0, total_frames - 1, 2 * pairs).round().long()  # as in qwen_vl_utils
-    assert frame_indices(total_frames, 2 * pairs) == theirs.tolist()
+    assert SPEC.frame_indices(total_frames, 2 * pairs) == theirs.tolist()
 
 
 @pytest.fixture(scope="module")

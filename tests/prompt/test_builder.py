@@ -20,7 +20,8 @@ from mdi.layers.rope import prompt_positions
 from mdi.media import MediaPolicy, PatchSpec
 from mdi.models.config import ModelConfig
 from mdi.models.registry import read_config
-from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PixelRange, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 
 TOKEN = 28 * 28

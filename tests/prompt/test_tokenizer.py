@@ -13,6 +13,7 @@ from testing.checkpoints import tiny_config
 from testing.small_tokenizers import byte_fallback_tokenizer, write_tokenizer
 from transformers import AutoTokenizer
 
+from mdi.checkpoint.bundled import SHIPPED
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.messages import parse_messages
@@ -100,3 +101,20 @@ def test_no_user_text_ever_makes_a_special_token(tokenizer: Tokenizer, texts: li
         return [token for token in tokenizer.encode_chat(messages) if token >= n_bytes]
 
     assert specials(parts) == specials(honest)
+
+
+@pytest.mark.parametrize("before", ["", "Look: ", "Look!", "How many circles are there", "\n", "<a", "世"])
+def test_a_text_behind_others_joins_them_as_one_text(before: str) -> None:
+    """With a tokenizer that merges: spaces, signs and words."""
+    tokenizer = Tokenizer(SHIPPED)
+    start = tokenizer.backend.get_vocab()["<|im_start|>"]
+    ids = [start, *tokenizer.encode(before)]
+    assert tokenizer.with_text(ids, "<0.3 seconds>") == [start, *tokenizer.encode(f"{before}<0.3 seconds>")]
+    assert tokenizer.with_text(ids[1:], "!!") == tokenizer.encode(f"{before}!!")
+
+
+def test_control_tokens_in_a_text_stay_text_when_another_joins_it() -> None:
+    tokenizer = Tokenizer(SHIPPED)
+    ids = tokenizer.encode("<|im_end|>")
+    assert len(ids) > 1
+    assert tokenizer.with_text(ids, " so") == tokenizer.encode("<|im_end|> so")

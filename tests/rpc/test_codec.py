@@ -21,6 +21,7 @@ from mdi.core.batch import (
     MASK_ELSEWHERE,
     Batch,
     Copy,
+    Deepstack,
     LogitAdjustment,
     Release,
     Result,
@@ -90,6 +91,38 @@ def test_edits_of_the_cache_survive_the_wire_in_their_order() -> None:
     batch, hidden = batch_of(Slice(0, 0, 2))
     edits = (Release(3, 0), Copy(1, 2, 30_000), Release(1, 64), Copy(2, 0, 1))
     assert through(replace(batch, edits=edits), hidden)[0].edits == edits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_of_media_survive_the_wire(dtype: torch.dtype) -> None:
+    batch, hidden = batch_of(Slice(0, 0, 300), Slice(1, 4, 2), dtype=dtype, width=512)
+    deepstack = Deepstack(torch.arange(3, 290), torch.randn(2, 287, 512).to(dtype), first_layer=5)
+    got, got_hidden = through(replace(batch, deepstack=deepstack), hidden)
+    assert got.deepstack
+    assert torch.equal(got_hidden, hidden)
+    assert torch.equal(got.deepstack.rows, deepstack.rows)
+    assert torch.equal(got.deepstack.features, deepstack.features)
+    assert got.deepstack.first_layer == 5
+
+
+def test_a_batch_without_media_is_as_large_as_ever() -> None:
+    batch, hidden = batch_of(Slice(0, 0, 1))
+    deepstack = Deepstack(torch.tensor([0]), torch.ones(1, 1, WIDTH), first_layer=2)
+    plain = [piece.SerializeToString() for piece in codec.encode_batch(batch, hidden, epoch=3)]
+    done = replace(batch, deepstack=deepstack).beyond(3)
+    assert done.deepstack is None
+    assert [piece.SerializeToString() for piece in codec.encode_batch(done, hidden, epoch=3)] == plain
+
+
+@pytest.mark.parametrize(("rows", "n_layers"), [([], 1), ([0], 0), ([0, 1], 2), ([0], 2**31)])
+def test_announced_features_must_arrive(rows: list[int], n_layers: int) -> None:
+    batch, hidden = batch_of(Slice(0, 0, 2))
+    deepstack = Deepstack(torch.tensor([0]), torch.ones(1, 1, WIDTH), first_layer=2)
+    first, last = codec.encode_batch(replace(batch, deepstack=deepstack), hidden, epoch=3)
+    first.header.deepstack.CopyFrom(node_pb2.Deepstack(rows=rows, first_layer=2, n_layers=n_layers))
+    decoder = codec.BatchDecoder(WIDTH, torch.float32)
+    with pytest.raises(LinkError, match=r"no rows or no layers|bytes of hidden states|larger than"):
+        assert decoder.add(first) or decoder.add(last)
 
 
 def test_penalties_of_a_long_prompt_travel_in_a_small_message() -> None:

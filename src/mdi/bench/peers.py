@@ -18,8 +18,9 @@ from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, fetch, open_video
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.registry import family_of
-from mdi.prompt.builder import media_span
+from mdi.prompt.assembly import media_span
 
+MARKED_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 
 
@@ -27,7 +28,8 @@ class Transformers:
     """A checkpoint in transformers, with its own tokenizer, image processor and model, loaded once.
 
     Videos are the exception: transformers cuts them only with torchvision, and release 5 gives them other positions
-    than Qwen2-VL was trained with, so this class makes their rows and positions. Memory: the model in `dtype`.
+    than Qwen2-VL was trained with, and other marks than Qwen3-VL, so this class makes their rows, and positions or
+    marks. Memory: the model in `dtype`.
     """
 
     def __init__(self, source: Source, dtype: str = "float32") -> None:
@@ -119,7 +121,10 @@ class Transformers:
         text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
         media = [(part["type"], self._patches(part)) for part in parts if part["type"] != "text"]
+        timed = self._config.vision is not None and self._config.vision.timestamps
         for kind, patches in media:
+            if timed and kind == "video":
+                text = text.replace(MARKED_VIDEO, _frames_by_time(patches), 1)
             text = text.replace(f"<|{kind}_pad|>", f"<|{kind}_here|>" * patches.n_tokens, 1)
         text = text.replace("_here|>", "_pad|>")
         inputs = {"input_ids": self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
@@ -133,7 +138,7 @@ class Transformers:
         if media:
             image, video = (inputs["input_ids"].eq(token or -1).int() for token in self._pads)
             inputs["mm_token_type_ids"] = image + 2 * video
-        if "video_grid_thw" in inputs:
+        if "video_grid_thw" in inputs and not timed:
             shown = [patches for _, patches in media]
             inputs["position_ids"] = self._positions(inputs["input_ids"][0].tolist(), shown)
         return inputs
@@ -160,6 +165,12 @@ class Transformers:
             spans.append(media_span(start, patches, self._config))
             start += spans[-1].length
         return prompt_positions(len(ids), spans)[0][:, None]
+
+
+def _frames_by_time(video: Patches) -> str:
+    """What Qwen3VLProcessor of transformers 4.57 writes in place of a marked video."""
+    pads = "<|video_here|>" * (video.n_tokens // video.grid[0])
+    return "".join(f"<{time_s:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time_s in video.times_s)
 
 
 def _their_processor(path: Path, spec: PatchSpec) -> Any:

@@ -23,10 +23,11 @@ from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.kernels.threads import set_threads
-from mdi.models.stage import Stage
+from mdi.models.stage import Stage, deepstack_of
 from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
-from mdi.prompt.builder import Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
 
@@ -127,11 +128,14 @@ def _through_stages(
     """Logits of the prompt, float32 [tokens, vocab_size], and the greedy answer."""
     length = len(prompt.token_ids)
     stages = [Stage(stage, n_slots=1, sequence_length=length + max_tokens) for stage in loaded]
-    hidden = stages[0].embed(torch.tensor(prompt.token_ids), _encode_media(stages[0], prompt))
+    visuals = _encode_media(stages[0], prompt)
+    hidden = stages[0].embed(torch.tensor(prompt.token_ids), visuals)
+    deepstack = deepstack_of(visuals, hidden.shape[1])
     logits = []
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
-        batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end])
+        part = deepstack.between(start, end) if deepstack else None
+        batch = Batch(start, (Slice(0, start, end - start),), prompt.positions[:, start:end], deepstack=part)
         logits.append(_last_logits(stages, batch, hidden[start:end]).float())
     answer = [int(logits[-1][-1].argmax())]
     while len(answer) < max_tokens and answer[-1] not in ends:
@@ -145,6 +149,7 @@ def _through_stages(
 def _last_logits(stages: Sequence[Stage], batch: Batch, hidden: Tensor) -> Tensor:
     for stage in stages[:-1]:
         hidden = stage.forward(batch, hidden)
+        batch = batch.beyond(stage.spec.last_layer)
     return stages[-1].logits(batch, hidden)
 
 

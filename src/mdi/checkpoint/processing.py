@@ -8,7 +8,7 @@ from typing import Any
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.source import Source
 from mdi.core.errors import CheckpointError
-from mdi.media import PatchSpec, VideoSpec
+from mdi.media import PatchSpec, TimedVideoSpec, VideoSpec
 from mdi.models.config import VisionConfig
 
 PROCESSOR = "processor_config.json"  # of transformers 5: all processors' settings, each under its name
@@ -50,7 +50,7 @@ def _video_spec(path: Path, vision: VisionConfig, images: PatchSpec) -> VideoSpe
             frames, stills = getattr(cut, name), getattr(images, name)
             if frames != stills:
                 raise CheckpointError(f"{file}: {name} of videos is {frames}, but that of images is {stills}")
-    return VideoSpec.from_hf(settings, file, part)
+    return (TimedVideoSpec if vision.timestamps else VideoSpec).from_hf(settings, file, part)
 
 
 def _settings(path: Path, part: str, file: str) -> tuple[Any, str, str]:

@@ -89,6 +89,82 @@ QWEN25_VL_3B: dict[str, Any] = QWEN2_VL_2B | {
 }
 """config.json of Qwen/Qwen2.5-VL-3B-Instruct: 3,754,622,976 parameters."""
 
+QWEN3_VL_2B: dict[str, Any] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 151936,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 151656,
+    "vision_config": {
+        "deepstack_visual_indexes": [5, 11, 17],
+        "depth": 24,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1024,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 4096,
+        "model_type": "qwen3_vl",
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 2048,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+"""config.json of Qwen/Qwen3-VL-2B-Instruct: 2,127,532,032 parameters."""
+
+
+def _qwen3_vl(tower: dict[str, Any], *, tied: bool = False, **text: Any) -> dict[str, Any]:
+    """The same with other sizes."""
+    vision = QWEN3_VL_2B["vision_config"] | tower | {"out_hidden_size": text["hidden_size"]}
+    text_config = QWEN3_VL_2B["text_config"] | {"tie_word_embeddings": tied} | text
+    return QWEN3_VL_2B | {"text_config": text_config, "tie_word_embeddings": tied, "vision_config": vision}
+
+
+QWEN3_VL_4B = _qwen3_vl(
+    {}, tied=True, hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_hidden_layers=36
+)
+"""config.json of Qwen/Qwen3-VL-4B-Instruct: 4,437,815,808 parameters."""
+
+_LARGE_TOWER = {"deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_size": 1152, "intermediate_size": 4304}
+
+QWEN3_VL_8B = _qwen3_vl(
+    _LARGE_TOWER, hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_hidden_layers=36
+)
+"""config.json of Qwen/Qwen3-VL-8B-Instruct: 8,767,123,696 parameters."""
+
+QWEN3_VL_32B = _qwen3_vl(
+    _LARGE_TOWER, hidden_size=5120, intermediate_size=25600, num_attention_heads=64, num_hidden_layers=64
+)
+"""config.json of Qwen/Qwen3-VL-32B-Instruct: 33,357,390,064 parameters."""
+
 QWEN2_05B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -265,6 +341,10 @@ PUBLISHED = {
     "qwen2-vl-2b": QWEN2_VL_2B,
     "qwen2-vl-7b": QWEN2_VL_7B,
     "qwen2.5-vl-3b": QWEN25_VL_3B,
+    "qwen3-vl-2b": QWEN3_VL_2B,
+    "qwen3-vl-4b": QWEN3_VL_4B,
+    "qwen3-vl-8b": QWEN3_VL_8B,
+    "qwen3-vl-32b": QWEN3_VL_32B,
     "qwen2-0.5b": QWEN2_05B,
     "qwen3-0.6b": QWEN3_06B,
     "llama-3.2-1b": LLAMA_32_1B,

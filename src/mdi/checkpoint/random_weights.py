@@ -22,8 +22,8 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
 from mdi.core.tensors import Specs, TensorSpec, total_bytes
-from mdi.models.config import ModelConfig, StageSpec
-from mdi.models.registry import read_config
+from mdi.models.config import ModelConfig, StageSpec, VisionConfig
+from mdi.models.registry import family_of, read_config
 from mdi.models.weights import stage_specs
 
 CHAT_TEMPLATE = """\
@@ -103,10 +103,11 @@ def write_random_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
     _write_weights(path, read_config(config), _RandomTensors(seed, std), dtype, shards, count)
-    _write_generation_config(path, config)
-    _write_tokenizer(path, config)
-    if "vision_config" in config:
-        _write_preprocessor_config(path, config["vision_config"])
+    flat = {**config.get("text_config", {}), **config}
+    _write_generation_config(path, flat)
+    _write_tokenizer(path, flat)
+    if vision := read_config(config).vision:
+        _write_preprocessor_configs(path, vision)
     return path
 
 
@@ -143,7 +144,8 @@ def _all_specs(config: ModelConfig, dtype: str) -> Specs:
 def _write_weights(
     path: Path, config: ModelConfig, random: _RandomTensors, dtype: str, shards: int, count: Callable[[int], None]
 ) -> None:
-    specs = _all_specs(config, dtype)
+    file_name = family_of(config.architecture).file_name
+    specs = {file_name(name): spec for name, spec in _all_specs(config, dtype).items()}
     files = [f"model-{index:05}-of-{shards:05}.safetensors" for index in range(1, shards + 1)]
     weight_map: dict[str, str] = {}
     for file, part in zip([SINGLE] if shards == 1 else files, _split(specs, shards), strict=True):
@@ -173,19 +175,31 @@ def _write_generation_config(path: Path, config: Mapping[str, Any]) -> None:
     _write_json(path / "generation_config.json", settings)
 
 
-def _write_preprocessor_config(path: Path, vision: Mapping[str, Any]) -> None:
-    settings = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": vision.get("patch_size", 14),
-        "temporal_patch_size": vision.get("temporal_patch_size", 2),
-        "merge_size": vision.get("spatial_merge_size", 2),
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+def _write_preprocessor_configs(path: Path, vision: VisionConfig) -> None:
+    """As in Qwen2-VL; where videos have times, as in Qwen3-VL."""
+    cut = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
     }
-    _write_json(path / "preprocessor_config.json", settings)
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    if not vision.timestamps:
+        scale = {
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        settings = {**images, "min_pixels": 3136, "max_pixels": 12845056, **cut, **scale}
+        _write_json(path / "preprocessor_config.json", settings)
+        return
+    images["processor_class"] = "Qwen3VLProcessor"
+    videos = {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"}
+    for name, kind, (least, most) in (
+        ("preprocessor_config.json", images, (65536, 16777216)),
+        ("video_preprocessor_config.json", videos, (4096, 25165824)),
+    ):
+        size = {"shortest_edge": least, "longest_edge": most}
+        scale = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        _write_json(path / name, {**kind, "size": size, **cut, **scale})
 
 
 def _write_tokenizer(path: Path, config: Mapping[str, Any]) -> None:

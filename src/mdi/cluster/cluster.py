@@ -227,7 +227,9 @@ class Cluster:
         launcher = self._launcher = self._make_launcher(source.model_config, chunks, monitor, authority)
         launcher.start()
         if address := self._vision_address:
-            width, timeout_s = source.model_config.hidden_size, cluster.recovery.recovery_timeout_s
+            vision = source.model_config.vision
+            assert vision is not None
+            width, timeout_s = vision.embedding_width, cluster.recovery.recovery_timeout_s
             self.encoder = RemoteEncoder(address, monitor, chunks, width, timeout_s)
         return load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
 

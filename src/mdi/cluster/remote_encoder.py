@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.25
 
 Encoded = Tensor | MDIError
-"""Embeddings, [tokens, hidden_size], or why there are none."""
+"""Embeddings, [tokens, embedding_width], or why there are none."""
 
 
 class RemoteEncoder:

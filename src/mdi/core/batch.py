@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # describing a batch needs no torch, which takes seconds to import
+    import torch
     from torch import Tensor
 
 
@@ -116,16 +117,45 @@ CacheEdit = Copy | Release
 
 
 @dataclass(frozen=True, slots=True)
+class Deepstack:
+    """Features of images and videos that decoder layers add to their outputs (DeepStack, arXiv:2406.04334).
+
+    rows: those of visual tokens in the packed batch, rising, int64 [visual tokens]. features: [layers, visual tokens,
+    hidden_size], of `first_layer` and of the layers after it.
+    """
+
+    rows: Tensor
+    features: Tensor
+    first_layer: int = 0
+
+    def to(self, device: torch.device) -> Deepstack:
+        return replace(self, rows=self.rows.to(device), features=self.features.to(device))
+
+    def beyond(self, layer: int) -> Deepstack | None:
+        """What layers from `layer` on add; None where they add nothing."""
+        left = self.features[layer - self.first_layer :]
+        return Deepstack(self.rows, left, layer) if len(left) else None
+
+    def between(self, start: int, end: int) -> Deepstack | None:
+        """The same for a batch of the rows [start, end); None where none of them is visual."""
+        inside = (self.rows >= start) & (self.rows < end)
+        if not inside.any():
+            return None
+        return Deepstack(self.rows[inside] - start, self.features[:, inside], self.first_layer)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One pipeline step. `positions` are the rotary positions of all packed tokens: int64 [3, tokens] (t, h, w).
 
-    edits: of the KV cache, done first, one after the other.
+    edits: of the KV cache, done first, one after the other. deepstack: what layers that are not computed yet add.
     """
 
     id: int
     slices: tuple[Slice, ...]
     positions: Tensor
     edits: tuple[CacheEdit, ...] = ()
+    deepstack: Deepstack | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -155,6 +185,10 @@ class Batch:
         """The masks of the samplings that have one."""
         return [sampling.token_mask for sampling in self.samplings if sampling.token_mask is not None]
 
+    def beyond(self, layer: int) -> Batch:
+        """The same batch for the stages that compute the layers from `layer` on."""
+        return replace(self, deepstack=self.deepstack.beyond(layer)) if self.deepstack else self
+
     def with_token_masks(self, masks: Sequence[bytes]) -> Batch:
         """The same batch with these masks in place of `token_masks`."""
         left = iter(masks)
@@ -170,7 +204,7 @@ class Batch:
 class Visual:
     """Encoded image or video tokens that replace the placeholders' embeddings from packed row `row` on.
 
-    embeddings: [visual tokens, hidden_size].
+    embeddings: [visual tokens, width], as the tower makes them: see `VisionConfig.embedding_width`.
     """
 
     row: int

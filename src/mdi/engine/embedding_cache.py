@@ -19,7 +19,7 @@ class EmbeddingCache:
         self.size_bytes = 0
 
     def get(self, digest: bytes) -> Tensor | None:
-        """[tokens, hidden_size], not to be written to; None when they are not kept."""
+        """[tokens, embedding_width], not to be written to; None when they are not kept."""
         if digest in self._kept:
             self._kept.move_to_end(digest)
         return self._kept.get(digest)

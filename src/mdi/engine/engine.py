@@ -37,7 +37,8 @@ from mdi.engine.sequence import Request
 from mdi.engine.sequence import Sequence as RunningSequence
 from mdi.engine.stream import Stream
 from mdi.engine.vision_queue import VisionQueue
-from mdi.prompt.builder import PixelRange, Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import PixelRange, PromptBuilder
 from mdi.prompt.tokenizer import Tokenizer
 from mdi.prompt.vocabulary import check_vocabulary
 

@@ -160,7 +160,7 @@ class StepLoop:
         self._batch_tokens.add(n_tokens)
         self._scheduler.prefill_budget = self._prefill_budget.tokens
         if self._link:
-            self._link.send(batch, out)
+            self._link.send(batch.beyond(self._stage.spec.last_layer), out)
         else:
             self._collect(self._stage.sample(batch, out))
 

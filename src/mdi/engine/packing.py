@@ -10,6 +10,7 @@ from torch import Tensor
 from mdi.core.batch import Batch, CacheEdit, Slice, Visual
 from mdi.engine.scheduler import ScheduledSlice
 from mdi.engine.sequence import Sequence
+from mdi.models.stage import deepstack_of
 
 Embed = Callable[[Tensor, list[Visual]], Tensor]
 
@@ -26,7 +27,9 @@ def pack(
         positions.append(_positions(sequence, start, end))
         visuals += _visuals(sequence, start, end, row=len(token_ids))
         token_ids += sequence.token_ids(start, end)
-    return Batch(batch_id, tuple(slices), torch.cat(positions, dim=1), edits), embed(torch.tensor(token_ids), visuals)
+    hidden = embed(torch.tensor(token_ids), visuals)
+    deepstack = deepstack_of(visuals, hidden.shape[1])
+    return Batch(batch_id, tuple(slices), torch.cat(positions, dim=1), edits, deepstack), hidden
 
 
 def _positions(sequence: Sequence, start: int, end: int) -> Tensor:

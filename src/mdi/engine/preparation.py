@@ -18,7 +18,8 @@ from mdi.core.errors import ClosedError, MDIError
 from mdi.engine.grammar import Grammars
 from mdi.engine.sequence import Request
 from mdi.media import AbandonedError, Memory, Turns, Work
-from mdi.prompt.builder import CheckedPrompt, Draft, PixelRange, Prompt, PromptBuilder
+from mdi.prompt.assembly import Prompt
+from mdi.prompt.builder import CheckedPrompt, Draft, PixelRange, PromptBuilder
 
 log = logging.getLogger(__name__)
 

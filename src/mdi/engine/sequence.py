@@ -20,7 +20,7 @@ from mdi.core.sampling import Sampling
 from mdi.engine.grammar_start import AfterThoughts, Rule
 from mdi.engine.stream import Stream
 from mdi.media import Work
-from mdi.prompt.builder import Media, Prompt
+from mdi.prompt.assembly import Media, Prompt
 from mdi.prompt.detokenizer import Detokenizer
 
 
@@ -29,7 +29,7 @@ class Request:
     """One submitted request while it runs.
 
     prompt, sequences: None and empty until the prompt is ready; a sequence is removed when it ends.
-    embeddings: one [tokens, hidden_size] for each encoded image or video of the prompt, in order; kept until the
+    embeddings: one [tokens, width] for each encoded image or video of the prompt, in order; kept until the
     request ends, so that its prompt can be prefilled again.
     error: what ends it once none of its sequences is in flight.
     own_key: a prefix key that no other request has, for one that must compute all of its prompt.

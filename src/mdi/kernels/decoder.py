@@ -77,8 +77,9 @@ class NativeLayers:
         scales: Sequence[Tensor] = (),
         *,
         shards: int = 1,
+        part: slice = slice(None),
     ) -> Tensor:
-        """Runs the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into the caches.
+        """Runs a part of the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into caches.
 
         cos, sin: float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as `attention.attend` has them.
         shards: parts of the inputs of the out and down products, each summed by itself, their sums in order.
@@ -86,14 +87,15 @@ class NativeLayers:
         for index, cache in enumerate(caches):
             self._layers[index].cache = cache.data_ptr()
             self._layers[index].scales = scales[index].data_ptr() if scales else None
+        first, last, _ = part.indices(len(self._kept))
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         step = Step(
-            layers=ctypes.addressof(self._layers),
+            layers=ctypes.addressof(self._layers) + first * ctypes.sizeof(Layer),
             hidden=hidden.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             runs=runs.data_ptr(),
-            n_layers=len(self._kept),
+            n_layers=last - first,
             n_runs=len(runs),
             rows=len(hidden),
             slot_rows=caches[0].shape[1],

@@ -22,7 +22,7 @@ from mdi.kernels.library import Library, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT_KINDS = {8: 3, 4: 4}  # by bits
-ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
+ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2, "tanh_gelu": 3}
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def product(
 ) -> Tensor:
     """residual + activation(x W^T + bias), rounded once: [rows, in] -> [rows, out] in the dtype of x.
 
-    x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu or
-    quick_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, each summed from zero; their sums are
-    added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError for inputs that
-    cannot be cut into so many shards.
+    x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu,
+    quick_gelu or tanh_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, each summed from zero;
+    their sums are added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError
+    for inputs that cannot be cut into so many shards.
     """
     rows, inputs = x.shape
     step = weight.quantization.activation_group if weight.quantization else 2

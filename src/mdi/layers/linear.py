@@ -29,8 +29,8 @@ QUICK_GELU = 1.702
 class Linear:
     """y = activation(x W^T + b), with the weight as it is stored: [out, in].
 
-    activation: none, gelu, quick_gelu (x * sigmoid(1.702 x), arXiv:1606.08415) or swiglu: the outputs are a gate and
-    as many others, and y is silu(gate) * other.
+    activation: none, gelu, quick_gelu (x * sigmoid(1.702 x), arXiv:1606.08415), tanh_gelu (its approximation with a
+    tanh, in the same paper) or swiglu: the outputs are a gate and as many others, and y is silu(gate) * other.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
@@ -65,6 +65,8 @@ class Linear:
         made = functional.linear(x, self.weight, self.bias)
         if self.activation == "gelu":
             return functional.gelu(made)
+        if self.activation == "tanh_gelu":
+            return functional.gelu(made, approximate="tanh")
         if self.activation == "quick_gelu":  # through SiLU, which is one pass
             return functional.silu(made.mul_(QUICK_GELU), inplace=True).mul_(1 / QUICK_GELU)
         if self.activation == "swiglu":

@@ -140,18 +140,25 @@ class RopeConfig:
     """How a decoder rotates by position.
 
     kind: "default" rotates all channels by the first axis of positions; "mrope" gives each axis (t, h, w) its own
-    channels, so many as `sections` says, in order: together head_dim / 2. theta: base of the frequencies.
+    channels, so many as `sections` says, in order: together head_dim / 2. theta: base of the frequencies. interleaved:
+    channels are of t, h and w in turn; those that are left over are of t (Qwen3-VL, `recomposition_frequencies`).
     """
 
     kind: Literal["default", "mrope"]
     theta: float
     sections: tuple[int, int, int] | None = None
     scaling: RopeScaling | None = None
+    interleaved: bool = False
 
     def axes(self, n_channels: int) -> Tensor:
         """The axis that each channel is rotated by: int64 [n_channels]."""
         if self.kind == "default" or self.sections is None:
             return torch.zeros(n_channels, dtype=torch.int64)
+        if self.interleaved:
+            axes = torch.zeros(n_channels, dtype=torch.int64)
+            for axis in (1, 2):
+                axes[axis : 3 * self.sections[axis] : 3] = axis
+            return axes
         return torch.repeat_interleave(torch.arange(3), torch.tensor(self.sections))
 
 

@@ -5,7 +5,7 @@ from mdi.media.fetch import fetch
 from mdi.media.image import decode_image
 from mdi.media.patches import Patches, PatchSpec, image_patches, smart_resize, video_patches
 from mdi.media.video import Video, open_video
-from mdi.media.video_spec import VideoSpec
+from mdi.media.video_spec import TimedVideoSpec, VideoSpec
 from mdi.media.work import AbandonedError, Memory, Turns, Work
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Memory",
     "PatchSpec",
     "Patches",
+    "TimedVideoSpec",
     "Turns",
     "Video",
     "VideoSpec",

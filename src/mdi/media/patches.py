@@ -102,7 +102,7 @@ class Patches:
         merge_size^2 patches of a token follow each other.
     grid: patches along time, height and width.
     digest: SHA-256 of the resized pixels and of all that turns them into rows; equal digests mean equal rows.
-    seconds: of a video, from one patch to the next along time.
+    seconds: of a video, from one patch to the next along time. times_s: of a video, the middle of each of these.
     """
 
     rows: npt.NDArray[np.float32]
@@ -110,11 +110,22 @@ class Patches:
     digest: bytes
     merge_size: int = 2
     seconds: float | None = None
+    times_s: tuple[float, ...] = ()
 
     @property
     def n_tokens(self) -> int:
         """Tokens it takes in the prompt."""
         return math.prod(self.grid) // self.merge_size**2
+
+    def along_time(self) -> list[Patches]:
+        """Those of each grid along time, as those of an image."""
+        frames, height, width = self.grid
+        parts = np.split(self.rows, frames)
+        digests = [hashlib.sha256(self.digest + index.to_bytes(4)).digest() for index in range(frames)]
+        return [
+            Patches(rows, (1, height, width), digest, self.merge_size)
+            for rows, digest in zip(parts, digests, strict=True)
+        ]
 
     def without_rows(self) -> Patches:
         """What is left when they are encoded: the grid and the digest."""
@@ -156,10 +167,14 @@ def video_patches(frames: Sequence[Image.Image], spec: PatchSpec) -> Patches:
     return Patches(rows.reshape(math.prod(grid), -1), grid, digest_of(pixels, spec), spec.merge_size)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, *, frames: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
     """Height and width, multiples of `factor`, closest to the image's own within the pixel budget.
 
-    Exactly transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize, rounding included.
+    Exactly transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize, rounding included. frames: of a video
+    whose budget is that of all frames together, as in transformers.models.qwen3_vl: their number, and the one that
+    resized frames are counted with.
     Raises MediaError when one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
@@ -169,12 +184,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         )
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
+    n_frames, counted = frames
+    if counted * new_height * new_width > max_pixels:
+        shrink = math.sqrt((n_frames * height * width) / max_pixels)
         new_height = max(factor, math.floor(height / shrink / factor) * factor)
         new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif counted * new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (n_frames * height * width))
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width

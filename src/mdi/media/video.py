@@ -27,13 +27,15 @@ CUTTING_BYTES = 18  # for a pixel of a frame: RGB twice, and a row's three float
 class Video:
     """A video with a known number and size of frames, which are decoded on demand.
 
-    n_frames is even; height and width are those after resizing. fps: of the frames that are taken.
+    height and width are those after resizing. fps: of the frames that are taken. times_s: of each of them, from the
+    video's start on.
     """
 
     n_frames: int
     height: int
     width: int
     fps: float
+    times_s: tuple[float, ...]
     spec: PatchSpec
     _work: Work
     _frames: Callable[[], Sequence[Image.Image]]
@@ -50,7 +52,9 @@ class Video:
         self._work.reserve(self.n_frames * self.height * self.width * CUTTING_BYTES)
         frames = self._frames()
         with self._work.computing():
-            return replace(video_patches(frames, self.spec), seconds=self.spec.temporal_patch_size / self.fps)
+            size = self.spec.temporal_patch_size
+            times_s = middle_times(self.times_s, size)
+            return replace(video_patches(frames, self.spec), seconds=size / self.fps, times_s=times_s)
 
 
 def open_video(
@@ -70,6 +74,15 @@ def open_video(
         data = fetch(source, for_video(policy), work)
         return _from_file(VideoFile(data, policy, Deadline.after(policy.video_timeout_s, work)), video, cut)
     return _from_stills(source, policy, video, cut, Deadline.after(policy.video_timeout_s, work))
+
+
+def middle_times(times_s: Sequence[float], size: int) -> tuple[float, ...]:
+    """The middle of each `size` frames, between the first and the last of them; the last frame fills what is missing.
+
+    As in transformers' `Qwen3VLProcessor._calculate_timestamps`.
+    """
+    filled = [*times_s, *[times_s[-1]] * (-len(times_s) % size)]
+    return tuple((filled[start] + filled[start + size - 1]) / 2 for start in range(0, len(filled), size))
 
 
 # Frames given as images
@@ -93,7 +106,8 @@ def _from_stills(
                 resized.append(resize(image, height, width))
         return resized
 
-    return Video(n_frames, height, width, video.fps, cut, deadline.work, frames)
+    times_s = tuple(index / video.fps for index in range(len(sources)))
+    return Video(n_frames, height, width, video.fps, times_s, cut, deadline.work, frames)
 
 
 def _check_same_size(first: Image.Image, image: Image.Image, index: int) -> None:
@@ -125,7 +139,11 @@ def _from_file(file: VideoFile, video: VideoSpec, cut: PatchSpec) -> Video:
 
     def frames() -> list[Image.Image]:
         with file.deadline.work.computing():
-            return file.sample(found.n_frames, n_frames, height, width)
+            return file.sample(found.n_frames, take, height, width)
+
+    def take(total_frames: int) -> list[int]:
+        return video.frame_indices(total_frames, n_frames)
 
     fps = n_frames / found.n_frames * found.fps
-    return Video(n_frames, height, width, fps, cut, file.deadline.work, frames)
+    times_s = tuple(index / found.fps for index in take(found.n_frames))
+    return Video(n_frames, height, width, fps, times_s, cut, file.deadline.work, frames)

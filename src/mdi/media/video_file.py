@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -26,7 +26,6 @@ from mdi.core.config import MediaPolicy
 from mdi.core.errors import MediaError
 from mdi.media.image import on_white
 from mdi.media.known import VIDEO, known_as, known_image
-from mdi.media.video_spec import frame_indices
 from mdi.media.work import Deadline
 
 DEMUXERS = ("mov", "matroska", "avi", "mpegts", "gif")  # FFmpeg's names: mov is MP4 as well, matroska is WebM
@@ -78,9 +77,12 @@ class VideoFile:
             width, height = _upright(first).size
             return Measures(n_frames, _frame_rate(stream, times), height, width)
 
-    def sample(self, total_frames: int, n_frames: int, height: int, width: int) -> list[Image.Image]:
-        """n_frames of a video of total_frames, resized as they are decoded: only these stay in memory."""
-        indices = frame_indices(total_frames, n_frames)
+    def sample(self, total_frames: int, take: Callable[[int], list[int]], height: int, width: int) -> list[Image.Image]:
+        """Some frames of a video of total_frames, resized as they are decoded: only these stay in memory.
+
+        take: from the number of all frames to the indices of those that are taken.
+        """
+        indices = take(total_frames)
         taken = dict.fromkeys(indices)
         count = 0
         with self._opened() as stream:
@@ -92,7 +94,7 @@ class VideoFile:
         if count == 0:
             raise _refusal(NO_FRAMES)
         if count != total_frames:  # packets and frames are not always one to one: VP8 has hidden frames
-            return self.sample(count, n_frames, height, width)
+            return self.sample(count, take, height, width)
         return [image for image in map(taken.get, indices) if image]
 
     @contextmanager

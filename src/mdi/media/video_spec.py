@@ -1,4 +1,4 @@
-"""How many frames of a video are taken, which, and how large: as qwen-vl-utils does it."""
+"""How many frames of a video are taken, which, and how large: as qwen-vl-utils does it, and as Qwen3-VL does."""
 
 from __future__ import annotations
 
@@ -105,11 +105,71 @@ class VideoSpec:
         wanted = min(max(total_frames / video_fps * self.fps, least), most)
         return max(FRAME_FACTOR, int(wanted // FRAME_FACTOR) * FRAME_FACTOR)
 
+    def frame_indices(self, total_frames: int, n_frames: int) -> list[int]:
+        """Which frames are taken: n_frames from the first to the last, evenly spread."""
+        return [round(index * (total_frames - 1) / (n_frames - 1)) for index in range(n_frames)]
+
     def resized(self, height: int, width: int, n_frames: int, factor: int) -> tuple[int, int]:
         """Height and width that every one of n_frames is resized to, as in qwen_vl_utils' `fetch_video`."""
         share = self.total_pixels / n_frames * FRAME_FACTOR
         most = min(self.max_pixels, max(share, int(self.min_pixels * MARGIN)))
         return smart_resize(height, width, factor, self.min_pixels, most)
+
+
+@dataclass(frozen=True)
+class TimedVideoSpec(VideoSpec):
+    """The same for Qwen3-VL, as transformers' Qwen3VLVideoProcessor with cap_pixels_per_frame; its defaults.
+
+    Checkpoints limit the area of all frames together: at least least_total_pixels, at most total_pixels. max_pixels,
+    of one frame, is 768 tokens, which transformers' cap and qwen-vl-utils have in common.
+    """
+
+    min_pixels: int = 0
+    max_pixels: int = 768 * 32 * 32
+    total_pixels: int = 768 * 32 * 32
+    least_total_pixels: int = 128 * 32 * 32
+
+    @classmethod
+    def from_hf(cls, settings: Any, file: str = "video_preprocessor_config.json", part: str = "") -> TimedVideoSpec:
+        """As `VideoSpec.from_hf`; entries that are missing are as in transformers."""
+        entries, default = VideoEntries.read(settings, file, part), cls()
+        least, most = entries.pixel_limits
+        spec = cls(
+            fps=entries.fps or default.fps,
+            min_frames=entries.min_frames or default.min_frames,
+            max_frames=entries.max_frames or default.max_frames,
+            total_pixels=most or default.total_pixels,
+            least_total_pixels=least or default.least_total_pixels,
+        )
+        if spec.min_frames > spec.max_frames or spec.least_total_pixels > spec.total_pixels:
+            raise CheckpointError(
+                f"{file}: the limits contradict each other: frames from {spec.min_frames} to {spec.max_frames}, pixels "
+                f"from {spec.least_total_pixels} to {spec.total_pixels}"
+            )
+        return spec
+
+    def frame_count(self, total_frames: int, video_fps: float) -> int:
+        """How many of a file's frames are taken, also an odd number, by `Qwen3VLVideoProcessor.sample_frames`."""
+        if self.nframes is not None:
+            return super().frame_count(total_frames, video_fps)
+        wanted = max(int(total_frames / video_fps * self.fps), self.min_frames)
+        return min(wanted, self.max_frames, total_frames)
+
+    def frame_indices(self, total_frames: int, n_frames: int) -> list[int]:
+        """With the step of numpy's linspace, which decides where a frame lies half between two."""
+        step = (total_frames - 1) / max(n_frames - 1, 1)
+        return [round(index * step) for index in range(n_frames)]
+
+    def resized(self, height: int, width: int, n_frames: int, factor: int) -> tuple[int, int]:
+        """Height and width that every frame is resized to, by transformers' `smart_resize` of Qwen3-VL."""
+        n_frames = max(n_frames, FRAME_FACTOR)
+        least = max(self.least_total_pixels, self.min_pixels * n_frames)
+        most = max(min(self.max_pixels, self.total_pixels // n_frames), int(least * MARGIN)) * n_frames
+        if min(height, width) < factor:
+            grow = max(factor / height, factor / width)
+            height, width = int(height * grow), int(width * grow)
+        counted = round(n_frames / FRAME_FACTOR) * FRAME_FACTOR
+        return smart_resize(height, width, factor, least, most, frames=(n_frames, counted))
 
 
 def _check_rate(fps: Any, nframes: Any) -> None:
@@ -119,8 +179,3 @@ def _check_rate(fps: Any, nframes: Any) -> None:
         raise InputError(f"fps must be a number above 0, got {fps!r}", "fps")
     if nframes is not None and (isinstance(nframes, bool) or not isinstance(nframes, int) or nframes < FRAME_FACTOR):
         raise InputError(f"nframes must be a whole number of at least {FRAME_FACTOR}, got {nframes!r}", "nframes")
-
-
-def frame_indices(total_frames: int, n_frames: int) -> list[int]:
-    """Which frames are taken: n_frames from the first to the last, evenly spread."""
-    return [round(index * (total_frames - 1) / (n_frames - 1)) for index in range(n_frames)]

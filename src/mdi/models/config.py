@@ -19,10 +19,12 @@ ATTENTION_KINDS = ("full_attention", SLIDING)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer. out_size: width of its embeddings, the decoder's hidden size.
+    """A vision transformer. out_size: the decoder's hidden size.
 
     window_tokens: side of the windows that attention stays within, but in whole_frame_blocks; 0 where there are none.
     positions_per_second: of a video along time; None where each grid of its frames is one position further.
+    position_side: of the square of learned positions; 0 where there are none. deepstack_blocks: whose outputs the first
+    decoder layers add, in order. timestamps: each grid of a video is an image, with its time as text before it.
     """
 
     depth: int
@@ -38,6 +40,14 @@ class VisionConfig:
     window_tokens: int = 0
     whole_frame_blocks: tuple[int, ...] = ()
     positions_per_second: float | None = None
+    position_side: int = 0
+    deepstack_blocks: tuple[int, ...] = ()
+    timestamps: bool = False
+
+    @property
+    def embedding_width(self) -> int:
+        """Numbers that the tower makes of a token: its embedding, and what each of the first decoder layers adds."""
+        return self.out_size * (1 + len(self.deepstack_blocks))
 
     @property
     def head_dim(self) -> int:
@@ -59,7 +69,8 @@ class DecoderDefaults:
     """What a family takes where config.json is silent, as its config class in transformers does.
 
     n_kv_heads: None is as many as there are heads. head_dim: None is the hidden size by the heads. mrope_sections: None
-    where positions have one axis. slides: a window is one of all layers, in families that have no flag for it.
+    where positions have one axis; mrope_interleaved: see `RopeConfig`. slides: a window is one of all layers, in
+    families that have no flag for it.
     """
 
     rope_theta: float = 10000.0
@@ -67,6 +78,7 @@ class DecoderDefaults:
     n_kv_heads: int | None = None
     sliding_from: int = 28
     mrope_sections: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
     head_dim: int | None = None
     max_positions: int = 32768
     sliding_window: int | None = 4096
@@ -131,6 +143,8 @@ class ModelConfig:
     vision: VisionConfig | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
 
     @property
     def q_size(self) -> int:
@@ -191,12 +205,12 @@ class ModelConfig:
             intermediate_size=entries.intermediate_size,
             vocab_size=entries.vocab_size,
             rms_eps=entries.rms_norm_eps,
-            rope=_rope_config(rope, defaults.mrope_sections, head_dim, entries.max_position_embeddings),
+            rope=_rope_config(rope, defaults, head_dim, entries.max_position_embeddings),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tied_embeddings=top.tie_word_embeddings or (vision is not None and entries.tie_word_embeddings),
             max_positions=_max_positions(entries, rope),
-            dtype=_dtype(top),
+            dtype=_dtype(top, entries),
             kinds=_layer_kinds(entries, unrotated_layers),
             vision=vision,
         )
@@ -209,7 +223,13 @@ class ModelConfig:
         check_ids(entries, self.vocab_size, CONFIG)
         if entries.image_token_id == entries.video_token_id:
             raise unusable(f"image_token_id and video_token_id are both {entries.image_token_id}")
-        return replace(self, image_token_id=entries.image_token_id, video_token_id=entries.video_token_id)
+        return replace(
+            self,
+            image_token_id=entries.image_token_id,
+            video_token_id=entries.video_token_id,
+            vision_start_token_id=entries.vision_start_token_id,
+            vision_end_token_id=entries.vision_end_token_id,
+        )
 
 
 @dataclass(frozen=True)
@@ -246,8 +266,9 @@ def check_rope(kind: str, supported: tuple[str, ...]) -> None:
         raise unusable(f"RoPE scaling of type {kind!r} is not supported")
 
 
-def _dtype(top: TopEntries) -> str:
-    name = top.dtype or top.torch_dtype or DTYPE_NAMES[0]
+def _dtype(top: TopEntries, part: DecoderEntries) -> str:
+    """That of the decoder where the top names none, as in transformers."""
+    name = top.dtype or top.torch_dtype or part.dtype or part.torch_dtype or DTYPE_NAMES[0]
     if name not in DTYPE_NAMES:
         raise unusable(f"dtype {name!r} is not supported: set it to one of {', '.join(DTYPE_NAMES)}")
     return name
@@ -261,8 +282,8 @@ def _max_positions(entries: DecoderEntries, rope: RopeEntries) -> int:
     return most
 
 
-def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim: int, max_positions: int) -> RopeConfig:
-    """sections: the default ones of a family with three axes of positions; None for one axis."""
+def _rope_config(entries: RopeEntries, defaults: DecoderDefaults, head_dim: int, max_positions: int) -> RopeConfig:
+    sections = defaults.mrope_sections
     check_rope(
         entries.kind, ("default", "linear", "llama3", "yarn") if sections is None else ("default", "mrope", "yarn")
     )
@@ -278,7 +299,14 @@ def _rope_config(entries: RopeEntries, sections: Sequence[int] | None, head_dim:
             f"mrope_section is {source}{list(found)}: three numbers that add up to half of the head's {head_dim} "
             "channels are expected"
         )
-    return RopeConfig("mrope", entries.rope_theta, (found[0], found[1], found[2]), scaling)
+    sizes = found[0], found[1], found[2]
+    rope = RopeConfig("mrope", entries.rope_theta, sizes, scaling, defaults.mrope_interleaved)
+    if tuple(rope.axes(head_dim // 2).bincount(minlength=3).tolist()) != sizes:
+        raise unusable(
+            f"mrope_section is {list(found)}: of {head_dim // 2} interleaved channels at most each third one is of "
+            "height, and of width"
+        )
+    return rope
 
 
 def _rope_scaling(entries: RopeEntries, max_positions: int) -> RopeScaling:

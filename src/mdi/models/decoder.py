@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.batch import Deepstack
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import GetTensor, Unquantized, within
 from mdi.kernels.decoder import LayerWeights, NativeLayers
@@ -61,17 +62,40 @@ class Decoder:
         reduce: Reduce = alone,
         *,
         shards: int = 1,
+        deepstack: Deepstack | None = None,
     ) -> Tensor:
         """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache.
 
         Where kernels compute and no other rank adds to sums, one native call does it, with the same bits. shards: parts
-        in which the sums over heads and over the MLP's inner width are taken, one after the other.
+        in which the sums over heads and over the MLP's inner width are taken, one after the other. deepstack: of the
+        stage's first layer and those after it; a native call then ends behind each layer that adds some.
         """
+        arguments = rotation, cache, layout, reduce, shards
+        if deepstack is None:
+            return self._run(slice(None), hidden, *arguments)
+        n_deep = min(len(deepstack.features), len(self.layers))
+        for index, features in enumerate(deepstack.features[:n_deep]):
+            hidden = self._run(slice(index, index + 1), hidden, *arguments)
+            hidden.index_add_(0, deepstack.rows, features)
+        return hidden if n_deep == len(self.layers) else self._run(slice(n_deep, None), hidden, *arguments)
+
+    def _run(
+        self,
+        part: slice,
+        hidden: Tensor,
+        rotation: Rotation,
+        cache: KVCache,
+        layout: Layout,
+        reduce: Reduce,
+        shards: int,
+    ) -> Tensor:
+        """Some of the stage's layers, one after the other. Returns a tensor of its own."""
         if self._native and reduce is alone:
             tables, caches = (rotation.cos, rotation.sin), (cache.layers, cache.scales)
-            return self._native.forward(hidden, *tables, layout.runs, *caches, shards=shards)
+            return self._native.forward(hidden, *tables, layout.runs, *caches, shards=shards, part=part)
         scales: Sequence[Tensor | None] = cache.scales or [None] * len(cache.layers)
-        for layer, layer_cache, layer_scales in zip(self.layers, cache.layers, scales, strict=True):
+        layers = zip(self.layers[part], cache.layers[part], scales[part], strict=True)
+        for layer, layer_cache, layer_scales in layers:
             hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce, layer_scales, shards)
         return hidden
 

@@ -79,6 +79,8 @@ class DecoderEntries(Entries):
     max_window_layers: int = 28
     layer_types: list[str] | None = None
     pad_token_id: Annotated[int, Field(ge=-1, le=2**24)] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
 
     @property
     def attention_kinds(self) -> list[str]:
@@ -120,6 +122,23 @@ class WindowedVisionEntries(Entries):
     tokens_per_second: Annotated[float, Field(gt=0, le=1000, strict=False)] = 4.0
     window_size: Annotated[int, Field(ge=1, le=2**16)] = 112
     fullatt_block_indexes: list[Annotated[int, Field(ge=0)]] = Field(default=[7, 15, 23, 31])
+
+
+class DeepstackVisionEntries(Entries):
+    """Qwen3-VL's vision tower."""
+
+    depth: Annotated[int, Field(ge=1, le=1000)] = 27
+    hidden_size: Size = 1152
+    out_hidden_size: Size = 3584
+    hidden_act: str = "gelu_pytorch_tanh"
+    intermediate_size: Size = 4304
+    num_heads: Size = 16
+    in_channels: Size = 3
+    patch_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    spatial_merge_size: Annotated[int, Field(ge=1, le=64)] = 2
+    temporal_patch_size: Annotated[int, Field(ge=1, le=64)] = 2
+    num_position_embeddings: Size = 2304
+    deepstack_visual_indexes: list[Annotated[int, Field(ge=0)]] = Field(default=[8, 16, 24])
 
 
 def rope_entries(part: Mapping[str, Any], default_theta: float, where: str = "") -> RopeEntries:

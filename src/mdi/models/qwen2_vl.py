@@ -115,17 +115,23 @@ class VisionTransformer:
 
 
 class VisionBlock:
-    """LayerNorm, attention, LayerNorm, MLP with quick-GELU, each half with a residual."""
+    """LayerNorm, attention, LayerNorm, MLP, each half with a residual. mlp: names of the MLP's two products."""
 
-    def __init__(self, config: VisionConfig, get: GetTensor) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        get: GetTensor,
+        mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2"),
+        activation: str = "quick_gelu",
+    ) -> None:
         width, inner = config.width, config.mlp_size
         self.config = config
         self.norm1 = LayerNorm(get, "norm1", width, LAYER_NORM_EPS)
         self.qkv = Linear.load(get, {"attn.qkv": 3 * width}, width, bias=True)
         self.proj = Linear.load(get, {"attn.proj": width}, width, bias=True)
         self.norm2 = LayerNorm(get, "norm2", width, LAYER_NORM_EPS)
-        self.fc1 = Linear.load(get, {"mlp.fc1": inner}, width, bias=True, activation="quick_gelu")
-        self.fc2 = Linear.load(get, {"mlp.fc2": width}, inner, bias=True)
+        self.fc1 = Linear.load(get, {mlp[0]: inner}, width, bias=True, activation=activation)
+        self.fc2 = Linear.load(get, {mlp[1]: width}, inner, bias=True)
 
     def steps(self, hidden: Tensor, rotation: Rotation, frames: int) -> Generator[None, None, None]:
         """Runs the block in place, and yields between small parts of the work.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, smollm3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smollm3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -21,7 +21,7 @@ class VisionTower(Protocol):
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """Encodes one image or video, and yields between small parts of the work.
 
-        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, out_size].
+        rows: float32 [patches, patch_elements] in merge order. Returns [tokens, embedding_width].
         """
 
 
@@ -32,7 +32,8 @@ class Family:
     read_config: from the contents of config.json to a config. model_type: the entry that goes with the architecture.
     models: some that people know.
     vision_tower: loads it, where the family has one.
-    aliases: (prefix in a file, prefix on the hub) of tensors that some versions of transformers rename.
+    aliases: (prefix in a file, prefix here) of tensors that some versions of transformers rename. nested: files on the
+    hub have these names, not those that tensors have here.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -40,12 +41,20 @@ class Family:
     models: str
     vision_tower: Callable[[VisionConfig, GetTensor], VisionTower] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
+    nested: bool = False
 
     def hub_name(self, name: str) -> str:
-        """The name on the hub of a tensor in a file."""
-        for alias, on_hub in self.aliases:
+        """The name here of a tensor in a file: for most families that on the hub."""
+        for alias, prefix in self.aliases:
             if name.startswith(alias):
-                return on_hub + name.removeprefix(alias)
+                return prefix + name.removeprefix(alias)
+        return name
+
+    def file_name(self, name: str) -> str:
+        """The name in the hub's files of a tensor here."""
+        for alias, prefix in self.aliases if self.nested else ():
+            if name.startswith(prefix):
+                return alias + name.removeprefix(prefix)
         return name
 
 
@@ -63,6 +72,14 @@ FAMILIES = {
         "Qwen2.5-VL (3B, 7B, 72B)",
         qwen2_5_vl.VisionTransformer,
         qwen2_5_vl.ALIASES,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        qwen3_vl.read_config,
+        "qwen3_vl",
+        "Qwen3-VL (dense: 2B, 4B, 8B, 32B)",
+        qwen3_vl.VisionTransformer,
+        qwen3_vl.ALIASES,
+        nested=True,
     ),
     "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2", "Qwen2, Qwen2.5, Qwen2.5-Coder"),
     "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),

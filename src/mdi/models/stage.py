@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Result, Token, Visual
+from mdi.core.batch import Batch, Deepstack, Result, Token, Visual
 from mdi.core.errors import LinkError
 from mdi.core.quantization import QUANTIZATIONS
 from mdi.core.reduce import Reduce, alone
@@ -73,7 +73,8 @@ class Stage:
         """
         hidden = self._decoder.embed(token_ids)
         for visual in visuals:
-            hidden[visual.row : visual.row + len(visual.embeddings)] = visual.embeddings
+            embeddings = visual.embeddings[:, : self.config.hidden_size]
+            hidden[visual.row : visual.row + len(embeddings)] = embeddings
         return hidden
 
     @torch.inference_mode()
@@ -124,12 +125,17 @@ class Stage:
         layout = Layout.of(batch.slices, self.device)
         rotation = self._rope(batch.positions.to(self.device))
         hidden = hidden.to(self.device)
-        return self._decoder.forward(hidden, rotation, self._cache, layout, self._reduce, shards=self._shards)
+        deepstack = batch.deepstack.to(self.device) if batch.deepstack else None
+        return self._decoder.forward(
+            hidden, rotation, self._cache, layout, self._reduce, shards=self._shards, deepstack=deepstack
+        )
 
     def _check(self, batch: Batch, hidden: Tensor) -> None:
         tokens, shapes = batch.n_tokens, (tuple(hidden.shape), tuple(batch.positions.shape))
         if shapes != ((tokens, self.config.hidden_size), (3, tokens)):
             raise LinkError(f"got hidden states and positions of shapes {shapes} for {tokens} tokens")
+        if batch.deepstack:
+            self._check_deepstack(batch.deepstack, tokens)
         cache = self._cache
         for part in batch.slices:
             inside = 0 <= part.slot < cache.n_slots and 0 <= part.start < part.end <= cache.sequence_length
@@ -139,10 +145,29 @@ class Stage:
                     f"{cache.sequence_length} tokens"
                 )
 
+    def _check_deepstack(self, deepstack: Deepstack, tokens: int) -> None:
+        rows, features, first = deepstack.rows, deepstack.features, deepstack.first_layer
+        layers_fit = first == self.spec.first_layer and 0 < len(features) <= self.config.n_layers - first
+        rows_fit = len(rows) and rows[0] >= 0 and rows[-1] < tokens and bool((rows.diff() > 0).all())
+        if not layers_fit or not rows_fit or features.shape[1:] != (len(rows), self.config.hidden_size):
+            raise LinkError(
+                f"got features of shape {tuple(features.shape)} for {len(rows)} rows of {tokens}, from layer {first} on"
+            )
+
     def encode_steps(self, rows: Tensor, grid: Grid) -> Generator[None, None, Tensor]:
         """`VisionTower.encode_steps` of this stage's tower. Needs the tower."""
         assert self._vision is not None
         return self._vision.encode_steps(rows, grid)
+
+
+def deepstack_of(visuals: Sequence[Visual], hidden_size: int) -> Deepstack | None:
+    """What a tower's rows have beside embeddings, for a batch with these visuals; None where they have nothing."""
+    if not visuals or visuals[0].embeddings.shape[1] == hidden_size:
+        return None
+    rows = [torch.arange(visual.row, visual.row + len(visual.embeddings)) for visual in visuals]
+    features = torch.cat([visual.embeddings[:, hidden_size:] for visual in visuals])  # [visual tokens, layers x width]
+    by_layer = features.view(len(features), -1, hidden_size).transpose(0, 1).contiguous()
+    return Deepstack(torch.cat(rows), by_layer)
 
 
 def _shard_step(loaded: LoadedStage) -> int:

@@ -26,7 +26,7 @@ class Encoder:
         self._one_by_one = asyncio.Lock()
 
     async def encode(self, loaded: LoadedStage, grid: Grid, data: bytearray) -> Tensor:
-        """Embeddings, [tokens, hidden_size]. Cancelled, it ends after a part of the work.
+        """Embeddings, [tokens, embedding_width]. Cancelled, it ends after a part of the work.
 
         Raises LinkError for bytes that do not fit the grid.
         """

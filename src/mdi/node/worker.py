@@ -73,7 +73,7 @@ class Epoch:
             if isinstance(work, tuple):
                 batch, hidden = work[0], self.stage.run(*work)
                 if not self.stage.spec.head:
-                    return list(codec.encode_batch(batch, hidden, self.number))
+                    return list(codec.encode_batch(batch.beyond(self.stage.spec.last_layer), hidden, self.number))
                 return [codec.encode_result(self.stage.sample(self.masks.complete(batch), hidden), self.number)]
             failure = work
         except LinkError as error:

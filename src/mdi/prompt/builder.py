@@ -6,10 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from struct import pack
-
-from torch import Tensor
 
 from mdi.core.errors import InputError, MediaError, PromptTooLongError
 from mdi.core.messages import (
@@ -25,19 +21,10 @@ from mdi.core.messages import (
 )
 from mdi.core.template_settings import TemplateSettings
 from mdi.core.tracing import Recorder
-from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, VideoSpec, Work, decode_image, fetch, image_patches, open_video
 from mdi.models.config import ModelConfig
+from mdi.prompt.assembly import Prompt, assemble
 from mdi.prompt.tokenizer import Thoughts, Tokenizer
-
-
-@dataclass(frozen=True)
-class Media:
-    """One image or video of a prompt: the span of its tokens, and its rows of patches."""
-
-    span: MediaSpan
-    patches: Patches
-
 
 CheckedPrompt = str | RawText | TokenIds | Conversation
 """What a request asks, its messages typed and its token ids known to the model."""
@@ -54,41 +41,6 @@ class Draft:
     media: tuple[MediaPart, ...]
     field: str
     thoughts: Thoughts | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt ready for the model. positions: int64 [3, tokens]; delta: see `rope.prompt_positions`.
-
-    thoughts: how the model's thoughts may begin; None where none may.
-    """
-
-    token_ids: tuple[int, ...]
-    positions: Tensor
-    delta: int
-    media: tuple[Media, ...]
-    thoughts: Thoughts | None = None
-
-    def without_rows(self) -> Prompt:
-        """The same prompt, without the rows of its media: they are encoded."""
-        return replace(self, media=tuple(replace(item, patches=item.patches.without_rows()) for item in self.media))
-
-    @cached_property
-    def prefix_keys(self) -> tuple[int, ...]:
-        """One for each token: its id, or, for a token of an image or a video, a number that its content decides."""
-        keys = list(self.token_ids)
-        for item in self.media:
-            content = -int.from_bytes(item.patches.digest + pack("<d", item.span.time_step)) - 1
-            keys[item.span.start : item.span.start + item.span.length] = [content] * item.span.length
-        return tuple(keys)
-
-
-def media_span(start: int, patches: Patches, config: ModelConfig) -> MediaSpan:
-    """The tokens of an image or a video, and how far its frames stand apart."""
-    assert config.vision
-    rate = config.vision.positions_per_second
-    step = 1.0 if rate is None or patches.seconds is None else rate * patches.seconds
-    return MediaSpan(start, patches.grid, config.vision.merge_size, step)
 
 
 @dataclass(frozen=True)
@@ -241,7 +193,7 @@ class PromptBuilder:
             used = len(draft.token_ids) - len(media) + sum(patches.n_tokens for patches in media)
             media.append(self._load(part, self._sequence_length - used, work))
             work.keep(media[-1].rows.nbytes)
-        prompt = replace(self._assemble(draft.token_ids, media), thoughts=draft.thoughts)
+        prompt = replace(assemble(draft.token_ids, media, self._config, self._tokenizer), thoughts=draft.thoughts)
         self._check_length(len(prompt.token_ids), draft.field)
         return prompt
 
@@ -288,22 +240,6 @@ class PromptBuilder:
                 f"{self._sequence_length} are left: {remedy}{self._or_remedy}",
                 "messages",
             )
-
-    def _assemble(self, token_ids: Sequence[int], loaded: Sequence[Patches]) -> Prompt:
-        """The prompt, each placeholder repeated for the tokens of its image or video."""
-        remaining = iter(loaded)
-        expanded: list[int] = []
-        media: list[Media] = []
-        for token in token_ids:
-            if loaded and token in self._placeholders:
-                patches = next(remaining)
-                span = media_span(len(expanded), patches, self._config)
-                media.append(Media(span, patches))
-                expanded += [token] * span.length
-            else:
-                expanded.append(token)
-        positions, delta = prompt_positions(len(expanded), [item.span for item in media])
-        return Prompt(tuple(expanded), positions, delta, tuple(media))
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         """Raises InputError for ids that are no text of this model."""

@@ -108,6 +108,12 @@ class Tokenizer:
         """Plain text to ids, normalised first as the checkpoint asks; control tokens in it are plain text."""
         return self._control.encode_text(text)
 
+    def with_text(self, token_ids: Sequence[int], text: str) -> list[int]:
+        """Ids with a plain text behind them: those of one text from the last added token on, where words may join."""
+        added = self.backend.get_added_tokens_decoder()
+        start = next((index for index in range(len(token_ids), 0, -1) if token_ids[index - 1] in added), 0)
+        return [*token_ids[:start], *self.encode(self.decode(token_ids[start:]) + text)]
+
     def encode_raw(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to ids as transformers does: special tokens by their names, and those that the tokenizer adds."""
         ids: list[int] = self._loaded(text, add_special_tokens=add_special_tokens, verbose=False).input_ids

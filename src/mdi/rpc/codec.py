@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from mdi.core.batch import (
     Batch,
     CacheEdit,
     Copy,
+    Deepstack,
     LogitAdjustment,
     Release,
     Result,
@@ -54,17 +56,20 @@ async def parsed(messages: AsyncIterator[M]) -> AsyncIterator[M]:
 
 
 def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.BatchPiece]:
-    """A batch and its hidden states, [tokens, width], in pieces below 1 MiB."""
+    """A batch and its hidden states, [tokens, width], in pieces below 1 MiB. The features of its media follow them."""
+    deepstack = batch.deepstack
     header = node_pb2.BatchHeader(
         slices=[_encode_slice(part) for part in batch.slices],
         positions=batch.positions.flatten().tolist(),
         dtype=dtype_name(hidden.dtype),
         width=hidden.shape[1],
         edits=map(_encode_edit, batch.edits),
+        deepstack=_encode_deepstack(deepstack) if deepstack else None,
     )
-    left = hidden.nbytes
-    for data in pieces(hidden):
-        first, left = left == hidden.nbytes, left - len(data)
+    tensors = (hidden, deepstack.features) if deepstack else (hidden,)
+    size_bytes = left = sum(tensor.nbytes for tensor in tensors)
+    for data in chain.from_iterable(map(pieces, tensors)):
+        first, left = left == size_bytes, left - len(data)
         yield node_pb2.BatchPiece(
             epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
         )
@@ -103,6 +108,7 @@ class BatchDecoder:
         self._header: node_pb2.BatchHeader | None = None
         self._batch_id = 0
         self._n_tokens = 0
+        self._size_bytes = 0
         self._data = bytearray()
 
     def add(self, piece: node_pb2.BatchPiece) -> tuple[Batch, Tensor] | None:
@@ -111,11 +117,12 @@ class BatchDecoder:
             if self._header is not None:
                 raise LinkError("a batch began before the one before it had ended")
             self._n_tokens = self._checked(piece.header)
+            self._size_bytes = self._announced_bytes(piece.header)
             self._header, self._batch_id = piece.header, piece.batch_id
         if self._header is None or piece.batch_id != self._batch_id:
             raise LinkError("a piece arrived that belongs to no batch")
         self._data += piece.data
-        missing = self._size_bytes(self._n_tokens) - len(self._data)
+        missing = self._size_bytes - len(self._data)
         if missing < 0 or (piece.last and missing):
             raise LinkError(f"{len(self._data)} bytes of hidden states arrived for {self._n_tokens} tokens")
         if not piece.last:
@@ -123,9 +130,11 @@ class BatchDecoder:
         header, data = self._header, self._data
         self._header, self._data = None, bytearray()
         positions = torch.tensor(header.positions, dtype=torch.int64).view(3, self._n_tokens)
-        hidden = torch.frombuffer(data, dtype=self._dtype).view(self._n_tokens, self._width)
+        numbers = torch.frombuffer(data, dtype=self._dtype).view(-1, self._width)
+        hidden, features = numbers[: self._n_tokens], numbers[self._n_tokens :]
+        deepstack = _decode_deepstack(header.deepstack, features) if header.HasField("deepstack") else None
         slices, edits = tuple(map(_decode_slice, header.slices)), tuple(map(_decode_edit, header.edits))
-        return Batch(self._batch_id, slices, positions, edits), hidden
+        return Batch(self._batch_id, slices, positions, edits, deepstack), hidden
 
     def _checked(self, header: node_pb2.BatchHeader) -> int:
         """The number of tokens. Does not decode the slices yet: a header can announce many without any data."""
@@ -136,17 +145,20 @@ class BatchDecoder:
             raise LinkError("a batch's slices and positions do not add up")
         if any(len(part.samplings) > part.length for part in header.slices):
             raise LinkError("a slice draws more tokens than it has")
+        if header.HasField("deepstack") and not (header.deepstack.rows and header.deepstack.n_layers):
+            raise LinkError("features of media have no rows or no layers")
         if header.dtype != dtype_name(self._dtype) or header.width != self._width:
             raise LinkError(
                 f"hidden states arrived as {header.dtype} x {header.width}, "
                 f"not as {dtype_name(self._dtype)} x {self._width}"
             )
-        if self._size_bytes(n_tokens) > MAX_BATCH_BYTES:
+        if self._announced_bytes(header) > MAX_BATCH_BYTES:
             raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
         return n_tokens
 
-    def _size_bytes(self, n_tokens: int) -> int:
-        return n_tokens * self._width * self._dtype.itemsize
+    def _announced_bytes(self, header: node_pb2.BatchHeader) -> int:
+        rows = len(header.positions) // 3 + len(header.deepstack.rows) * header.deepstack.n_layers
+        return rows * self._width * self._dtype.itemsize
 
 
 def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
@@ -195,6 +207,18 @@ def decode_spans(message: node_pb2.SpansReply, asked_s: float, answered_s: float
         Span(cast(SpanName, span.work), span.start_s + shift_s, span.end_s + shift_s, span.batch_id, span.n_tokens)
         for span in message.spans
     ]
+
+
+def _encode_deepstack(deepstack: Deepstack) -> node_pb2.Deepstack:
+    return node_pb2.Deepstack(
+        rows=deepstack.rows.tolist(), first_layer=deepstack.first_layer, n_layers=len(deepstack.features)
+    )
+
+
+def _decode_deepstack(message: node_pb2.Deepstack, features: Tensor) -> Deepstack:
+    """features: [layers x rows, width]."""
+    rows = torch.tensor(message.rows, dtype=torch.int64)
+    return Deepstack(rows, features.view(message.n_layers, len(rows), -1), message.first_layer)
 
 
 def _encode_edit(edit: CacheEdit) -> node_pb2.CacheEdit:

@@ -89,19 +89,31 @@ class CacheEdit(_message.Message):
     release: SlotRelease
     def __init__(self, copy: _Optional[_Union[Copy, _Mapping]] = ..., release: _Optional[_Union[SlotRelease, _Mapping]] = ...) -> None: ...
 
+class Deepstack(_message.Message):
+    __slots__ = ("rows", "first_layer", "n_layers")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    N_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    first_layer: int
+    n_layers: int
+    def __init__(self, rows: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., n_layers: _Optional[int] = ...) -> None: ...
+
 class BatchHeader(_message.Message):
-    __slots__ = ("slices", "positions", "dtype", "width", "edits")
+    __slots__ = ("slices", "positions", "dtype", "width", "edits", "deepstack")
     SLICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
+    DEEPSTACK_FIELD_NUMBER: _ClassVar[int]
     slices: _containers.RepeatedCompositeFieldContainer[Slice]
     positions: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     width: int
     edits: _containers.RepeatedCompositeFieldContainer[CacheEdit]
-    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ...) -> None: ...
+    deepstack: Deepstack
+    def __init__(self, slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., width: _Optional[int] = ..., edits: _Optional[_Iterable[_Union[CacheEdit, _Mapping]]] = ..., deepstack: _Optional[_Union[Deepstack, _Mapping]] = ...) -> None: ...
 
 class BatchPiece(_message.Message):
     __slots__ = ("epoch", "batch_id", "header", "data", "last", "failure")

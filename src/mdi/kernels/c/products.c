@@ -53,6 +53,7 @@ INLINE vfloat load_few(const void *from, long index, int lanes, int dtype) {
 INLINE vfloat activated(vfloat value, int activation) {
     if (activation == GELU) return vf_gelu(value);
     if (activation == QUICK_GELU) return vf_mul(value, vf_sigmoid(vf_mul(value, vf_set1(1.702f))));
+    if (activation == TANH_GELU) return vf_tanh_gelu(value);
     return value;
 }
 

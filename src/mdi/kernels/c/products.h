@@ -19,7 +19,7 @@
 #include "kernel.h"
 
 enum { INT8 = 3, INT4 = 4 };  // kinds of weights, beside the dtypes of vector.h
-enum { NONE = 0, GELU = 1, QUICK_GELU = 2 };
+enum { NONE = 0, GELU = 1, QUICK_GELU = 2, TANH_GELU = 3 };
 
 typedef struct {
     long outputs, inputs;

@@ -93,7 +93,7 @@ static int products_pass(void) {
         {.kind = FLOAT32},
         {.kind = BFLOAT16, .swiglu = 1},
         {.kind = FLOAT16, .activation = QUICK_GELU},
-        {.kind = INT8, .group = 64},
+        {.kind = INT8, .group = 64, .activation = TANH_GELU},
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
         {.kind = INT4, .group = 32, .swiglu = 1},
         {.kind = INT4, .group = 32, .has_zeros = 1},

@@ -8,7 +8,7 @@
 //   vf_add vf_sub vf_mul vf_div vf_fma          vf_fma(a, b, c) = a * b + c
 //   vf_max vf_min vf_abs vf_sqrt                vf_max(a, b), vf_min(a, b) are b where either is NaN
 //   vf_sum vf_largest                           across lanes, in a fixed order
-//   vf_exp vf_exp2 vf_sigmoid vf_gelu vf_tanh
+//   vf_exp vf_exp2 vf_sigmoid vf_gelu vf_tanh_gelu vf_tanh
 //   vi_zero vi_set1 vi_add vi_sub vi_round vi_to_float vi_store_int8   int32 lanes; vi_round: to nearest even
 //   vi_byte vi_transpose                        byte i of each lane, with its sign; LANES vectors, rows to columns
 #pragma once
@@ -167,6 +167,12 @@ INLINE vfloat vf_gelu(vfloat x) {
     vfloat outside = vf_mul(vf_mul(series, t), vf_exp(vf_sub(vf_zero(), vf_mul(z, z))));  // 1 - erf(z)
     vfloat lost = vf_mul(vf_mul(size, vf_set1(0.5f)), outside);
     return vf_sub(vf_max(vf_zero(), x), lost);
+}
+
+// x (1 + tanh(y)) / 2 = x sigmoid(2y) with y = sqrt(2 / pi) (x + 0.044715 x^3): arXiv:1606.08415, section 2.
+INLINE vfloat vf_tanh_gelu(vfloat x) {
+    vfloat cubed = vf_mul(vf_mul(x, x), vf_mul(x, vf_set1(0.044715f)));
+    return vf_mul(x, vf_sigmoid(vf_mul(vf_set1(1.5957691f), vf_add(x, cubed))));
 }
 
 // 2 sigmoid(2x) - 1: absolute error below 2e-7, relative error large near 0.
