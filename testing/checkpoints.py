@@ -111,4 +111,5 @@ def tiny_deepstack_config(**text: Any) -> dict[str, Any]:
 
 def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
-    return {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family, **_TINY_TEXT, **overrides}
+    name = family.title().replace("_", "")
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": family, **_TINY_TEXT, **overrides}

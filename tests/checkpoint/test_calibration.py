@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.checkpoint import calibration
@@ -14,6 +15,7 @@ from mdi.checkpoint.calibration import MIN_SEQUENCES, SEQUENCE, CalibratedWeight
 from mdi.checkpoint.loader import chunk_weights, load_chunk, load_source
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare, prepared
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.weights import RoundedWeights
@@ -22,9 +24,10 @@ from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.quantization import INT4, INT8, ModelQuantization
 from mdi.layers.quantize import dequantize
 from mdi.layers.rope import text_positions
+from mdi.models.config import StageSpec
 from mdi.models.decoder import LM_HEAD
 from mdi.models.stage import Stage
-from mdi.models.weights import LoadedStage
+from mdi.models.weights import LoadedStage, stage_specs
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.5.mlp.down_proj.weight"
 FC1 = "visual.blocks.0.mlp.fc1.weight"
@@ -133,3 +136,23 @@ def test_a_damaged_weight_is_named(source: Source) -> None:
     save_file(weights, source.path / SINGLE, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"what model\.layers\.2\.self_attn\.q_proj\.weight reads"):
         chunk(source, SHORT)
+
+
+@pytest.mark.parametrize("least", [1, 64, 10**9])
+def test_experts_that_read_too_little_of_the_text_are_rounded_to_the_nearest(
+    least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "MIN_ROWS", least)
+    config = tiny_text_config(
+        "qwen3_moe", num_experts=40, num_experts_per_tok=1, moe_intermediate_size=64, num_hidden_layers=2
+    )
+    source = open_source(write_random_checkpoint(tmp_path / "model", config))
+    weights, rounded = CalibratedWeights(source, SHORT, INT4_ALL), RoundedWeights(source)
+    same = [
+        torch.equal(weights.quantized(name, INT4).values, rounded.quantized(name, INT4).values)
+        for name in stage_specs(source.model_config, StageSpec(0, 2), "float32")
+        if ".experts." in name
+    ]
+    assert len(same) == 2 * 40 * 3
+    assert all(same) if least > 64 else not all(same)
+    assert least == 1 or any(same)

@@ -27,6 +27,7 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.tensors import TensorSpec
 from mdi.layers import linear
+from mdi.layers.mlp import MLP
 from mdi.models.config import StageSpec
 from mdi.models.decoder import EMBEDDING, FINAL_NORM
 from mdi.models.qwen2_vl import VisionTransformer
@@ -78,11 +79,12 @@ def test_a_stage_has_the_checkpoint_s_numbers_in_their_places(tiny: Path) -> Non
     stage = load_source(source, StageSpec(2, 4, embedding=True, vision=True, head=True))
     second, vision, norm = stage.decoder.layers[1], stage.vision, stage.decoder.norm
     assert isinstance(vision, VisionTransformer)
+    assert isinstance(second.mlp, MLP)
     assert norm is not None
     places = {
         EMBEDDING: stage.decoder.embedding,
         "model.norm.weight": norm.weight,
-        "model.layers.3.mlp.down_proj.weight": second.down.weight,
+        "model.layers.3.mlp.down_proj.weight": second.mlp.down.weight,
         "model.layers.3.post_attention_layernorm.weight": second.mlp_norm.weight,
         "visual.blocks.1.norm2.bias": vision.blocks[1].norm2.bias,
         "visual.merger.mlp.2.bias": vision.merger[1].bias,

@@ -30,6 +30,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 20, "head_dim": 32},
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 2, "pad_token_id": None},
     "qwen3": {"head_dim": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
 }
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
@@ -37,6 +44,7 @@ PARAMETERS = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2-0.5b": 494_032_768,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-30b-a3b": 30_532_122_624,
     "llama-3.2-1b": 1_235_814_400,
     "tinyllama-1.1b": 1_100_048_384,
     "mistral-7b": 7_248_023_552,

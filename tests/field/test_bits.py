@@ -1,4 +1,4 @@
-"""One text, bit for bit: the bundled model's logits in every type that ships, however its work is divided."""
+"""One text, bit for bit: logits of a model without and with experts, in every type, however its work is divided."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing.checkpoints import tiny_text_config
 from torch import Tensor
 
 from mdi.checkpoint.bundled import unpack
 from mdi.checkpoint.loader import load_chunk
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
+from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.batch import Batch, Slice
 from mdi.core.quantization import ModelQuantization
@@ -30,9 +32,20 @@ VOCABULARY = 256  # ids below it are in every vocabulary
 pytestmark = pytest.mark.skipif(library() is None, reason="only our kernels give rows the same bits")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpack(tmp_path_factory.mktemp("bits") / "bundled")
+EXPERTS = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+
+
+@pytest.fixture(scope="module", params=["bundled", "experts"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bits") / str(request.param)
+    config = tiny_text_config("qwen3_moe", **EXPERTS)
+    return unpack(path) if request.param == "bundled" else write_random_checkpoint(path, config)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[1] or kind[0])

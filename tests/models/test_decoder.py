@@ -18,7 +18,7 @@ from mdi.core.tensors import Unquantized
 from mdi.layers.attention import Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, text_positions
-from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
 from mdi.models.decoder import Decoder, DecoderLayer
 from mdi.models.registry import read_config
 
@@ -54,12 +54,12 @@ def hidden() -> Tensor:
 
 
 def test_two_ranks_with_half_of_the_weights_each_give_the_layer_of_one(hidden: Tensor) -> None:
-    expected = outputs(CONFIG, DecoderLayer(CONFIG, CONFIG.kinds[0], Unquantized(weight, torch.float32)), hidden, alone)
+    expected = outputs(CONFIG, DecoderLayer(CONFIG, 0, Unquantized(weight, torch.float32)), hidden, alone)
     together = _Sum(2)
 
     def rank(index: int) -> Tensor:
         layer = DecoderLayer(
-            HALF, HALF.kinds[0], Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32)
+            HALF, 0, Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32)
         )
         return outputs(HALF, layer, hidden, lambda partial: together.add(index, partial))
 
@@ -91,7 +91,7 @@ class _Sum:
 
 def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> None:
     before = hidden.clone()
-    layer = DecoderLayer(CONFIG, CONFIG.kinds[0], Unquantized(weight, torch.float32))
+    layer = DecoderLayer(CONFIG, 0, Unquantized(weight, torch.float32))
     expected = outputs(CONFIG, layer, hidden, alone)
     assert torch.allclose(outputs(CONFIG, layer, hidden, lambda partial: partial), expected, atol=1e-6)
     assert torch.equal(hidden, before)
@@ -101,11 +101,20 @@ def test_a_residual_is_added_after_the_sum_and_left_as_it_is(hidden: Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("shards", "cache_dtype"), [(1, None), (4, torch.int8)])
-@pytest.mark.parametrize(("qkv_bias", "qk_norm", "norm_dtype"), [(True, False, None), (False, True, "float32")])
+@pytest.mark.parametrize(
+    ("qkv_bias", "qk_norm", "norm_dtype", "experts"),
+    [
+        (True, False, None, None),
+        (False, True, "float32", None),
+        (False, True, None, ExpertsConfig(9, 4, 32, True, (0, 1))),
+        (False, True, None, ExpertsConfig(9, 4, 96, False, (1,))),
+    ],
+)
 def test_one_native_call_has_the_bits_of_one_call_a_kernel(
     qkv_bias: bool,
     qk_norm: bool,
     norm_dtype: str | None,
+    experts: ExpertsConfig | None,
     dtype: torch.dtype,
     shards: int,
     cache_dtype: torch.dtype | None,
@@ -113,7 +122,7 @@ def test_one_native_call_has_the_bits_of_one_call_a_kernel(
     def get(name: str, shape: tuple[int, ...], own: str | None = None) -> Tensor:
         return weight(name, shape).to(parse_dtype(own) if own else dtype)
 
-    config = replace(CONFIG, n_layers=2, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_dtype=norm_dtype)
+    config = replace(CONFIG, n_layers=2, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_dtype=norm_dtype, experts=experts)
     decoder = Decoder(config, StageSpec(0, 2), None, Unquantized(get, dtype), tied_head=False)
     assert decoder._native is not None
     generator = torch.Generator().manual_seed(0)

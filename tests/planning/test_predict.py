@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from mdi.checkpoint.published import QWEN2_VL_2B
+from mdi.checkpoint.published import QWEN2_VL_2B, QWEN3_30B_A3B
+from mdi.core.quantization import ModelQuantization
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
 from mdi.planning.hardware import Machine
 from mdi.planning.plan import make_plan
-from mdi.planning.predict import PROMPT_TOKENS, VISION_SHARE, NodeNeeds, StageLoad, stage_summary
+from mdi.planning.predict import PROMPT_TOKENS, VISION_SHARE, NodeNeeds, StageLoad, layer_summary, stage_summary
 
 FULL_SIZE = read_config(QWEN2_VL_2B)
+EXPERTS = read_config(QWEN3_30B_A3B)
 
 
 def test_the_head_of_the_2b_model_weighs_about_five_layers() -> None:
@@ -77,3 +79,36 @@ def test_a_node_has_room_for_the_layers_that_fit_beside_what_it_has_anyway() -> 
 
 def test_a_stage_s_cost_grows_by_layers() -> None:
     assert [StageLoad(2.0, 0.5, 9).cost(count) for count in (0, 1, 4)] == [2.0, 2.5, 4.0]
+
+
+def test_memory_holds_all_experts_and_a_step_reads_those_of_its_tokens() -> None:
+    layer, expert = StageSpec(3, 4), 3 * 2048 * 768
+    summary = stage_summary(EXPERTS, layer, "bfloat16")
+    others = summary.parameters - 128 * expert
+    assert summary.size_bytes == 2 * summary.parameters
+    assert summary.step_parameters == others + 8 * expert
+    for streams, distinct in ((1, 8), (2, 15.5), (4, 29.1), (1000, 128)):
+        many = stage_summary(EXPERTS, layer, "bfloat16", streams=streams)
+        assert many.step_bytes == pytest.approx(2 * (others + distinct * expert), rel=1e-3)
+        assert many.step_parameters == summary.step_parameters  # what a token of a prompt is multiplied with
+
+
+def test_a_30b_model_with_experts_is_split_over_four_nodes_by_what_a_step_reads() -> None:
+    int4 = ModelQuantization("int4", "int4")
+    plan = make_plan(EXPERTS, 4, dtype="bfloat16", quantization=int4)
+    stages = [stage_summary(EXPERTS, stage, "bfloat16", quantization=int4) for stage in plan.stages]
+    assert sum(stage.parameters for stage in stages) == 30_532_122_624
+    assert max(stage.step_share for stage in stages) < 0.27
+    assert 16e9 < sum(stage.size_bytes for stage in stages) < 18e9
+    assert 1.6e9 < sum(stage.step_bytes for stage in stages) < 1.8e9
+
+
+def test_layers_of_two_kinds_are_planned_with_room_for_the_larger_and_the_time_of_the_mean() -> None:
+    assert EXPERTS.experts
+    mixed = replace(EXPERTS, experts=replace(EXPERTS.experts, layers=tuple(range(0, 48, 3))))
+    layer = layer_summary(mixed, "bfloat16", 1000)
+    everything = stage_summary(mixed, StageSpec(0, 48), "bfloat16")
+    assert layer.step_bytes == pytest.approx(everything.step_bytes / 48)
+    assert layer.size_bytes == stage_summary(mixed, StageSpec(0, 1), "bfloat16").size_bytes
+    dense = stage_summary(mixed, StageSpec(1, 2), "bfloat16")
+    assert everything.size_bytes == 16 * layer.size_bytes + 32 * dense.size_bytes

@@ -1,14 +1,15 @@
 """int4 weights that are calibrated with a text: what a model's layers read in it decides how they are rounded.
 
 The text runs once through the products, one after the other: each is calibrated with the inputs that it gets from the
-weights before it, as they are rounded by then. Memory is needed for one product in float32, the activations of the
-whole text, and one matrix of inputs x inputs.
+weights before it, as they are rounded by then. An expert's are those of the tokens that chose it: where these are few,
+its weights are rounded to the nearest. Memory is needed for one product in float32, the activations of the whole text
+(of an expert's rows, several times), and one matrix of inputs x inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,24 +26,21 @@ from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
 from mdi.layers.gptq import Compensation, quantize_with
 from mdi.layers.linear import Linear
+from mdi.layers.mlp import MLP
 from mdi.layers.norm import RMSNorm
 from mdi.layers.quantize import NotFiniteError, ScaleError
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
 from mdi.models.decoder import EMBEDDING, FINAL_NORM, LAYERS, LM_HEAD, stem
 from mdi.models.stage import Stage
-from mdi.models.weights import LoadedStage, format_of, load_stage
+from mdi.models.weights import LoadedStage, format_of, load_stage, stage_specs
 
 DEFAULT = Path(__file__).parents[1] / "assets" / "calibration.txt"
 SEQUENCE = 512  # tokens that are read together
 MAX_SEQUENCES = 16
 MIN_SEQUENCES = 4
-PRODUCTS = {  # a layer's products, and the weights that share each one's inputs
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+MIN_ROWS = 64  # of an expert: with fewer its weights are rounded to the nearest
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class CalibratedWeights:
             stage = Stage(self._layer(index, made), n_slots=len(ids), sequence_length=SEQUENCE)
             hidden = stage.run(batch, hidden)
             del stage
-            yield made
+            yield made | self._unread(index, made)
         norm = RMSNorm(_Float32(self, {}), stem(FINAL_NORM), config.hidden_size, config.rms_eps)
         yield self.calibrate([LM_HEAD], norm(hidden))
 
@@ -141,14 +139,32 @@ class CalibratedWeights:
         """A layer in float32 whose products are made by their first inputs, and then are in `made`."""
         spec, get = StageSpec(index, index + 1), _Float32(self, made)
         loaded = load_stage(self.source.model_config, spec, torch.device("cpu"), _WithoutMatrices(get))
-        layer = loaded.decoder.layers[0]
-        for product, names in PRODUCTS.items():
-            weights = [f"{LAYERS}{index}.{name}.weight" for name in names]
-            setattr(layer, product, _Uncalibrated(get, weights, getattr(layer, product)))
+        layer, prefix = loaded.decoder.layers[0], f"{LAYERS}{index}."
+        layer.qkv = _Uncalibrated(get, [f"{prefix}{name}.weight" for name in QKV], layer.qkv)
+        layer.out = _Uncalibrated(get, [f"{prefix}self_attn.o_proj.weight"], layer.out)
+        if isinstance(layer.mlp, MLP):
+            _uncalibrate(get, f"{prefix}mlp", layer.mlp)
+            return loaded
+        for expert, mlp in enumerate(layer.mlp.mlps):
+            _uncalibrate(get, f"{prefix}mlp.experts.{expert}", mlp, MIN_ROWS)
         return loaded
 
-    def calibrate(self, names: Sequence[str], x: Tensor) -> dict[str, QuantizedTensor]:
-        """Those of these weights that have a 4-bit format. x: their inputs, float32 [tokens, inputs]."""
+    def _unread(self, index: int, made: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+        """The matrices of experts that no token of the text chose, rounded to the nearest."""
+        config = self.source.model_config
+        specs = stage_specs(config, StageSpec(index, index + 1), config.dtype, self.quantization)
+        formats = {name: spec.quantization for name, spec in specs.items() if name not in made}
+        return {
+            name: self._rounded.quantized(name, format_)
+            for name, format_ in formats.items()
+            if format_ and format_.bits == 4
+        }
+
+    def calibrate(self, names: Sequence[str], x: Tensor, min_rows: int = 1) -> dict[str, QuantizedTensor]:
+        """Those of these weights that have a 4-bit format. x: their inputs, float32 [tokens, inputs].
+
+        min_rows: where there are fewer, weights are rounded to the nearest.
+        """
         formats = {name: format_of(name, x.shape[1], self.quantization) for name in names}
         wanted = {name: format_ for name, format_ in formats.items() if format_ and format_.bits == 4}
         if not torch.linalg.vector_norm(x).isfinite():
@@ -158,6 +174,8 @@ class CalibratedWeights:
             )
         if not wanted:
             return {}
+        if len(x) < min_rows:
+            return {name: self._rounded.quantized(name, format_) for name, format_ in wanted.items()}
         compensation = Compensation.of(x, next(iter(wanted.values())))
         return {name: self._quantize(name, compensation) for name in wanted}
 
@@ -202,16 +220,25 @@ class _WithoutMatrices:
 class _Uncalibrated(Linear):
     """A product without weights. Its inputs make them, all at once. names: of the weights, in order."""
 
-    def __init__(self, get: _Float32, names: Sequence[str], product: Linear) -> None:
+    def __init__(self, get: _Float32, names: Sequence[str], product: Linear, min_rows: int = 1) -> None:
+        """min_rows: see `CalibratedWeights.calibrate`."""
         super().__init__(product.weight, product.bias, product.activation)
         self.get = get
         self.names = names
+        self.min_rows = min_rows
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.get.made.update(self.get.weights.calibrate(self.names, x))
+        self.get.made.update(self.get.weights.calibrate(self.names, x, self.min_rows))
         outputs = {stem(name): self.get.weights.source.spec(name).shape[0] for name in self.names}
         made = Linear.load(self.get, outputs, x.shape[1], bias=self.bias is not None, activation=self.activation)
         return made(x)
+
+
+def _uncalibrate(get: _Float32, name: str, mlp: MLP, min_rows: int = 1) -> None:
+    """Takes the weights of an MLP that is called `name`, until its inputs make them."""
+    gate_up = [f"{name}.{part}_proj.weight" for part in ("gate", "up")]
+    mlp.gate_up = _Uncalibrated(get, gate_up, mlp.gate_up, min_rows)
+    mlp.down = _Uncalibrated(get, [f"{name}.down_proj.weight"], mlp.down, min_rows)
 
 
 def _token_ids(path: Path, text: str) -> list[int]:

@@ -9,23 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mdi.checkpoint.fingerprint import hash_file
 from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.prepare import check_tensors, chunk_metadata
-from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
+from mdi.checkpoint.tensor_file import TensorFile
 from mdi.checkpoint.weights import RoundedWeights, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
-from mdi.core.tensors import Specs, TensorSpec, scale_name, stored_specs, total_bytes
+from mdi.core.tensors import Specs, scale_name, stored_specs, total_bytes
 from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
@@ -63,7 +62,7 @@ def load_chunk(
     _check_chunk(path, entry, manifest, stored_specs(specs), count)
     if verified:
         verified(manifest, entry)
-    get = _Load(_Chunk(path), specs, parse_dtype(manifest.dtype), parse_device(device), count)
+    get = _Load(_Chunk(TensorFile.open(path)), specs, parse_dtype(manifest.dtype), parse_device(device), count)
     return _loaded(config, entry.spec, get, manifest.quantization)
 
 
@@ -91,7 +90,7 @@ def load_source(
 
 def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and numbers of every weight in a chunk; float32 for those that are quantised, else as they are stored."""
-    manifest, chunk = Manifest.read(path.parent), _Chunk(path)
+    manifest, chunk = Manifest.read(path.parent), _Chunk(TensorFile.open(path))
     spec = manifest.chunk(path.name).spec
     specs = stage_specs(read_config(manifest.config), spec, manifest.dtype, manifest.quantization)
     for name, stored in specs.items():
@@ -138,11 +137,10 @@ class _Load:
 class _Chunk:
     """The weights of a chunk, mapped one by one."""
 
-    path: Path
+    file: TensorFile
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        return self.file.tensor(name)
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
         return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)))
@@ -188,12 +186,7 @@ def _check_chunk(path: Path, entry: ChunkEntry, manifest: Manifest, specs: Specs
 def _read_header(path: Path) -> tuple[dict[str, str] | None, Specs]:
     """A chunk's metadata and the specs of its tensors. None where the header cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
-            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), {name: _spec(entry) for name, entry in entries.items()}
+        file = TensorFile.open(path)
     except (SafetensorError, OSError):
         return None, {}
-
-
-def _spec(entry: Any) -> TensorSpec:
-    return TensorSpec(tuple(entry.get_shape()), DTYPES.get(entry.get_dtype(), entry.get_dtype()))
+    return file.metadata, file.specs

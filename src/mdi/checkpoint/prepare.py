@@ -19,8 +19,8 @@ from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import CalibrationEntry, ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
 from mdi.checkpoint.random_weights import is_random
-from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
+from mdi.checkpoint.tensor_file import DTYPES
 from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, stored_tensors
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.errors import CheckpointError

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mdi.checkpoint.json_file import read_json, refuse_damaged
+from mdi.checkpoint.tensor_file import DTYPES, TensorFile
 from mdi.core.errors import CheckpointError
 from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
@@ -28,7 +27,15 @@ log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: its file, the name that it has there, and which part of it, where not all of it is meant."""
+
+    path: Path
+    stored: str
+    part: tuple[int, slice] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,26 @@ class SafetensorsSource:
         return frozenset(self._places)
 
     def spec(self, name: str) -> TensorSpec:
-        path, stored = self._place(name)
-        with _opened(path) as file:
-            entry = file.get_slice(stored)
-            code = entry.get_dtype()
-            return TensorSpec(tuple(entry.get_shape()), DTYPES.get(code, code))
+        place = self._place(name)
+        spec = self._stored[place.path].specs[place.stored]
+        if place.part is None:
+            return spec
+        _, rows = place.part
+        return TensorSpec((len(range(*rows.indices(spec.shape[1]))), *spec.shape[2:]), spec.dtype)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, mapped from its file: its bytes are read when they are used."""
-        path, stored = self._place(name)
-        with _opened(path) as file:
-            return file.get_tensor(stored)  # type: ignore[no-any-return]
+        place = self._place(name)
+        try:
+            tensor = self._stored[place.path].tensor(place.stored)
+        except OSError:
+            refuse_damaged(place.path)
+        return tensor if place.part is None else tensor[place.part]
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:  # noqa: ARG002
         return None
 
-    def _place(self, name: str) -> tuple[Path, str]:
+    def _place(self, name: str) -> _Place:
         try:
             return self._places[name]
         except KeyError:
@@ -86,19 +97,19 @@ class SafetensorsSource:
             ) from None
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Path, str]]:
-        """Name on the hub -> the tensor's file, and its name in that file."""
+    def _places(self) -> dict[str, _Place]:
+        """By the name on the hub."""
         family = family_of(self.model_config.architecture)
-        places = dict[str, tuple[Path, str]]()
-        for path, stored in self._stored.items():
-            for name in stored:
-                on_hub = family.hub_name(name)
-                if on_hub in places:
-                    raise CheckpointError(
-                        f"{path.name}: {places[on_hub][1]} and {name} are two names of one tensor: "
-                        "convert the checkpoint again"
-                    )
-                places[on_hub] = (path, name)
+        places = dict[str, _Place]()
+        for path, file in self._stored.items():
+            for name, spec in file.specs.items():
+                for on_hub, part in _parts(family.hub_name(name), spec.shape):
+                    if on_hub in places:
+                        raise CheckpointError(
+                            f"{path.name}: {places[on_hub].stored} and {name} are two names of one tensor: "
+                            "convert the checkpoint again"
+                        )
+                    places[on_hub] = _Place(path, name, part)
         return places
 
     @property
@@ -107,10 +118,10 @@ class SafetensorsSource:
         return (self.path / SINGLE).exists() or not (self.path / INDEX).exists()
 
     @cached_property
-    def _stored(self) -> dict[Path, list[str]]:
-        """The names of the tensors of every file, in the order of the file."""
+    def _stored(self) -> dict[Path, TensorFile]:
+        """The files of the weights."""
         if self._single:
-            return {self.path / SINGLE: _names_in(self.path / SINGLE)}
+            return {self.path / SINGLE: _opened(self.path / SINGLE)}
         return _sharded(self.path / INDEX)
 
     def _check_names(self) -> None:
@@ -145,42 +156,49 @@ class SafetensorsSource:
 
     def _first_dtype(self) -> str:
         """The type of the first weights in the first file that are of a floating type."""
-        first = min(self._stored)
-        with _opened(first) as file:
-            codes = [file.get_slice(name).get_dtype() for name in self._stored[first]]
-        return next((DTYPES[code] for code in codes if code in DTYPES), "float32")
+        dtypes = [spec.dtype for spec in self._stored[min(self._stored)].specs.values()]
+        return next((dtype for dtype in dtypes if dtype in DTYPES.values()), "float32")
 
 
-def _names_in(path: Path) -> list[str]:
+def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, slice] | None]]:
+    """The tensors that a stored one is on the hub, by name, with their parts of it; mostly itself.
+
+    Where transformers 5 saves the experts of a layer as it computes them, they are one tensor: [experts, outputs,
+    inputs], the outputs of all gates before those of the up products.
+    """
+    stem, _, kind = name.rpartition(".")
+    if not stem.endswith(".mlp.experts") or len(shape) != 3 or kind not in ("gate_up_proj", "down_proj"):
+        return [(name, None)]
+    half = shape[1] // 2
+    rows = {"down": slice(None)} if kind == "down_proj" else {"gate": slice(half), "up": slice(half, None)}
+    return [
+        (f"{stem}.{expert}.{part}_proj.weight", (expert, at)) for expert in range(shape[0]) for part, at in rows.items()
+    ]
+
+
+def _opened(path: Path) -> TensorFile:
+    """Raises CheckpointError for a file that is missing or damaged."""
     if not path.exists() and not path.is_symlink():
         legacy = any(path.parent.glob("pytorch_model*.bin"))
         remedy = "convert its pytorch_model.bin to safetensors first" if legacy else "is the download complete?"
         raise CheckpointError(f"{path.parent.name} has no {path.name}: {remedy}")
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A short-lived mapping of a file. Tensors that were read keep their own mapping."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        return TensorFile.open(path)
     except (SafetensorError, OSError):
         refuse_damaged(path)
 
 
-def _sharded(index: Path) -> dict[Path, list[str]]:
-    """The names of the tensors of every file that an index names. Raises CheckpointError where the two differ."""
+def _sharded(index: Path) -> dict[Path, TensorFile]:
+    """Every file that an index names. Raises CheckpointError where the two differ."""
     indexed: dict[str, set[str]] = {}
-    for name, file in _weight_map(index).items():
-        indexed.setdefault(file, set()).add(name)
-    for file in indexed:
-        if not (index.parent / file).exists():
-            raise CheckpointError(f"{index.parent.name} lacks {file} of {index.name}: is the download complete?")
-    stored = {index.parent / file: _names_in(index.parent / file) for file in sorted(indexed)}
-    for path, names in stored.items():
-        if differing := indexed[path.name].symmetric_difference(names):
+    for tensor, name in _weight_map(index).items():
+        indexed.setdefault(name, set()).add(tensor)
+    for name in indexed:
+        if not (index.parent / name).exists():
+            raise CheckpointError(f"{index.parent.name} lacks {name} of {index.name}: is the download complete?")
+    stored = {index.parent / name: _opened(index.parent / name) for name in sorted(indexed)}
+    for path, file in stored.items():
+        if differing := indexed[path.name].symmetric_difference(file.specs):
             raise CheckpointError(
                 f"{index.name} and {path.name} disagree about {min(differing)}: download both again, from one place"
             )

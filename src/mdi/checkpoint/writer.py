@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mdi.checkpoint.safetensors import DTYPES
+from mdi.checkpoint.tensor_file import DTYPES, INTEGERS
 from mdi.core.dtypes import parse_dtype
 from mdi.core.tensors import Specs, TensorSpec
 
 CODES = {name: code for code, name in DTYPES.items()}
-INTEGERS = ("I8", "U8")
 ALIGNMENT = 64
 
 
@@ -37,7 +36,7 @@ def write_safetensors(
     progress: called with the bytes of each tensor written.
     Returns the sha256 (hexadecimal) and size in bytes.
     """
-    digest, header = hashlib.sha256(), _header(specs, metadata)
+    digest, header = hashlib.sha256(), safetensors_header(specs, metadata)
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
@@ -55,7 +54,8 @@ def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
     return tensor if spec.dtype in INTEGERS else tensor.to(parse_dtype(spec.dtype))
 
 
-def _header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of a file, its length included. specs: in the order of the data."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, spec in specs.items():

@@ -27,7 +27,7 @@ from mdi.core.tables import UncutTable
 if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
     from mdi.cluster.nodes_config import NodesConfig
-    from mdi.models.config import StageSpec
+    from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
     from mdi.planning.hardware import Machine
     from mdi.planning.predict import StageSummary
 
@@ -87,6 +87,8 @@ def plan(
         for name, spec in made.roles.items()
     ]
     out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
+    if config.experts:
+        out.print(_experts_text(config, config.experts, dtype, quantization, max_sequences))
     if machines or kv_cache_gb:
         out.print(
             f"KV cache: {budget.tokens:,} tokens of all sequences together; one has {budget.sequence_length:,} at most"
@@ -108,6 +110,23 @@ def _measure(
     device = nodes.starter.device or "cpu"
     with err.status("measuring the machines, one after the other"):
         return measure_reachable(nodes, identity, dtype, quantization, device)
+
+
+def _experts_text(
+    config: ModelConfig, experts: ExpertsConfig, dtype: str, quantization: ModelQuantization, streams: int
+) -> str:
+    from mdi.models.config import StageSpec
+    from mdi.planning.predict import stage_summary
+
+    everything = StageSpec.everything(config)
+    one, many = (
+        stage_summary(config, everything, dtype, quantization=quantization, streams=count).step_bytes
+        for count in (1, streams)
+    )
+    return (
+        f"each token chooses {experts.per_token} of {experts.count} experts: a step of one stream reads "
+        f"{one / 1e6:,.0f} MB of weights, one of {streams} streams about {many / 1e6:,.0f} MB"
+    )
 
 
 def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> UncutTable:

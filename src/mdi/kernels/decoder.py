@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mdi.kernels.attention import CACHE_DTYPES
+from mdi.kernels.experts import PackedExperts
 from mdi.kernels.library import library
 from mdi.kernels.packed import FLOATS, PackedWeight
 
@@ -24,7 +25,9 @@ class LayerWeights:
     window, rotates: as `mdi.models.config.LayerKind` has them.
     """
 
-    products: tuple[PackedWeight, ...]  # q, k and v; out; gate and up; down
+    qkv: PackedWeight
+    out: PackedWeight
+    mlp: tuple[PackedWeight, PackedWeight] | PackedExperts  # gate and up; down
     qkv_bias: Tensor | None
     input_norm: Tensor
     mlp_norm: Tensor
@@ -34,7 +37,7 @@ class LayerWeights:
     rotates: bool = True
 
 
-WEIGHTS = ("qkv", "out", "gate_up", "down")
+WEIGHTS = ("qkv", "out", "gate_up", "down", "experts")
 VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm")
 
 
@@ -53,7 +56,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("layers", "hidden", "cos", "sin", "runs")),
         *((name, c_int64) for name in ("n_layers", "n_runs", "rows", "slot_rows", "hidden_size")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "inner")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
         ("eps", c_float),
         *((name, c_int32) for name in ("dtype", "cache_dtype", "shards")),
     )
@@ -103,7 +106,6 @@ class NativeLayers:
             heads=self._n_heads,
             kv_heads=self._n_kv_heads,
             head_dim=caches[0].shape[4],
-            inner=self._kept[0].products[2].width,
             eps=self._eps,
             dtype=FLOATS[hidden.dtype],
             cache_dtype=CACHE_DTYPES[caches[0].dtype],
@@ -115,10 +117,15 @@ class NativeLayers:
 
 
 def _addresses(layer: LayerWeights) -> Layer:
-    weights = {name: weight.address for name, weight in zip(WEIGHTS, layer.products, strict=True)}
+    if isinstance(layer.mlp, PackedExperts):
+        mlp = {"experts": layer.mlp.address}
+    else:
+        gate_up, down = layer.mlp
+        mlp = {"gate_up": gate_up.address, "down": down.address}
     vectors = {name: getattr(layer, name) for name in VECTORS}
     addresses = {name: None if held is None else held.data_ptr() for name, held in vectors.items()}
-    return Layer(**weights, **addresses, window=layer.window, rotates=layer.rotates)
+    products = {"qkv": layer.qkv.address, "out": layer.out.address, **mlp}
+    return Layer(**products, **addresses, window=layer.window, rotates=layer.rotates)
 
 
 @functools.cache

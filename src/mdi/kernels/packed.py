@@ -104,11 +104,11 @@ def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tu
         raise ValueError(f"its {inputs} inputs are no multiple of the group of {max(group, quantization.group or 0)}")
     kind, scales, zeros = INT_KINDS[quantization.bits], weight.scales, weight.zeros
     assert quantization.bits == 4 or zeros is None, "int8 has no zeros"
-    if quantization.group:  # a scale for every group of activations
+    if quantization.group and quantization.group > group:  # a scale for every group of activations
         repeats = quantization.group // group
         scales = scales.repeat_interleave(repeats, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1).contiguous()
-        assert scales.shape == (outputs, inputs // group)
+    assert not quantization.group or scales.shape == (outputs, inputs // group)
     scales = scales.to(torch.float16 if quantization.bits == 4 else torch.float32).contiguous()
     return (kind, group, quantization.group is not None), (weight.values.contiguous(), scales, zeros)
 

@@ -65,6 +65,25 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP of some layers.
+
+    count: experts of a layer. per_token: of these, how many compute a token. inner_size: inner width of one.
+    normalised: the shares of a token's experts add up to 1. layers: those that have experts.
+    """
+
+    count: int
+    per_token: int
+    inner_size: int
+    normalised: bool
+    layers: tuple[int, ...]
+
+    def distinct(self, tokens: int) -> float:
+        """Experts of a layer that some of so many tokens choose, where each chooses at random."""
+        return self.count * (1 - (1 - self.per_token / self.count) ** tokens)
+
+
+@dataclass(frozen=True)
 class DecoderDefaults:
     """What a family takes where config.json is silent, as its config class in transformers does.
 
@@ -121,6 +140,7 @@ class ModelConfig:
     qkv_bias: the products of queries, keys and values have biases. qk_norm: each head's queries and keys are
     normalised before they are rotated. norm_dtype: of the decoder's norms; None is the stage's dtype.
     tied_embeddings: the LM head's matrix is the embedding's. max_positions: tokens of a sequence. kinds: of each layer.
+    intermediate_size: inner width of an MLP, in layers without experts.
     """
 
     architecture: str
@@ -140,6 +160,7 @@ class ModelConfig:
     dtype: str
     kinds: tuple[LayerKind, ...]
     norm_dtype: str | None = None
+    experts: ExpertsConfig | None = None
     vision: VisionConfig | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
@@ -154,6 +175,17 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.n_kv_heads * self.head_dim
 
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of a layer; None where it has one MLP."""
+        return self.experts if self.experts and layer in self.experts.layers else None
+
+    @property
+    def inner_sizes(self) -> dict[str, int]:
+        """The inner widths of MLPs, by what messages call them."""
+        experts = {"experts' intermediate size": self.experts.inner_size} if self.experts else {}
+        all_mixed = self.experts is not None and len(self.experts.layers) == self.n_layers
+        return experts if all_mixed else {"intermediate size": self.intermediate_size, **experts}
+
     def check_shards(self, shards: int, step: int = 2) -> None:
         """Raises ConfigError where sums over heads and over the MLP's inner width cannot be cut into so many parts.
 
@@ -163,7 +195,7 @@ class ModelConfig:
             raise ConfigError(f"the number of shards must be at least 1, got {shards}")
         if self.n_heads % shards:
             raise ConfigError(f"{shards} shards do not divide the model's {self.n_heads} heads: set --shards otherwise")
-        for what, size in (("attention width", self.q_size), ("intermediate size", self.intermediate_size)):
+        for what, size in {"attention width": self.q_size, **self.inner_sizes}.items():
             if shards > 1 and size % (shards * step):
                 raise ConfigError(
                     f"{shards} shards of whole groups of {step} inputs do not divide the model's {what} {size}: "
@@ -180,6 +212,7 @@ class ModelConfig:
         qkv_bias: bool = False,
         qk_norm: bool = False,
         unrotated_layers: Sequence[int] = (),
+        experts: ExpertsConfig | None = None,
         vision: VisionConfig | None = None,
     ) -> ModelConfig:
         """Reads the entries of config.json that families share.
@@ -212,6 +245,7 @@ class ModelConfig:
             max_positions=_max_positions(entries, rope),
             dtype=_dtype(top, entries),
             kinds=_layer_kinds(entries, unrotated_layers),
+            experts=experts,
             vision=vision,
         )
         _check_decoder(entries, made)

@@ -1,7 +1,8 @@
 """The decoder of all families, or any run of its layers. Holds weights only; caches and positions are arguments.
 
 Mathematics as in transformers' `modeling_qwen2_vl.py`: RMSNorm, attention with grouped heads and rotary positions,
-RMSNorm, SwiGLU, each with a residual. What differs between families are fields of `ModelConfig`.
+RMSNorm, SwiGLU or a mixture of experts, each with a residual. What differs between families are fields of
+`ModelConfig`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from mdi.core.batch import Deepstack
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tensors import GetTensor, Unquantized, within
 from mdi.kernels.decoder import LayerWeights, NativeLayers
+from mdi.kernels.experts import PackedExperts
+from mdi.kernels.packed import PackedWeight
 from mdi.layers.attention import Layout, attend, rotate
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.linear import Linear, PackedLinear
+from mdi.layers.mlp import MLP, Experts, Product
 from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
-from mdi.models.config import LayerKind, ModelConfig, StageSpec
+from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 LAYERS = "model.layers."
+EXPERTS = ".mlp.experts."
+"""In the names of the experts' tensors, not of their router's."""
 
 
 class Decoder:
@@ -36,9 +42,7 @@ class Decoder:
     ) -> None:
         """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
         self.embedding = embedding
-        self.layers = [
-            DecoderLayer(config, config.kinds[layer], within(f"{LAYERS}{layer}.", get)) for layer in spec.layers
-        ]
+        self.layers = [DecoderLayer(config, layer, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
         self._native = _native(config, self.layers)
         self.norm = self.lm_head = None
         if spec.head:
@@ -107,14 +111,14 @@ class Decoder:
 
 
 class DecoderLayer:
-    """One layer. q, k and v are one product, gate and up another: each weight is read in one pass."""
+    """One layer. q, k and v are one product: their weights are read in one pass."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, get: GetTensor) -> None:
-        hidden, inner, eps, norm_dtype = config.hidden_size, config.intermediate_size, config.rms_eps, config.norm_dtype
+    def __init__(self, config: ModelConfig, layer: int, get: GetTensor) -> None:
+        hidden, eps, norm_dtype = config.hidden_size, config.rms_eps, config.norm_dtype
         sizes = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
         qkv = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
         self.config = config
-        self.kind = kind
+        self.kind = config.kinds[layer]
         self.input_norm = RMSNorm(get, "input_layernorm", hidden, eps, norm_dtype)
         self.qkv = Linear.load(get, qkv, hidden, bias=config.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -123,9 +127,7 @@ class DecoderLayer:
             self.k_norm = RMSNorm(get, "self_attn.k_norm", config.head_dim, eps, norm_dtype)
         self.out = Linear.load(get, {"self_attn.o_proj": hidden}, config.q_size)
         self.mlp_norm = RMSNorm(get, "post_attention_layernorm", hidden, eps, norm_dtype)
-        gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
-        self.gate_up = Linear.load(get, gate_up, hidden, activation="swiglu")
-        self.down = Linear.load(get, {"mlp.down_proj": hidden}, inner)
+        self.mlp = _mlp(get, hidden, config.intermediate_size, config.experts_of(layer))
 
     def forward(
         self,
@@ -140,7 +142,7 @@ class DecoderLayer:
         """hidden: [tokens, hidden_size]; cache, scales: this layer's slots. shards: of what no rank adds to."""
         attention = self._attention(self.input_norm(hidden), rotation, cache, layout, scales)
         hidden = _add_product(hidden, self.out, attention, reduce, shards)
-        return _add_product(hidden, self.down, self.gate_up(self.mlp_norm(hidden)), reduce, shards)
+        return _add_product(hidden, self.mlp, self.mlp_norm(hidden), reduce, shards)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.config.head_dim)  # [tokens, q + k + v heads, head_dim]
@@ -151,13 +153,14 @@ class DecoderLayer:
     @property
     def native(self) -> LayerWeights | None:
         """What the kernel of whole layers computes with; None where not all weights are packed for kernels."""
-        parts = self.qkv, self.out, self.gate_up, self.down
-        packed = [part.packed for part in parts if isinstance(part, PackedLinear)]
-        if len(packed) < len(parts):
+        qkv, out, mlp = self.qkv, self.out, _packed(self.mlp)
+        if not (isinstance(qkv, PackedLinear) and isinstance(out, PackedLinear) and mlp):
             return None
         return LayerWeights(
-            tuple(packed),
-            qkv_bias=self.qkv.bias,
+            qkv.packed,
+            out.packed,
+            mlp,
+            qkv_bias=qkv.bias,
             input_norm=self.input_norm.exact,
             mlp_norm=self.mlp_norm.exact,
             q_norm=self.q_norm.exact if self.q_norm else None,
@@ -167,6 +170,29 @@ class DecoderLayer:
         )
 
 
+def _mlp(get: GetTensor, hidden_size: int, inner_size: int, experts: ExpertsConfig | None) -> MLP | Experts:
+    if experts is None:
+        return MLP(get, "mlp", hidden_size, inner_size)
+    return Experts(
+        get,
+        "mlp",
+        hidden_size,
+        experts.inner_size,
+        count=experts.count,
+        per_token=experts.per_token,
+        normalised=experts.normalised,
+    )
+
+
+def _packed(mlp: MLP | Experts) -> tuple[PackedWeight, PackedWeight] | PackedExperts | None:
+    """None where not all weights are packed for kernels."""
+    if isinstance(mlp, Experts):
+        return mlp.packed
+    if isinstance(mlp.gate_up, PackedLinear) and isinstance(mlp.down, PackedLinear):
+        return mlp.gate_up.packed, mlp.down.packed
+    return None
+
+
 def _native(config: ModelConfig, layers: Sequence[DecoderLayer]) -> NativeLayers | None:
     weights = [native for layer in layers if (native := layer.native)]
     if not weights or len(weights) < len(layers):
@@ -174,9 +200,9 @@ def _native(config: ModelConfig, layers: Sequence[DecoderLayer]) -> NativeLayers
     return NativeLayers(weights, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_eps)
 
 
-def _add_product(residual: Tensor, linear: Linear, x: Tensor, reduce: Reduce, shards: int) -> Tensor:
-    """residual + x W^T, where every rank has its part of the inputs. One rank adds in the product's own pass."""
-    return linear.add_to(residual, x, shards) if reduce is alone else reduce(linear(x)).add_(residual)
+def _add_product(residual: Tensor, product: Product, x: Tensor, reduce: Reduce, shards: int) -> Tensor:
+    """residual + product(x), where every rank has its part of the sums. One rank adds in the product's own pass."""
+    return product.add_to(residual, x, shards) if reduce is alone else reduce(product(x)).add_(residual)
 
 
 def stem(weight: str) -> str:

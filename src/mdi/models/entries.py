@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from mdi.core.entries import Entries, TokenId
 
@@ -90,6 +90,25 @@ class DecoderEntries(Entries):
         sliding = bool(self.use_sliding_window) and self.sliding_window is not None
         n_full = min(max(self.max_window_layers, 0), self.num_hidden_layers) if sliding else self.num_hidden_layers
         return ["full_attention"] * n_full + ["sliding_attention"] * (self.num_hidden_layers - n_full)
+
+
+class ExpertsEntries(Entries):
+    """Qwen3-MoE's mixtures of experts. num_experts: transformers 5 writes it as num_local_experts."""
+
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    num_experts: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=128, validation_alias=AliasChoices("num_experts", "num_local_experts")
+    )
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size = 768
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[int] | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """As transformers decides it."""
+        dense = layer in (self.mlp_only_layers or [])
+        return not dense and self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
 
 
 class VisionEntries(Entries):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl, smollm3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_moe, qwen3_vl, smollm3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -83,6 +83,7 @@ FAMILIES = {
     ),
     "Qwen2ForCausalLM": Family(qwen2.read_config, "qwen2", "Qwen2, Qwen2.5, Qwen2.5-Coder"),
     "Qwen3ForCausalLM": Family(qwen3.read_config, "qwen3", "Qwen3 (dense)"),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe.read_config, "qwen3_moe", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"),
     "LlamaForCausalLM": Family(llama.read_config, "llama", "Llama 2 and 3, TinyLlama, SmolLM2, Yi"),
     "MistralForCausalLM": Family(mistral.read_config, "mistral", "Mistral 7B, Mistral Nemo"),
     "MinistralForCausalLM": Family(mistral.read_config, "ministral", "Ministral 8B"),

@@ -11,7 +11,7 @@ from mdi.core.errors import ConfigError
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.hardware import Machine
-from mdi.planning.predict import NodeNeeds, StageLoad, stage_summary
+from mdi.planning.predict import NodeNeeds, StageLoad, layer_summary, stage_summary
 
 VISION = "vision"
 """The role of a node that has the vision tower and nothing else."""
@@ -87,7 +87,7 @@ def make_plan(
     if vision_node and config.vision is None:
         raise ConfigError("the model has no vision tower for a node of its own: leave the vision node out")
     ends, dtype = _ends(config, n_nodes, vision_node), dtype or config.dtype
-    layer = stage_summary(config, StageSpec(0, 1), dtype, cache_tokens, quantization, cache_dtype)
+    layer = layer_summary(config, dtype, cache_tokens, quantization, cache_dtype)
     parts = [stage_summary(config, spec, dtype, quantization=quantization) for spec in ends]
     needs = [NodeNeeds(part, layer, most_cache_bytes) for part in parts]
     _check_memory(config.n_layers, needs, machines, layers)

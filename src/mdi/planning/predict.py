@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import fsum
+from operator import attrgetter
 
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
-from mdi.models.decoder import EMBEDDING, LM_HEAD
+from mdi.models.decoder import EMBEDDING, EXPERTS, LM_HEAD
 from mdi.models.weights import stage_specs
 from mdi.planning.cache import token_bytes
 from mdi.planning.hardware import Machine
@@ -26,7 +29,8 @@ PROMPT_TOKENS = 3.0
 class StageSummary:
     """What a stage holds and what one decode step uses of it.
 
-    step_parameters, step_bytes: weights that a decode step reads. step_share: their part of those of all stages.
+    step_parameters: those that one token is computed with. step_bytes: of the weights that a decode step reads; of
+    experts, those that the tokens of a step choose. step_share: their part of those of all stages.
     cache_bytes: of the tokens in the KV cache.
     """
 
@@ -87,29 +91,68 @@ def stage_summary(
     cache_tokens: int = 0,
     quantization: ModelQuantization = UNQUANTIZED,
     cache_dtype: str | None = None,
+    streams: int = 1,
 ) -> StageSummary:
-    """Counts a stage that is computed in `dtype`. cache_tokens: tokens in the KV cache, in cache_dtype or the same."""
+    """Counts a stage that is computed in `dtype`.
+
+    cache_tokens: tokens in the KV cache, in cache_dtype or the same. streams: tokens that a decode step computes.
+    """
     specs = stage_specs(config, spec, dtype, quantization)
     repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
-    parameters, size_bytes = _step(config, spec, dtype, quantization)
+    parameters, _ = _step(config, spec, dtype, quantization, 1)
+    _, step_bytes = _step(config, spec, dtype, quantization, streams)
     return StageSummary(
         parameters=total_size(specs.values()) - repeated,
         size_bytes=total_bytes(specs.values()),
         step_parameters=parameters,
-        step_bytes=size_bytes,
-        step_share=size_bytes / _step(config, StageSpec.everything(config), dtype, quantization)[1],
+        step_bytes=step_bytes,
+        step_share=step_bytes / _step(config, StageSpec.everything(config), dtype, quantization, streams)[1],
         cache_bytes=cache_tokens * token_bytes(config, cache_dtype or dtype, len(spec.layers)),
     )
 
 
+def layer_summary(
+    config: ModelConfig,
+    dtype: str,
+    cache_tokens: int = 0,
+    quantization: ModelQuantization = UNQUANTIZED,
+    cache_dtype: str | None = None,
+) -> StageSummary:
+    """A layer as plans count it, which take all layers to be alike: as large as the largest, as fast as the mean."""
+    counts = _kinds(config, range(config.n_layers))
+    layers = [
+        stage_summary(config, StageSpec(index, index + 1), dtype, cache_tokens, quantization, cache_dtype)
+        for index in counts
+    ]
+    parameters = fsum(count * layer.step_parameters for layer, count in zip(layers, counts.values(), strict=True))
+    step_bytes = fsum(count * layer.step_bytes for layer, count in zip(layers, counts.values(), strict=True))
+    largest = max(layers, key=attrgetter("size_bytes"))
+    return replace(largest, step_parameters=parameters / config.n_layers, step_bytes=step_bytes / config.n_layers)
+
+
 @lru_cache(maxsize=256)
-def _step(config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization) -> tuple[float, float]:
+def _step(
+    config: ModelConfig, spec: StageSpec, dtype: str, quantization: ModelQuantization, tokens: int
+) -> tuple[float, float]:
     """Parameters and bytes that a decode step reads. The embedding is a row lookup and counts as nothing."""
-    layer = stage_specs(config, StageSpec(0, 1), dtype, quantization).values()
-    head = stage_specs(config, StageSpec(0, 0, head=spec.head), dtype, quantization).values()
-    vision = stage_specs(config, StageSpec(0, 0, vision=spec.vision), dtype, quantization).values()
-    n_layers = len(spec.layers)
-    return (
-        n_layers * total_size(layer) + total_size(head) + VISION_SHARE * total_size(vision),
-        n_layers * total_bytes(layer) + total_bytes(head) + VISION_SHARE * total_bytes(vision),
-    )
+    parts = {
+        StageSpec(0, 0, head=True): 1.0 * spec.head,
+        StageSpec(0, 0, vision=True): VISION_SHARE * spec.vision,
+        **{StageSpec(index, index + 1): float(count) for index, count in _kinds(config, spec.layers).items()},
+    }
+    experts_read = config.experts.distinct(tokens) / config.experts.count if config.experts else 1.0
+    parameters = size_bytes = 0.0
+    for part, weight in parts.items():
+        if not weight:
+            continue
+        for name, tensor in stage_specs(config, part, dtype, quantization).items():
+            read = weight * (experts_read if EXPERTS in name else 1.0)
+            parameters, size_bytes = parameters + read * tensor.size, size_bytes + read * tensor.size_bytes
+    return parameters, size_bytes
+
+
+def _kinds(config: ModelConfig, layers: Sequence[int]) -> dict[int, int]:
+    """How many layers are like each of these: with experts, and with one MLP."""
+    mixed = [layer for layer in layers if config.experts_of(layer)]
+    others = [layer for layer in layers if not config.experts_of(layer)]
+    return {alike[0]: len(alike) for alike in (mixed, others) if alike}

@@ -1,7 +1,7 @@
 // A stage's decoder layers over a packed batch, in one parallel region: threads meet at barriers and are never woken up.
 //
 //   hidden -> norm -> q, k, v -> rotation, cache -> attention -> out + hidden
-//          -> norm -> gate, up (SwiGLU) -> down + hidden
+//          -> norm -> gate, up (SwiGLU) -> down + hidden, or a mixture of experts + hidden
 //
 // Each step is the part of a kernel that is also called by itself, so the bits are the same either way.
 #include "decoder.h"
@@ -80,6 +80,18 @@ static void attend(const Region *region, const Layer *layer, int thread, int n_t
     mdi_barrier();
 }
 
+static Mixture mixture_of(const Region *region, const Experts *experts) {
+    const Step *step = region->step;
+    return (Mixture){.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
+                     .rows = step->rows, .dtype = step->dtype, .shards = step->shards, .scratch = region->scratch};
+}
+
+static void mix(const Region *region, const Experts *experts, int thread, int n_threads) {
+    Mixture mixture = mixture_of(region, experts);
+    KERNEL(mixture_part)(&mixture, thread, n_threads);
+    mdi_barrier();
+}
+
 static void decoder_part(void *context, int thread, int n_threads) {
     const Region *region = context;
     const Step *step = region->step;
@@ -90,6 +102,10 @@ static void decoder_part(void *context, int thread, int n_threads) {
         attend(region, layer, thread, n_threads);
         add_product(region, layer->out, region->attended, thread, n_threads);
         normalise(region, layer->mlp_norm, thread, n_threads);
+        if (layer->experts) {
+            mix(region, layer->experts, thread, n_threads);
+            continue;
+        }
         multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
         add_product(region, layer->down, region->inner, thread, n_threads);
     }
@@ -103,13 +119,24 @@ static size_t scratch_size(const Region *region) {
     size_t size = KERNEL(attention_scratch)(&attention, mdi_threads());
     for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
         const Weight *weights[] = {layer->qkv, layer->out, layer->gate_up, layer->down};
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < (layer->experts ? 2 : 4); i++) {
             Product product = product_of(region, weights[i], NULL, NULL);
             product.shards = step->shards;
             size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));
         }
+        if (!layer->experts) continue;
+        Mixture mixture = mixture_of(region, layer->experts);
+        size = larger(size, KERNEL(mixture_scratch)(&mixture, mdi_threads()));
     }
     return size;
+}
+
+// Inner width of the widest layer without experts.
+static long inner_width(const Step *step) {
+    long widest = 0;
+    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++)
+        if (!layer->experts && layer->down->inputs > widest) widest = layer->down->inputs;
+    return widest;
 }
 
 static size_t row_bytes(const Step *step, long numbers) {
@@ -120,7 +147,7 @@ int KERNEL(decoder)(const Step *step) {
     if (!step->n_layers || !step->rows) return 0;
     Region region = {.step = step};
     size_t normed = row_bytes(step, step->hidden_size), attended = row_bytes(step, step->heads * step->head_dim);
-    size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, step->inner);
+    size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, inner_width(step));
     size_t counters = (step->n_layers * sizeof(atomic_long) + 63) & ~(size_t)63;
     char *memory = mdi_scratch(counters + normed + qkv + attended + inner + scratch_size(&region));
     if (!memory) return 1;

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "attention.h"
-#include "products.h"
+#include "experts.h"
 
 typedef struct {
     const Weight *qkv, *out, *gate_up, *down;
+    const Experts *experts;              // in place of gate_up and down, or NULL
     const float *qkv_bias;               // or NULL
     const float *input_norm, *mlp_norm;  // [hidden_size]
     const float *q_norm, *k_norm;        // [head_dim], or NULL
@@ -20,7 +21,7 @@ typedef struct {
     void *hidden;            // [rows][hidden_size]: what the layers get, then what they give
     const float *cos, *sin;  // [rows][head_dim / 2]
     const Run *runs;
-    int64_t n_layers, n_runs, rows, slot_rows, hidden_size, heads, kv_heads, head_dim, inner;
+    int64_t n_layers, n_runs, rows, slot_rows, hidden_size, heads, kv_heads, head_dim;
     float eps;
     int32_t dtype, cache_dtype, shards;
 } Step;

@@ -2,7 +2,7 @@
 // inputs are added in order. Blocks of inputs and of rows only say when an accumulator is in registers and when in memory.
 //
 //   activations -> packed by all threads: tiles of rows, in float32, bfloat16 or int8
-//   panels      -> each thread has its own; few rows read two panels at once
+//   panels      -> each thread has its own, also of several products; few rows read two panels at once
 //   sums        -> scaled, added over shards, then bias, activation and residual, rounded once
 #include "activations.h"
 #include "float_products.h"
@@ -22,28 +22,33 @@ static void multiply_tiles(const Work *work, const char *panel, long first, long
 
 static size_t aligned(size_t size) { return (size + 63) & ~(size_t)63; }
 
-// Where the activations stand in scratch memory. Returns their size.
-static size_t place_activations(const Product *product, Activations *x) {
+// The activations' places in memory that begins at `at`. Returns their size.
+static size_t place_activations(const Product *product, char *at, Activations *x) {
     const Weight *weight = product->weight;
     x->inputs = weight->kind == BFLOAT16 ? (weight->inputs + 1) / 2 * 2 : weight->inputs;
     x->in_pairs = HAS_BF16_DOT && weight->kind == BFLOAT16 && product->dtype == BFLOAT16;
     x->on_tiles = takes_tiles(product);
     x->tile_rows = x->on_tiles ? 16 : TILE_ROWS;
     size_t numbers = (size_t)(product->rows * x->inputs);
-    x->floats = (float *)product->scratch;
+    x->floats = (float *)at;
     if (!weight->group) return aligned(numbers * sizeof(float));
     size_t values = aligned(numbers), scales = aligned(numbers / (size_t)weight->group * sizeof(float));
-    x->values = (int8_t *)product->scratch;
-    x->scales = (float *)(product->scratch + values);
-    x->sums = (int32_t *)(product->scratch + values + scales);
+    x->values = (int8_t *)at;
+    x->scales = (float *)(at + values);
+    x->sums = (int32_t *)(at + values + scales);
     return values + 2 * scales;
 }
 
-enum { THREAD_SIZE = 2 * SUMS_SIZE + BLOCK_SIZE };
+enum { THREAD_SIZE = 2 * SUMS_SIZE + BLOCK_SIZE, MOST_FILLING = 3 * 64 };  // of a product's activations: see `aligned`
 
 size_t KERNEL(product_scratch)(const Product *product, int n_threads) {
     Activations x;
-    return place_activations(product, &x) + (size_t)n_threads * THREAD_SIZE;
+    return place_activations(product, NULL, &x) + (size_t)n_threads * THREAD_SIZE;
+}
+
+size_t KERNEL(products_scratch)(long rows, long inputs, long count, int n_threads) {
+    size_t activations = (size_t)(rows * (inputs + 1)) * sizeof(float);  // quantised ones are smaller
+    return activations + (size_t)count * MOST_FILLING + (size_t)n_threads * THREAD_SIZE;
 }
 
 INLINE vfloat load_few(const void *from, long index, int lanes, int dtype) {
@@ -121,11 +126,9 @@ static void compute(const Work *work, long panel, long apart, long first, long r
     if (apart) finish(product, totals + SUMS_JUMP, panel + apart, first, rows);
 }
 
-// One thread's panels.
-static void multiply_panels(const Work *work, int thread, int n_threads) {
+// Panels [begin, end).
+static void multiply_panels(const Work *work, long begin, long end) {
     const Product *product = work->product;
-    const Weight *weight = work->weight;
-    long begin = weight->n_panels * thread / n_threads, end = weight->n_panels * (thread + 1) / n_threads;
     if (product->rows <= FEW_ROWS) {
         long half = (end - begin + 1) / 2;
         for (long panel = begin; panel < begin + half; panel++)
@@ -138,21 +141,54 @@ static void multiply_panels(const Work *work, int thread, int n_threads) {
     }
 }
 
-void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
-    const Weight *weight = product->weight;
-    Work work = {.product = product, .weight = weight};
-    char *own = product->scratch + place_activations(product, &work.x) + (size_t)thread * THREAD_SIZE;
-    work.sums = (float *)own;
-    work.totals = (float *)(own + SUMS_SIZE);
-    work.block = own + 2 * SUMS_SIZE;
-    if (weight->group) quantize_activations(product, &work.x, thread, n_threads);
-    else if (work.x.on_tiles) pack_steps(product, &work.x, thread, n_threads);
-    else if (work.x.in_pairs) pack_pairs(product, &work.x, thread, n_threads);
-    else pack_floats(product, &work.x, thread, n_threads);
+static void pack_activations(const Product *product, const Activations *x, int thread, int n_threads) {
+    if (product->weight->group) quantize_activations(product, x, thread, n_threads);
+    else if (x->on_tiles) pack_steps(product, x, thread, n_threads);
+    else if (x->in_pairs) pack_pairs(product, x, thread, n_threads);
+    else pack_floats(product, x, thread, n_threads);
+}
+
+// What a panel costs beside others: with few rows its bytes, then its rows.
+static long panel_cost(const Product *product) { return product->rows + 8; }
+
+// The first of a product's panels that costs before it leave to a thread.
+static long panel_at(const Product *product, long cost) {
+    long panel = cost / panel_cost(product), n_panels = product->weight->n_panels;
+    return cost < 0 ? 0 : panel < n_panels ? panel : n_panels;
+}
+
+void KERNEL(products_part)(const Product *products, long count, int thread, int n_threads) {
+    char *own = products->scratch + (size_t)thread * THREAD_SIZE;
+    char *packed = products->scratch + (size_t)n_threads * THREAD_SIZE, *at = packed;
+    long cost = 0;
+    for (long i = 0; i < count; i++) {
+        Activations x;
+        size_t size = place_activations(&products[i], at, &x);
+        pack_activations(&products[i], &x, thread, n_threads);
+        cost += products[i].weight->n_panels * panel_cost(&products[i]);
+        at += size;
+    }
     mdi_barrier();
-    if (work.x.on_tiles) begin_tiles(product);
-    multiply_panels(&work, thread, n_threads);
-    if (work.x.on_tiles) tiles_release();
+    at = packed;
+    long begin = cost * thread / n_threads, end = cost * (thread + 1) / n_threads;
+    for (long i = 0; i < count; i++) {
+        const Product *product = &products[i];
+        Work work = {.product = product, .weight = product->weight, .sums = (float *)own};
+        work.totals = (float *)(own + SUMS_SIZE);
+        work.block = own + 2 * SUMS_SIZE;
+        at += place_activations(product, at, &work.x);
+        long first = panel_at(product, begin), last = panel_at(product, end);
+        begin -= product->weight->n_panels * panel_cost(product);
+        end -= product->weight->n_panels * panel_cost(product);
+        if (first == last) continue;
+        if (work.x.on_tiles) begin_tiles(product);
+        multiply_panels(&work, first, last);
+        if (work.x.on_tiles) tiles_release();
+    }
+}
+
+void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
+    KERNEL(products_part)(product, 1, thread, n_threads);
 }
 
 static void run_part(void *product, int thread, int n_threads) { KERNEL(product_part)(product, thread, n_threads); }

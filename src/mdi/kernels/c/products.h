@@ -59,6 +59,11 @@ size_t KERNEL(product_scratch)(const Product *product, int n_threads);
 // One thread's part, inside a task of the pool; has a barrier inside.
 void KERNEL(product_part)(const Product *product, int thread, int n_threads);
 
+// The same of several products, whose panels the threads share as if they were one weight's. The first one's scratch is
+// that of all. Bytes of it, at most, for products of so many inputs that together have so many rows:
+size_t KERNEL(products_scratch)(long rows, long inputs, long count, int n_threads);
+void KERNEL(products_part)(const Product *products, long count, int thread, int n_threads);
+
 // A whole product, in the pool. Returns 0, or 1 where memory is short.
 int KERNEL(product)(const Weight *weight, const void *x, void *out, long rows, int dtype, const float *bias,
                     const void *residual, int activation, int shards);

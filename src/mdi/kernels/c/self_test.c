@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "experts.h"
 #include "norms.h"
 #include "products.h"
 #include "rotary.h"
@@ -11,6 +12,7 @@
 Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, int *);
 void SCALAR(discard)(Weight *);
 int SCALAR(product)(const Weight *, const void *, void *, long, int, const float *, const void *, int, int);
+int SCALAR(mixture)(const Experts *, const void *, void *, const void *, long, int, int);
 int SCALAR(attention)(Attention *);
 void SCALAR(rms_norm)(const Norm *);
 void SCALAR(layer_norm)(const Norm *);
@@ -103,6 +105,55 @@ static int products_pass(void) {
     return 1;
 }
 
+enum { EXPERTS = 5, PER_ROW = 2, INNER = 32 };
+
+typedef struct {
+    Weight *router, *gate_up[EXPERTS], *down[EXPERTS];
+} Mixed;
+
+typedef Weight *(*Pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, int *);
+
+// The same weights for any instruction set. Returns whether there is memory.
+static int pack_experts(Mixed *mixed, Pack pack) {
+    static float values[2 * INNER * INPUTS];
+    int has_nan, packed = 1;
+    fill(values, EXPERTS * INPUTS, FLOAT32, 15);
+    packed &= (mixed->router = pack(EXPERTS, INPUTS, FLOAT32, 0, 0, 0, values, NULL, NULL, &has_nan)) != NULL;
+    for (uint32_t i = 0; i < EXPERTS; i++) {
+        fill(values, 2 * INNER * INPUTS, FLOAT32, 16 + i);
+        packed &= (mixed->gate_up[i] = pack(2 * INNER, INPUTS, FLOAT32, 0, 1, 0, values, NULL, NULL, &has_nan)) != NULL;
+        packed &= (mixed->down[i] = pack(INPUTS, INNER, FLOAT32, 0, 0, 0, values, NULL, NULL, &has_nan)) != NULL;
+    }
+    return packed;
+}
+
+static void discard_experts(Mixed *mixed, void (*discard)(Weight *)) {
+    if (mixed->router) discard(mixed->router);
+    for (int i = 0; i < EXPERTS; i++) {
+        if (mixed->gate_up[i]) discard(mixed->gate_up[i]);
+        if (mixed->down[i]) discard(mixed->down[i]);
+    }
+}
+
+static Experts experts_of(const Mixed *mixed) {
+    return (Experts){.router = mixed->router, .gate_up = (const Weight *const *)mixed->gate_up,
+                     .down = (const Weight *const *)mixed->down, .count = EXPERTS, .per_row = PER_ROW, .normalised = 1};
+}
+
+static int mixtures_pass(void) {
+    float x[ROWS * INPUTS], out[ROWS * INPUTS], expected[ROWS * INPUTS];
+    Mixed ours = {0}, theirs = {0};
+    int packed = pack_experts(&ours, KERNEL(pack)) & pack_experts(&theirs, SCALAR(pack));
+    Experts experts = experts_of(&ours), reference = experts_of(&theirs);
+    fill(x, ROWS * INPUTS, FLOAT32, 30);
+    int passes = packed && !KERNEL(mixture)(&experts, x, out, x, ROWS, FLOAT32, 1) &&
+                 !SCALAR(mixture)(&reference, x, expected, x, ROWS, FLOAT32, 1) &&
+                 alike(out, expected, ROWS * INPUTS, FLOAT32);
+    discard_experts(&ours, KERNEL(discard));
+    discard_experts(&theirs, SCALAR(discard));
+    return passes;
+}
+
 static int attention_passes(int cache_dtype, float *cache, float *scales) {
     float queries[N_QUERIES], out[N_QUERIES], expected[N_QUERIES];
     long item = cache_dtype == INT8_CACHE ? 1 : dtype_bytes(cache_dtype);
@@ -189,6 +240,7 @@ static int vocabulary_passes(void) {
 // NULL, or the kernels that fail.
 const char *KERNEL(self_test)(void) {
     if (!products_pass()) return "products";
+    if (!mixtures_pass()) return "experts";
     if (!attentions_pass()) return "attention";
     if (!norms_pass()) return "norms";
     if (!rotations_pass()) return "rotation";
