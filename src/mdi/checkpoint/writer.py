@@ -20,7 +20,7 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.tensors import Specs, TensorSpec
 
 CODES = {name: code for code, name in DTYPES.items()}
-INTEGERS = ("I8", "U8")
+INTEGERS = ("I32", "I8", "U8")
 ALIGNMENT = 64
 
 
