@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mdi.checkpoint.json_file import read_json, refuse_damaged
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
-from mdi.models.config import ModelConfig, StageSpec, unusable
+from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.entries import CONFIG
 from mdi.models.registry import family_of, read_config
@@ -39,7 +39,7 @@ class SafetensorsSource:
     config: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> SafetensorsSource:
+    def open(cls, path: Path) -> Self:
         """Raises CheckpointError when the folder is no checkpoint of a supported architecture."""
         source = cls(path, read_json(path / CONFIG))
         source._check_names()
@@ -49,9 +49,11 @@ class SafetensorsSource:
 
     @cached_property
     def model_config(self) -> ModelConfig:
-        if self.config.get("quantization_config"):
-            raise unusable("quantised checkpoints are not supported: use the one it was made from")
         return read_config(self.config)
+
+    @property
+    def quantization(self) -> ModelQuantization:
+        return UNQUANTIZED
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -105,7 +105,7 @@ class ModelQuantization:
     kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (self.layers, self.head, self.vision):
+        for name in self.parts:
             if name is not None and name not in FORMATS:
                 raise UnknownFormatError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
@@ -119,6 +119,11 @@ class ModelQuantization:
             return None
         layers, head, vision = (None if part == NONE else part for part in (quantization, head or quantization, vision))
         return cls(layers, head, vision)
+
+    @property
+    def parts(self) -> tuple[str | None, str | None, str | None]:
+        """The formats of decoder layers, LM head and vision tower."""
+        return self.layers, self.head, self.vision
 
     @property
     def calibrated(self) -> bool:
