@@ -16,6 +16,7 @@ from testing.quantized_files import Packer, write_quantized
 from torch import Tensor
 
 from mdi import Engine, SamplingParams
+from mdi.bench.verify import verify
 from mdi.checkpoint.loader import chunk_weights
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare, prepared
@@ -172,6 +173,16 @@ def test_a_vision_tower_stays_in_floats_or_is_quantised(tmp_path: Path) -> None:
     weights = load_file(folder / "model_starter.safetensors")
     assert weights["visual.blocks.0.attn.qkv.weight"].dtype == torch.int8
     assert weights[EMBEDDING].dtype == torch.float32
+
+
+@pytest.mark.parametrize("packer", [Packer(group=64, desc_act=True), AWQ], ids=str)
+def test_verify_finds_no_difference_to_transformers(packer: Packer, packed: Callable[[Packer], Path]) -> None:
+    source = open_source(packed(packer))
+    messages = [{"role": "user", "content": "What is at hand?"}]
+    report = verify(source, messages, dtype="float32", quantization=source.quantization, n_nodes=2, max_tokens=8)
+    assert report.same_prompt
+    assert report.cosine > 0.999
+    assert report.first_difference is None
 
 
 # what is refused

@@ -13,6 +13,7 @@ from torch import Tensor
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.processing import media_specs
+from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.checkpoint.source import Source
 from mdi.core.quantization import UNQUANTIZED
 from mdi.layers.rope import MediaSpan, prompt_positions
@@ -27,7 +28,7 @@ ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 class Transformers:
     """A checkpoint in transformers, with its own tokenizer, image processor and model, loaded once.
 
-    A quantised one is dequantised as it is loaded.
+    What transformers cannot load (a quantised one, say) is put into its model weight by weight, as it is read here.
 
     Videos are the exception: transformers cuts them only with torchvision, and release 5 gives them other positions
     than Qwen2-VL was trained with, so this class makes their rows and positions. Memory: the model in `dtype`.
@@ -39,17 +40,16 @@ class Transformers:
         config = AutoConfig.from_pretrained(source.path)
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         self._dtype = getattr(torch, dtype)
-        if source.quantization == UNQUANTIZED:
+        self._config = source.model_config
+        if isinstance(source, SafetensorsSource) and source.quantization == UNQUANTIZED:
             self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
         else:
-            del config.quantization_config
+            vars(config).pop("quantization_config", None)
             self._model = family.from_config(config, dtype=self._dtype).eval()
+            self.replace((name, source.tensor(name)) for name in source.names())
         self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        self._config = source.model_config
         self._cut, self._video = media_specs(source)
         self._processor = _their_processor(source.path, self._cut) if self._cut else None
-        if source.quantization != UNQUANTIZED:
-            self.replace((name, source.tensor(name)) for name in source.names())
 
     def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Puts other numbers in place of the checkpoint's. weights: with their names on the hub.

@@ -95,7 +95,7 @@ class PackedWeight:
 
 
 def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tuple[Tensor | None, ...]]:
-    """(kind, activation group, whether scales are per group) and (values, scales, zeros, order) as kernels take them."""
+    """(kind, activation group, whether scales are per group), (values, scales, zeros, order) as kernels take them."""
     if isinstance(weight, Tensor):
         return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None, None)
     quantization, (outputs, inputs) = weight.quantization, weight.shape
