@@ -22,7 +22,7 @@ class MemorySource:
     """Another format: the tensors of a checkpoint in memory, in float64."""
 
     def __init__(self, source: Source, path: Path) -> None:
-        self.path = path
+        self.path = self.home = path
         self.config: dict[str, Any] = source.config
         self.model_config: ModelConfig = source.model_config
         self.quantization = UNQUANTIZED

@@ -80,6 +80,10 @@ class GgufSource:
         return read_config(self.config)
 
     @property
+    def home(self) -> Path:
+        return self.path
+
+    @property
     def quantization(self) -> ModelQuantization:
         return UNQUANTIZED
 

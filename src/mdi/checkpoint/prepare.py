@@ -68,11 +68,11 @@ def prepare(
 ) -> Path:
     """Writes the chunks to their usual place, replacing those that are there, and returns their folder.
 
-    That is `chunks/{n}nodes` in the checkpoint's folder, or an entry of the cache where the folder cannot be written.
-    dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's int4 weights are rounded;
-    None rounds all to the nearest; what is quantised already is never calibrated. layers: per node, overriding the
-    plan. vision_node: one chunk more has the vision tower, and the starter's has none. progress: called with bytes.
-    Needs memory for one tensor, or for calibration.
+    That is `chunks/{n}nodes` in the folder of the checkpoint, or of its adapter, or an entry of the cache where this
+    folder cannot be written. dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's
+    int4 weights are rounded; None rounds all to the nearest; what is quantised already is never calibrated. layers: per
+    node, overriding the plan. vision_node: one chunk more has the vision tower, and the starter's has none. progress:
+    called with bytes. Needs memory for one tensor, or for calibration.
     Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
     impossible split.
     """
@@ -210,11 +210,11 @@ def _usual_name(n_nodes: int, vision_node: bool) -> str:
 
 def _folders(source: Source, name: str) -> list[Path]:
     """Where chunks may be: beside the checkpoint, or in the cache if that is read-only. The last one can be written."""
-    beside = source.path / "chunks" / name
-    written = beside.parent if beside.parent.is_dir() else source.path
+    beside = source.home / "chunks" / name
+    written = beside.parent if beside.parent.is_dir() else source.home
     if os.access(written, os.W_OK | os.X_OK):
         return [beside]
-    return [beside, default_cache_folder() / f"{_short(str(source.path.resolve()))}-{name}"]
+    return [beside, default_cache_folder() / f"{_short(str(source.home.resolve()))}-{name}"]
 
 
 def _short(text: str) -> str:

@@ -52,6 +52,10 @@ class SafetensorsSource:
         return read_config(self.config)
 
     @property
+    def home(self) -> Path:
+        return self.path
+
+    @property
     def quantization(self) -> ModelQuantization:
         return UNQUANTIZED
 
@@ -65,7 +69,7 @@ class SafetensorsSource:
 
     def spec(self, name: str) -> TensorSpec:
         path, stored = self._place(name)
-        with _opened(path) as file:
+        with opened(path) as file:
             entry = file.get_slice(stored)
             code = entry.get_dtype()
             return TensorSpec(tuple(entry.get_shape()), DTYPES.get(code, code))
@@ -73,7 +77,7 @@ class SafetensorsSource:
     def tensor(self, name: str) -> Tensor:
         """One tensor, mapped from its file: its bytes are read when they are used."""
         path, stored = self._place(name)
-        with _opened(path) as file:
+        with opened(path) as file:
             return file.get_tensor(stored)  # type: ignore[no-any-return]
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:  # noqa: ARG002
@@ -148,7 +152,7 @@ class SafetensorsSource:
     def _first_dtype(self) -> str:
         """The type of the first weights in the first file that are of a floating type."""
         first = min(self._stored)
-        with _opened(first) as file:
+        with opened(first) as file:
             codes = [file.get_slice(name).get_dtype() for name in self._stored[first]]
         return next((DTYPES[code] for code in codes if code in DTYPES), "float32")
 
@@ -158,12 +162,12 @@ def _names_in(path: Path) -> list[str]:
         legacy = any(path.parent.glob("pytorch_model*.bin"))
         remedy = "convert its pytorch_model.bin to safetensors first" if legacy else "is the download complete?"
         raise CheckpointError(f"{path.parent.name} has no {path.name}: {remedy}")
-    with _opened(path) as file:
+    with opened(path) as file:
         return list(file.keys())
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A short-lived mapping of a file. Tensors that were read keep their own mapping."""
     try:
         with safe_open(path, "pt") as file:

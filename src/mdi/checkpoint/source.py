@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mdi.checkpoint.adapter import AdaptedSource, Adapter
 from mdi.checkpoint.gguf import LINK, GgufSource
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.quantized import ENTRY, QuantizedSource
@@ -27,6 +28,10 @@ class Source(Protocol):
     @property
     def path(self) -> Path:
         """Its folder."""
+
+    @property
+    def home(self) -> Path:
+        """The folder that its chunks are kept in."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,8 +62,16 @@ class Source(Protocol):
         """A matrix with the integers and scales that it is stored with, where they are of this format."""
 
 
-def open_source(path: Path) -> Source:
-    """Opens a checkpoint's folder. Raises CheckpointError when it is no checkpoint of a supported architecture."""
+def open_source(path: Path, adapter: Path | None = None) -> Source:
+    """Opens a checkpoint's folder. adapter: folder of a LoRA adapter that is merged into it.
+
+    Raises CheckpointError when it is no checkpoint of a supported architecture, or the adapter is not one of it.
+    """
+    source = _opened(path)
+    return AdaptedSource.of(source, Adapter.open(adapter)) if adapter else source
+
+
+def _opened(path: Path) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {str(path)!r}")
     if (path / LINK).exists():
