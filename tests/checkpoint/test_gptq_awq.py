@@ -262,6 +262,15 @@ def load_all(source: Source) -> None:
     prepare(source, 1, quantization=source.quantization)
 
 
+def test_a_bias_that_the_model_does_not_have_may_be_zero_only(packed: Callable[[Packer], Path]) -> None:
+    path = packed(Packer())
+    change_tensors(path, lambda tensors: tensors.update({f"{Q}.bias": torch.zeros(128)}))
+    load_all(open_source(path))
+    change_tensors(path, lambda tensors: tensors[f"{Q}.bias"][5].fill_(1))
+    with pytest.raises(CheckpointError, match=f"LlamaForCausalLM has no tensor {Q}.bias"):
+        open_source(path)
+
+
 def test_an_order_that_config_json_does_not_name_is_refused(packed: Callable[[Packer], Path]) -> None:
     path = packed(PACKERS["int4-ordered"])
     change_entries(path, desc_act=False)

@@ -92,7 +92,7 @@ def quantized(format_: Quantization, outputs: int, inputs: int) -> QuantizedTens
         return QuantizedTensor(format_, values, scales, order=order)
     values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=generator)
     values[:, :32] = torch.tensor([0, 255]).repeat_interleave(16)
-    zeros = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, 17, (outputs, groups), dtype=torch.uint8, generator=generator)  # 16: see quantized.py
     return QuantizedTensor(format_, values, scales.half(), zeros if format_.zeros else None, order)
 
 

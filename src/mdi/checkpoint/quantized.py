@@ -239,6 +239,11 @@ class QuantizedSource(SafetensorsSource):
         """The names of the weights that are quantised."""
         return frozenset(f"{_module(name)}.weight" for name in super().names() if name.endswith(".qweight"))
 
+    def _is_ignored(self, name: str) -> bool:
+        """Also biases of zeros, which early GPTQ gave to every module."""
+        is_bias = name.endswith(".bias") and f"{_module(name)}.weight" in self._matrices
+        return super()._is_ignored(name) or (is_bias and not self.tensor(name).any())
+
     def _shape(self, module: str, part: str, dtype: str) -> tuple[int, ...]:
         """Raises CheckpointError for a part that is missing, of another type or no matrix."""
         spec = super().spec(f"{module}.{part}")
@@ -279,8 +284,8 @@ class QuantizedSource(SafetensorsSource):
     def _zeros(self, module: str) -> Tensor:
         """uint8 [outputs, groups]"""
         packing = self.packing
-        middle, most = 2 ** (packing.bits - 1), 2**packing.bits - 1
-        zeros = packing.unpacked(super().tensor(f"{module}.qzeros")).add_(packing.zero_offset).bitwise_and_(most).t()
+        middle = 2 ** (packing.bits - 1)
+        zeros = packing.unpacked(super().tensor(f"{module}.qzeros")).add(packing.zero_offset).t()  # up to 16, as there
         if packing.symmetric and not (zeros == middle).all():
             raise CheckpointError(
                 f"{module}.qzeros has zeros that are not {middle}, but {ENTRY} says sym: set it to false"

@@ -125,8 +125,12 @@ class SafetensorsSource:
         expected = stage_specs(config, StageSpec.everything(config), "float32")  # for the names alone
         left_over = sorted(self.names() - set(expected))
         for name in left_over:
-            if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
+            if not self._is_ignored(name):
                 raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether a tensor that the architecture does not have changes nothing."""
+        return name.endswith("inv_freq") or (name == LM_HEAD and self.model_config.tied_embeddings)
 
     def _settled(self) -> dict[str, Any]:
         """config.json with what transformers takes from the weights in place of its entries.

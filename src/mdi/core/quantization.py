@@ -59,7 +59,7 @@ class QuantizedTensor:
 
     values: int8 [outputs, inputs]; for 4 bits uint8 [outputs, inputs / 2], input 2i in the low half of byte i.
     scales: [outputs, groups], float32 for 8 bits, float16 for 4.
-    zeros: uint8 [outputs, groups] for 4 bits; None is 8 everywhere for 4 bits, and 0 for 8 bits.
+    zeros: uint8 [outputs, groups] for 4 bits, up to 16; None is 8 everywhere for 4 bits, and 0 for 8 bits.
     order: int32 [inputs]: which input of the product each stored one is; None where they are as they come.
     """
 
