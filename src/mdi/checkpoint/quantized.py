@@ -303,7 +303,9 @@ class QuantizedSource(SafetensorsSource):
 
     def _values(self, module: str, order: Tensor | None) -> Tensor:
         """As `QuantizedTensor` has them."""
-        if self.packing.bits == 4 and order is None and not self.packing.awq:  # only words are to be transposed
+        if self.packing.awq:
+            return _in_pairs(super().tensor(f"{module}.qweight"))
+        if self.packing.bits == 4 and order is None:  # only words are to be transposed
             return super().tensor(f"{module}.qweight").t().contiguous().view(torch.uint8)
         numbers = self._numbers(module)
         if order is not None:
@@ -321,6 +323,15 @@ class QuantizedSource(SafetensorsSource):
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """A number in each byte, from one or two: uint8 [rows, bytes] -> uint8 [rows, numbers]."""
     return packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+
+
+def _in_pairs(words: Tensor) -> Tensor:
+    """AWQ's words, two inputs of an output in a byte: int32 [inputs, outputs / 8] -> uint8 [outputs, inputs / 2]."""
+    packed = words.contiguous().view(torch.uint8)
+    even, odd = packed[::2], packed[1::2]
+    pairs = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), dim=-1).flatten(1)
+    places = torch.tensor(AWQ_ORDER).argsort()
+    return pairs.t().contiguous().view(-1, 8, len(pairs))[:, places].flatten(0, 1)
 
 
 def _module(name: str) -> str:
