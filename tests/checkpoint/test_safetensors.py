@@ -148,9 +148,3 @@ def test_a_stored_copy_of_a_tied_head_and_rotary_tables_are_no_tensors_too_many(
     extras = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_weights(own_copy, lambda weights: weights | extras | {LM_HEAD: weights[EMBEDDING].clone()})
     assert LM_HEAD in open_source(own_copy).names()
-
-
-def test_a_quantised_checkpoint_is_refused(own_copy: Path) -> None:
-    change_config(own_copy, quantization_config={"quant_method": "awq"})
-    with pytest.raises(CheckpointError, match="quantised"):
-        open_source(own_copy)

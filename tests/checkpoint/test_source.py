@@ -13,7 +13,7 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 
@@ -22,9 +22,10 @@ class MemorySource:
     """Another format: the tensors of a checkpoint in memory, in float64."""
 
     def __init__(self, source: Source, path: Path) -> None:
-        self.path = path
+        self.path = self.home = path
         self.config: dict[str, Any] = source.config
         self.model_config: ModelConfig = source.model_config
+        self.quantization = UNQUANTIZED
         self.files = (path / "weights",)
         self.files[0].write_text("in memory")
         self._tensors = {name: source.tensor(name).double() for name in source.names()}

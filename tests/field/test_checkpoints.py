@@ -299,7 +299,8 @@ def test_the_towers_own_base_of_frequencies_is_used(vision_model: Path, picture:
         ({"image_token_id": -1}, "image_token_id should be greater than or equal to 0"),
         ({"torch_dtype": "bf16"}, "dtype 'bf16' is not supported"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2', but Qwen2VLForConditionalGeneration has 'qwen2_vl'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints are not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.bits is missing"),
+        ({"quantization_config": "int8"}, "weights quantised by None are not supported: use GPTQ with 4 or 8 bits"),
     ],
 )
 def test_wrong_entries_of_config_json_are_refused_by_name(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.quantization import FORMATS as NAMED
 from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
 from mdi.kernels import build
 from mdi.kernels.library import Library, library
@@ -20,9 +21,8 @@ from mdi.kernels.packed import Kernels, PackedWeight, product
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-BY_GROUP, WITH_ZEROS = Quantization("int8 by group", 8, 64, 64), Quantization("int4 with zeros", 4, 32, 32)
 WIDE_GROUPS = Quantization("int4 in groups of 128", 4, 128, 32)
-FORMATS = [INT8, BY_GROUP, INT4, WITH_ZEROS, WIDE_GROUPS]
+FORMATS = [*NAMED.values(), WIDE_GROUPS]
 SHAPES = [(16, 1), (1, 7), (37, 29), (70, 96), (40, 300), (130, 513)]  # outputs, inputs
 ROWS = 535  # more than are computed at once
 
@@ -85,18 +85,19 @@ def quantized(format_: Quantization, outputs: int, inputs: int) -> QuantizedTens
     groups = inputs // format_.group if format_.group else 1
     generator = torch.Generator().manual_seed(0)
     scales = torch.rand(outputs, groups, generator=generator) + 0.1
+    order = torch.randperm(inputs, generator=generator).int() if format_.ordered else None
     if format_.bits == 8:
         values = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
         values[:, :2] = torch.tensor([-128, 127])
-        return QuantizedTensor(format_, values, scales)
+        return QuantizedTensor(format_, values, scales, order=order)
     values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=generator)
     values[:, :32] = torch.tensor([0, 255]).repeat_interleave(16)
-    zeros = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8, generator=generator)
-    return QuantizedTensor(format_, values, scales.half(), zeros if format_ is WITH_ZEROS else None)
+    zeros = torch.randint(0, 17, (outputs, groups), dtype=torch.uint8, generator=generator)  # 16: see quantized.py
+    return QuantizedTensor(format_, values, scales.half(), zeros if format_.zeros else None, order)
 
 
 def dequantized(weight: QuantizedTensor) -> Tensor:
-    """float64 [outputs, inputs]."""
+    """float64 [outputs, inputs], the inputs as they are stored."""
     outputs, inputs = weight.shape
     values = weight.values.double()
     if weight.quantization.bits == 4:
@@ -145,7 +146,7 @@ def test_a_quantised_product_is_that_of_its_numbers(
     bias, x = random(53), random(27, 384, dtype=dtype)
     x[3], x[4, :64], x[5] = 0, 0, torch.finfo(dtype).smallest_normal / 8
     x[6, ::2], x[6, 1::2] = 1, -1
-    x_rounded = rounded(x, format_.activation_group)
+    x_rounded = rounded(x if weight.order is None else x[:, weight.order], format_.activation_group)
     exact = functional.linear(x_rounded, numbers, bias.double())
     size = functional.linear(x_rounded.abs(), numbers.abs(), bias.double().abs())
     for rows in (0, 1, 2, 5, 13, 27):
@@ -211,6 +212,15 @@ def test_shards_of_quantised_weights(kernels: Kernels) -> None:
     assert torch.equal(whole, first + second + third)
     with pytest.raises(ValueError, match="384 inputs are no multiple of 4 shards times 64"):
         product(PackedWeight.pack(weight, kernels=kernels), x, shards=4)
+
+
+@pytest.mark.parametrize("places", [[-1, 1, 2], [384, 0, 1], []])
+def test_an_order_of_other_inputs_is_refused(kernels: Kernels, places: list[int]) -> None:
+    weight = quantized(NAMED["int4-ordered"], 20, 384)
+    assert weight.order is not None
+    order = torch.cat([torch.tensor(places, dtype=torch.int32), weight.order[3:]])
+    with pytest.raises(ValueError, match="the order of its inputs is not of 384 inputs"):
+        PackedWeight.pack(replace(weight, order=order), kernels=kernels)
 
 
 @pytest.mark.parametrize("format_", [INT8, INT4])

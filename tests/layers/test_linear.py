@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
+from mdi.core.quantization import FORMATS, INT4, INT8, Quantization, QuantizedTensor
 from mdi.core.tensors import Unquantized
 from mdi.kernels.library import library
 from mdi.layers import linear
@@ -119,3 +119,39 @@ def test_quantised_weights_are_joined(format_: Quantization) -> None:
         exact = torch.cat([dequantize(quantize(w, format_)) if name in names else w for name, w in whole.items()])
         made = Linear.load(get, {"q": 24, "k": 8}, 64)(x)
         assert (made - x @ exact.T).norm() < 0.02 * (x @ exact.T).norm()
+
+
+@pytest.mark.parametrize("orders", [(0, 0), (0, 1)])
+@pytest.mark.parametrize("format_", [format_ for format_ in FORMATS.values() if format_.ordered], ids=str)
+def test_weights_with_inputs_in_other_orders_are_joined(
+    format_: Quantization, orders: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dequantised where the orders differ."""
+    generator, inputs = torch.Generator().manual_seed(0), 128
+    places = [torch.randperm(inputs, generator=generator).int() for _ in range(2)]
+    made = dict[str, QuantizedTensor]()
+    for name, size, order in zip(("q.weight", "k.weight"), (24, 8), orders, strict=True):
+        values = torch.randint(0, 256, (size, inputs * format_.bits // 8), dtype=torch.uint8, generator=generator)
+        groups = inputs // (format_.group or inputs)
+        scales = torch.rand(size, groups, generator=generator) / 10
+        zeros = torch.randint(0, 17, (size, groups), dtype=torch.uint8, generator=generator) if format_.zeros else None
+        parts = (values.view(torch.int8), scales) if format_.bits == 8 else (values, scales.half())
+        made[name] = QuantizedTensor(format_, *parts, zeros, places[order])
+
+    class Get:
+        dtype = torch.float32
+
+        def __call__(self, name: str, _shape: tuple[int, ...], _dtype: str | None = None, /) -> Tensor:
+            raise NotImplementedError(name)
+
+        def matrix(self, name: str, _shape: tuple[int, ...], /) -> QuantizedTensor:
+            return made[name]
+
+    x = torch.randn(5, inputs, generator=generator)
+    exact = torch.cat([x[:, weight.order] @ dequantize(replace(weight, order=None)).T for weight in made.values()], 1)
+    product = Linear.load(Get(), {"q": 24, "k": 8}, inputs)
+    assert (product(x) - exact).norm() < 0.02 * exact.norm()
+    if isinstance(product, PackedLinear):
+        assert (product.packed.quantization is None) == (orders == (0, 1))
+    monkeypatch.setattr(linear, "library", lambda: None)
+    assert torch.allclose(Linear.load(Get(), {"q": 24, "k": 8}, inputs)(x), exact, atol=1e-4)

@@ -58,9 +58,7 @@ def test_two_ranks_with_half_of_the_weights_each_give_the_layer_of_one(hidden: T
     together = _Sum(2)
 
     def rank(index: int) -> Tensor:
-        layer = DecoderLayer(
-            HALF, 0, Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32)
-        )
+        layer = DecoderLayer(HALF, 0, Unquantized(lambda name, shape, _: part_of(index, name, shape), torch.float32))
         return outputs(HALF, layer, hidden, lambda partial: together.add(index, partial))
 
     with ThreadPoolExecutor(2) as pool:

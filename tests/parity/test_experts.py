@@ -138,8 +138,8 @@ def test_which_layers_have_experts_is_as_in_transformers() -> None:
 
 
 def test_a_window_slides_in_all_layers() -> None:
-    config = CONFIG | {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 6}
-    assert read_config(config).max_positions == 300
+    config = read_config(CONFIG | {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 6})
+    assert {kind.window for kind in config.kinds} == {300}
 
 
 def test_shards_divide_the_inner_width_of_experts() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.processing import media_specs
+from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.checkpoint.source import Source
+from mdi.core.quantization import UNQUANTIZED
 from mdi.layers.rope import MediaSpan, prompt_positions
 from mdi.media import MediaPolicy, Patches, PatchSpec, decode_image, fetch, open_video
 from mdi.models.decoder import EMBEDDING, LM_HEAD
@@ -27,6 +29,8 @@ ANY_FILE = MediaPolicy(media_dir=None, any_file=True)
 class Transformers:
     """A checkpoint in transformers, with its own tokenizer, image processor and model, loaded once.
 
+    What transformers cannot load (a quantised one, say) is put into its model weight by weight, as it is read here.
+
     Videos are the exception: transformers cuts them only with torchvision, and release 5 gives them other positions
     than Qwen2-VL was trained with, and other marks than Qwen3-VL, so this class makes their rows, and positions or
     marks. Memory: the model in `dtype`.
@@ -38,9 +42,14 @@ class Transformers:
         config = AutoConfig.from_pretrained(source.path)
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         self._dtype = getattr(torch, dtype)
-        self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         self._config = source.model_config
+        if isinstance(source, SafetensorsSource) and source.quantization == UNQUANTIZED:
+            self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
+        else:
+            vars(config).pop("quantization_config", None)
+            self._model = family.from_config(config, dtype=self._dtype).eval()
+            self.replace((name, source.tensor(name)) for name in source.names())
+        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         self._cut, self._video = media_specs(source)
         self._processor = _their_processor(source.path, self._cut) if self._cut else None
 

@@ -32,7 +32,7 @@ class Fingerprint:
     """
 
     def __init__(self, source: Source, progress: Progress | None = None) -> None:
-        self._paths = {str(path.relative_to(source.path)): path for path in source.files}
+        self._paths = {_name(path, source.path): path for path in source.files}
         self._stats = self._measure()
         self._progress = progress
         self._sha256: dict[str, str] = {}
@@ -70,6 +70,11 @@ class Fingerprint:
             count = counter(self._progress, f"checking {name}", self._stats[name][0])
             self._sha256[name] = hash_file(self._paths[name], count)
         return self._sha256[name]
+
+
+def _name(path: Path, folder: Path) -> str:
+    """A file of another folder, an adapter's, has its own name alone."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
 def hash_file(path: Path, count: Callable[[int], None]) -> str:

@@ -23,7 +23,7 @@ from mdi.checkpoint.gguf_tokenizer import write_tokenizer
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.new_folder import new_folder
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import INT4, Quantization, QuantizedTensor
+from mdi.core.quantization import INT4, UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.layers.rope import RopeScaling
 from mdi.models.config import ModelConfig
@@ -78,6 +78,14 @@ class GgufSource:
     @cached_property
     def model_config(self) -> ModelConfig:
         return read_config(self.config)
+
+    @property
+    def home(self) -> Path:
+        return self.path
+
+    @property
+    def quantization(self) -> ModelQuantization:
+        return UNQUANTIZED
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -23,8 +23,8 @@ from mdi.checkpoint.weights import RoundedWeights, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
-from mdi.core.tensors import Specs, scale_name, stored_specs, total_bytes
+from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.tensors import Specs, order_name, scale_name, stored_specs, total_bytes, zero_name
 from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
@@ -74,18 +74,18 @@ def load_source(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is the whole model.
+    """A stage from a checkpoint without chunks, cast to `dtype`; what is quantised stays so. spec: None is all.
 
     Raises CheckpointError for a tensor that is missing or has another shape.
     """
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
-    specs = stage_specs(config, spec, dtype)
+    specs = stage_specs(config, spec, dtype, source.quantization)
     check_tensors(source, specs)
     count = counter(progress, "loading", total_bytes(specs.values()))
     get = _Load(RoundedWeights(source), specs, parse_dtype(dtype), parse_device(device), count)
-    return _loaded(config, spec, get, UNQUANTIZED)
+    return _loaded(config, spec, get, source.quantization)
 
 
 def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -143,7 +143,9 @@ class _Chunk:
         return self.file.tensor(name)
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
-        return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)))
+        zeros = self.tensor(zero_name(name)) if quantization.zeros else None
+        order = self.tensor(order_name(name)) if quantization.ordered else None
+        return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)), zeros, order)
 
 
 def _loaded(config: ModelConfig, spec: StageSpec, get: _Load, quantization: ModelQuantization) -> LoadedStage:

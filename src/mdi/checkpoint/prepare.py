@@ -68,17 +68,19 @@ def prepare(
 ) -> Path:
     """Writes the chunks to their usual place, replacing those that are there, and returns their folder.
 
-    That is `chunks/{n}nodes` in the checkpoint's folder, or an entry of the cache where the folder cannot be written.
-    dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's int4 weights are rounded;
-    None rounds all to the nearest. layers: per node, overriding the plan. vision_node: one chunk more has the vision
-    tower, and the starter's has none. progress: called with bytes. Needs memory for one tensor, or for calibration.
+    That is `chunks/{n}nodes` in the folder of the checkpoint, or of its adapter, or an entry of the cache where this
+    folder cannot be written. dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's
+    int4 weights are rounded; None rounds all to the nearest; what is quantised already is never calibrated. layers: per
+    node, overriding the plan. vision_node: one chunk more has the vision tower, and the starter's has none. progress:
+    called with bytes. Needs memory for one tensor, or for calibration.
     Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
     impossible split.
     """
     plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
     folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
     dtype = dtype or source.model_config.dtype
-    contents = _Contents(source, plan, dtype, quantization, calibration)
+    text = calibration if source.quantization == UNQUANTIZED else None
+    contents = _Contents(source, plan, dtype, quantization, text)
     _write(folder, contents, Fingerprint(source, progress), progress)
     return folder
 
@@ -113,17 +115,17 @@ def prepared(
             layers = measure()
             plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
         usual, *others = search.names(details)  # who asks for nothing later is not to get quantised chunks
-        names = others if quantization else [usual, *others]
+        names = [usual, *others] if quantization in (None, source.quantization) else others
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
-            text = None if is_random(source.path) or _has_int4(source) else CalibrationText.default()
+            text = None if is_random(source.path) or _is_rounded(source) else CalibrationText.default()
             contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
             _write(folder, contents, search.fingerprint, progress)
 
 
-def _has_int4(source: Source) -> bool:
-    """Whether its weights are int4 already, at least in part: calibration would round them once more."""
-    return isinstance(source, GgufSource) and source.has_int4
+def _is_rounded(source: Source) -> bool:
+    """Whether its weights are quantised already, at least in part: calibration would round them once more."""
+    return source.quantization != UNQUANTIZED or (isinstance(source, GgufSource) and source.has_int4)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class _Kind:
         return (
             (plan.n_nodes, plan.vision is not None) == (self.n_nodes, self.vision_node)
             and self.dtype in (None, manifest.dtype)
-            and self.quantization in (None, replace(manifest.quantization, kept=()))
+            and (self.quantization is None or self.quantization.parts == manifest.quantization.parts)
             and self.layers in (None, plan.layers)
         )
 
@@ -208,11 +210,11 @@ def _usual_name(n_nodes: int, vision_node: bool) -> str:
 
 def _folders(source: Source, name: str) -> list[Path]:
     """Where chunks may be: beside the checkpoint, or in the cache if that is read-only. The last one can be written."""
-    beside = source.path / "chunks" / name
-    written = beside.parent if beside.parent.is_dir() else source.path
+    beside = source.home / "chunks" / name
+    written = beside.parent if beside.parent.is_dir() else source.home
     if os.access(written, os.W_OK | os.X_OK):
         return [beside]
-    return [beside, default_cache_folder() / f"{_short(str(source.path.resolve()))}-{name}"]
+    return [beside, default_cache_folder() / f"{_short(str(source.home.resolve()))}-{name}"]
 
 
 def _short(text: str) -> str:
@@ -316,5 +318,5 @@ def check_tensors(source: Source, specs: Specs) -> None:
             raise CheckpointError(f"the tensor {name} has {sizes}: config.json and weights disagree")
         if found.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"the tensor {name} is stored as {found.dtype}: quantised checkpoints are not supported"
+                f"the tensor {name} is stored as {found.dtype}, which is not supported: use what it was made from"
             )

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,9 @@ from torch import Tensor
 from mdi.checkpoint.json_file import read_json, refuse_damaged
 from mdi.checkpoint.tensor_file import DTYPES, TensorFile
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
-from mdi.models.config import ModelConfig, StageSpec, unusable
+from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.entries import CONFIG
 from mdi.models.registry import family_of, read_config
@@ -46,7 +46,7 @@ class SafetensorsSource:
     config: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> SafetensorsSource:
+    def open(cls, path: Path) -> Self:
         """Raises CheckpointError when the folder is no checkpoint of a supported architecture."""
         source = cls(path, read_json(path / CONFIG))
         source._check_names()
@@ -56,9 +56,15 @@ class SafetensorsSource:
 
     @cached_property
     def model_config(self) -> ModelConfig:
-        if self.config.get("quantization_config"):
-            raise unusable("quantised checkpoints are not supported: use the one it was made from")
         return read_config(self.config)
+
+    @property
+    def home(self) -> Path:
+        return self.path
+
+    @property
+    def quantization(self) -> ModelQuantization:
+        return UNQUANTIZED
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -121,7 +127,7 @@ class SafetensorsSource:
     def _stored(self) -> dict[Path, TensorFile]:
         """The files of the weights."""
         if self._single:
-            return {self.path / SINGLE: _opened(self.path / SINGLE)}
+            return {self.path / SINGLE: opened(self.path / SINGLE)}
         return _sharded(self.path / INDEX)
 
     def _check_names(self) -> None:
@@ -130,8 +136,12 @@ class SafetensorsSource:
         expected = stage_specs(config, StageSpec.everything(config), "float32")  # for the names alone
         left_over = sorted(self.names() - set(expected))
         for name in left_over:
-            if not name.endswith("inv_freq") and not (name == LM_HEAD and config.tied_embeddings):
+            if not self._is_ignored(name):
                 raise CheckpointError(f"{config.architecture} has no tensor {name}: config.json and weights disagree")
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether a tensor that the architecture does not have changes nothing."""
+        return name.endswith("inv_freq") or (name == LM_HEAD and self.model_config.tied_embeddings)
 
     def _settled(self) -> dict[str, Any]:
         """config.json with what transformers takes from the weights in place of its entries.
@@ -176,7 +186,7 @@ def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, slic
     ]
 
 
-def _opened(path: Path) -> TensorFile:
+def opened(path: Path) -> TensorFile:
     """Raises CheckpointError for a file that is missing or damaged."""
     if not path.exists() and not path.is_symlink():
         legacy = any(path.parent.glob("pytorch_model*.bin"))
@@ -196,7 +206,7 @@ def _sharded(index: Path) -> dict[Path, TensorFile]:
     for name in indexed:
         if not (index.parent / name).exists():
             raise CheckpointError(f"{index.parent.name} lacks {name} of {index.name}: is the download complete?")
-    stored = {index.parent / name: _opened(index.parent / name) for name in sorted(indexed)}
+    stored = {index.parent / name: opened(index.parent / name) for name in sorted(indexed)}
     for path, file in stored.items():
         if differing := indexed[path.name].symmetric_difference(file.specs):
             raise CheckpointError(

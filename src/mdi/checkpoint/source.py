@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from mdi.checkpoint.adapter import AdaptedSource, Adapter
 from mdi.checkpoint.gguf import LINK, GgufSource
+from mdi.checkpoint.json_file import read_json
+from mdi.checkpoint.quantized import ENTRY, QuantizedSource
 from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import FORMATS, UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
+from mdi.models.entries import CONFIG
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -23,12 +30,20 @@ class Source(Protocol):
         """Its folder."""
 
     @property
+    def home(self) -> Path:
+        """The folder that its chunks are kept in."""
+
+    @property
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
 
     @property
     def model_config(self) -> ModelConfig:
         """The same, parsed. Raises CheckpointError for a model that is not supported."""
+
+    @property
+    def quantization(self) -> ModelQuantization:
+        """The formats that its parts are in as they are stored."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -47,8 +62,40 @@ class Source(Protocol):
         """A matrix with the integers and scales that it is stored with, where they are of this format."""
 
 
-def open_source(path: Path) -> Source:
-    """Opens a checkpoint's folder. Raises CheckpointError when it is no checkpoint of a supported architecture."""
+def open_source(path: Path, adapter: Path | None = None) -> Source:
+    """Opens a checkpoint's folder. adapter: folder of a LoRA adapter that is merged into it.
+
+    Raises CheckpointError when it is no checkpoint of a supported architecture, or the adapter is not one of it.
+    """
+    source = _opened(path)
+    return AdaptedSource.of(source, Adapter.open(adapter)) if adapter else source
+
+
+def _opened(path: Path) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {str(path)!r}")
-    return GgufSource.open(path) if (path / LINK).exists() else SafetensorsSource.open(path)
+    if (path / LINK).exists():
+        return GgufSource.open(path)
+    return QuantizedSource.open(path) if read_json(path / CONFIG).get(ENTRY) else SafetensorsSource.open(path)
+
+
+def chosen_formats(source: Source, asked: ModelQuantization | None) -> ModelQuantization | None:
+    """The formats of a checkpoint's parts, where these are asked for.
+
+    Parts that are quantised stay as they are stored, and are rounded once more where another number of bits is asked
+    for. None: nothing is asked, and nothing is quantised.
+    """
+    stored = source.quantization
+    if stored == UNQUANTIZED:
+        return asked
+    if asked is None:
+        return stored
+    layers, head, vision = (_chosen(*pair) for pair in zip(stored.parts, asked.parts, strict=True))
+    return ModelQuantization(layers, head, vision, stored.kept)
+
+
+def _chosen(stored: str | None, asked: str | None) -> str | None:
+    if stored and asked and FORMATS[stored].bits != FORMATS[asked].bits:
+        log.warning("the checkpoint's weights are %s: they are rounded once more, to %s", stored, asked)
+        return asked
+    return stored or asked

@@ -69,8 +69,7 @@ def stored_tensors(weights: Weights, specs: Specs) -> Iterator[Tensor]:
     for name, spec in specs.items():
         if spec.quantization:
             made = weights.quantized(name, spec.quantization)
-            yield made.values
-            yield made.scales
+            yield from made.parts
             del made  # before the next one is made
         else:
             yield weights.tensor(name)

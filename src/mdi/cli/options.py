@@ -67,6 +67,7 @@ class CheckpointOptions:
 
     ckpt_folder: Annotated[Path, setting("ckpt_folder", "--ckpt-folder", "--download-dir")] = DEFAULTS.model.ckpt_folder
     hf_token: Annotated[str | None, setting("hf_token", envvar="HF_TOKEN")] = None
+    adapter: Annotated[Path | None, setting("adapter")] = None
 
     def open(self, model: str, *, download: bool = True) -> Source:
         """The checkpoint, downloaded first where that is needed and allowed."""
@@ -81,7 +82,7 @@ class CheckpointOptions:
             download=download,
             progress=BytesProgress(),
         )
-        return open_source(path)
+        return open_source(path, self.adapter)
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,17 @@ def plan(
 
     With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
     """
+    from mdi.checkpoint.source import chosen_formats
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.weights import log_unquantized
     from mdi.planning.cache import CacheNode, cache_budget, planned_bytes, planned_tokens
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
-    config = checkpoint.open(model).model_config
+    source = checkpoint.open(model)
+    config = source.model_config
     n_nodes, layers, dtype = options.n_nodes or 1, parse_layers(options.layers), options.dtype or config.dtype
-    quantization = formats.asked or UNQUANTIZED
+    quantization = chosen_formats(source, formats.asked) or UNQUANTIZED
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:

@@ -38,6 +38,7 @@ def prepare(
     """Split a checkpoint into one chunk per node, under chunks/{n}nodes/ in its folder."""
     from mdi.checkpoint.calibration import CalibrationText
     from mdi.checkpoint.prepare import prepare as write_chunks
+    from mdi.checkpoint.source import chosen_formats
 
     text = (
         None if calibrate == NONE else CalibrationText.read(Path(calibrate)) if calibrate else CalibrationText.default()
@@ -49,7 +50,7 @@ def prepare(
             source,
             n_nodes,
             dtype=dtype,
-            quantization=formats.asked or UNQUANTIZED,
+            quantization=chosen_formats(source, formats.asked) or UNQUANTIZED,
             calibration=text,
             layers=parse_layers(layers),
             vision_node=vision_node,

@@ -114,7 +114,7 @@ def _server(given: Mapping[str, Any], words: list[str]) -> _Task:
         manual = ManualNodes(nodes_config, certs=given["certs"], insecure=given["insecure"])
         starter_identity(NodesConfig.read(nodes_config), manual, _encrypted())
     check_files(GatewayOptions(**{item.name: given[item.name] for item in fields(GatewayOptions)}).config())
-    folders = [Path(model), given["ckpt_folder"]]
+    folders = [Path(model), given["ckpt_folder"], *filter(None, [given["adapter"]])]
     return _Task(
         "mdi-server",
         f"MDI-LLM server of {model}",

@@ -16,7 +16,7 @@ import psutil
 
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.prepare import Chunks, prepared
-from mdi.checkpoint.source import Source
+from mdi.checkpoint.source import Source, chosen_formats
 from mdi.cluster.cache_memory import cache_nodes
 from mdi.cluster.delivery import Deliver
 from mdi.cluster.launchers.base import Launcher
@@ -79,7 +79,7 @@ class Cluster:
         self._config = config
         self._layers = nodes.layers if nodes else config.cluster.layers
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
-        self._formats = config.model.formats
+        self._formats = chosen_formats(source, config.model.formats)
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
         source.model_config.check_shards(config.cluster.shards)
@@ -201,9 +201,9 @@ class Cluster:
         return asked or (self._ray.count_nodes(n_layers) if self._ray else 1)
 
     def _load_alone(self, source: Source) -> LoadedStage:
-        """Quantised weights are made once, as a chunk, and read from there."""
+        """Weights that are to be quantised are made once, as a chunk, and read from there."""
         device, progress = self._device, self._starter_progress()
-        if self._formats in (None, UNQUANTIZED):
+        if self._formats in (None, source.quantization):
             return load_source(source, dtype=self._dtype, device=device, progress=progress)
         self._chunks = prepared(source, 1, dtype=self._dtype, quantization=self._formats, progress=self._progress)
         return load_chunk(self._chunks.file("starter"), device=device, progress=progress)

@@ -70,6 +70,7 @@ class ModelSettings(Section):
     checkpoint: str = setting(
         "", "A checkpoint's folder, its name on the Hugging Face hub, bundled, or random:qwen2-vl-2b."
     )
+    adapter: Path | None = setting(None, "Folder of a LoRA adapter, as PEFT saves it, that is merged into the weights.")
     dtype: str | None = setting(
         None, "float32, bfloat16 or float16; the checkpoint's own if not given.", choices=DTYPE_NAMES
     )

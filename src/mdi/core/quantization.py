@@ -18,12 +18,20 @@ class Quantization:
 
     bits: of a weight. group: inputs of one output that share a scale; None is all of them.
     activation_group: inputs that share a scale when activations are quantised to int8, row by row.
+    zeros: groups have zeros of their own. ordered: inputs are stored in another order than they come in.
     """
 
     name: str
     bits: int
     group: int | None
     activation_group: int
+    zeros: bool = False
+    ordered: bool = False
+
+    @property
+    def rounding(self) -> Quantization:
+        """The format of as many bits that weights are rounded to."""
+        return INT8 if self.bits == 8 else INT4
 
 
 INT8 = Quantization("int8", 8, None, 64)
@@ -32,6 +40,17 @@ NONE = "none"
 """What options and messages call no quantisation."""
 
 QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT4)}
+"""The formats that weights are rounded to."""
+
+INT8_GROUPS = Quantization("int8-groups", 8, 64, 64)
+INT8_GROUPS_ORDERED = Quantization("int8-groups-ordered", 8, 64, 64, ordered=True)
+INT4_ZEROS = Quantization("int4-zeros", 4, 32, 32, zeros=True)
+INT4_ORDERED = Quantization("int4-ordered", 4, 32, 32, ordered=True)
+INT4_ZEROS_ORDERED = Quantization("int4-zeros-ordered", 4, 32, 32, zeros=True, ordered=True)
+_FOUND = (INT8_GROUPS, INT8_GROUPS_ORDERED, INT4_ZEROS, INT4_ORDERED, INT4_ZEROS_ORDERED)
+
+FORMATS = QUANTIZATIONS | {format_.name: format_ for format_ in _FOUND}
+"""Those, and the ones that quantised checkpoints have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +59,15 @@ class QuantizedTensor:
 
     values: int8 [outputs, inputs]; for 4 bits uint8 [outputs, inputs / 2], input 2i in the low half of byte i.
     scales: [outputs, groups], float32 for 8 bits, float16 for 4.
-    zeros: uint8 [outputs, groups] for 4 bits; None is 8 everywhere for 4 bits, and 0 for 8 bits.
+    zeros: uint8 [outputs, groups] for 4 bits, up to 16; None is 8 everywhere for 4 bits, and 0 for 8 bits.
+    order: int32 [inputs]: which input of the product each stored one is; None where they are as they come.
     """
 
     quantization: Quantization
     values: Tensor
     scales: Tensor
     zeros: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,10 +75,16 @@ class QuantizedTensor:
         outputs, columns = self.values.shape
         return outputs, columns * (8 // self.quantization.bits)
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What a file holds, in order."""
+        parts = (self.values, self.scales, self.zeros, self.order)
+        return [part for part in parts if part is not None]
+
     def to(self, device: torch.device) -> QuantizedTensor:
         """The same on a device."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return QuantizedTensor(self.quantization, self.values.to(device), self.scales.to(device), zeros)
+        zeros, order = (None if part is None else part.to(device) for part in (self.zeros, self.order))
+        return QuantizedTensor(self.quantization, self.values.to(device), self.scales.to(device), zeros, order)
 
 
 class UnknownFormatError(ConfigError):
@@ -78,8 +105,8 @@ class ModelQuantization:
     kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (self.layers, self.head, self.vision):
-            if name is not None and name not in QUANTIZATIONS:
+        for name in self.parts:
+            if name is not None and name not in FORMATS:
                 raise UnknownFormatError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
     @classmethod
@@ -94,9 +121,14 @@ class ModelQuantization:
         return cls(layers, head, vision)
 
     @property
+    def parts(self) -> tuple[str | None, str | None, str | None]:
+        """The formats of decoder layers, LM head and vision tower."""
+        return self.layers, self.head, self.vision
+
+    @property
     def calibrated(self) -> bool:
         """Whether how weights of the decoder are rounded may depend on a calibration text."""
-        return any(name and QUANTIZATIONS[name].bits == 4 for name in (self.layers, self.head))
+        return any(name and FORMATS[name].bits == 4 for name in (self.layers, self.head))
 
     def __str__(self) -> str:
         """Like `int4 (head int8, vision int8)`: the layers' format, and those of other parts where they differ."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
-from mdi.core.quantization import QUANTIZATIONS, Quantization, QuantizedTensor
+from mdi.core.quantization import FORMATS, Quantization, QuantizedTensor
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "I8": 1, "U8": 1}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "I32": 4, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class TensorSpec:
     @property
     def quantization(self) -> Quantization | None:
         """The format of a quantised matrix."""
-        return QUANTIZATIONS.get(self.dtype)
+        return FORMATS.get(self.dtype)
 
     @property
     def size_bytes(self) -> int:
-        """With the scales of a quantised matrix. Raises KeyError for a type whose bytes are not known."""
+        """With all parts of a quantised matrix. Raises KeyError for a type whose bytes are not known."""
         if quantization := self.quantization:
             return sum(spec.size_bytes for spec in _quantized_parts("", self.shape, quantization).values())
         return self.size * ITEM_BYTES[self.dtype]
@@ -50,7 +50,7 @@ Specs = dict[str, TensorSpec]
 
 
 def stored_specs(specs: Specs) -> Specs:
-    """The tensors that a file holds for these: values and scales in place of each quantised matrix."""
+    """The tensors that a file holds for these: its parts in place of each quantised matrix."""
     stored: Specs = {}
     for name, spec in specs.items():
         stored |= _quantized_parts(name, spec.shape, spec.quantization) if spec.quantization else {name: spec}
@@ -62,12 +62,27 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale"
 
 
+def zero_name(weight: str) -> str:
+    """The name of the zeros of a quantised matrix."""
+    return f"{weight}_zero"
+
+
+def order_name(weight: str) -> str:
+    """The name of the order of a quantised matrix's inputs."""
+    return f"{weight}_order"
+
+
 def _quantized_parts(name: str, shape: tuple[int, ...], quantization: Quantization) -> Specs:
     """What `QuantizedTensor` describes, for a matrix whose inputs are all dimensions but the first."""
     outputs, inputs = shape[0], prod(shape[1:])
     values = TensorSpec((outputs, inputs * quantization.bits // 8), "I8" if quantization.bits == 8 else "U8")
-    scales = (outputs, inputs // quantization.group if quantization.group else 1)
-    return {name: values, scale_name(name): TensorSpec(scales, "float32" if quantization.bits == 8 else "float16")}
+    groups = (outputs, inputs // quantization.group if quantization.group else 1)
+    parts = {name: values, scale_name(name): TensorSpec(groups, "float32" if quantization.bits == 8 else "float16")}
+    if quantization.zeros:
+        parts[zero_name(name)] = TensorSpec(groups, "U8")
+    if quantization.ordered:
+        parts[order_name(name)] = TensorSpec((inputs,), "I32")
+    return parts
 
 
 def total_size(specs: Iterable[TensorSpec]) -> int:

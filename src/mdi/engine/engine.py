@@ -73,7 +73,7 @@ class Engine:
             hf_token=config.model.hf_token,
             progress=progress,
         )
-        source = open_source(path)
+        source = open_source(path, config.model.adapter)
         self.model_names = names(config.model.checkpoint, path)
         self.model_name = self.model_names[0]
         self.max_queue = config.limits.max_queue

@@ -36,7 +36,7 @@ class Kernels:
     @staticmethod
     def of(loaded: Library) -> Kernels:
         flags: tuple[type[Any], ...] = (c_long, c_long, c_int, c_int, c_int, c_int)
-        pointers: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int))
+        pointers: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int))
         operands: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, c_long, c_int, c_void_p, c_void_p)
         return Kernels(
             loaded.kernel("pack", *flags, *pointers, result=c_void_p),
@@ -71,8 +71,8 @@ class PackedWeight:
     def pack(weight: Tensor | QuantizedTensor, *, swiglu: bool = False, kernels: Kernels | None = None) -> PackedWeight:
         """A packed copy.
 
-        Raises ValueError for numbers that are NaN, for inputs that are no multiple of the group, and where the weight
-        has no place in memory.
+        Raises ValueError for numbers that are NaN, for inputs that are no multiple of the group, for an order of others
+        than these inputs, and where the weight has no place in memory.
         """
         kernels = kernels or fastest()
         (kind, group, group_scales), arrays = _arrays(weight)
@@ -95,9 +95,9 @@ class PackedWeight:
 
 
 def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tuple[Tensor | None, ...]]:
-    """(kind, activation group, whether scales are per group) and (values, scales, zeros) as the kernels take them."""
+    """(kind, activation group, whether scales are per group), (values, scales, zeros, order) as kernels take them."""
     if isinstance(weight, Tensor):
-        return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None)
+        return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None, None)
     quantization, (outputs, inputs) = weight.quantization, weight.shape
     group = quantization.activation_group
     if inputs % group or (quantization.group or group) % group:
@@ -110,7 +110,18 @@ def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tu
         zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1).contiguous()
     assert not quantization.group or scales.shape == (outputs, inputs // group)
     scales = scales.to(torch.float16 if quantization.bits == 4 else torch.float32).contiguous()
-    return (kind, group, quantization.group is not None), (weight.values.contiguous(), scales, zeros)
+    arrays = weight.values.contiguous(), scales, zeros, _order(weight)
+    return (kind, group, quantization.group is not None), arrays
+
+
+def _order(weight: QuantizedTensor) -> Tensor | None:
+    """Checked, because kernels trust it."""
+    if weight.order is None:
+        return None
+    inputs, order = weight.shape[1], weight.order.to(torch.int32).contiguous()
+    if order.shape != (inputs,) or not 0 <= int(order.min()) <= int(order.max()) < inputs:
+        raise ValueError(f"the order of its inputs is not of {inputs} inputs")
+    return order
 
 
 def product(

@@ -121,13 +121,12 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> Tensor | QuantizedTensor:
-    """One weight with the outputs of all. Where only some are quantised, or have zeros, all are dequantised."""
+    """One weight with the outputs of all. Where they differ in format or order of inputs, all are dequantised."""
     first = weights[0]
     if len(weights) == 1:
         return first if isinstance(first, QuantizedTensor) else first.flatten(1)
     quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
-    forms = {(weight.quantization, weight.zeros is None) for weight in quantized}
-    if len(quantized) < len(weights) or len(forms) > 1:
+    if len(quantized) < len(weights) or not all(_alike(quantized[0], weight) for weight in quantized[1:]):
         return _stacked([_dense(weight, dtype) for weight in weights])
     zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
     return QuantizedTensor(
@@ -135,4 +134,14 @@ def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> 
         _stacked([weight.values for weight in quantized]),
         _stacked([weight.scales for weight in quantized]),
         _stacked(zeros) if zeros else None,
+        quantized[0].order,
     )
+
+
+def _alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
+    """Whether two matrices have one format, and inputs in one order."""
+    if (one.quantization, one.zeros is None) != (other.quantization, other.zeros is None):
+        return False
+    if one.order is None or other.order is None:
+        return one.order is other.order
+    return torch.equal(one.order, other.order)

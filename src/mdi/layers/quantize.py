@@ -59,18 +59,20 @@ def pack4(numbers: Tensor) -> Tensor:
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[outputs, inputs] in a floating dtype."""
+    """[outputs, inputs] in a floating dtype, inputs in the order that they come in."""
     outputs, inputs = weight.shape
     made = torch.empty(outputs, inputs, dtype=dtype, device=weight.values.device)
+    places = None if weight.order is None else weight.order.long().argsort()
     for rows in _blocks(outputs, inputs):
-        made[rows] = _floating(weight, rows)
+        numbers = _floating(weight, rows)
+        made[rows] = numbers if places is None else numbers[:, places]
     return made
 
 
 def _floating(weight: QuantizedTensor, rows: slice) -> Tensor:
     values, scales = weight.values[rows], weight.scales[rows].float()
     if weight.quantization.bits == 8:
-        return values.float() * scales
+        return (values.float().view(*scales.shape, -1) * scales[..., None]).flatten(1)
     numbers = torch.stack((values & 15, values >> 4), dim=-1).view(len(values), scales.shape[1], -1).float()
     zeros = 8 if weight.zeros is None else weight.zeros[rows].float()[..., None]
     return ((numbers - zeros) * scales[..., None]).flatten(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.batch import Batch, Deepstack, Result, Token, Visual
 from mdi.core.errors import LinkError
-from mdi.core.quantization import QUANTIZATIONS
+from mdi.core.quantization import FORMATS
 from mdi.core.reduce import Reduce, alone
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import Layout
@@ -173,7 +173,7 @@ def deepstack_of(visuals: Sequence[Visual], hidden_size: int) -> Deepstack | Non
 def _shard_step(loaded: LoadedStage) -> int:
     """Inputs of a layer's products that lie together."""
     name = loaded.quantization.layers
-    return QUANTIZATIONS[name].activation_group if name else 2
+    return FORMATS[name].activation_group if name else 2
 
 
 def _finite_rows(rows: Tensor) -> Tensor:

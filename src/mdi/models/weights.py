@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdi.core.dtypes import parse_dtype
-from mdi.core.quantization import QUANTIZATIONS, UNQUANTIZED, ModelQuantization, Quantization
+from mdi.core.quantization import FORMATS, UNQUANTIZED, ModelQuantization, Quantization
 from mdi.core.tensors import GetTensor, Specs, TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LAYERS, LM_HEAD, Decoder
@@ -77,7 +77,7 @@ def log_unquantized(config: ModelConfig, quantization: ModelQuantization) -> Non
 
 def format_of(name: str, inputs: int, quantization: ModelQuantization) -> Quantization | None:
     """The format of a matrix; None where it is not quantised: groups of weights and of activations are whole."""
-    asked = QUANTIZATIONS.get(_part_format(name, quantization) or "")
+    asked = FORMATS.get(_part_format(name, quantization) or "")
     if asked is None or name in quantization.kept or inputs % lcm(asked.group or 1, asked.activation_group):
         return None
     return asked

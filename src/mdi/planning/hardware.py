@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mdi.core.dtypes import parse_dtype
-from mdi.core.quantization import QUANTIZATIONS, QuantizedTensor
+from mdi.core.quantization import FORMATS, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.kernels.threads import computes_with
 from mdi.layers.linear import Linear
@@ -55,6 +55,7 @@ def measure_hardware(device: str, dtype: str, folder: Path | None, quantization:
     folder: where the speeds are kept; None measures them every time. quantization: of the weights.
     """
     memory_bytes = free_bytes(torch.device(device)) * USABLE_SHARE
+    quantization = FORMATS[quantization].rounding.name if quantization else None
     known, key = _read(folder), _key(device, f"{dtype} x {quantization}" if quantization else dtype)
     if key not in known:
         known[key] = measure_speed(device, dtype, quantization)
@@ -68,7 +69,7 @@ def measure_speed(device: str, dtype: str, quantization: str | None = None) -> t
     kind, place = parse_dtype(dtype), torch.device(device)
     count = max(1, READ_BYTES // (WIDTH**2 * (1 if quantization else kind.itemsize)))
     weight = torch.full((WIDTH, WIDTH), 0.01, dtype=kind)
-    made = quantize(weight, QUANTIZATIONS[quantization]) if quantization else weight
+    made = quantize(weight, FORMATS[quantization]) if quantization else weight
     get = _Alike(made.to(place), kind)
     layers = [Linear.load(get, {"weight": WIDTH}, WIDTH) for _ in range(count)]
     one, many = (torch.ones(rows, WIDTH, dtype=kind, device=place) for rows in (1, PROMPT_ROWS))

@@ -102,6 +102,17 @@ INLINE void load_group(const void *x, long index, int group, int dtype, float *t
     for (int k = 0; k < group; k += LANES) vf_store(to + k, vf_load_as(x, index + k, dtype));
 }
 
+INLINE void gather_group(const void *x, long row, const int32_t *order, int group, int dtype, float *to) {
+    for (int k = 0; k < group; k++) to[k] = load_as(x, row + order[k], dtype);
+}
+
+// A group of the row that begins at `row`, in the order of the weight's inputs.
+INLINE void read_group(const Product *product, long row, long begin, int group, int dtype, float *to) {
+    const int32_t *order = product->weight->order;
+    if (order) gather_group(product->x, row, order + begin, group, dtype, to);
+    else load_group(product->x, row + begin, group, dtype, to);
+}
+
 static void quantize_activations(const Product *product, const Activations *packed, int thread, int n_threads) {
     const Weight *weight = product->weight;
     int group = weight->group;
@@ -113,10 +124,10 @@ static void quantize_activations(const Product *product, const Activations *pack
     for (long row = 0; row < product->rows; row++) {
         int r = (int)(row % packed->tile_rows), rows = tile_rows(packed, product->rows, row - r);
         for (long g = begin; g < end; g++) {
-            long at = (row - r) * groups + g * rows + r, index = row * inputs + g * group;
-            if (product->dtype == FLOAT32) load_group(product->x, index, group, FLOAT32, x);
-            if (product->dtype == BFLOAT16) load_group(product->x, index, group, BFLOAT16, x);
-            if (product->dtype == FLOAT16) load_group(product->x, index, group, FLOAT16, x);
+            long at = (row - r) * groups + g * rows + r;
+            if (product->dtype == FLOAT32) read_group(product, row * inputs, g * group, group, FLOAT32, x);
+            if (product->dtype == BFLOAT16) read_group(product, row * inputs, g * group, group, BFLOAT16, x);
+            if (product->dtype == FLOAT16) read_group(product, row * inputs, g * group, group, FLOAT16, x);
             packed->scales[at] = quantize_group(x, group, values, sums);
             packed->sums[at] = first_sum(weight, sums);
             int8_t *to = packed->values + (row - r) * inputs + g * group * rows;

@@ -125,7 +125,7 @@ static void pack_part(void *context, int thread, int n_threads) {
 }
 
 Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
-                     const void *scales, const uint8_t *zeros, int *has_nan) {
+                     const void *scales, const uint8_t *zeros, const int32_t *order, int *has_nan) {
     Weight *weight = calloc(1, sizeof *weight);
     if (!weight) return NULL;
     *weight = (Weight){.outputs = outputs, .inputs = inputs, .kind = kind, .group = group, .swiglu = swiglu,
@@ -135,10 +135,12 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
     weight->panel_size = panel_size(weight);
     weight->panels = mdi_allocate((size_t)weight->n_panels * weight->panel_size);
     if (kind == INT8 && !group_scales) weight->scales = calloc((size_t)(weight->n_panels * PANEL), sizeof(float));
-    if (!weight->panels || (kind == INT8 && !group_scales && !weight->scales)) {
+    if (order) weight->order = malloc((size_t)inputs * sizeof *order);
+    if (!weight->panels || (kind == INT8 && !group_scales && !weight->scales) || (order && !weight->order)) {
         KERNEL(discard)(weight);
         return NULL;
     }
+    if (order) memcpy(weight->order, order, (size_t)inputs * sizeof *order);
     Packing packing = {.weight = weight, .values = values, .scales = scales, .zeros = zeros};
     mdi_parallel(pack_part, &packing);
     *has_nan = packing.has_nan;
@@ -148,5 +150,6 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
 void KERNEL(discard)(Weight *weight) {
     if (weight->panels) mdi_free(weight->panels);
     free(weight->scales);
+    free(weight->order);
     free(weight);
 }

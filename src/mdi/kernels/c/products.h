@@ -10,6 +10,7 @@
 //   INT4       groups of 32 inputs: [PANEL] float16 scales, [PANEL] uint8 zeros where there are any,
 //              [4][PANEL][4] bytes: byte i of step s has input 8 s + i in its low half and 8 s + 4 + i in its high half
 //
+// Inputs of a quantised weight may be stored in another order than activations come in: these are gathered.
 // For SwiGLU a panel has PANEL / 2 outputs of the gate and then the same ones of the other half.
 #pragma once
 
@@ -32,6 +33,7 @@ typedef struct {
     size_t panel_size;  // bytes
     char *panels;
     float *scales;      // int8 with one scale per output: [n_panels][PANEL]
+    int32_t *order;     // [inputs]: which activation each input takes; NULL where they are as they come
 } Weight;
 
 typedef struct {
@@ -47,10 +49,10 @@ typedef struct {
     char *scratch;
 } Product;
 
-// Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; scales and zeros: see QuantizedTensor.
+// Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; scales, zeros and order: see QuantizedTensor.
 // Returns NULL where memory is short; *has_nan is set where a float value or a scale is NaN.
 Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
-                     const void *scales, const uint8_t *zeros, int *has_nan);
+                     const void *scales, const uint8_t *zeros, const int32_t *order, int *has_nan);
 void KERNEL(discard)(Weight *weight);
 
 // Bytes of scratch memory that a product needs in a pool of so many threads.

@@ -9,7 +9,7 @@
 #include "vector.h"
 #include "vocabulary.h"
 
-Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, int *);
+Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const int32_t *, int *);
 void SCALAR(discard)(Weight *);
 int SCALAR(product)(const Weight *, const void *, void *, long, int, const float *, const void *, int, int);
 int SCALAR(mixture)(const Experts *, const void *, void *, const void *, long, int, int);
@@ -46,7 +46,7 @@ static int alike(const void *a, const void *b, long count, int dtype) {
 }
 
 typedef struct {
-    int kind, group, group_scales, has_zeros, swiglu, activation;
+    int kind, group, group_scales, has_zeros, ordered, swiglu, activation;
 } Kind;
 
 // Whether both products are alike, and every row has the same bits alone.
@@ -71,6 +71,7 @@ static int weight_passes(const Kind *kind) {
     static float values[OUTPUTS * INPUTS];
     float scales[OUTPUTS * INPUTS / 32];
     uint8_t zeros[OUTPUTS * INPUTS / 32];
+    int32_t order[INPUTS];
     int quantized = kind->kind == INT8 || kind->kind == INT4, has_nan = 0, passes = 0;
     fill(values, OUTPUTS * INPUTS, quantized ? INT8 : kind->kind, 4);
     for (long i = 0; i < OUTPUTS * INPUTS / 32; i++) {
@@ -78,11 +79,13 @@ static int weight_passes(const Kind *kind) {
         store_as(scales, i, scale, kind->kind == INT4 ? FLOAT16 : FLOAT32);
         zeros[i] = (uint8_t)(i % 16);
     }
+    for (int i = 0; i < INPUTS; i++) order[i] = INPUTS - 1 - i;
     const uint8_t *given = kind->has_zeros ? zeros : NULL;
+    const int32_t *places = kind->ordered ? order : NULL;
     Weight *ours = KERNEL(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
-                                scales, given, &has_nan);
+                                scales, given, places, &has_nan);
     Weight *theirs = SCALAR(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
-                                  scales, given, &has_nan);
+                                  scales, given, places, &has_nan);
     if (ours && theirs)
         passes = product_passes(kind, ours, theirs, FLOAT32) && product_passes(kind, ours, theirs, BFLOAT16);
     if (ours) KERNEL(discard)(ours);
@@ -99,6 +102,7 @@ static int products_pass(void) {
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
         {.kind = INT4, .group = 32, .swiglu = 1},
         {.kind = INT4, .group = 32, .has_zeros = 1},
+        {.kind = INT4, .group = 32, .ordered = 1},
     };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         if (!weight_passes(&kinds[i])) return 0;
@@ -111,18 +115,18 @@ typedef struct {
     Weight *router, *gate_up[EXPERTS], *down[EXPERTS];
 } Mixed;
 
-typedef Weight *(*Pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, int *);
+typedef Weight *(*Pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const int32_t *, int *);
 
 // The same weights for any instruction set. Returns whether there is memory.
 static int pack_experts(Mixed *mixed, Pack pack) {
     static float values[2 * INNER * INPUTS];
     int has_nan, packed = 1;
     fill(values, EXPERTS * INPUTS, FLOAT32, 15);
-    packed &= (mixed->router = pack(EXPERTS, INPUTS, FLOAT32, 0, 0, 0, values, NULL, NULL, &has_nan)) != NULL;
+    packed &= (mixed->router = pack(EXPERTS, INPUTS, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
     for (uint32_t i = 0; i < EXPERTS; i++) {
         fill(values, 2 * INNER * INPUTS, FLOAT32, 16 + i);
-        packed &= (mixed->gate_up[i] = pack(2 * INNER, INPUTS, FLOAT32, 0, 1, 0, values, NULL, NULL, &has_nan)) != NULL;
-        packed &= (mixed->down[i] = pack(INPUTS, INNER, FLOAT32, 0, 0, 0, values, NULL, NULL, &has_nan)) != NULL;
+        packed &= (mixed->gate_up[i] = pack(2 * INNER, INPUTS, FLOAT32, 0, 1, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
+        packed &= (mixed->down[i] = pack(INPUTS, INNER, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
     }
     return packed;
 }
