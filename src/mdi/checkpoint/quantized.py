@@ -125,9 +125,7 @@ class Packing:
         if self.bits == 4:
             plain, ordered = (INT4, INT4_ORDERED) if self.symmetric else (INT4_ZEROS, INT4_ZEROS_ORDERED)
             return ordered if self.ordered else plain
-        if not self.is_exact:
-            return INT8
-        if self.group is None:
+        if self.group is None or not self.is_exact:
             return INT8
         return INT8_GROUPS_ORDERED if self.ordered else INT8_GROUPS
 
