@@ -13,7 +13,7 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 
@@ -26,6 +26,7 @@ class MemorySource:
         self.config: dict[str, Any] = source.config
         self.model_config: ModelConfig = source.model_config
         self.files = (path / "weights",)
+        self.stored_formats = UNQUANTIZED
         self.files[0].write_text("in memory")
         self._tensors = {name: source.tensor(name).double() for name in source.names()}
 

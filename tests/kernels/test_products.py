@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
+from mdi.core.quantization import INT4, INT8, INT8_32, Quantization, QuantizedTensor
 from mdi.kernels import build
 from mdi.kernels.library import Library, library
 from mdi.kernels.packed import Kernels, PackedWeight, product
@@ -22,7 +22,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 BY_GROUP, WITH_ZEROS = Quantization("int8 by group", 8, 64, 64), Quantization("int4 with zeros", 4, 32, 32)
 WIDE_GROUPS = Quantization("int4 in groups of 128", 4, 128, 32)
-FORMATS = [INT8, BY_GROUP, INT4, WITH_ZEROS, WIDE_GROUPS]
+FORMATS = [INT8, INT8_32, BY_GROUP, INT4, WITH_ZEROS, WIDE_GROUPS]
 SHAPES = [(16, 1), (1, 7), (37, 29), (70, 96), (40, 300), (130, 513)]  # outputs, inputs
 ROWS = 535  # more than are computed at once
 

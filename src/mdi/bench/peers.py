@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
+from mdi.checkpoint.gguf import GgufSource
 from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.source import Source
 from mdi.layers.rope import MediaSpan, prompt_positions
@@ -36,9 +37,13 @@ class Transformers:
         config = AutoConfig.from_pretrained(source.path)
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         self._dtype = getattr(torch, dtype)
-        self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         self._config = source.model_config
+        if isinstance(source, GgufSource):
+            self._model = family.from_config(config, dtype=self._dtype).eval()
+            self.replace((name, source.tensor(name)) for name in source.names())
+        else:
+            self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         self._cut, self._video = media_specs(source)
         self._processor = _their_processor(source.path, self._cut) if self._cut else None
 

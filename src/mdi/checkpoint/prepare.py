@@ -96,8 +96,8 @@ def prepared(
 ) -> Chunks:
     """Finds the chunks of this checkpoint, or writes them: beside those of another kind, over outdated ones.
 
-    dtype, quantization, layers: None takes what is in the usual place. measure: called for the layers when
-    chunks are written and `layers` is None. See `prepare` for the rest.
+    dtype, quantization, layers: None takes what is in the usual place, or is stored. measure: called for the layers
+    when chunks are written and `layers` is None. See `prepare` for the rest.
     """
     config = source.model_config
     plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
@@ -117,7 +117,7 @@ def prepared(
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
             text = None if is_random(source.path) or _has_int4(source) else CalibrationText.default()
-            contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
+            contents = _Contents(source, plan, dtype or config.dtype, quantization or source.stored_formats, text)
             _write(folder, contents, search.fingerprint, progress)
 
 

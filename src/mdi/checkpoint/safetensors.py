@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mdi.checkpoint.json_file import read_json, refuse_damaged
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig, StageSpec, unusable
 from mdi.models.decoder import EMBEDDING, LM_HEAD
@@ -57,6 +57,10 @@ class SafetensorsSource:
     def files(self) -> tuple[Path, ...]:
         index = [] if self._single else [self.path / INDEX]
         return (self.path / CONFIG, *index, *self._stored)
+
+    @property
+    def stored_formats(self) -> ModelQuantization:
+        return UNQUANTIZED
 
     def names(self) -> frozenset[str]:
         return frozenset(self._places)

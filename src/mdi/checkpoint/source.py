@@ -10,7 +10,7 @@ from torch import Tensor
 from mdi.checkpoint.gguf import LINK, GgufSource
 from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 
@@ -33,6 +33,10 @@ class Source(Protocol):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that decide what the model computes: weights, their index, config.json."""
+
+    @property
+    def stored_formats(self) -> ModelQuantization:
+        """The formats that its parts get where nothing is asked for: those that are nearest to how they are stored."""
 
     def names(self) -> frozenset[str]:
         """Names of all tensors."""

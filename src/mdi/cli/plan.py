@@ -21,7 +21,7 @@ from mdi.cli.options import (
 )
 from mdi.cli.screen import err, out
 from mdi.core.config import CacheSettings, ManualNodes
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.quantization import ModelQuantization
 from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def plan(
     from mdi.planning.plan import make_plan
     from mdi.planning.predict import stage_summary
 
-    config = checkpoint.open(model).model_config
+    source = checkpoint.open(model)
+    config = source.model_config
     n_nodes, layers, dtype = options.n_nodes or 1, parse_layers(options.layers), options.dtype or config.dtype
-    quantization = formats.asked or UNQUANTIZED
+    quantization = formats.of(source)
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:

@@ -9,7 +9,7 @@ import typer
 
 from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, QuantizationOptions, grouped, parse_layers
 from mdi.cli.screen import bytes_bar, say
-from mdi.core.quantization import NONE, UNQUANTIZED
+from mdi.core.quantization import NONE
 
 
 @grouped
@@ -49,7 +49,7 @@ def prepare(
             source,
             n_nodes,
             dtype=dtype,
-            quantization=formats.asked or UNQUANTIZED,
+            quantization=formats.of(source),
             calibration=text,
             layers=parse_layers(layers),
             vision_node=vision_node,

@@ -32,8 +32,8 @@ def verify(
     from mdi.bench.verify import verify as compare
 
     messages = user_message(prompt, image or [], video or [])
-    quantization = formats.asked or UNQUANTIZED
     source = checkpoint.open(model)
+    quantization = formats.of(source)
     report = compare(source, messages, dtype=dtype, quantization=quantization, n_nodes=n_nodes, max_tokens=max_tokens)
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")

@@ -79,7 +79,7 @@ class Cluster:
         self._config = config
         self._layers = nodes.layers if nodes else config.cluster.layers
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
-        self._formats = config.model.formats
+        self._formats = config.model.formats(source.stored_formats)
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
         source.model_config.check_shards(config.cluster.shards)
@@ -203,9 +203,10 @@ class Cluster:
     def _load_alone(self, source: Source) -> LoadedStage:
         """Quantised weights are made once, as a chunk, and read from there."""
         device, progress = self._device, self._starter_progress()
-        if self._formats in (None, UNQUANTIZED):
+        formats = self._formats or source.stored_formats
+        if formats == UNQUANTIZED:
             return load_source(source, dtype=self._dtype, device=device, progress=progress)
-        self._chunks = prepared(source, 1, dtype=self._dtype, quantization=self._formats, progress=self._progress)
+        self._chunks = prepared(source, 1, dtype=self._dtype, quantization=formats, progress=self._progress)
         return load_chunk(self._chunks.file("starter"), device=device, progress=progress)
 
     def _load_together(self, source: Source) -> LoadedStage:
@@ -293,7 +294,7 @@ class Cluster:
         self._measured = True
         model, cache = source.model_config, self._config.cache
         dtype = self._dtype or model.dtype
-        formats, manual = self._formats or UNQUANTIZED, self._config.cluster.manual
+        formats, manual = self._formats or source.stored_formats, self._config.cluster.manual
         machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
         made = make_plan(
             model,

@@ -27,11 +27,12 @@ class Quantization:
 
 
 INT8 = Quantization("int8", 8, None, 64)
+INT8_32 = Quantization("int8-32", 8, 32, 32)
 INT4 = Quantization("int4", 4, 32, 32)
 NONE = "none"
 """What options and messages call no quantisation."""
 
-QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT4)}
+QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT8_32, INT4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,17 @@ class ModelQuantization:
                 raise UnknownFormatError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
     @classmethod
-    def asked(cls, quantization: str | None, head: str | None, vision: str | None) -> ModelQuantization | None:
+    def asked(
+        cls, quantization: str | None, head: str | None, vision: str | None, stored: ModelQuantization
+    ) -> ModelQuantization | None:
         """What three options ask for: layers and head, the head alone, the vision tower alone. None: nothing is asked.
 
-        `none` asks for a part that is not quantised.
+        `none` asks for a part that is not quantised. stored: the checkpoint's formats, of parts that are not named.
         """
         if quantization is head is vision is None:
             return None
-        layers, head, vision = (None if part == NONE else part for part in (quantization, head or quantization, vision))
+        parts = (quantization or stored.layers, head or quantization or stored.head, vision or stored.vision)
+        layers, head, vision = (None if part == NONE else part for part in parts)
         return cls(layers, head, vision)
 
     @property

@@ -70,7 +70,7 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> T
 def _floating(weight: QuantizedTensor, rows: slice) -> Tensor:
     values, scales = weight.values[rows], weight.scales[rows].float()
     if weight.quantization.bits == 8:
-        return values.float() * scales
+        return (values.float().view(*scales.shape, -1) * scales[..., None]).flatten(1)
     numbers = torch.stack((values & 15, values >> 4), dim=-1).view(len(values), scales.shape[1], -1).float()
     zeros = 8 if weight.zeros is None else weight.zeros[rows].float()[..., None]
     return ((numbers - zeros) * scales[..., None]).flatten(1)

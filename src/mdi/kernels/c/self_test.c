@@ -95,6 +95,7 @@ static int products_pass(void) {
         {.kind = FLOAT16, .activation = QUICK_GELU},
         {.kind = INT8, .group = 64},
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
+        {.kind = INT8, .group = 32, .group_scales = 1},
         {.kind = INT4, .group = 32, .swiglu = 1},
         {.kind = INT4, .group = 32, .has_zeros = 1},
     };
