@@ -301,6 +301,13 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
         if fingerprint.changed():
             raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")
         manifest.write(unfinished)
+    if error := weights.rounding.relative_error:
+        log.info(
+            "weights of %s that were quantised are now %s: a relative error of %.2f %%",
+            source.path.name,
+            contents.quantization,
+            100 * error,
+        )
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:
