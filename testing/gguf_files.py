@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mdi.models.config import VisionConfig
 from mdi.models.registry import family_of, read_config
 
+K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 ARCHITECTURES = {"mistral": "llama", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl"}
@@ -29,13 +30,15 @@ VISUAL = "visual."
 MERGER_PARTS = 3  # which the package counts as blocks
 
 
-def write_gguf(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
-    """The decoder. kind: of matrices, one of `KINDS`; norms and biases are float32.
+def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int = 0, **entries: Any) -> Path:
+    """The decoder. kind: of matrices, one of `KINDS`, or of `K_QUANTS`, whose numbers are random ones.
 
-    entries: replace those of the file.
+    Norms and biases are float32. entries: replace those of the file. tensors_a_part: the model is split over several
+    files. Returns the first.
     """
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(config["model_type"], config["model_type"]))
+    arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
     _add_config(writer, config)
     _add_tokenizer(writer, checkpoint)
     _replace(writer, entries)
@@ -44,7 +47,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
     for name, weight in _weights(checkpoint, config).items():
         if not name.startswith(VISUAL):
             _add(writer, _name_in_file(name, writer.arch, config), _in_file_order(name, weight, config), kind)
-    return _written(writer, path)
+    return min(path.parent.glob(f"{_written(writer, path).stem}*.gguf"))
 
 
 def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
@@ -71,7 +74,8 @@ def _weights(checkpoint: Path, config: dict[str, Any]) -> dict[str, torch.Tensor
 def _replace(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
     for name, value in entries.items():
         writer.kv_data[0].pop(name, None)
-        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(name, value, kind)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, kind: str) -> None:
@@ -82,7 +86,23 @@ def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, kind: str) ->
         return
     if made.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
         stored = gguf.GGMLQuantizationType.F16
-    writer.add_tensor(name, quantize(made, stored), raw_dtype=stored)
+    writer.add_tensor(
+        name, _random_blocks(made, stored) if kind in K_QUANTS else quantize(made, stored), raw_dtype=stored
+    )
+
+
+def _random_blocks(weight: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Bytes of a K-quant of this shape, whose numbers are about as large. The package reads K-quants only."""
+    outputs, inputs = weight.shape
+    size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(outputs * inputs)
+    blocks = generator.integers(0, 256, (outputs, inputs // size, block_bytes), dtype=np.uint8)
+    scales = (weight.std() * generator.uniform(0.5, 1, (outputs, inputs // size, 2)) / 2**9).astype(np.float16)
+    if kind == gguf.GGMLQuantizationType.Q6_K:  # its one scale is the last
+        blocks[..., -2:] = scales[..., :1].view(np.uint8)
+    else:  # a scale, and one of the minima
+        blocks[..., :4] = scales.view(np.uint8)
+    return blocks.reshape(outputs, -1)
 
 
 def _written(writer: gguf.GGUFWriter, path: Path) -> Path:

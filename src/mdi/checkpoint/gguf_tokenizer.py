@@ -29,6 +29,7 @@ DIGITS_APART = ("smollm",)
 NORMALISED = ("qwen2",)
 WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever its merges
 SPACE = "▁"  # of SentencePiece
+LONGEST_PIECE = 256  # characters; SentencePiece makes pieces of 16 unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,10 @@ def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     ids = {token: index for token, index in vocabulary.ids.items() if vocabulary.kinds[index] == NORMAL}
     found = list[tuple[float, int, int, tuple[str, str]]]()
     for piece, index in ids.items():
+        if len(piece) > LONGEST_PIECE:
+            raise CheckpointError(
+                f"the tokenizer of the GGUF file has a piece of {len(piece)} characters: it is damaged"
+            )
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in ids and right in ids:

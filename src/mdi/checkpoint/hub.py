@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mdi.checkpoint.bundled import BUNDLED, unpack
 from mdi.checkpoint.gguf import gguf_folder
-from mdi.checkpoint.gguf_file import SUFFIX
+from mdi.checkpoint.gguf_file import PART, SUFFIX
 from mdi.checkpoint.random_weights import RANDOM, random_checkpoint
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
@@ -57,7 +57,7 @@ def locate(
 def names(model: str, folder: Path) -> tuple[str, ...]:
     """What a located checkpoint is called: its name without a path first, then as it was named, then its folder."""
     folder_name = folder.resolve().name
-    own = Path(model).name.removesuffix(SUFFIX)
+    own = PART.sub(r"\1", Path(model).name).removesuffix(SUFFIX)
     return tuple(dict.fromkeys((folder_name if own in ("", "..") else own, model, str(Path(model)), folder_name)))
 
 
