@@ -83,7 +83,7 @@ class GgufSource:
     @property
     def stored_formats(self) -> ModelQuantization:
         matrices = {name: parts for name, parts in self._tensors.items() if len(parts[0].shape) > 1}
-        head = matrices.get(LM_HEAD) or matrices[EMBEDDING]
+        head = matrices.get(LM_HEAD) or matrices.get(EMBEDDING, [])
 
         def nearest(prefix: str) -> str | None:
             return nearest_format(
