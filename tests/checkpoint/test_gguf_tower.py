@@ -17,12 +17,15 @@ from testing.checkpoints import tiny_config, tiny_windowed_config
 from testing.gguf_files import dequantised, write_gguf, write_mmproj
 
 from mdi import Engine, SamplingParams
+from mdi.bench.verify import verify
 from mdi.checkpoint.gguf import gguf_folder
 from mdi.checkpoint.gguf_file import GgufFile
 from mdi.checkpoint.gguf_tower import TOWERS as KNOWN
 from mdi.checkpoint.processing import media_specs
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
+from mdi.cli.ask import user_message
+from mdi.core.config import ModelSettings
 from mdi.core.errors import CheckpointError
 from mdi.media.patches import CLIP_MEAN, CLIP_STD, normalized_bytes
 
@@ -112,6 +115,21 @@ def test_quantised_towers_answer_nearly_the_same(
         [expected, *_] = original.chat(question(0), GREEDY).samples[0].tokens
     assert first.id == expected.id
     assert first.logprob == pytest.approx(expected.logprob, abs=0.05)
+
+
+@pytest.mark.parametrize("quantization", ["none", None])
+def test_verify_compares_with_transformers(
+    quantization: str | None, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    path, image = checkpoints["qwen2_vl"], tmp_path / "image.png"
+    file, mmproj = write_gguf(path, tmp_path / "a.gguf", "Q8_0"), write_mmproj(path, tmp_path / "b.gguf", "Q8_0")
+    image.write_bytes(question(0)[0]["content"][0]["image"])
+    source = open_source(gguf_folder(file, mmproj))
+    formats = ModelSettings(quantization=quantization).formats(source.stored_formats) or source.stored_formats
+    report = verify(source, user_message("What is it?", [str(image)], []), dtype="float32", quantization=formats)
+    assert report.same_prompt
+    assert report.relative < (0.05 if quantization is None else 1e-4)
+    assert quantization is None or report.first_difference is None
 
 
 def test_without_its_tower_the_model_reads_text(

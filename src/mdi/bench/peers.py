@@ -32,7 +32,13 @@ class Transformers:
     """
 
     def __init__(self, source: Source, dtype: str = "float32") -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoTokenizer,
+            GenerationConfig,
+        )
 
         config = AutoConfig.from_pretrained(source.path)
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -40,6 +46,7 @@ class Transformers:
         self._config = source.model_config
         if isinstance(source, GgufSource):
             self._model = family.from_config(config, dtype=self._dtype).eval()
+            self._model.generation_config = GenerationConfig.from_pretrained(source.path)
             self.replace((name, source.tensor(name)) for name in source.names())
         else:
             self._model = family.from_pretrained(source.path, dtype=self._dtype, local_files_only=True).eval()

@@ -89,10 +89,13 @@ class ModelQuantization:
     ) -> ModelQuantization | None:
         """What three options ask for: layers and head, the head alone, the vision tower alone. None: nothing is asked.
 
-        `none` asks for a part that is not quantised. stored: the checkpoint's formats, of parts that are not named.
+        `none` asks for a part that is not quantised, and for layers and head leaves the tower so, too. stored: the
+        checkpoint's formats, of parts that are not named.
         """
         if quantization is head is vision is None:
             return None
+        if quantization == NONE:
+            stored = cls()
         parts = (quantization or stored.layers, head or quantization or stored.head, vision or stored.vision)
         layers, head, vision = (None if part == NONE else part for part in parts)
         return cls(layers, head, vision)
