@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,7 +71,7 @@ def _equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((index for index, (mine, other) in pairs if mine != other), min(len(ours), len(theirs)))
 
 
-def _our_answers(file: Path, **settings: str) -> tuple[list[Completion], list[tuple[int, ...]]]:
+def _our_answers(file: Path, **settings: Any) -> tuple[list[Completion], list[tuple[int, ...]]]:
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     with Engine(file, sequence_length=1024, **settings) as engine:
         chats = [[{"role": "user", "content": question}] for question in QUESTIONS]

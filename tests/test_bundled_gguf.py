@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from testing.gguf_files import write_gguf, write_mmproj
@@ -35,7 +36,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def answers(model: Path, **settings: object) -> list[str]:
+def answers(model: Path, **settings: Any) -> list[str]:
     with Engine(model, **settings) as engine:
         return [engine.chat(sample.messages(), GREEDY).text for sample in SAMPLES]
 

@@ -22,8 +22,8 @@ from mdi.checkpoint.gguf import GgufSource, gguf_folder
 from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.checkpoint.weights import RoundedWeights
+from mdi.core.batch import Token
 from mdi.core.errors import CheckpointError
-from mdi.core.outputs import Token
 from mdi.core.quantization import INT4, INT8, INT8_32, Quantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING

@@ -81,7 +81,7 @@ def test_changed_bytes(text: Path, changes: list[tuple[float, bytes]], near: boo
     for place, other in changes:
         start = int(place * ((HEAD_BYTES if near else len(content)) - len(other)))
         content[start : start + len(other)] = other
-    read_or_refused(changed(text, content))
+    read_or_refused(changed(text, bytes(content)))
 
 
 @CHANGES
@@ -91,7 +91,7 @@ def test_changed_bytes(text: Path, changes: list[tuple[float, bytes]], near: boo
 def test_numbers_that_lie(text: Path, place: int, value: int, width: str) -> None:
     content = bytearray(text.read_bytes())
     struct.pack_into(width, content, place, value % 2 ** (8 * struct.calcsize(width)))
-    read_or_refused(changed(text, content))
+    read_or_refused(changed(text, bytes(content)))
 
 
 @CHANGES
@@ -101,7 +101,7 @@ def test_towers_that_lie(vision: tuple[Path, Path], place: int, value: int, othe
     content = bytearray(mmproj.read_bytes())
     struct.pack_into("<Q", content, place, value)
     content[place + 8 : place + 8 + len(other)] = other
-    read_or_refused(model, changed(mmproj, content))
+    read_or_refused(model, changed(mmproj, bytes(content)))
 
 
 @CHANGES

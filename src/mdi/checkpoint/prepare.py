@@ -21,7 +21,7 @@ from mdi.checkpoint.new_folder import FolderInUseError, new_folder
 from mdi.checkpoint.random_weights import is_random
 from mdi.checkpoint.safetensors import DTYPES
 from mdi.checkpoint.source import Source
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, stored_tensors
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, source_name, stored_tensors
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
@@ -229,7 +229,7 @@ class _Contents:
     quantization: ModelQuantization
     calibration: CalibrationText | None
 
-    def weights(self) -> Weights:
+    def weights(self) -> RoundedWeights | CalibratedWeights:
         """What the chunks are made of, from the first layer on."""
         if self.calibration and self.quantization.calibrated:
             log.info(

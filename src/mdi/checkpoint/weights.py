@@ -38,10 +38,6 @@ class Rounding:
 class Weights(Protocol):
     """Weights by the names that they have on the hub, read or made one at a time."""
 
-    @property
-    def rounding(self) -> Rounding:
-        """Of the weights so far that were stored quantised, but are rounded to another format."""
-
     def tensor(self, name: str) -> Tensor:
         """One that is not quantised. Raises CheckpointError for one that is not there."""
 
@@ -59,7 +55,10 @@ class UnfitError(CheckpointError):
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """A checkpoint's weights, as they are stored where that is in a format, or rounded to the nearest that it has."""
+    """A checkpoint's weights, as they are stored where that is in a format, or rounded to the nearest that it has.
+
+    rounding: of the weights so far that were stored quantised, but are rounded to another format.
+    """
 
     source: Source
     rounding: Rounding = field(default_factory=Rounding)
