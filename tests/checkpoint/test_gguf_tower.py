@@ -88,13 +88,13 @@ def test_tensors_and_config_are_those_that_were_written(
     assert replace(cut, image_mean=CLIP_MEAN, image_std=CLIP_STD) == expected  # which are float32 in the file
 
 
-@pytest.mark.parametrize("n_nodes", [1, 3])
+@pytest.mark.parametrize("n_nodes", [1, 2])
 @pytest.mark.parametrize("family", TOWERS)
 def test_answers_are_those_of_the_checkpoint(
     family: str, n_nodes: int, checkpoints: dict[str, Path], written: dict[str, tuple[Path, Path]]
 ) -> None:
     file, mmproj = written[family]
-    settings: dict[str, Any] = {"n_nodes": 2 if n_nodes == 3 else 1, "dtype": "float32"}
+    settings: dict[str, Any] = {"n_nodes": n_nodes, "dtype": "float32"}
     with Engine(checkpoints[family], **settings) as original, Engine(file, mmproj=mmproj, **settings) as engine:
         assert engine.model_name == family
         for seed in range(2):
