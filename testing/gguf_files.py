@@ -1,4 +1,7 @@
-"""Small GGUF files, written from checkpoints in Hugging Face layout as llama.cpp's converter does."""
+"""Small GGUF files, written from checkpoints in Hugging Face layout as llama.cpp's converter does.
+
+Names of tensors and entries are those of the `gguf` package.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,94 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mdi.checkpoint.gguf import INNER, OUTER
-from mdi.models.registry import read_config
+from mdi.models.config import VisionConfig
+from mdi.models.registry import family_of, read_config
 
+K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+ARCHITECTURES = {"mistral": "llama", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl"}
+PROJECTORS = {"qwen2_vl": gguf.VisionProjectorType.QWEN2VL, "qwen2_5_vl": gguf.VisionProjectorType.QWEN25VL}
+VISUAL = "visual."
+MERGER_PARTS = 3  # which the package counts as blocks
 
 
-def write_gguf(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
-    """kind: of matrices, one of `KINDS`; norms and biases are float32. entries: replace those of the file."""
+def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int = 0, **entries: Any) -> Path:
+    """The decoder. kind: of matrices, one of `KINDS`, or of `K_QUANTS`, whose numbers are random ones.
+
+    Norms and biases are float32. entries: replace those of the file. tensors_a_part: the model is split over several
+    files. Returns the first.
+    """
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, config["model_type"] if config["model_type"] != "mistral" else "llama")
+    arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
     _add_config(writer, config)
     _add_tokenizer(writer, checkpoint)
-    for name, value in entries.items():
-        writer.kv_data[0].pop(name, None)
-        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    _replace(writer, entries)
     if read_config(config).rope.scaling:
         writer.add_tensor("rope_freqs.weight", _divisors(config).numpy())
-    stored = gguf.GGMLQuantizationType[kind]
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
-        made = _in_file_order(name, weight.float(), config).numpy()
-        if made.ndim == 1:
-            writer.add_tensor(_name_in_file(name), made)
-        else:
-            writer.add_tensor(_name_in_file(name), quantize(made, stored), raw_dtype=stored)
+    for name, weight in _weights(checkpoint, config).items():
+        if not name.startswith(VISUAL):
+            _add(writer, _name_in_file(name, writer.arch, config), _in_file_order(name, weight, config), kind)
+    return min(path.parent.glob(f"{_written(writer, path).stem}*.gguf"))
+
+
+def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
+    """The vision tower, for `write_gguf` of the same checkpoint."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    vision = read_config(config).vision
+    assert vision is not None
+    writer = gguf.GGUFWriter(path, "clip")
+    _add_vision_config(writer, checkpoint, config["model_type"], vision)
+    _replace(writer, entries)
+    for name, weight in _weights(checkpoint, config).items():
+        if name.startswith(VISUAL):
+            for own_name, part in _tower_parts(name, weight).items():
+                _add(writer, _name_of(own_name, gguf.MODEL_ARCH.MMPROJ, max(vision.depth, MERGER_PARTS)), part, kind)
+    return _written(writer, path)
+
+
+def _weights(checkpoint: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    family = family_of(config["architectures"][0])
+    weights = load_file(checkpoint / "model.safetensors")
+    return {family.hub_name(name): weight.float() for name, weight in weights.items()}
+
+
+def _replace(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
+    for name, value in entries.items():
+        writer.kv_data[0].pop(name, None)
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(name, value, kind)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, kind: str) -> None:
+    """Where blocks do not fit a matrix, it is float16, as in llama.cpp's converter."""
+    made, stored = weight.contiguous().numpy(), gguf.GGMLQuantizationType[kind]
+    if made.ndim == 1:
+        writer.add_tensor(name, made)
+        return
+    if made.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+        stored = gguf.GGMLQuantizationType.F16
+    writer.add_tensor(
+        name, _random_blocks(made, stored) if kind in K_QUANTS else quantize(made, stored), raw_dtype=stored
+    )
+
+
+def _random_blocks(weight: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Bytes of a K-quant of this shape, whose numbers are about as large. The package reads K-quants only."""
+    outputs, inputs = weight.shape
+    size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(outputs * inputs)
+    blocks = generator.integers(0, 256, (outputs, inputs // size, block_bytes), dtype=np.uint8)
+    scales = (weight.std() * generator.uniform(0.5, 1, (outputs, inputs // size, 2)) / 2**9).astype(np.float16)
+    if kind == gguf.GGMLQuantizationType.Q6_K:  # its one scale is the last
+        blocks[..., -2:] = scales[..., :1].view(np.uint8)
+    else:  # a scale, and one of the minima
+        blocks[..., :4] = scales.view(np.uint8)
+    return blocks.reshape(outputs, -1)
+
+
+def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -61,6 +127,31 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(made.rms_eps)
     writer.add_rope_freq_base(made.rope.theta)
     writer.add_vocab_size(made.vocab_size)
+    if made.rope.sections:
+        writer.add_rope_dimension_sections([*made.rope.sections, 0])
+
+
+def _add_vision_config(writer: gguf.GGUFWriter, checkpoint: Path, model_type: str, vision: VisionConfig) -> None:
+    pictures = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    writer.add_type("mmproj")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(PROJECTORS[model_type])
+    writer.add_vision_projection_dim(vision.out_size)
+    writer.add_vision_image_size(560)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.width)
+    writer.add_vision_feed_forward_length(vision.mlp_size)
+    writer.add_vision_block_count(vision.depth)
+    writer.add_vision_head_count(vision.n_heads)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_image_mean(pictures["image_mean"])
+    writer.add_vision_image_std(pictures["image_std"])
+    if "min_pixels" in pictures:
+        writer.add_uint32(gguf.Keys.ClipVision.IMAGE_MIN_PIXELS, pictures["min_pixels"])
+        writer.add_uint32(gguf.Keys.ClipVision.IMAGE_MAX_PIXELS, pictures["max_pixels"])
+    if vision.whole_frame_blocks:
+        writer.add_vision_use_silu(True)
+        writer.add_vision_n_wa_pattern(vision.whole_frame_blocks[0] + 1)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
@@ -72,22 +163,43 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
         NORMAL if index not in added else CONTROL if added[index].special else USER_DEFINED
         for index in range(len(tokens))
     ]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
+    if merges:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(tokens.index(settings["eos_token"]))
+    if "pad_token" in settings:
+        writer.add_pad_token_id(tokens.index(settings["pad_token"]))
+    writer.add_add_bos_token(False)
     writer.add_chat_template(settings["chat_template"])
 
 
-def _name_in_file(name: str) -> str:
-    outer = {new: old for old, new in OUTER.items()}
-    inner = {new: old for old, new in INNER.items()}
-    module, _, kind = name.rpartition(".")
-    if module in outer:
-        return f"{outer[module]}.{kind}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{inner[rest]}.{kind}"
+def _name_in_file(name: str, arch: str, config: dict[str, Any]) -> str:
+    [known] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
+    return _name_of(name, known, config["num_hidden_layers"])
+
+
+def _name_of(name: str, arch: gguf.MODEL_ARCH, n_blocks: int) -> str:
+    """As the package's map has it. A second frame's patches have a number behind the name."""
+    stem, dot, frame = name.partition(".weight.")
+    found = gguf.get_tensor_name_map(arch, n_blocks).get_name(
+        stem + ".weight" * bool(dot) or name, (".weight", ".bias")
+    )
+    assert found is not None, name
+    return f"{found}.{frame}" if dot else found
+
+
+def _tower_parts(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the converter cuts: queries, keys and values apart, and a kernel for each frame of a patch."""
+    if ".qkv." in name:
+        parts = weight.chunk(3)
+        return {name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
+    if name == "visual.patch_embed.proj.weight":
+        return {name: weight[:, :, 0], f"{name}.1": weight[:, :, 1]}
+    return {name: weight}
 
 
 def _in_file_order(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
@@ -111,5 +223,7 @@ def _divisors(config: dict[str, Any]) -> torch.Tensor:
 def dequantised(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What a matrix is after it was written."""
     stored = gguf.GGMLQuantizationType[kind]
+    if weight.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+        stored = gguf.GGMLQuantizationType.F16
     made: np.ndarray[Any, Any] = gguf.quants.dequantize(quantize(weight.float().numpy(), stored), stored)
     return torch.from_numpy(made)

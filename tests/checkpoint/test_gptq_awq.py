@@ -22,10 +22,10 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare, prepared
 from mdi.checkpoint.quantized import QuantizedSource
 from mdi.checkpoint.random_weights import write_random_checkpoint
-from mdi.checkpoint.source import Source, chosen_formats, open_source
+from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import FORMATS, INT8, ModelQuantization
+from mdi.core.quantization import FORMATS, INT8, INT8_32, UNQUANTIZED, ModelQuantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 
@@ -143,20 +143,21 @@ def test_a_server_takes_the_formats_of_the_checkpoint(packed: Callable[[Packer],
 def test_another_format_is_rounded_to_where_it_is_asked_for(
     packed: Callable[[Packer], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     source = open_source(packed(AWQ))
     stored = source.quantization
-    assert chosen_formats(source, None) == chosen_formats(source, ModelQuantization()) == stored
-    assert chosen_formats(source, ModelQuantization("int4", "int8")) == ModelQuantization("int4-zeros", "int8")
-    assert not caplog.records
-    int8 = chosen_formats(source, ModelQuantization("int8"))
+    assert ModelQuantization.asked(None, None, None, stored) is None
+    assert ModelQuantization.asked("none", None, None, stored) == UNQUANTIZED
+    assert ModelQuantization.asked("int4", "int8", None, stored) == ModelQuantization("int4-zeros", "int8")
+    int8 = ModelQuantization.asked("int8", "none", None, stored)
     assert int8 == ModelQuantization("int8")
-    assert "the checkpoint's weights are int4-zeros: they are rounded once more, to int8" in caplog.text
     with (
         closing(prepared(source, 1, quantization=int8)) as made,
         closing(prepared(source, 1, quantization=stored)) as as_is,
     ):
         assert as_is.folder.name == "1nodes"
         assert made.folder.name == "1nodes-float32-int8-head-none"
+        assert "are now int8 (head none): a relative error of " in caplog.text
         weights, exact = dict(chunk_weights(made.file("starter"))), source.tensor(f"{DOWN}.weight")
     assert 0 < (weights[f"{DOWN}.weight"] - exact).norm() < 0.01 * exact.norm()
 
@@ -167,7 +168,7 @@ def test_a_vision_tower_stays_in_floats_or_is_quantised(tmp_path: Path) -> None:
     write_quantized(plain, tmp_path / "packed", Packer(group=32))
     source = open_source(tmp_path / "packed")
     assert source.quantization == ModelQuantization("int4")
-    asked = chosen_formats(source, ModelQuantization(vision="int8"))
+    asked = ModelQuantization.asked(None, None, "int8", source.quantization)
     assert asked == ModelQuantization("int4", vision="int8")
     folder = prepare(source, 1, quantization=asked)
     weights = load_file(folder / "model_starter.safetensors")
@@ -287,4 +288,4 @@ def test_a_model_of_another_size_is_refused(packed: Callable[[Packer], Path]) ->
 
 
 def test_every_format_has_a_packer() -> None:
-    assert PACKERS.keys() == FORMATS.keys()
+    assert PACKERS.keys() == FORMATS.keys() - {INT8_32.name}  # which only GGUF files have

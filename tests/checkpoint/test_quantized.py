@@ -228,7 +228,7 @@ def test_a_manifest_that_names_a_format_of_another_version_says_so(names: dict[s
     content = json.loads((folder / FILE_NAME).read_text())
     content["quantization"] |= names
     (folder / FILE_NAME).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"quantisation '.*' is unknown: use one of int8, int4"):
+    with pytest.raises(CheckpointError, match=r"quantisation '.*' is unknown: use one of int8, int8-32, int4"):
         load_chunk(folder / "model_starter.safetensors")
 
 

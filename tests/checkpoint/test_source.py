@@ -25,7 +25,7 @@ class MemorySource:
         self.path = self.home = path
         self.config: dict[str, Any] = source.config
         self.model_config: ModelConfig = source.model_config
-        self.quantization = UNQUANTIZED
+        self.quantization, self.is_exact = UNQUANTIZED, True
         self.files = (path / "weights",)
         self.files[0].write_text("in memory")
         self._tensors = {name: source.tensor(name).double() for name in source.names()}

@@ -126,9 +126,12 @@ def test_the_demo_answers_and_draws_its_answers(tmp_path: Path) -> None:
         (("prepare", "CHECKPOINT", "--dtype", "int4"), "int4"),
         (
             ("prepare", "CHECKPOINT", "--quantization", "int3"),
-            "quantization must be one of int8, int4, none, got 'int3'",
+            "quantization must be one of int8, int8-32, int4, none, got 'int3'",
         ),
-        (("plan", "CHECKPOINT", "--vision-quantization", "fp8"), "vision_quantization must be one of int8, int4, none"),
+        (
+            ("plan", "CHECKPOINT", "--vision-quantization", "fp8"),
+            "vision_quantization must be one of int8, int8-32, int4, none",
+        ),
         (("ask", "CHECKPOINT", "x", "--head-quantization", "Q4_0"), "head_quantization must be one of"),
         (("serve", "CHECKPOINT", "--quantization", ""), "quantization must be one of"),
         (("bench", "CHECKPOINT", "--quantization", "INT8"), "quantization must be one of"),
@@ -176,7 +179,7 @@ def test_quantised_weights_that_cannot_be_used_end_a_command_with_exit_code_2_an
         manifest = prepare(open_source(folder), 2, quantization=ModelQuantization("int4")) / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"int4"', '"int2"'))
         words = ["secondary", "--chunk", str(manifest.parent / "model_finisher.safetensors")]
-        expected = "the quantisation 'int2' is unknown: use one of int8, int4"
+        expected = "the quantisation 'int2' is unknown: use one of int8, int8-32, int4"
     monkeypatch.setattr(sys, "argv", ["mdi", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -121,7 +121,7 @@ def test_a_matrix_that_is_kept_is_not_quantised() -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'int3' is unknown: use one of int8, int4"):
+    with pytest.raises(ConfigError, match="'int3' is unknown: use one of int8, int8-32, int4"):
         ModelQuantization(layers="int3")
 
 

@@ -89,7 +89,8 @@ def stages_of(path: Path, n_nodes: int, dtype: str) -> list[Stage]:
     """One node has no chunks, three have."""
     source = open_source(path)
     if n_nodes == 1:
-        return [Stage(load_source(source, dtype=dtype), n_slots=8, sequence_length=512)]
+        loaded = load_source(source, dtype=dtype, quantization=source.quantization)
+        return [Stage(loaded, n_slots=8, sequence_length=512)]
     folder = prepare(source, n_nodes, dtype=dtype, quantization=source.quantization)
     chunks = Manifest.read(folder).chunks
     return [Stage(load_chunk(folder / chunk.file), n_slots=8, sequence_length=512) for chunk in chunks]

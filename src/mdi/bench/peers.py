@@ -37,7 +37,13 @@ class Transformers:
     """
 
     def __init__(self, source: Source, dtype: str = "float32") -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoTokenizer,
+            GenerationConfig,
+        )
 
         config = AutoConfig.from_pretrained(source.path)
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -48,6 +54,8 @@ class Transformers:
         else:
             vars(config).pop("quantization_config", None)
             self._model = family.from_config(config, dtype=self._dtype).eval()
+            if (source.path / "generation_config.json").exists():
+                self._model.generation_config = GenerationConfig.from_pretrained(source.path)
             self.replace((name, source.tensor(name)) for name in source.names())
         self._tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         self._cut, self._video = media_specs(source)

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mdi.checkpoint.gguf import GgufSource
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.safetensors import opened
 from mdi.checkpoint.tensor_file import TensorFile
@@ -145,7 +144,7 @@ class AdaptedSource:
     @classmethod
     def of(cls, base: Source, adapter: Adapter) -> AdaptedSource:
         """Raises CheckpointError where the two do not fit."""
-        if base.quantization != UNQUANTIZED or (isinstance(base, GgufSource) and base.has_int4):
+        if base.quantization != UNQUANTIZED:
             raise CheckpointError(
                 f"{base.path.name} is quantised already, and an adapter's changes are smaller than its steps: use the "
                 "checkpoint that it was made from, with --adapter and --quantization"
@@ -183,6 +182,10 @@ class AdaptedSource:
     @property
     def quantization(self) -> ModelQuantization:
         return UNQUANTIZED
+
+    @property
+    def is_exact(self) -> bool:
+        return True
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.tokenizer_files import TOKENIZER, check_tokenizer_files
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, not_finite
+from mdi.checkpoint.weights import RoundedWeights, Rounding, UnfitError, not_finite
 from mdi.core.batch import Batch, Slice
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.layers.gptq import Compensation, quantize_with
 from mdi.layers.linear import Linear
 from mdi.layers.mlp import MLP
@@ -113,6 +113,10 @@ class CalibratedWeights:
         return self._made.pop(name)
 
     @property
+    def rounding(self) -> Rounding:
+        return self._rounded.rounding
+
+    @cached_property
     def _rounded(self) -> RoundedWeights:
         return RoundedWeights(self.source)
 
@@ -180,12 +184,16 @@ class CalibratedWeights:
         return {name: self._quantize(name, compensation) for name in wanted}
 
     def _quantize(self, name: str, compensation: Compensation) -> QuantizedTensor:
+        weight = self.tensor(name)
         try:
-            return quantize_with(self.tensor(name), compensation)
+            made = quantize_with(weight, compensation)
         except NotFiniteError as error:
             raise not_finite(name, error) from None
         except ScaleError as error:
             raise UnfitError(name, str(error)) from None
+        if self.source.quantization != UNQUANTIZED:
+            self.rounding.add(weight, made)
+        return made
 
 
 @dataclass(frozen=True)

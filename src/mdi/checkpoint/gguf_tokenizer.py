@@ -1,13 +1,15 @@
 """The tokenizer inside a GGUF file, written as the files that transformers reads.
 
-Byte-level BPE is built here, with the splits of text that the file names; others (SentencePiece) are converted by
-transformers. Splits: those of the models' own tokenizer.json, which llama.cpp names (`llama-vocab.cpp`).
+Byte-level BPE has the splits of text that the file names: those of the models' own tokenizer.json, which llama.cpp
+names (`llama-vocab.cpp`). SentencePiece is BPE whose merges follow from the pieces' scores, as in transformers'
+`SpmConverter`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mdi.core.errors import CheckpointError
 
-CONTROL, USER_DEFINED = 3, 4  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of tokens
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
@@ -25,50 +27,72 @@ SPLITS = {
 GPT2 = ("gpt-2", "default")
 DIGITS_APART = ("smollm",)
 NORMALISED = ("qwen2",)
+WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever its merges
+SPACE = "▁"  # of SentencePiece
+LONGEST_PIECE = 256  # characters; SentencePiece makes pieces of 16 unless told otherwise
 
 
-def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a file, with their types and, in SentencePiece, scores."""
+
+    tokens: list[str]
+    kinds: list[int]
+    scores: list[float]
+
+    @classmethod
+    def read(cls, entries: Mapping[str, Any]) -> _Vocabulary:
+        tokens = list(entries["tokenizer.ggml.tokens"])
+        kinds = list(entries.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+        return cls(tokens, kinds, list(entries.get("tokenizer.ggml.scores", ())))
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
+
+    def of(self, *kinds: int) -> list[str]:
+        """The tokens of some types."""
+        return [token for token, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
+
+
+def write_tokenizer(folder: Path, entries: Mapping[str, Any]) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
 
-    fields: the entries of the file. Raises CheckpointError for a tokenizer that is missing or not supported.
+    entries: of the file. Raises CheckpointError for a tokenizer that is missing or not supported.
     """
-    kind = fields.get("tokenizer.ggml.model")
+    kind = entries.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"GGUF files with a tokenizer of the kind {kind!r} are not supported")
-    if kind == "gpt2":
-        _write_byte_level(folder, fields)
-    else:
-        _convert(folder, file)
-    ends = [fields[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in fields]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(set(ends))} if ends else {}))
-
-
-def _write_byte_level(folder: Path, fields: Mapping[str, Any]) -> None:
-    tokens, split = list(fields["tokenizer.ggml.tokens"]), str(fields.get("tokenizer.ggml.pre", "default"))
-    merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges", ())]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, ignore_merges=True)
-    )
-    tokenizer.normalizer = normalizers.NFC() if split in NORMALISED else None
-    tokenizer.pre_tokenizer = _pre_tokenizer(split)
-    tokenizer.decoder = decoders.ByteLevel()
-    types = list(fields.get("tokenizer.ggml.token_type", ()))
-    named = {kind: [tokens[index] for index, each in enumerate(types) if each == kind] for kind in set(types)}
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in named.get(CONTROL, ())])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in named.get(USER_DEFINED, ())])
+    vocabulary = _Vocabulary.read(entries)
+    tokenizer = _byte_level(vocabulary, entries) if kind == "gpt2" else _sentence_piece(vocabulary, entries)
+    specials = vocabulary.of(UNKNOWN, CONTROL)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in vocabulary.of(USER_DEFINED)])
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-        if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            settings[name] = tokens[index]
-    if fields.get("tokenizer.ggml.add_bos_token") and "bos_token" in settings:
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        if (index := entries.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            settings[name] = vocabulary.tokens[index]
+    if entries.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in settings:
         first = settings["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, tokens.index(first))]
+            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, vocabulary.ids[first])]
         )
-    if template := fields.get("tokenizer.chat_template"):
+    if template := entries.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+    ends = {entries[name] for key in ("eos", "eot") if (name := f"tokenizer.ggml.{key}_token_id") in entries}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)} if ends else {}))
+
+
+def _byte_level(vocabulary: _Vocabulary, entries: Mapping[str, Any]) -> Tokenizer:
+    split = str(entries.get("tokenizer.ggml.pre", "default"))
+    merges = [tuple(merge.split(" ")) for merge in entries.get("tokenizer.ggml.merges", ())]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=split in WHOLE_WORDS))
+    tokenizer.normalizer = normalizers.NFC() if split in NORMALISED else None
+    tokenizer.pre_tokenizer = _pre_tokenizer(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
@@ -84,7 +108,38 @@ def _pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _convert(folder: Path, file: Path) -> None:
-    from transformers import AutoTokenizer
+def _sentence_piece(vocabulary: _Vocabulary, entries: Mapping[str, Any]) -> Tokenizer:
+    """Spaces are pieces of words, one more stands before a text, and characters without a piece are bytes."""
+    unknown = vocabulary.tokens[entries.get("tokenizer.ggml.unknown_token_id", 0)]
+    bytes_ = bool(vocabulary.of(BYTE))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids, merges=_merges(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=bytes_
+        )
+    )
+    prefix = entries.get("tokenizer.ggml.add_space_prefix", True)
+    first = [normalizers.Prepend(SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    last = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    return tokenizer
 
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, in the order of that piece's score."""
+    if len(vocabulary.scores) != len(vocabulary.tokens):
+        raise CheckpointError("the GGUF file has no score for each piece of its tokenizer: convert the model anew")
+    ids = {token: index for token, index in vocabulary.ids.items() if vocabulary.kinds[index] == NORMAL}
+    found = list[tuple[float, int, int, tuple[str, str]]]()
+    for piece, index in ids.items():
+        if len(piece) > LONGEST_PIECE:
+            raise CheckpointError(
+                f"the tokenizer of the GGUF file has a piece of {len(piece)} characters: it is damaged"
+            )
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                found.append((-vocabulary.scores[index], ids[left], ids[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdi.checkpoint.bundled import BUNDLED, unpack
-from mdi.checkpoint.gguf import SUFFIX, gguf_folder
+from mdi.checkpoint.gguf import gguf_folder
+from mdi.checkpoint.gguf_file import PART, SUFFIX
 from mdi.checkpoint.random_weights import RANDOM, random_checkpoint
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress
@@ -19,20 +20,25 @@ def locate(
     *,
     ckpt_folder: Path,
     hf_token: str | None = None,
+    mmproj: Path | None = None,
     download: bool = True,
     progress: Progress | None = None,
 ) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else its copy or download under `ckpt_folder`.
 
-    A GGUF file has a folder in the cache, see `gguf_folder`.
+    A GGUF file has a folder in the cache, see `gguf_folder`; mmproj: the file with its vision tower.
     random:NAME is a random checkpoint in the cache; progress: called with its bytes while it is written.
     Downloads show progress bars and resume where they stopped. Raises CheckpointError, with the remedy, when there is
     no such checkpoint or it cannot be downloaded.
     """
+    if model.endswith(SUFFIX) and Path(model).is_file():
+        return gguf_folder(Path(model), mmproj)
+    if model.endswith(SUFFIX) and not Path(model).exists():
+        raise CheckpointError(f"there is no GGUF file {model!r}")
+    if mmproj:
+        raise CheckpointError(f"--mmproj is the vision tower of a GGUF file, which {model!r} is not: leave it out")
     if Path(model).is_dir():
         return Path(model)
-    if model.endswith(SUFFIX) and Path(model).is_file():
-        return gguf_folder(Path(model))
     if model.startswith(RANDOM):
         return random_checkpoint(model.removeprefix(RANDOM), progress)
     kept = ckpt_folder / model
@@ -51,7 +57,7 @@ def locate(
 def names(model: str, folder: Path) -> tuple[str, ...]:
     """What a located checkpoint is called: its name without a path first, then as it was named, then its folder."""
     folder_name = folder.resolve().name
-    own = Path(model).name.removesuffix(SUFFIX)
+    own = PART.sub(r"\1", Path(model).name).removesuffix(SUFFIX)
     return tuple(dict.fromkeys((folder_name if own in ("", "..") else own, model, str(Path(model)), folder_name)))
 
 

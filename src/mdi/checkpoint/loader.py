@@ -23,7 +23,7 @@ from mdi.checkpoint.weights import RoundedWeights, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
-from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import Specs, order_name, scale_name, stored_specs, total_bytes, zero_name
 from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
@@ -71,21 +71,23 @@ def load_source(
     spec: StageSpec | None = None,
     *,
     dtype: str | None = None,
+    quantization: ModelQuantization = UNQUANTIZED,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage from a checkpoint without chunks, cast to `dtype`; what is quantised stays so. spec: None is all.
+    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is all.
 
+    quantization: that of the checkpoint, or none: then weights that are stored quantised are dequantised.
     Raises CheckpointError for a tensor that is missing or has another shape.
     """
     config = source.model_config
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
-    specs = stage_specs(config, spec, dtype, source.quantization)
+    specs = stage_specs(config, spec, dtype, quantization)
     check_tensors(source, specs)
     count = counter(progress, "loading", total_bytes(specs.values()))
     get = _Load(RoundedWeights(source), specs, parse_dtype(dtype), parse_device(device), count)
-    return _loaded(config, spec, get, source.quantization)
+    return _loaded(config, spec, get, quantization)
 
 
 def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -18,10 +18,11 @@ from mdi.checkpoint.gguf import GgufSource
 from mdi.checkpoint.locks import Hold, in_use
 from mdi.checkpoint.manifest import CalibrationEntry, ChunkEntry, Manifest, chunk_file, plan_hash
 from mdi.checkpoint.new_folder import FolderInUseError, new_folder
+from mdi.checkpoint.quantized import QuantizedSource
 from mdi.checkpoint.random_weights import is_random
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.tensor_file import DTYPES
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, stored_tensors
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, source_name, stored_tensors
 from mdi.checkpoint.writer import write_safetensors
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
@@ -79,7 +80,7 @@ def prepare(
     plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
     folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
     dtype = dtype or source.model_config.dtype
-    text = calibration if source.quantization == UNQUANTIZED else None
+    text = None if _is_rounded(source) else calibration
     contents = _Contents(source, plan, dtype, quantization, text)
     _write(folder, contents, Fingerprint(source, progress), progress)
     return folder
@@ -98,8 +99,8 @@ def prepared(
 ) -> Chunks:
     """Finds the chunks of this checkpoint, or writes them: beside those of another kind, over outdated ones.
 
-    dtype, quantization, layers: None takes what is in the usual place. measure: called for the layers when
-    chunks are written and `layers` is None. See `prepare` for the rest.
+    dtype, quantization, layers: None takes what is in the usual place, or is stored. measure: called for the layers
+    when chunks are written and `layers` is None. See `prepare` for the rest.
     """
     config = source.model_config
     plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
@@ -119,13 +120,13 @@ def prepared(
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
             text = None if is_random(source.path) or _is_rounded(source) else CalibrationText.default()
-            contents = _Contents(source, plan, dtype or config.dtype, quantization or UNQUANTIZED, text)
+            contents = _Contents(source, plan, dtype or config.dtype, quantization or source.quantization, text)
             _write(folder, contents, search.fingerprint, progress)
 
 
 def _is_rounded(source: Source) -> bool:
     """Whether its weights are quantised already, at least in part: calibration would round them once more."""
-    return source.quantization != UNQUANTIZED or (isinstance(source, GgufSource) and source.has_int4)
+    return isinstance(source, QuantizedSource) or (isinstance(source, GgufSource) and source.has_int4)
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class _Contents:
     quantization: ModelQuantization
     calibration: CalibrationText | None
 
-    def weights(self) -> Weights:
+    def weights(self) -> RoundedWeights | CalibratedWeights:
         """What the chunks are made of, from the first layer on."""
         if self.calibration and self.quantization.calibrated:
             log.info(
@@ -303,6 +304,13 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
         if fingerprint.changed():
             raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")
         manifest.write(unfinished)
+    if error := weights.rounding.relative_error:
+        log.info(
+            "weights of %s that were quantised are now %s: a relative error of %.2f %%",
+            source.path.name,
+            contents.quantization,
+            100 * error,
+        )
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:

@@ -182,6 +182,10 @@ class QuantizedSource(SafetensorsSource):
         matrices = (matrix for matrix, spec in specs.items() if spec.quantization)
         return replace(made, kept=tuple(matrix for matrix in matrices if matrix not in self._matrices))
 
+    @property
+    def is_exact(self) -> bool:
+        return self.packing.is_exact
+
     def names(self) -> frozenset[str]:
         packed = {f"{_module(matrix)}.{part}" for matrix in self._matrices for part in PARTS}
         return super().names() - packed | self._matrices

@@ -67,6 +67,10 @@ class SafetensorsSource:
         return UNQUANTIZED
 
     @property
+    def is_exact(self) -> bool:
+        return True
+
+    @property
     def files(self) -> tuple[Path, ...]:
         index = [] if self._single else [self.path / INDEX]
         return (self.path / CONFIG, *index, *self._stored)

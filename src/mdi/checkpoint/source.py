@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +13,10 @@ from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.quantized import ENTRY, QuantizedSource
 from mdi.checkpoint.safetensors import SafetensorsSource
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import FORMATS, UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.quantization import ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig
 from mdi.models.entries import CONFIG
-
-log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -43,7 +40,11 @@ class Source(Protocol):
 
     @property
     def quantization(self) -> ModelQuantization:
-        """The formats that its parts are in as they are stored."""
+        """The formats that its parts get where nothing is asked for: those that are nearest to how they are stored."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all its matrices are stored in these formats, and none is rounded to them."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,25 +78,3 @@ def _opened(path: Path) -> Source:
     if (path / LINK).exists():
         return GgufSource.open(path)
     return QuantizedSource.open(path) if read_json(path / CONFIG).get(ENTRY) else SafetensorsSource.open(path)
-
-
-def chosen_formats(source: Source, asked: ModelQuantization | None) -> ModelQuantization | None:
-    """The formats of a checkpoint's parts, where these are asked for.
-
-    Parts that are quantised stay as they are stored, and are rounded once more where another number of bits is asked
-    for. None: nothing is asked, and nothing is quantised.
-    """
-    stored = source.quantization
-    if stored == UNQUANTIZED:
-        return asked
-    if asked is None:
-        return stored
-    layers, head, vision = (_chosen(*pair) for pair in zip(stored.parts, asked.parts, strict=True))
-    return ModelQuantization(layers, head, vision, stored.kept)
-
-
-def _chosen(stored: str | None, asked: str | None) -> str | None:
-    if stored and asked and FORMATS[stored].bits != FORMATS[asked].bits:
-        log.warning("the checkpoint's weights are %s: they are rounded once more, to %s", stored, asked)
-        return asked
-    return stored or asked

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mdi.checkpoint.source import Source
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import Quantization, QuantizedTensor
+from mdi.core.quantization import UNQUANTIZED, Quantization, QuantizedTensor
 from mdi.core.tensors import Specs
-from mdi.layers.quantize import NotFiniteError, ScaleError, quantize
+from mdi.layers.quantize import NotFiniteError, ScaleError, dequantize, quantize
 from mdi.models.decoder import EMBEDDING, LM_HEAD
+
+
+@dataclass
+class Rounding:
+    """How far rounded weights are from those before: sums of squares of the differences, and of the weights."""
+
+    wrong: float = 0.0
+    whole: float = 0.0
+
+    def add(self, weight: Tensor, made: QuantizedTensor) -> None:
+        """weight: [outputs, *inputs], from which `made` was rounded."""
+        self.wrong += float((dequantize(made) - weight.flatten(1)).square().sum(dtype=torch.float64))
+        self.whole += float(weight.square().sum(dtype=torch.float64))
+
+    @property
+    def relative_error(self) -> float:
+        """0 where nothing was rounded."""
+        return (self.wrong / self.whole) ** 0.5 if self.whole else 0.0
 
 
 class Weights(Protocol):
@@ -36,9 +55,13 @@ class UnfitError(CheckpointError):
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """A checkpoint's weights, as they are stored where that is in a format, or rounded to the nearest that it has."""
+    """A checkpoint's weights, as they are stored where that is in a format, or rounded to the nearest that it has.
+
+    rounding: of the weights so far that were stored quantised, but are rounded to another format.
+    """
 
     source: Source
+    rounding: Rounding = field(default_factory=Rounding)
 
     def tensor(self, name: str) -> Tensor:
         return self.source.tensor(source_name(self.source, name))
@@ -46,12 +69,16 @@ class RoundedWeights:
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
         if stored := self.source.quantized(source_name(self.source, name), quantization):
             return stored
+        weight = self.tensor(name)
         try:
-            return quantize(self.tensor(name), quantization)
+            made = quantize(weight, quantization)
         except NotFiniteError as error:
             raise not_finite(name, error) from None
         except ScaleError as error:
             raise UnfitError(name, str(error)) from None
+        if self.source.quantization != UNQUANTIZED:
+            self.rounding.add(weight, made)
+        return made
 
 
 def not_finite(name: str, error: NotFiniteError) -> CheckpointError:

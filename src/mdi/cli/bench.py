@@ -50,6 +50,7 @@ def bench(
     limits = limits_for(scenarios, images.max_pixels if images and sides else None)
     engine = options.start(
         str(source.path),
+        mmproj=None,  # its folder has it
         sequence_length=limits.sequence_length,
         max_sequences=limits.max_sequences,
         kv_cache_gb=kv_cache_gb,

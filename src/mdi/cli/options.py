@@ -68,6 +68,7 @@ class CheckpointOptions:
     ckpt_folder: Annotated[Path, setting("ckpt_folder", "--ckpt-folder", "--download-dir")] = DEFAULTS.model.ckpt_folder
     hf_token: Annotated[str | None, setting("hf_token", envvar="HF_TOKEN")] = None
     adapter: Annotated[Path | None, setting("adapter")] = None
+    mmproj: Annotated[Path | None, setting("mmproj")] = None
 
     def open(self, model: str, *, download: bool = True) -> Source:
         """The checkpoint, downloaded first where that is needed and allowed."""
@@ -79,6 +80,7 @@ class CheckpointOptions:
             model,
             ckpt_folder=self.ckpt_folder,
             hf_token=self.hf_token,
+            mmproj=self.mmproj,
             download=download,
             progress=BytesProgress(),
         )
@@ -93,11 +95,10 @@ class QuantizationOptions:
     head_quantization: Annotated[str | None, setting("head_quantization")] = None
     vision_quantization: Annotated[str | None, setting("vision_quantization")] = None
 
-    @property
-    def asked(self) -> ModelQuantization | None:
-        """Raises ConfigError for an unknown one."""
+    def of(self, source: Source) -> ModelQuantization:
+        """Those of a checkpoint's parts: what is asked for, or what it has. Raises ConfigError for an unknown one."""
         given = {item.name: getattr(self, item.name) for item in fields(QuantizationOptions)}
-        return ModelSettings(**given).formats
+        return ModelSettings(**given).formats(source.quantization) or source.quantization
 
 
 @dataclass(frozen=True)

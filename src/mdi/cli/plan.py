@@ -21,7 +21,7 @@ from mdi.cli.options import (
 )
 from mdi.cli.screen import err, out
 from mdi.core.config import CacheSettings, ManualNodes
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.quantization import ModelQuantization
 from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def plan(
 
     With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
     """
-    from mdi.checkpoint.source import chosen_formats
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.weights import log_unquantized
     from mdi.planning.cache import CacheNode, cache_budget, planned_bytes, planned_tokens
@@ -57,7 +56,7 @@ def plan(
     source = checkpoint.open(model)
     config = source.model_config
     n_nodes, layers, dtype = options.n_nodes or 1, parse_layers(options.layers), options.dtype or config.dtype
-    quantization = chosen_formats(source, formats.asked) or UNQUANTIZED
+    quantization = formats.of(source)
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:

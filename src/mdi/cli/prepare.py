@@ -9,7 +9,7 @@ import typer
 
 from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, QuantizationOptions, grouped, parse_layers
 from mdi.cli.screen import bytes_bar, say
-from mdi.core.quantization import NONE, UNQUANTIZED
+from mdi.core.quantization import NONE
 
 
 @grouped
@@ -38,7 +38,6 @@ def prepare(
     """Split a checkpoint into one chunk per node, under chunks/{n}nodes/ in its folder."""
     from mdi.checkpoint.calibration import CalibrationText
     from mdi.checkpoint.prepare import prepare as write_chunks
-    from mdi.checkpoint.source import chosen_formats
 
     text = (
         None if calibrate == NONE else CalibrationText.read(Path(calibrate)) if calibrate else CalibrationText.default()
@@ -50,7 +49,7 @@ def prepare(
             source,
             n_nodes,
             dtype=dtype,
-            quantization=chosen_formats(source, formats.asked) or UNQUANTIZED,
+            quantization=formats.of(source),
             calibration=text,
             layers=parse_layers(layers),
             vision_node=vision_node,

@@ -30,11 +30,10 @@ def verify(
     A quantised model is compared with the numbers that its weights stand for, in float32.
     """
     from mdi.bench.verify import verify as compare
-    from mdi.checkpoint.source import chosen_formats
 
     messages = user_message(prompt, image or [], video or [])
     source = checkpoint.open(model)
-    quantization = chosen_formats(source, formats.asked) or UNQUANTIZED
+    quantization = formats.of(source)
     report = compare(source, messages, dtype=dtype, quantization=quantization, n_nodes=n_nodes, max_tokens=max_tokens)
     if not report.same_prompt:
         out.print("the prompts differ: transformers tokenises or resizes this differently")

@@ -16,7 +16,7 @@ import psutil
 
 from mdi.checkpoint.loader import load_chunk, load_source
 from mdi.checkpoint.prepare import Chunks, prepared
-from mdi.checkpoint.source import Source, chosen_formats
+from mdi.checkpoint.source import Source
 from mdi.cluster.cache_memory import cache_nodes
 from mdi.cluster.delivery import Deliver
 from mdi.cluster.launchers.base import Launcher
@@ -79,7 +79,7 @@ class Cluster:
         self._config = config
         self._layers = nodes.layers if nodes else config.cluster.layers
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
-        self._formats = chosen_formats(source, config.model.formats)
+        self._formats = config.model.formats(source.quantization)
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
         source.model_config.check_shards(config.cluster.shards)
@@ -203,9 +203,10 @@ class Cluster:
     def _load_alone(self, source: Source) -> LoadedStage:
         """Weights that are to be quantised are made once, as a chunk, and read from there."""
         device, progress = self._device, self._starter_progress()
-        if self._formats in (None, source.quantization):
-            return load_source(source, dtype=self._dtype, device=device, progress=progress)
-        self._chunks = prepared(source, 1, dtype=self._dtype, quantization=self._formats, progress=self._progress)
+        formats = self._formats or source.quantization
+        if formats == UNQUANTIZED or (formats == source.quantization and source.is_exact):
+            return load_source(source, dtype=self._dtype, quantization=formats, device=device, progress=progress)
+        self._chunks = prepared(source, 1, dtype=self._dtype, quantization=formats, progress=self._progress)
         return load_chunk(self._chunks.file("starter"), device=device, progress=progress)
 
     def _load_together(self, source: Source) -> LoadedStage:
@@ -295,7 +296,7 @@ class Cluster:
         self._measured = True
         model, cache = source.model_config, self._config.cache
         dtype = self._dtype or model.dtype
-        formats, manual = self._formats or UNQUANTIZED, self._config.cluster.manual
+        formats, manual = self._formats or source.quantization, self._config.cluster.manual
         machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
         made = make_plan(
             model,

@@ -68,7 +68,7 @@ class ModelSettings(Section):
     """Which model, and what it is computed in."""
 
     checkpoint: str = setting(
-        "", "A checkpoint's folder, its name on the Hugging Face hub, bundled, or random:qwen2-vl-2b."
+        "", "A checkpoint's folder, its name on the Hugging Face hub, a GGUF file, bundled, or random:qwen2-vl-2b."
     )
     adapter: Path | None = setting(None, "Folder of a LoRA adapter, as PEFT saves it, that is merged into the weights.")
     dtype: str | None = setting(
@@ -76,18 +76,20 @@ class ModelSettings(Section):
     )
     quantization: str | None = setting(
         None,
-        "Weights of decoder layers and LM head as int8 or int4; none: as they are. Not given: as prepared chunks are.",
+        "Weights of decoder layers and LM head as int8, int8-32 (a scale for each 32 inputs) or int4; none: as they "
+        "are. Not given: as prepared chunks are, or near to the types of a GGUF file.",
         choices=FORMATS,
     )
     head_quantization: str | None = setting(
-        None, "Weights of the LM head as int8, int4 or none; as the layers' if not given.", choices=FORMATS
+        None, "Weights of the LM head as int8, int8-32, int4 or none; as the layers' if not given.", choices=FORMATS
     )
     vision_quantization: str | None = setting(
-        None, "Weights of the vision tower as int8, int4 or none; as they are if not given.", choices=FORMATS
+        None, "Weights of the vision tower as int8, int8-32, int4 or none; as they are if not given.", choices=FORMATS
     )
     device: str | None = setting(None, "Where this node computes: cpu (the default), cuda, cuda:1, mps.")
     ckpt_folder: Path = setting(Path("checkpoints"), "Where checkpoints from the hub are kept.")
     hf_token: str | None = setting(None, "Access token for gated checkpoints.")
+    mmproj: Path | None = setting(None, "GGUF file with the vision tower (mmproj) of a model that is a GGUF file.")
     chat_template: str | None = setting(
         None, "File with a chat template in Jinja, or its text, in place of the checkpoint's."
     )
@@ -104,10 +106,12 @@ class ModelSettings(Section):
         "auto", "How the model marks its thoughts: deepseek_r1, qwen3, mistral or none; auto: as its template does."
     )
 
-    @property
-    def formats(self) -> ModelQuantization | None:
-        """The quantisation that is asked for; None takes that of chunks where there are some."""
-        return ModelQuantization.asked(self.quantization, self.head_quantization, self.vision_quantization)
+    def formats(self, stored: ModelQuantization) -> ModelQuantization | None:
+        """The quantisation that is asked for; None takes that of chunks where there are some.
+
+        stored: that of the checkpoint.
+        """
+        return ModelQuantization.asked(self.quantization, self.head_quantization, self.vision_quantization, stored)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,12 @@ class Quantization:
 
 
 INT8 = Quantization("int8", 8, None, 64)
+INT8_32 = Quantization("int8-32", 8, 32, 32)
 INT4 = Quantization("int4", 4, 32, 32)
 NONE = "none"
 """What options and messages call no quantisation."""
 
-QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT4)}
+QUANTIZATIONS = {format_.name: format_ for format_ in (INT8, INT8_32, INT4)}
 """The formats that weights are rounded to."""
 
 INT8_GROUPS = Quantization("int8-groups", 8, 64, 64)
@@ -110,15 +111,22 @@ class ModelQuantization:
                 raise UnknownFormatError(f"the quantisation {name!r} is unknown: use one of {', '.join(QUANTIZATIONS)}")
 
     @classmethod
-    def asked(cls, quantization: str | None, head: str | None, vision: str | None) -> ModelQuantization | None:
+    def asked(
+        cls, quantization: str | None, head: str | None, vision: str | None, stored: ModelQuantization
+    ) -> ModelQuantization | None:
         """What three options ask for: layers and head, the head alone, the vision tower alone. None: nothing is asked.
 
-        `none` asks for a part that is not quantised.
+        `none` asks for a part that is not quantised, and for layers and head leaves the tower so, too. stored: the
+        checkpoint's formats, of parts that are not named. A part whose format nothing is rounded to keeps it where one
+        of as many bits is asked for.
         """
         if quantization is head is vision is None:
             return None
-        layers, head, vision = (None if part == NONE else part for part in (quantization, head or quantization, vision))
-        return cls(layers, head, vision)
+        if quantization == NONE:
+            stored = cls()
+        asked = quantization, head or quantization, vision
+        layers, head, vision = (_chosen(*pair) for pair in zip(asked, stored.parts, strict=True))
+        return cls(layers, head, vision, stored.kept)
 
     @property
     def parts(self) -> tuple[str | None, str | None, str | None]:
@@ -136,6 +144,16 @@ class ModelQuantization:
         vision = [f"vision {self.vision}"] if self.vision else []
         others = ", ".join(head + vision)
         return (self.layers or NONE) + (f" ({others})" if others else "")
+
+
+def _chosen(asked: str | None, stored: str | None) -> str | None:
+    if asked is None:
+        return stored
+    if asked == NONE:
+        return None
+    if stored is None or stored in QUANTIZATIONS or asked not in QUANTIZATIONS:
+        return asked
+    return stored if FORMATS[stored].bits == FORMATS[asked].bits else asked
 
 
 UNQUANTIZED = ModelQuantization()

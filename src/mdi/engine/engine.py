@@ -71,6 +71,7 @@ class Engine:
             config.model.checkpoint,
             ckpt_folder=config.model.ckpt_folder,
             hf_token=config.model.hf_token,
+            mmproj=config.model.mmproj,
             progress=progress,
         )
         source = open_source(path, config.model.adapter)

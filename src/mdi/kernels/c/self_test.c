@@ -100,6 +100,7 @@ static int products_pass(void) {
         {.kind = FLOAT16, .activation = QUICK_GELU},
         {.kind = INT8, .group = 64, .activation = TANH_GELU},
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
+        {.kind = INT8, .group = 32, .group_scales = 1},
         {.kind = INT4, .group = 32, .swiglu = 1},
         {.kind = INT4, .group = 32, .has_zeros = 1},
         {.kind = INT4, .group = 32, .ordered = 1},

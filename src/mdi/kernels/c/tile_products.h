@@ -16,7 +16,7 @@ static int takes_tiles(const Product *product) {
     int pairs = weight->kind == BFLOAT16 && product->dtype == BFLOAT16;
     if (pairs) return product->rows > 0 && weight->inputs % ((long)product->shards * STEP_BF16) == 0;
     if (product->rows < LEAST_TILE_ROWS) return 0;
-    return (weight->kind == INT8 && weight->group == STEP_BYTES) || weight->kind == INT4;
+    return weight->kind == INT4 || (weight->kind == INT8 && (weight->group == STEP_BYTES || weight->group == STEP_BYTES / 2));
 }
 
 // Before and after a thread's part of a product.
@@ -80,9 +80,8 @@ static void multiply_bf16_tiles(const Work *work, const char *panel, long first,
 }
 
 // 16 rows by 16 outputs, group by group. w: the group's first step; scales: of its weights; both `size` bytes apart.
-INLINE void int_tile_16(int kind, int group_scales, int has_zeros, Tile x, const char *w, const char *scales, long size,
-                        long groups, float *sums) {
-    int group = kind == INT8 ? STEP_BYTES : GROUP4;
+INLINE void int_tile_16(int kind, int group, int group_scales, int has_zeros, Tile x, const char *w, const char *scales,
+                        long size, long groups, float *sums) {
     int32_t dots[2][TILE_HEIGHT * LANES] __attribute__((aligned(64)));
     vfloat sum[TILE_HEIGHT];
     UNROLL for (int r = 0; r < TILE_HEIGHT; r++) sum[r] = vf_load(sums + r * PANEL);
@@ -118,16 +117,16 @@ INLINE void int_tiles_16(const Work *work, int kind, int group_scales, int has_z
             const int8_t *values = work->x.values + row * work->x.inputs + begin * count;
             Tile x = {values, work->x.scales + at, work->x.sums + at, count};
             float *sums = work->sums + (row - first) * PANEL + n;
-            int_tile_16(kind, group_scales, has_zeros, x, w + head + 4 * n, w + 4 * n, size, groups, sums);
+            int_tile_16(kind, group, group_scales, has_zeros, x, w + head + 4 * n, w + 4 * n, size, groups, sums);
         }
 }
 
 static void multiply_int8_tiles(const Work *work, const char *panel, long first, long rows, long begin, long end) {
-    int by_group = work->weight->group_scales;
-    long head = by_group ? 4 * PANEL : 0, size = head + STEP_BYTES * PANEL;
+    int by_group = work->weight->group_scales, group = work->weight->group;
+    long head = by_group ? 4 * PANEL : 0, size = head + group * PANEL;
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK8 < end ? k + BLOCK8 : end;
-        const char *w = panel + k / STEP_BYTES * size;
+        const char *w = panel + k / group * size;
         if (by_group) int_tiles_16(work, INT8, 1, 0, w, head, size, first, rows, k, stop);
         else int_tiles_16(work, INT8, 0, 0, w, head, size, first, rows, k, stop);
     }

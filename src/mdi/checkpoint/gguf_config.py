@@ -1,0 +1,133 @@
+"""config.json of a GGUF file, from its own entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdi.checkpoint.gguf_file import GgufFile, GgufTensor
+from mdi.checkpoint.gguf_tower import tower_of
+from mdi.core.errors import CheckpointError
+from mdi.layers.rope import RopeScaling
+
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen2vl": ("Qwen2ForCausalLM", "qwen2"),  # without its tower: positions of text have one axis
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+FREQUENCIES = "rope_freqs.weight"
+LLAMA3_POSITIONS = 8192
+MEDIA_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+
+
+def hub_config(model: GgufFile, mmproj: GgufFile | None = None) -> dict[str, Any]:
+    """config.json of a model; mmproj: the file with its vision tower.
+
+    Raises CheckpointError for an architecture that is not supported, and for a tower of another model.
+    """
+    kind = str(model.entries.get("general.architecture", "none"))
+    if kind == "clip":
+        raise CheckpointError(f"{model.name} holds a vision tower only: name the model, and this file with --mmproj")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"GGUF files of the architecture {kind!r} are not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    entry = _entries(model, kind)
+    config = _decoder_config(model, entry)
+    architecture, model_type = ARCHITECTURES[kind]
+    if mmproj is None:
+        return config | {"architectures": [architecture], "model_type": model_type}
+    tower = tower_of(mmproj, kind)
+    width = mmproj.entries.get("clip.vision.projection_dim")
+    if width != config["hidden_size"]:
+        raise CheckpointError(
+            f"{mmproj.name} is of another model: its embeddings have {width} numbers, those of {model.name} "
+            f"{config['hidden_size']}; take the file that was published beside it"
+        )
+    sections = entry("rope.dimension_sections")[:3]
+    return config | {
+        "architectures": [tower.architecture],
+        "model_type": tower.model_type,
+        "vision_config": tower.config(mmproj),
+        "rope_parameters": config["rope_parameters"] | {"mrope_section": sections},
+        **_media_tokens(model),
+    }
+
+
+def _entries(model: GgufFile, kind: str) -> Callable[..., Any]:
+    def entry(name: str, default: Any = None) -> Any:
+        found = model.entries.get(f"{kind}.{name}", default)
+        if found is None:
+            raise CheckpointError(f"{model.name} has no entry {kind}.{name}: convert the model anew")
+        return found
+
+    return entry
+
+
+def _decoder_config(model: GgufFile, entry: Callable[..., Any]) -> dict[str, Any]:
+    heads = entry("attention.head_count")
+    head_dim = entry("attention.key_length", entry("embedding_length") // heads)
+    if entry("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError("the GGUF file rotates a part of each head only, which is not supported")
+    embedding = model.tensors.get("token_embd.weight")
+    return {
+        "hidden_size": entry("embedding_length"),
+        "intermediate_size": entry("feed_forward_length"),
+        "num_hidden_layers": entry("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": entry("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": entry("context_length"),
+        "rms_norm_eps": entry("attention.layer_norm_rms_epsilon"),
+        "vocab_size": embedding.shape[0] if embedding else entry("vocab_size"),
+        "rope_parameters": _rope(entry, model.tensors.get(FREQUENCIES), head_dim),
+        "tie_word_embeddings": "output.weight" not in model.tensors,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _media_tokens(model: GgufFile) -> dict[str, int]:
+    """Their ids, by the names that they have in all models of Qwen's."""
+    tokens = {text: index for index, text in enumerate(model.entries.get("tokenizer.ggml.tokens", ()))}
+    if missing := set(MEDIA_TOKENS.values()) - tokens.keys():
+        raise CheckpointError(f"the tokenizer of {model.name} has no token {min(missing)}: convert the model anew")
+    return {name: tokens[text] for name, text in MEDIA_TOKENS.items()}
+
+
+def _rope(entry: Callable[..., Any], divisors: GgufTensor | None, head_dim: int) -> dict[str, Any]:
+    """`rope_parameters`. divisors: the tensor that divides the frequencies, which files of Llama 3.1 and later have."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": entry("rope.freq_base", 10000.0)}
+    scaling = entry("rope.scaling.type", "none")
+    if divisors is not None:
+        return rope | _llama3_scaling(divisors.floats(), rope["rope_theta"], head_dim)
+    if scaling == "none":
+        return rope
+    rope |= {"rope_type": scaling, "factor": entry("rope.scaling.factor", 1.0)}
+    if original := entry("rope.scaling.original_context_length", 0):
+        rope["original_max_position_embeddings"] = original
+    return rope
+
+
+def _llama3_scaling(divisors: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The scaling that gives these divisors. All models of Llama 3 have the same bounds; factors differ."""
+    scaling = RopeScaling("llama3", float(divisors.max()), LLAMA3_POSITIONS)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim)
+    made = frequencies / scaling.applied(frequencies, theta)
+    if made.shape != divisors.shape or not torch.allclose(made, divisors, rtol=1e-3):
+        raise CheckpointError(f"the file scales positions by a {FREQUENCIES} that is not Llama 3's: not supported")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": LLAMA3_POSITIONS,
+    }

@@ -1,0 +1,157 @@
+"""Vision towers in `mmproj` files: what their entries and tensors are called on the hub.
+
+Layout: the `gguf` package's constants (Keys.ClipVision, VisionProjectorType) and tensor_mapping.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mdi.checkpoint.gguf_file import GgufFile, GgufTensor
+from mdi.core.errors import CheckpointError
+from mdi.media.patches import CLIP_MEAN, CLIP_STD
+
+PREPROCESSOR = "preprocessor_config.json"
+TEMPORAL_PATCH_SIZE = 2  # of each of these models: a tensor for either frame
+MERGE_SIZE = 2  # where a file does not say
+MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # preprocessor_config.json of all published models
+WINDOW_SIZE = 112
+POSITIONS_PER_SECOND = 2  # of all published Qwen2.5-VL; not in the file
+OUTER = {"v.post_ln": "merger.ln_q", "mm.0": "merger.mlp.0", "mm.2": "merger.mlp.2"}
+INNER = {"ln1": "norm1", "ln2": "norm2", "attn_out": "attn.proj"}
+PATCHES = "v.patch_embd.weight"
+FRAMES = (PATCHES, f"{PATCHES}.1")
+FUSED = ("attn_q", "attn_k", "attn_v")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One kind of tower. config: its `vision_config`. mlp: names of a block's MLP, in the file -> on the hub."""
+
+    architecture: str
+    model_type: str
+    decoder: str
+    config: Callable[[GgufFile], dict[str, Any]]
+    mlp: Mapping[str, str]
+
+    def place(self, tensor: GgufTensor, width: int) -> tuple[str, int]:
+        """The name on the hub, and which part of that tensor it is. Raises CheckpointError for an unknown one.
+
+        width: of the tower. Older converters exchange the names of an MLP's two ends, which differ in their outputs.
+        """
+        if tensor.name in FRAMES:
+            return "visual.patch_embed.proj.weight", FRAMES.index(tensor.name)
+        module, _, kind = tensor.name.rpartition(".")
+        if module in OUTER:
+            return f"visual.{OUTER[module]}.{kind}", 0
+        *block, part = module.split(".")
+        if part in ("ffn_up", "ffn_down"):
+            part = "ffn_down" if tensor.shape[0] == width else "ffn_up"
+        if len(block) == 3 and block[:2] == ["v", "blk"]:
+            if part in FUSED:
+                return f"visual.blocks.{block[2]}.attn.qkv.{kind}", FUSED.index(part)
+            if found := (INNER | dict(self.mlp)).get(part):
+                return f"visual.blocks.{block[2]}.{found}.{kind}", 0
+        raise CheckpointError(f"the mmproj file has the tensor {tensor.name}, which {self.architecture} has not")
+
+
+def tower_of(file: GgufFile, decoder: str) -> Tower:
+    """The tower that an mmproj file holds, for a decoder of this architecture.
+
+    Raises CheckpointError for another file, for a tower that is not supported, and one of another model.
+    """
+    if file.entries.get("general.architecture") != "clip":
+        raise CheckpointError(
+            f"{file.name} is no mmproj file: give --mmproj the file that was published beside the model"
+        )
+    kind = file.entries.get("clip.projector_type", file.entries.get("clip.vision.projector_type"))
+    if kind not in TOWERS:
+        raise CheckpointError(f"{file.name} has a vision tower {kind!r}: supported are {', '.join(TOWERS)}")
+    tower = TOWERS[kind]
+    if tower.decoder != decoder:
+        raise CheckpointError(f"{file.name} is for models of the architecture {tower.decoder}, not {decoder}")
+    return tower
+
+
+def preprocessor_config(file: GgufFile) -> dict[str, Any]:
+    """How images are cut for a tower, as preprocessor_config.json says it."""
+    entries = file.entries
+    return {
+        "patch_size": _entry(file, "patch_size"),
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "merge_size": entries.get("clip.vision.spatial_merge_size", MERGE_SIZE),
+        "min_pixels": entries.get("clip.vision.image_min_pixels", MIN_PIXELS),
+        "max_pixels": entries.get("clip.vision.image_max_pixels", MAX_PIXELS),
+        "image_mean": entries.get("clip.vision.image_mean", list(CLIP_MEAN)),
+        "image_std": entries.get("clip.vision.image_std", list(CLIP_STD)),
+    }
+
+
+def _entry(file: GgufFile, name: str) -> Any:
+    try:
+        return file.entries[f"clip.vision.{name}"]
+    except KeyError:
+        raise CheckpointError(f"{file.name} has no entry clip.vision.{name}: convert it anew") from None
+
+
+def _shared_config(file: GgufFile) -> dict[str, Any]:
+    activation = "gelu" if file.entries.get("clip.use_gelu") else "quick_gelu"
+    return {
+        "depth": _entry(file, "block_count"),
+        "num_heads": _entry(file, "attention.head_count"),
+        "patch_size": _entry(file, "patch_size"),
+        "spatial_merge_size": file.entries.get("clip.vision.spatial_merge_size", MERGE_SIZE),
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "hidden_act": "silu" if file.entries.get("clip.use_silu") else activation,
+    }
+
+
+def _inner_size(file: GgufFile, part: str, width: int) -> int:
+    """Of the MLPs, from their first tensor: the entry for it is wrong in many files."""
+    name = f"v.blk.0.{part}.weight"
+    if name not in file.tensors:
+        raise CheckpointError(f"{file.name} lacks the tensor {name}: download it again")
+    outputs, inputs = file.tensors[name].shape
+    return inputs if outputs == width else outputs
+
+
+def _qwen2_vl(file: GgufFile) -> dict[str, Any]:
+    width = _entry(file, "embedding_length")
+    return _shared_config(file) | {
+        "embed_dim": width,
+        "hidden_size": _entry(file, "projection_dim"),
+        "mlp_ratio": _inner_size(file, "ffn_up", width) // width,
+    }
+
+
+def _qwen2_5_vl(file: GgufFile) -> dict[str, Any]:
+    width, depth, pattern = (_entry(file, name) for name in ("embedding_length", "block_count", "n_wa_pattern"))
+    return _shared_config(file) | {
+        "hidden_size": width,
+        "out_hidden_size": _entry(file, "projection_dim"),
+        "intermediate_size": _inner_size(file, "ffn_gate", width),
+        "window_size": file.entries.get("clip.vision.window_size", WINDOW_SIZE),
+        "fullatt_block_indexes": list(range(pattern - 1, min(depth, 1000), pattern)),
+        "tokens_per_second": POSITIONS_PER_SECOND,
+    }
+
+
+TOWERS = {
+    "qwen2vl_merger": Tower(
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        "qwen2vl",
+        _qwen2_vl,
+        {"ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+    ),
+    "qwen2.5vl_merger": Tower(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        "qwen2vl",
+        _qwen2_5_vl,
+        {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"},
+    ),
+}
+"""By `clip.projector_type`."""
