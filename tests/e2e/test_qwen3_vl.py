@@ -65,6 +65,22 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, checkpoint: Path
     assert report.ours == report.theirs
 
 
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_with_experts_answers_are_the_same_on_one_node_and_on_three(
+    quantization: str | None, chats: Chats, tmp_path: Path
+) -> None:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = tiny_deepstack_config(num_hidden_layers=3, model_type="qwen3_vl_moe_text", **experts)
+    family = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+    path = write_random_checkpoint(tmp_path / "model", config | family, std=0.5, seed=1)
+    answers = []
+    for n_nodes in (1, 3):
+        with Engine(path, dtype="bfloat16", quantization=quantization, n_nodes=n_nodes) as engine:
+            answers.append([engine.chat(chats[name], GREEDY).token_ids for name in ("image", "both")])
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == GREEDY.max_tokens
+
+
 @pytest.mark.parametrize("n_nodes", [1, 3])
 def test_engines_give_the_same_answers(n_nodes: int, checkpoint: Path, chats: Chats) -> None:
     theirs = Transformers(open_source(checkpoint))

@@ -30,12 +30,29 @@ SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Of a tensor with all experts of a layer: one expert's matrix, transposed if need be, and the outputs of it."""
+
+    expert: int
+    outputs: slice
+    transposed: bool
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        outputs, inputs = reversed(whole[1:]) if self.transposed else whole[1:]
+        return len(range(*self.outputs.indices(outputs))), inputs
+
+    def of(self, tensor: Tensor) -> Tensor:
+        matrix = tensor[self.expert]
+        return (matrix.T if self.transposed else matrix)[self.outputs]
+
+
+@dataclass(frozen=True)
 class _Place:
     """Where a tensor is: its file, the name that it has there, and which part of it, where not all of it is meant."""
 
     path: Path
     stored: str
-    part: tuple[int, slice] | None = None
+    part: _Part | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +98,7 @@ class SafetensorsSource:
     def spec(self, name: str) -> TensorSpec:
         place = self._place(name)
         spec = self._stored[place.path].specs[place.stored]
-        if place.part is None:
-            return spec
-        _, rows = place.part
-        return TensorSpec((len(range(*rows.indices(spec.shape[1]))), *spec.shape[2:]), spec.dtype)
+        return TensorSpec(place.part.shape(spec.shape), spec.dtype) if place.part else spec
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, mapped from its file: its bytes are read when they are used."""
@@ -93,7 +107,7 @@ class SafetensorsSource:
             tensor = self._stored[place.path].tensor(place.stored)
         except OSError:
             refuse_damaged(place.path)
-        return tensor if place.part is None else tensor[place.part]
+        return place.part.of(tensor) if place.part else tensor
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:  # noqa: ARG002
         return None
@@ -113,7 +127,7 @@ class SafetensorsSource:
         places = dict[str, _Place]()
         for path, file in self._stored.items():
             for name, spec in file.specs.items():
-                for on_hub, part in _parts(family.hub_name(name), spec.shape):
+                for on_hub, part in _parts(family.hub_name(name), spec.shape, self.model_config):
                     if on_hub in places:
                         raise CheckpointError(
                             f"{path.name}: {places[on_hub].stored} and {name} are two names of one tensor: "
@@ -174,19 +188,24 @@ class SafetensorsSource:
         return next((dtype for dtype in dtypes if dtype in DTYPES.values()), "float32")
 
 
-def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, slice] | None]]:
+def _parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[str, _Part | None]]:
     """The tensors that a stored one is on the hub, by name, with their parts of it; mostly itself.
 
-    Where transformers 5 saves the experts of a layer as it computes them, they are one tensor: [experts, outputs,
-    inputs], the outputs of all gates before those of the up products.
+    The experts of a layer may be one tensor, the outputs of all gates before those of the up products: [experts,
+    outputs, inputs] where transformers 5 saves them as it computes them, [experts, inputs, outputs] in files of
+    Qwen3-VL. Sizes tell which of the two it is, as in transformers' `conversion_mapping.py`.
     """
     stem, _, kind = name.rpartition(".")
     if not stem.endswith(".mlp.experts") or len(shape) != 3 or kind not in ("gate_up_proj", "down_proj"):
         return [(name, None)]
-    half = shape[1] // 2
+    half = config.experts.inner_size if config.experts else 0
+    sizes = {"down_proj": (config.hidden_size, half), "gate_up_proj": (2 * half, config.hidden_size)}[kind]
+    transposed = shape[1:] != sizes and shape[:0:-1] == sizes
     rows = {"down": slice(None)} if kind == "down_proj" else {"gate": slice(half), "up": slice(half, None)}
     return [
-        (f"{stem}.{expert}.{part}_proj.weight", (expert, at)) for expert in range(shape[0]) for part, at in rows.items()
+        (f"{stem}.{expert}.{part}_proj.weight", _Part(expert, at, transposed))
+        for expert in range(shape[0])
+        for part, at in rows.items()
     ]
 
 

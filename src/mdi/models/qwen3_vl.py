@@ -20,7 +20,7 @@ from mdi.layers.linear import Linear
 from mdi.layers.norm import LayerNorm
 from mdi.layers.rope import Grid, vision_rotation
 from mdi.models import qwen2_vl
-from mdi.models.config import DecoderDefaults, ModelConfig, VisionConfig, check_rope, unusable
+from mdi.models.config import DecoderDefaults, ExpertsConfig, ModelConfig, VisionConfig, check_rope, unusable
 from mdi.models.entries import CONFIG, DeepstackVisionEntries, rope_entries
 from mdi.models.qwen2_vl import DEFAULT_VISION_THETA, ENCODE_ROWS, LAYER_NORM_EPS, VisionBlock, row_slices
 
@@ -38,9 +38,17 @@ DEFAULTS = DecoderDefaults(  # transformers' Qwen3VLTextConfig
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """config: the contents of config.json."""
+    return with_tower(config, DEFAULTS)
+
+
+def with_tower(
+    config: Mapping[str, Any], defaults: DecoderDefaults, experts: ExpertsConfig | None = None
+) -> ModelConfig:
+    """A decoder of the form of Qwen3's, with the tower."""
     vision = vision_config(config.get("vision_config"))
     top = {**VISION_MARKS, **config}
-    made = ModelConfig.from_hf(top, top.get("text_config"), defaults=DEFAULTS, qk_norm=True, vision=vision)
+    part = top.get("text_config")
+    made = ModelConfig.from_hf(top, part, defaults=defaults, qk_norm=True, experts=experts, vision=vision)
     check_tower(made)
     return made
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_moe, qwen3_vl, smollm3
+from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_moe, qwen3_vl, qwen3_vl_moe, smollm3
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -77,6 +77,14 @@ FAMILIES = {
         qwen3_vl.read_config,
         "qwen3_vl",
         "Qwen3-VL (dense: 2B, 4B, 8B, 32B)",
+        qwen3_vl.VisionTransformer,
+        qwen3_vl.ALIASES,
+        nested=True,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        qwen3_vl_moe.read_config,
+        "qwen3_vl_moe",
+        "Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B",
         qwen3_vl.VisionTransformer,
         qwen3_vl.ALIASES,
         nested=True,
