@@ -51,7 +51,7 @@ def test_commands_and_options_are_completed_also_after_those_that_are_rewritten(
 
 def test_values_are_completed_where_there_are_only_some(complete: Complete) -> None:
     assert complete("mdi serve bundled --dtype b") == ["bfloat16"]
-    assert complete("mdi ask bundled hello -q ") == ["int8", "int4", "none"]
+    assert complete("mdi ask bundled hello -q ") == ["int8", "int8-32", "int4", "none"]
     assert complete("mdi serve bundled --ssl-certfile ") == []  # the shell's own: files
 
 

@@ -69,7 +69,7 @@ def test_a_plan_with_and_without_machines(model: str) -> None:
     rows = [(name, spec, stage_summary(config, spec, "float32", 10**6)) for name, spec in made.roles.items()]
     stages, machines = shown(plan._stages_table(rows)), shown(plan._machines_table(rows, [machine, slow] * 2))
     for name, _, summary in rows:
-        assert_whole(stages, name, f"{summary.parameters:,}", f"{summary.size_bytes / 1e6:,.0f} MB")
+        assert_whole(stages, name, f"{summary.parameters:,}", f"{summary.size_bytes / 1e6:,.0f}")
         assert_whole(machines, name, f"{summary.size_bytes / 1e6:,.0f}", f"{summary.cache_bytes / 1e6:,.0f}")
     assert_whole(machines, "computes", "90.25", "204.8", "128.0", "prompt")
 

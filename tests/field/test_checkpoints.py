@@ -491,4 +491,4 @@ def test_every_command_says_it_in_one_line_with_exit_status_2(
 def test_a_published_config_reads_as_in_transformers() -> None:
     """Whatever is checked: the models that people have are read."""
     for config in PUBLISHED.values():
-        assert read_config(config).n_layers == config["num_hidden_layers"]
+        assert read_config(config).n_layers == config.get("text_config", config)["num_hidden_layers"]

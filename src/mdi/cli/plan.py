@@ -131,7 +131,7 @@ def _experts_text(
 
 
 def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> UncutTable:
-    table = UncutTable("node", "layers", "holds", "parameters", "size", "share of a step")
+    table = UncutTable("node", "layers", "holds", "parameters", "MB", "of a step", narrow=True)
     for name, spec, summary in rows:
         parts = [("embedding", spec.embedding), ("vision", spec.vision), ("LM head", spec.head)]
         table.add_row(
@@ -139,7 +139,7 @@ def _stages_table(rows: Sequence[tuple[str, StageSpec, StageSummary]]) -> UncutT
             _layers_text(spec),
             ", ".join(part for part, held in parts if held) or "-",
             f"{summary.parameters:,}",
-            f"{summary.size_bytes / 1e6:,.0f} MB",
+            f"{summary.size_bytes / 1e6:,.0f}",
             f"{summary.step_share:.0%}",
         )
     return table
