@@ -158,10 +158,15 @@ def _machines_table(rows: Sequence[tuple[str, StageSpec, StageSummary]], machine
             "?" if math.isinf(machine.memory_bytes) else f"{machine.memory_bytes / 1e9:,.1f} GB",
             f"{machine.bytes_per_s / 1e9:,.1f} GB/s",
             f"{machine.flops_per_s / 1e12:,.2f} TFLOP/s",
-            f"{machine.token_s(summary.step_bytes) * 1e3:,.1f} ms",
-            f"{machine.prompt_token_s(summary.step_parameters) * 1e3:,.2f} s",
+            f"{_brief(machine.token_s(summary.step_bytes) * 1e3)} ms",
+            f"{_brief(machine.prompt_token_s(summary.step_parameters) * 1e3)} s",
         )
     return table
+
+
+def _brief(value: float) -> str:
+    """With no more digits than tell anything: 0.17, 152.6, 1,560."""
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _layers_text(spec: StageSpec) -> str:
