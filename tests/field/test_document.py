@@ -163,7 +163,9 @@ CROSS_FIELDS = (
     *("min_tokens is", "top_logprobs needs", "send one of them", "of a list every frame is taken"),
     *("which is not among the tools", "asks for a call, but there are no", "rename one"),
     *("send a prompt, or messages", "cannot both continue", "leave add_special_tokens out"),
-    *("is not kept here", "the last message calls tools", "is in the request twice"),
+    *("response_format.structures is missing", "response_format.triggers is missing", "with one of the triggers"),
+    *("response_format.json_schema is missing", "is not kept here", "the last message calls tools"),
+    "is in the request twice",
     "must be a list with at least one message",  # items that are no messages alone
 )
 """What a request is refused for and its schema cannot say."""
