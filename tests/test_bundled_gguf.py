@@ -45,7 +45,7 @@ def test_there_are_samples_with_one_image_and_with_two() -> None:
     assert {len(sample.media) for sample in SAMPLES} == {1, 2}
 
 
-@pytest.mark.parametrize("n_nodes", [1, 3])
+@pytest.mark.parametrize("n_nodes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_answers_are_those_from_safetensors(n_nodes: int, files: FILES) -> None:
     model, mmproj = files["F32"]
     expected = answers(SHIPPED, dtype="float32", n_nodes=n_nodes)

@@ -88,7 +88,7 @@ def test_tensors_and_config_are_those_that_were_written(
     assert replace(cut, image_mean=CLIP_MEAN, image_std=CLIP_STD) == expected  # which are float32 in the file
 
 
-@pytest.mark.parametrize("n_nodes", [1, 2])
+@pytest.mark.parametrize("n_nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", TOWERS)
 def test_answers_are_those_of_the_checkpoint(
     family: str, n_nodes: int, checkpoints: dict[str, Path], written: dict[str, tuple[Path, Path]]

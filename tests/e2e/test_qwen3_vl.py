@@ -65,6 +65,7 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, checkpoint: Path
     assert report.ours == report.theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int4"])
 def test_with_experts_answers_are_the_same_on_one_node_and_on_three(
     quantization: str | None, chats: Chats, tmp_path: Path
