@@ -124,11 +124,6 @@ class Adapter:
             )
         return cls(folder, entries, opened(folder / WEIGHTS))
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the matrices, by name."""
-        return {name: spec.shape for name, spec in self.weights.specs.items()}
-
 
 @dataclass(frozen=True)
 class AdaptedSource:
@@ -150,7 +145,7 @@ class AdaptedSource:
                 "checkpoint that it was made from, with --adapter and --quantization"
             )
         family, modules = family_of(base.model_config.architecture), {}
-        for name in adapter.shapes:
+        for name in adapter.weights.specs:
             if name.startswith(PREFIX) and name.endswith((DOWN, UP)):
                 module = name.removeprefix(PREFIX).removesuffix(DOWN).removesuffix(UP)
                 modules[family.hub_name(f"{module}.weight")] = module
@@ -181,11 +176,11 @@ class AdaptedSource:
 
     @property
     def quantization(self) -> ModelQuantization:
-        return UNQUANTIZED
+        return self.base.quantization
 
     @property
     def is_exact(self) -> bool:
-        return True
+        return self.base.is_exact
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -216,8 +211,9 @@ class AdaptedSource:
             raise CheckpointError(f"{WEIGHTS} changes {module}, which embedding and LM head share: {REMEDY}")
         if weight not in self.base.names():
             raise CheckpointError(f"{WEIGHTS} changes {module}, which {self.path.name} does not have: {of_base}")
-        found = [self.adapter.shapes.get(f"{PREFIX}{module}{half}") for half in (DOWN, UP)]
-        if None in found:
+        specs = [self.adapter.weights.specs.get(f"{PREFIX}{module}{half}") for half in (DOWN, UP)]
+        found = [spec.shape for spec in specs if spec]
+        if len(found) < len(specs):
             raise CheckpointError(f"{WEIGHTS} has only one matrix for {module}: save the adapter again")
         rank, shape = self.adapter.entries.rank(module), self.base.spec(weight).shape
         if len(shape) == 2 and found != [(rank, shape[1]), (shape[0], rank)]:

@@ -84,7 +84,7 @@ class GgufSource:
     def files(self) -> tuple[Path, ...]:
         return (self.path / CONFIG, *self._links, *self.path.glob(MMPROJ_LINK))
 
-    @property
+    @cached_property
     def quantization(self) -> ModelQuantization:
         layers, head, vision = map(nearest_format, self._matrices)
         return ModelQuantization(layers, head, vision)

@@ -253,7 +253,12 @@ class ModelConfig:
         return made._with_media(MediaEntries.read(config, CONFIG)) if vision else made
 
     def _with_media(self, entries: MediaEntries) -> ModelConfig:
-        """The same with the tokens that stand for images and videos."""
+        """The same with the tokens that stand for images and videos, if the tower fits."""
+        assert self.vision is not None
+        if self.vision.out_size != self.hidden_size:
+            raise unusable(
+                f"the tower's output (vision_config) has {self.vision.out_size} numbers, the decoder {self.hidden_size}"
+            )
         check_ids(entries, self.vocab_size, CONFIG)
         if entries.image_token_id == entries.video_token_id:
             raise unusable(f"image_token_id and video_token_id are both {entries.image_token_id}")

@@ -44,10 +44,6 @@ def with_tower(config: Mapping[str, Any], vision: VisionConfig) -> ModelConfig:
     made = ModelConfig.from_hf(config, config.get("text_config"), defaults=DEFAULTS, qkv_bias=True, vision=vision)
     if made.q_size != made.hidden_size:
         raise unusable(f"{made.n_heads} heads of {made.head_dim} do not make hidden_size {made.hidden_size}")
-    if vision.out_size != made.hidden_size:
-        raise unusable(
-            f"the tower's output (vision_config) has {vision.out_size} numbers, the decoder {made.hidden_size}"
-        )
     return made
 
 

@@ -49,7 +49,13 @@ def with_tower(
     top = {**VISION_MARKS, **config}
     part = top.get("text_config")
     made = ModelConfig.from_hf(top, part, defaults=defaults, qk_norm=True, experts=experts, vision=vision)
-    check_tower(made)
+    if made.vision_start_token_id is None or made.vision_end_token_id is None:
+        raise unusable("vision_start_token_id and vision_end_token_id are needed: frames of videos stand between them")
+    if len(vision.deepstack_blocks) > made.n_layers:
+        raise unusable(
+            f"vision_config.deepstack_visual_indexes has {len(vision.deepstack_blocks)} entries for the first decoder "
+            f"layers, but there are {made.n_layers}"
+        )
     return made
 
 
@@ -93,23 +99,6 @@ def _deepstack_blocks(entries: DeepstackVisionEntries) -> tuple[int, ...]:
     if any(first >= second for first, second in pairwise(found)):
         raise unusable(f"{name} is {found}: rising numbers are expected")
     return tuple(found)
-
-
-def check_tower(config: ModelConfig) -> None:
-    """Raises CheckpointError for a tower that does not fit its decoder, and without marks for a video's frames."""
-    vision = config.vision
-    assert vision is not None
-    if config.vision_start_token_id is None or config.vision_end_token_id is None:
-        raise unusable("vision_start_token_id and vision_end_token_id are needed: frames of videos stand between them")
-    if vision.out_size != config.hidden_size:
-        raise unusable(
-            f"the tower's output (vision_config) has {vision.out_size} numbers, the decoder {config.hidden_size}"
-        )
-    if len(vision.deepstack_blocks) > config.n_layers:
-        raise unusable(
-            f"vision_config.deepstack_visual_indexes has {len(vision.deepstack_blocks)} entries for the first decoder "
-            f"layers, but there are {config.n_layers}"
-        )
 
 
 class VisionTransformer:
