@@ -76,8 +76,8 @@ class ModelSettings(Section):
     )
     quantization: str | None = setting(
         None,
-        "Weights of decoder layers and LM head as int8, int8-32 (a scale for each 32 inputs) or int4; none: as they "
-        "are. Not given: as prepared chunks are, or near to the types of a GGUF file.",
+        "Weights of decoder layers and LM head as int8, int8-32 (a scale for each 32 inputs) or int4; none: not "
+        "quantised. Not given: as prepared chunks are, or near to how the checkpoint is stored.",
         choices=FORMATS,
     )
     head_quantization: str | None = setting(
