@@ -87,8 +87,7 @@ def load_stages(path: Path, *boundaries: int, dtype: torch.dtype = torch.float32
     cuts = [0, *boundaries, config.n_layers]
     stages = []
     for first, last in pairwise(cuts):
-        ends = {"embedding": first == 0, "vision": first == 0, "head": last == config.n_layers}
-        spec = StageSpec(first, last, **ends)
+        spec = StageSpec(first, last, embedding=first == 0, vision=first == 0, head=last == config.n_layers)
         loaded = load_stage(config, spec, torch.device("cpu"), Unquantized(lambda name, *_: weights[name], dtype))
         stages.append(Stage(loaded, n_slots=n_slots, sequence_length=512))
     return stages

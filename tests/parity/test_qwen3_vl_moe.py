@@ -54,8 +54,8 @@ def checkpoint(oracle: Qwen3VLMoeForConditionalGeneration, tmp_path_factory: pyt
 def stages_of(path: Path, *boundaries: int) -> list[Stage]:
     stages = []
     for first, last in pairwise([0, *boundaries, N_LAYERS]):
-        ends = {"embedding": first == 0, "vision": first == 0, "head": last == N_LAYERS}
-        loaded = load_source(open_source(path), StageSpec(first, last, **ends), dtype="float32")
+        spec = StageSpec(first, last, embedding=first == 0, vision=first == 0, head=last == N_LAYERS)
+        loaded = load_source(open_source(path), spec, dtype="float32")
         stages.append(Stage(loaded, n_slots=8, sequence_length=512))
     return stages
 

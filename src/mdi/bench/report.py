@@ -151,17 +151,17 @@ def node_memory(config: ModelConfig, nodes: Sequence[NodeStatus], cache_tokens: 
 
 
 def _memory_of(config: ModelConfig, node: NodeStatus, vision: bool, cache_tokens: int) -> NodeMemory:
-    def summary(first: int = 0, last: int = 0, **ends: bool) -> StageSummary:
-        return stage_summary(config, StageSpec(first, last, **ends), node.dtype, cache_tokens, node.quantization)
+    def summary(spec: StageSpec) -> StageSummary:
+        return stage_summary(config, spec, node.dtype, cache_tokens, node.quantization)
 
-    layers = summary(node.first_layer, node.last_layer)
+    layers = summary(StageSpec(node.first_layer, node.last_layer))
     first, last = node.last_layer > node.first_layer == 0, node.last_layer == config.n_layers
     return NodeMemory(
         node.name,
-        embedding=summary(embedding=first).size_bytes,
-        vision=summary(vision=vision).size_bytes,
+        embedding=summary(StageSpec(0, 0, embedding=first)).size_bytes,
+        vision=summary(StageSpec(0, 0, vision=vision)).size_bytes,
         layers=layers.size_bytes,
-        head=summary(head=last).size_bytes,
+        head=summary(StageSpec(0, 0, head=last)).size_bytes,
         cache=layers.cache_bytes,
         resident=node.resident_bytes,
     )

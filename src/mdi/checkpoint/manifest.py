@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mdi.checkpoint.fingerprint import SourceFile
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.group import Rank
 from mdi.core.quantization import ModelQuantization, UnknownFormatError
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
@@ -26,7 +27,7 @@ def chunk_file(role: str) -> str:
 
 
 class ChunkEntry(BaseModel):
-    """One chunk file. sha256: of the whole file, hexadecimal."""
+    """One chunk file. sha256: of the whole file, hexadecimal. rank: of its stage's group, None where it has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,10 +40,11 @@ class ChunkEntry(BaseModel):
     embedding: bool
     vision: bool
     head: bool
+    rank: Rank | None = None
 
     @property
     def spec(self) -> StageSpec:
-        return StageSpec(self.first_layer, self.last_layer, self.embedding, self.vision, self.head)
+        return StageSpec(self.first_layer, self.last_layer, self.embedding, self.vision, self.head, self.rank)
 
 
 class CalibrationEntry(BaseModel):

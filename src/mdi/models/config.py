@@ -10,6 +10,7 @@ from typing import Any
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.entries import check_ids
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.group import Rank
 from mdi.layers.rope import RopeConfig, RopeScaling
 from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
 
@@ -276,6 +277,7 @@ class StageSpec:
     """The part of a model that a stage has: decoder layers [first_layer, last_layer), half-open, and the ends.
 
     head: the final norm and the LM head. vision: the vision tower, with the embedding or on a node of its own.
+    rank: the part of the layers and of the LM head that one rank of a group has; None is all of them.
     """
 
     first_layer: int
@@ -283,6 +285,7 @@ class StageSpec:
     embedding: bool = False
     vision: bool = False
     head: bool = False
+    rank: Rank | None = None
 
     @property
     def layers(self) -> range:

@@ -1,0 +1,63 @@
+"""A group: the ranks that compute one stage together (tensor parallel), as each of them sees the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mdi.core.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The part of a stage's weights that one rank has: the shards [first_shard, last_shard) of n_shards.
+
+    A shard is some query heads, with the KV heads that they use, some columns of each MLP, and some rows of the LM
+    head: see `models/shards.py`. Rank 0 of a group has its first shards, and leads it.
+    """
+
+    first_shard: int
+    last_shard: int
+    n_shards: int
+
+    @property
+    def shards(self) -> range:
+        return range(self.first_shard, self.last_shard)
+
+    @property
+    def leads(self) -> bool:
+        return self.first_shard == 0
+
+
+class Group(Protocol):
+    """The other ranks of a group, for the thread that computes a rank.
+
+    All ranks call the same methods in the same order, with tensors of the same shapes. Each of them raises LinkError,
+    naming the node, when a rank is lost, and when the group is closed, which another thread may do.
+    """
+
+    @property
+    def rank(self) -> Rank: ...
+
+    def lead(self, batch: Batch, hidden: Tensor) -> None:
+        """Gives the others the batch that is computed next. For rank 0. hidden: [tokens, hidden_size]."""
+
+    def follow(self) -> tuple[Batch, Tensor]:
+        """Waits for what rank 0 gives to `lead`. For the others. Samplings keep their number, not their settings."""
+
+    def exchange(self, partials: Tensor, rows: slice) -> None:
+        """Sends rows of the partial sums that this rank computed; with the last rows, receives those of the others.
+
+        partials: [n_shards, rows, outputs] in the stage's dtype, contiguous, on the CPU: this rank's shards are filled
+        in, and the others' are written. rows: the next ones: in order, each once. What is sent may be read until this
+        returns for the last rows.
+        """
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        """All columns, for rank 0: [rows, vocab_size] in the same dtype; None for the others, who send theirs.
+
+        logits: [rows, own part of the vocabulary].
+        """
