@@ -13,6 +13,7 @@ from math import lcm
 
 from mdi.core.errors import ConfigError
 from mdi.core.group import Rank
+from mdi.core.quantization import FORMATS, ModelQuantization
 from mdi.models.config import ModelConfig
 
 Bounds = tuple[int, ...]
@@ -39,6 +40,12 @@ class Shards:
         heads = _bounds("query heads", config.n_heads, n_shards, heads_step)
         inner = {size: _bounds(what, size, n_shards, step) for what, size in config.inner_sizes.items()}
         return cls(heads, inner, _bounds("vocabulary", config.vocab_size, n_shards, 1))
+
+
+def shard_step(quantization: ModelQuantization) -> int:
+    """Inputs of a layer's products that lie together, as those of one scale do: shards have whole groups of them."""
+    layers = FORMATS.get(quantization.layers or "")
+    return lcm(layers.group or 1, layers.activation_group) if layers else 2
 
 
 def kv_heads(config: ModelConfig, heads: range) -> tuple[int, ...]:
