@@ -239,14 +239,13 @@ def _by_stage(nodes: Sequence[T], groups: Sequence[int]) -> list[Sequence[T]]:
 
 
 def _check_ranks(group: Sequence[StageSpec], n_shards: int) -> None:
-    """Raises ConfigError unless the ranks of a stage have its shards once, in order, and the same layers."""
+    """Raises ConfigError unless the nodes of a stage have its shards once, in order, and the same layers."""
     ranks = [stage.rank for stage in group if stage.rank]
-    shards = [shard for rank in ranks for shard in rank.shards]
-    grouped = len(group) > 1 and shards == list(range(n_shards)) and all(rank.n_shards == n_shards for rank in ranks)
-    if not (grouped if ranks else len(group) == 1) or len({stage.layers for stage in group}) > 1:
+    contiguous = [*(rank.first_shard for rank in ranks), n_shards] == [0, *(rank.last_shard for rank in ranks)]
+    whole = all(rank.shards and rank.n_shards == n_shards for rank in ranks)
+    complete = len(ranks) == len(group) > 1 and contiguous and whole
+    if not (complete or not ranks) or len({stage.layers for stage in group}) > 1:
         raise ConfigError("the ranks of a stage must have the same layers, and every shard once, in order")
-    if not all(rank.shards for rank in ranks):
-        raise ConfigError("every rank of a stage needs a shard")
 
 
 def _check_groups(config: ModelConfig, n_nodes: int, groups: Sequence[int]) -> None:
