@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-
-from torch import Tensor
 
 from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
 from mdi.checkpoint.calibration import CalibratedWeights, CalibrationText
+from mdi.checkpoint.chunk_writer import ChunkWriter, write_together
 from mdi.checkpoint.fingerprint import Fingerprint
 from mdi.checkpoint.gguf import GgufSource
 from mdi.checkpoint.locks import Hold, in_use
@@ -26,12 +25,11 @@ from mdi.checkpoint.quantized import QuantizedSource
 from mdi.checkpoint.random_weights import is_random
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.tensor_file import DTYPES
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, weight_of
-from mdi.checkpoint.writer import SafetensorsWriter
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization, QuantizedTensor
-from mdi.core.tensors import Specs, stored_specs, total_bytes
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.tensors import Specs, total_bytes
 from mdi.models.config import StageSpec
 from mdi.models.parts import Parts
 from mdi.models.weights import log_unquantized, stage_specs
@@ -274,6 +272,12 @@ class _Contents:
         by_layers = groupby(self.plan.roles.items(), key=lambda item: item[1].layers)
         return [dict(group) for _, group in by_layers]
 
+    def chunk(self, folder: Path, role: str, spec: StageSpec, count: Callable[[int], None]) -> closing[ChunkWriter]:
+        """A role's chunk, to be written."""
+        parts = Parts.of(self.source.model_config, spec, self.quantization)
+        metadata = chunk_metadata(role, self.identity)
+        return closing(ChunkWriter(folder / chunk_file(role), self.specs(spec), parts, metadata, count))
+
     def keeping(self, name: str) -> _Contents:
         """The same with one matrix more that is not quantised."""
         kept = (*self.quantization.kept, name)
@@ -302,9 +306,7 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
         cache.make_room(total)
     with new_folder(folder, total, "the chunks") as unfinished:
         weights = contents.weights()
-        chunks = [
-            entry for stages in contents.groups for entry in _write_group(unfinished, contents, stages, weights, count)
-        ]
+        written = [_write_group(unfinished, contents, stages, weights, count) for stages in contents.groups]
         manifest = Manifest(
             model=source.path.resolve().name,
             dtype=contents.dtype,
@@ -313,7 +315,7 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
             plan_hash=contents.identity,
             config=source.config,
             source=fingerprint.record(),
-            chunks=chunks,
+            chunks=tuple(chain.from_iterable(written)),
         )
         if fingerprint.changed():
             raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")
@@ -330,49 +332,20 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
 def _write_group(
     folder: Path, contents: _Contents, stages: dict[str, StageSpec], weights: Weights, count: Callable[[int], None]
 ) -> list[ChunkEntry]:
-    """The chunks of a group's ranks, side by side: each weight is read or made once, and cut for all that have it."""
+    """The chunks of one stage: of a group's ranks, or of one node."""
     with ExitStack() as files:
-        chunks = [
-            files.enter_context(closing(_Chunk(folder, contents, role, spec, count))) for role, spec in stages.items()
+        chunks = {role: files.enter_context(contents.chunk(folder, role, spec, count)) for role, spec in stages.items()}
+        write_together(list(chunks.values()), weights)
+        return [
+            ChunkEntry(
+                role=role,
+                file=chunk_file(role),
+                size_bytes=chunk.size_bytes,
+                sha256=chunk.sha256,
+                **vars(stages[role]),
+            )
+            for role, chunk in chunks.items()
         ]
-        while unfinished := [chunk for chunk in chunks if chunk.names]:
-            name = unfinished[0].names[0]
-            weight = weight_of(weights, name, unfinished[0].specs[name])
-            for chunk in unfinished:
-                if chunk.names[0] == name:
-                    chunk.write(weight)
-            del weight  # before the next one is made
-        return [chunk.entry for chunk in chunks]
-
-
-class _Chunk:
-    """A chunk that is written. specs: its tensors; names: of those that are not written yet, in order."""
-
-    def __init__(
-        self, folder: Path, contents: _Contents, role: str, spec: StageSpec, count: Callable[[int], None]
-    ) -> None:
-        self.specs = contents.specs(spec)
-        self.names = list(self.specs)
-        self._role, self._spec = role, spec
-        self._parts = Parts.of(contents.source.model_config, spec, contents.quantization)
-        metadata = chunk_metadata(role, contents.identity)
-        self._file = SafetensorsWriter(folder / chunk_file(role), stored_specs(self.specs), metadata, count)
-
-    def write(self, weight: Tensor | QuantizedTensor) -> None:
-        """This chunk's part of its next weight."""
-        part = self._parts.cut(self.names.pop(0), weight)
-        for tensor in part.parts if isinstance(part, QuantizedTensor) else [part]:
-            self._file.write(tensor)
-
-    @property
-    def entry(self) -> ChunkEntry:
-        """What the manifest says of it, once all is written."""
-        file = chunk_file(self._role)
-        sizes = {"size_bytes": self._file.size_bytes, "sha256": self._file.sha256}
-        return ChunkEntry(role=self._role, file=file, **sizes, **vars(self._spec))
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:

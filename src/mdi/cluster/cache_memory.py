@@ -30,8 +30,8 @@ def cache_nodes(
 ) -> list[CacheNode]:
     """The starter, which has loaded its stage here, and the other nodes, in pipeline order.
 
-    stages: of all nodes. statuses: of the other nodes, which have loaded. limits_gb: what each node may use, the starter first; empty where
-    nothing is said. Nodes at one host share what is free there.
+    stages: of all nodes. statuses: of the other nodes, which have loaded. limits_gb: what each node may use, the
+    starter first; empty where nothing is said. Nodes at one host share what is free there.
     """
     hosts = [HERE, *(_host(node) for node in nodes)]
     sharing = Counter(hosts)
