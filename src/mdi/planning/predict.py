@@ -15,6 +15,7 @@ from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, EXPERTS, LM_HEAD
+from mdi.models.parts import Parts
 from mdi.models.weights import stage_specs
 from mdi.planning.cache import token_bytes
 from mdi.planning.hardware import Machine
@@ -100,6 +101,7 @@ def stage_summary(
     """
     specs = stage_specs(config, spec, dtype, quantization)
     repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
+    layers = Parts.of(config, spec, quantization).config
     parameters, _ = _step(config, spec, dtype, quantization, 1)
     _, step_bytes = _step(config, spec, dtype, quantization, streams)
     return StageSummary(
@@ -108,7 +110,7 @@ def stage_summary(
         step_parameters=parameters,
         step_bytes=step_bytes,
         step_share=step_bytes / _step(config, StageSpec.everything(config), dtype, quantization, streams)[1],
-        cache_bytes=cache_tokens * token_bytes(config, cache_dtype or dtype, len(spec.layers)),
+        cache_bytes=cache_tokens * token_bytes(layers, cache_dtype or dtype, len(spec.layers)),
     )
 
 
