@@ -284,9 +284,9 @@ class LinkEpoch:
         """Raises LinkError, naming the node, for a rank that cannot be linked."""
         rank = self._ranks[0]
         assert rank is not None  # as all of a group have one
-        members, shares = members_of(self._members(self._wires.stages[0]), rank.n_shards)
+        members, shares = codec.decode_group(self._members(self._wires.stages[0]), rank.n_shards)
         try:
-            return GroupLink.join(rank, 0, members, shares, None, self._identity, self.number, JOIN_TIMEOUT_S)
+            return GroupLink.join(0, members, shares, None, self._identity, self.number, JOIN_TIMEOUT_S)
         except LinkError as error:
             raise named(error, self._nodes) from None
 

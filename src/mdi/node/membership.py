@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mdi.core.group import Rank
-from mdi.rpc import node_pb2
-from mdi.rpc.group_link import GroupLink, GroupListener, Member
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.group_join import GroupListener
+from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
 
 JOIN_TIMEOUT_S = 60.0  # until the starter has configured the ranks before this one, too
@@ -14,10 +15,9 @@ class Membership:
     """Listens for the ranks before this one as soon as it is made. `close` may be called from any thread."""
 
     def __init__(self, request: node_pb2.ConfigureRequest, rank: Rank, host: str, identity: Identity | None) -> None:
-        """rank: as this node's weights are cut. Raises LinkError when the starter takes it for another one."""
-        self._rank, self._identity = rank, identity
-        self._index, self._epoch = request.rank, request.epoch
-        self._members, self._shares = members_of(request.group, rank.n_shards)
+        """rank: as this node's weights are cut. host: where it listens. Raises LinkError when no port can be bound."""
+        self._members, self._shares = codec.decode_group(request.group, rank.n_shards)
+        self._index, self._epoch, self._identity = request.rank, request.epoch, identity
         self._link: GroupLink | None = None
         self._closed = False
         self._listener = GroupListener(identity, host)
@@ -28,16 +28,8 @@ class Membership:
 
     def join(self) -> GroupLink:
         """Waits until all ranks are linked. Raises LinkError, naming one that is missing, or when it is closed."""
-        link = self._link = GroupLink.join(
-            self._rank,
-            self._index,
-            self._members,
-            self._shares,
-            self._listener,
-            self._identity,
-            self._epoch,
-            JOIN_TIMEOUT_S,
-        )
+        group = self._index, self._members, self._shares
+        link = self._link = GroupLink.join(*group, self._listener, self._identity, self._epoch, JOIN_TIMEOUT_S)
         if self._closed:
             link.close()
         return link

@@ -29,8 +29,10 @@ from mdi.core.batch import (
 )
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
+from mdi.core.group import Rank
 from mdi.core.tracing import Span, SpanName
 from mdi.rpc import node_pb2
+from mdi.rpc.group_join import Member
 
 M = TypeVar("M", bound=Message)
 
@@ -159,6 +161,12 @@ class BatchDecoder:
     def _announced_bytes(self, header: node_pb2.BatchHeader) -> int:
         rows = len(header.positions) // 3 + len(header.deepstack.rows) * header.deepstack.n_layers
         return rows * self._width * self._dtype.itemsize
+
+
+def decode_group(messages: Iterable[node_pb2.GroupMember], n_shards: int) -> tuple[list[Member], list[Rank]]:
+    """The ranks of a group in order: where they listen, and which of n_shards they have."""
+    found = [(Member(one.node, one.host, one.port), Rank(one.first_shard, one.last_shard, n_shards)) for one in messages]
+    return [member for member, _ in found], [rank for _, rank in found]
 
 
 def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:
