@@ -277,7 +277,7 @@ def overwrite(source: Source, **changes: torch.Tensor) -> Source:
 
 def test_chunks_are_written_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name(prepared(source, 2)) == "2nodes"
-    monkeypatch.setattr(prepare_module, "write_safetensors", None)
+    monkeypatch.setattr(prepare_module, "SafetensorsWriter", None)
     monkeypatch.setattr(fingerprint, "hash_file", None)  # nor is the checkpoint read
     assert name(prepared(source, 2)) == "2nodes"
     assert name(prepared(source, 2, layers=(3, 3), dtype="float32")) == "2nodes"
@@ -344,7 +344,7 @@ def test_the_same_weights_written_again_keep_their_chunks(
     chunks = prepared(source, 2)
     chunks.close()
     os.utime(source.path / SINGLE, (1, 1))
-    monkeypatch.setattr(prepare_module, "write_safetensors", None)
+    monkeypatch.setattr(prepare_module, "SafetensorsWriter", None)
     with closing(prepared(source, 2)) as again:
         assert again.manifest.digest == chunks.manifest.digest
     monkeypatch.setattr(fingerprint, "hash_file", None)  # the new time was noted

@@ -7,7 +7,7 @@ copies is not resident twice. The embedding stays mapped, and only rows that wer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from mdi.checkpoint.manifest import ChunkEntry, Manifest
 from mdi.checkpoint.prepare import check_tensors, chunk_metadata
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.tensor_file import TensorFile
-from mdi.checkpoint.weights import RoundedWeights, Weights
+from mdi.checkpoint.weights import RankWeights, RoundedWeights, Weights
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
@@ -29,6 +29,7 @@ from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, Decoder
+from mdi.models.parts import Parts
 from mdi.models.registry import read_config
 from mdi.models.weights import LoadedStage, load_stage, stage_specs
 from mdi.planning.plan import make_plan
@@ -75,7 +76,7 @@ def load_source(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LoadedStage:
-    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is all.
+    """A stage from a checkpoint without chunks, cast to `dtype`. spec: None is all; of a rank, its parts of it.
 
     quantization: that of the checkpoint, or none: then weights that are stored quantised are dequantised.
     Raises CheckpointError for a tensor that is missing or has another shape.
@@ -84,14 +85,18 @@ def load_source(
     dtype = dtype or config.dtype
     spec = spec or make_plan(config, 1).stages[0]
     specs = stage_specs(config, spec, dtype, quantization)
-    check_tensors(source, specs)
+    check_tensors(source, stage_specs(config, replace(spec, rank=None), dtype, quantization))
+    weights = RankWeights(RoundedWeights(source), Parts.of(config, spec, quantization))
     count = counter(progress, "loading", total_bytes(specs.values()))
-    get = _Load(RoundedWeights(source), specs, parse_dtype(dtype), parse_device(device), count)
+    get = _Load(weights, specs, parse_dtype(dtype), parse_device(device), count)
     return _loaded(config, spec, get, quantization)
 
 
 def chunk_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and numbers of every weight in a chunk; float32 for those that are quantised, else as they are stored."""
+    """Name and numbers of every weight in a chunk; float32 for those that are quantised, else as they are stored.
+
+    In a rank's chunk they are its parts.
+    """
     manifest, chunk = Manifest.read(path.parent), _Chunk(TensorFile.open(path))
     spec = manifest.chunk(path.name).spec
     specs = stage_specs(read_config(manifest.config), spec, manifest.dtype, manifest.quantization)

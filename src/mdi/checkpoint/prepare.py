@@ -7,9 +7,13 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+
+from torch import Tensor
 
 from mdi.checkpoint.cache import Cache, default_cache_folder, mark_used
 from mdi.checkpoint.calibration import CalibratedWeights, CalibrationText
@@ -22,12 +26,14 @@ from mdi.checkpoint.quantized import QuantizedSource
 from mdi.checkpoint.random_weights import is_random
 from mdi.checkpoint.source import Source
 from mdi.checkpoint.tensor_file import DTYPES
-from mdi.checkpoint.weights import RoundedWeights, UnfitError, source_name, stored_tensors
-from mdi.checkpoint.writer import write_safetensors
+from mdi.checkpoint.weights import RoundedWeights, UnfitError, Weights, source_name, weight_of
+from mdi.checkpoint.writer import SafetensorsWriter
 from mdi.core.errors import CheckpointError
 from mdi.core.progress import Progress, counter
-from mdi.core.quantization import UNQUANTIZED, ModelQuantization
+from mdi.core.quantization import UNQUANTIZED, ModelQuantization, QuantizedTensor
 from mdi.core.tensors import Specs, stored_specs, total_bytes
+from mdi.models.config import StageSpec
+from mdi.models.parts import Parts
 from mdi.models.weights import log_unquantized, stage_specs
 from mdi.planning.plan import Plan, make_plan
 
@@ -248,12 +254,25 @@ class _Contents:
             return None
         return CalibrationEntry(name=self.calibration.name, sha256=self.calibration.sha256)
 
-    def specs(self) -> dict[str, Specs]:
-        """The tensors of every role's chunk."""
-        config = self.source.model_config
-        return {
-            role: stage_specs(config, spec, self.dtype, self.quantization) for role, spec in self.plan.roles.items()
-        }
+    def specs(self, spec: StageSpec) -> Specs:
+        """The tensors of a stage's chunk."""
+        return stage_specs(self.source.model_config, spec, self.dtype, self.quantization)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all chunks' tensors."""
+        return sum(total_bytes(self.specs(spec).values()) for spec in self.plan.roles.values())
+
+    @cached_property
+    def identity(self) -> str:
+        """What all its chunks have in common."""
+        return plan_hash(self.source.model_config, self.plan, self.dtype, self.quantization)
+
+    @property
+    def groups(self) -> list[dict[str, StageSpec]]:
+        """The stages of the plan's roles, those of a group's ranks together."""
+        by_layers = groupby(self.plan.roles.items(), key=lambda item: item[1].layers)
+        return [dict(group) for _, group in by_layers]
 
     def keeping(self, name: str) -> _Contents:
         """The same with one matrix more that is not quantised."""
@@ -263,8 +282,8 @@ class _Contents:
 
 def _write(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress: Progress | None) -> None:
     """Begins again, which is rare, without the quantisation of a matrix that turns out not to have one."""
-    for stage in contents.specs().values():
-        check_tensors(contents.source, stage)
+    for spec in contents.plan.roles.values():
+        check_tensors(contents.source, contents.specs(replace(spec, rank=None)))
     log_unquantized(contents.source.model_config, contents.quantization)
     while True:
         try:
@@ -275,31 +294,26 @@ def _write(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress
 
 
 def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, progress: Progress | None) -> None:
-    source, plan, specs = contents.source, contents.plan, contents.specs()
-    total = sum(total_bytes(stage.values()) for stage in specs.values())
+    source, total = contents.source, contents.size_bytes
     count = counter(progress, "preparing chunks", total)
-    identity = plan_hash(source.model_config, plan, contents.dtype, contents.quantization)
     if folder.parent == default_cache_folder():
         cache = Cache.open()
         cache.check()
         cache.make_room(total)
     with new_folder(folder, total, "the chunks") as unfinished:
-        chunks, weights = [], contents.weights()
-        for role, spec in plan.roles.items():
-            file = unfinished / chunk_file(role)
-            metadata = chunk_metadata(role, identity)
-            tensors = stored_tensors(weights, specs[role])
-            sha256, size = write_safetensors(file, stored_specs(specs[role]), tensors, metadata, count)
-            chunks.append(ChunkEntry(role=role, file=file.name, size_bytes=size, sha256=sha256, **vars(spec)))
+        weights = contents.weights()
+        chunks = [
+            entry for stages in contents.groups for entry in _write_group(unfinished, contents, stages, weights, count)
+        ]
         manifest = Manifest(
             model=source.path.resolve().name,
             dtype=contents.dtype,
             quantization=contents.quantization,
             calibration=contents.recorded,
-            plan_hash=identity,
+            plan_hash=contents.identity,
             config=source.config,
             source=fingerprint.record(),
-            chunks=tuple(chunks),
+            chunks=chunks,
         )
         if fingerprint.changed():
             raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")
@@ -311,6 +325,54 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
             contents.quantization,
             100 * error,
         )
+
+
+def _write_group(
+    folder: Path, contents: _Contents, stages: dict[str, StageSpec], weights: Weights, count: Callable[[int], None]
+) -> list[ChunkEntry]:
+    """The chunks of a group's ranks, side by side: each weight is read or made once, and cut for all that have it."""
+    with ExitStack() as files:
+        chunks = [
+            files.enter_context(closing(_Chunk(folder, contents, role, spec, count))) for role, spec in stages.items()
+        ]
+        while unfinished := [chunk for chunk in chunks if chunk.names]:
+            name = unfinished[0].names[0]
+            weight = weight_of(weights, name, unfinished[0].specs[name])
+            for chunk in unfinished:
+                if chunk.names[0] == name:
+                    chunk.write(weight)
+            del weight  # before the next one is made
+        return [chunk.entry for chunk in chunks]
+
+
+class _Chunk:
+    """A chunk that is written. specs: its tensors; names: of those that are not written yet, in order."""
+
+    def __init__(
+        self, folder: Path, contents: _Contents, role: str, spec: StageSpec, count: Callable[[int], None]
+    ) -> None:
+        self.specs = contents.specs(spec)
+        self.names = list(self.specs)
+        self._role, self._spec = role, spec
+        self._parts = Parts.of(contents.source.model_config, spec, contents.quantization)
+        metadata = chunk_metadata(role, contents.identity)
+        self._file = SafetensorsWriter(folder / chunk_file(role), stored_specs(self.specs), metadata, count)
+
+    def write(self, weight: Tensor | QuantizedTensor) -> None:
+        """This chunk's part of its next weight."""
+        part = self._parts.cut(self.names.pop(0), weight)
+        for tensor in part.parts if isinstance(part, QuantizedTensor) else [part]:
+            self._file.write(tensor)
+
+    @property
+    def entry(self) -> ChunkEntry:
+        """What the manifest says of it, once all is written."""
+        file = chunk_file(self._role)
+        sizes = {"size_bytes": self._file.size_bytes, "sha256": self._file.sha256}
+        return ChunkEntry(role=self._role, file=file, **sizes, **vars(self._spec))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def chunk_metadata(role: str, identity: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,9 +11,10 @@ from torch import Tensor
 from mdi.checkpoint.source import Source
 from mdi.core.errors import CheckpointError
 from mdi.core.quantization import UNQUANTIZED, Quantization, QuantizedTensor
-from mdi.core.tensors import Specs
+from mdi.core.tensors import TensorSpec
 from mdi.layers.quantize import NotFiniteError, ScaleError, dequantize, quantize
 from mdi.models.decoder import EMBEDDING, LM_HEAD
+from mdi.models.parts import Parts
 
 
 @dataclass
@@ -81,6 +81,20 @@ class RoundedWeights:
         return made
 
 
+@dataclass(frozen=True)
+class RankWeights:
+    """The parts of whole weights that one rank has."""
+
+    whole: Weights
+    parts: Parts
+
+    def tensor(self, name: str) -> Tensor:
+        return self.parts.cut(name, self.whole.tensor(name))
+
+    def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
+        return self.parts.cut(name, self.whole.quantized(name, quantization))
+
+
 def not_finite(name: str, error: NotFiniteError) -> CheckpointError:
     """What is said of a matrix with numbers that no format has."""
     return CheckpointError(f"the tensor {name} cannot be quantised: {error}; download or convert the checkpoint again")
@@ -91,12 +105,6 @@ def source_name(source: Source, name: str) -> str:
     return EMBEDDING if name == LM_HEAD and source.model_config.tied_embeddings else name
 
 
-def stored_tensors(weights: Weights, specs: Specs) -> Iterator[Tensor]:
-    """The tensors of `stored_specs(specs)`, in their order, each made when it is asked for."""
-    for name, spec in specs.items():
-        if spec.quantization:
-            made = weights.quantized(name, spec.quantization)
-            yield from made.parts
-            del made  # before the next one is made
-        else:
-            yield weights.tensor(name)
+def weight_of(weights: Weights, name: str, spec: TensorSpec) -> Tensor | QuantizedTensor:
+    """One weight, in the format of its spec."""
+    return weights.quantized(name, spec.quantization) if spec.quantization else weights.tensor(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -23,6 +24,45 @@ CODES = {name: code for code, name in DTYPES.items()}
 ALIGNMENT = 64
 
 
+class SafetensorsWriter:
+    """A file that is written tensor by tensor, each cast to its dtype. Call `close`, whatever happens."""
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Specs,
+        metadata: Mapping[str, str],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """specs: as the file stores them. progress: called with the bytes of each tensor written."""
+        header = safetensors_header(specs, metadata)
+        self._left = iter(specs.values())
+        self._progress = progress
+        self._digest = hashlib.sha256(header)
+        self._file = path.open("wb")
+        self._file.write(header)
+
+    def write(self, tensor: Tensor) -> None:
+        """The next one, in the order of the specs."""
+        data = _cast(tensor, next(self._left)).contiguous().flatten().view(torch.uint8).numpy().data
+        self._file.write(data)
+        self._digest.update(data)
+        self._progress(data.nbytes)
+
+    @property
+    def sha256(self) -> str:
+        """Of what is written by now, hexadecimal."""
+        return self._digest.hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what is written by now."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def write_safetensors(
     path: Path,
     specs: Specs,
@@ -30,24 +70,16 @@ def write_safetensors(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[str, int]:
-    """Writes tensors, each cast to its dtype, and keeps one at a time in memory.
+    """Writes a whole file, and keeps one tensor at a time in memory: each is read or made when it is asked for.
 
-    specs: as the file stores them. tensors: in that order, each read or made when it is asked for.
-    progress: called with the bytes of each tensor written.
+    tensors: in the order of specs. The other arguments are those of `SafetensorsWriter`.
     Returns the sha256 (hexadecimal) and size in bytes.
     """
-    digest, header = hashlib.sha256(), safetensors_header(specs, metadata)
-    with path.open("wb") as file:
-        file.write(header)
-        digest.update(header)
-        made = iter(tensors)
-        for spec in specs.values():
-            data = _cast(next(made), spec).contiguous().flatten().view(torch.uint8).numpy().data
-            file.write(data)
-            digest.update(data)
-            progress(data.nbytes)
-            del data  # before the next one is made
-        return digest.hexdigest(), file.tell()
+    with closing(SafetensorsWriter(path, specs, metadata, progress)) as file:
+        for tensor in tensors:
+            file.write(tensor)
+            del tensor  # before the next one is made
+        return file.sha256, file.size_bytes
 
 
 def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:

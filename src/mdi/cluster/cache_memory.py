@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import psutil
 
 from mdi.cluster.node_client import NodeAddress
+from mdi.models.config import StageSpec
+from mdi.models.parts import Parts
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheNode
 from mdi.planning.memory import free_bytes
@@ -21,13 +23,14 @@ HERE = ""  # the starter's machine, among hosts
 
 def cache_nodes(
     loaded: LoadedStage,
+    stages: Sequence[StageSpec],
     nodes: Sequence[NodeAddress],
     statuses: Sequence[node_pb2.NodeStatus],
     limits_gb: Sequence[float | None],
 ) -> list[CacheNode]:
     """The starter, which has loaded its stage here, and the other nodes, in pipeline order.
 
-    statuses: of the other nodes, which have loaded. limits_gb: what each node may use, the starter first; empty where
+    stages: of all nodes. statuses: of the other nodes, which have loaded. limits_gb: what each node may use, the starter first; empty where
     nothing is said. Nodes at one host share what is free there.
     """
     hosts = [HERE, *(_host(node) for node in nodes)]
@@ -37,12 +40,13 @@ def cache_nodes(
     return [
         CacheNode(
             name,
-            status.last_layer - status.first_layer,
+            len(stage.layers),
             min(status.free_bytes / sharing[host], _allowed_bytes(limit, status)),
             whole=not status.device.startswith("cpu"),
+            n_kv_heads=Parts.of(loaded.config, stage, loaded.quantization).config.n_kv_heads,
         )
-        for name, host, limit, status in zip(
-            ["starter", *(node.name for node in nodes)], hosts, limits, states, strict=True
+        for name, stage, host, limit, status in zip(
+            ["starter", *(node.name for node in nodes)], stages, hosts, limits, states, strict=True
         )
     ]
 
@@ -54,8 +58,6 @@ def _host(node: NodeAddress) -> str:
 
 def _starter_status(loaded: LoadedStage) -> node_pb2.NodeStatus:
     return node_pb2.NodeStatus(
-        first_layer=loaded.spec.first_layer,
-        last_layer=loaded.spec.last_layer,
         device=str(loaded.device),
         free_bytes=free_bytes(loaded.device),
         resident_bytes=psutil.Process(os.getpid()).memory_info().rss,

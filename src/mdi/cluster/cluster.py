@@ -282,7 +282,8 @@ class Cluster:
         if self._launcher and self._monitor and self.n_nodes > 1:
             nodes, deadline = self._launcher.nodes, time.monotonic() + START_TIMEOUT_S
             statuses = self._monitor.loop.call(loaded_nodes(self._monitor, nodes, self._progress, deadline))
-        memory = cache_nodes(self._loaded, nodes, statuses, self._memory_limits())
+        stages = self._chunks.manifest.plan.stages if self._chunks else (self._loaded.spec,)
+        memory = cache_nodes(self._loaded, stages, nodes, statuses, self._memory_limits())
         budget = cache_budget(model, self._config.cache, dtype_name(self._loaded.dtype), memory)
         if note := budget.note:
             log.warning("%s", note)

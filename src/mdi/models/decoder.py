@@ -38,19 +38,30 @@ class Decoder:
     """A stage's layers, with the token embedding before them and the LM head after them where the spec says so."""
 
     def __init__(
-        self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor, *, tied_head: bool
+        self,
+        config: ModelConfig,
+        spec: StageSpec,
+        embedding: Tensor | None,
+        get: GetTensor,
+        *,
+        tied_head: bool,
+        vocab: range | None = None,
     ) -> None:
-        """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
+        """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same.
+
+        config: of a rank's layers, where the spec has a rank. vocab: its rows of the head; None is all.
+        """
         self.embedding = embedding
         self.layers = [DecoderLayer(config, layer, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
         self._native = _native(config, self.layers)
         self.norm = self.lm_head = None
         if spec.head:
             self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
-            shared = embedding if tied_head else None
+            vocab = vocab or range(config.vocab_size)
+            shared = embedding[vocab.start : vocab.stop] if tied_head and embedding is not None else None
             get_head = get if shared is None else Unquantized(lambda *_: shared, get.dtype)
             head = stem(EMBEDDING if tied_head else LM_HEAD)
-            self.lm_head = Linear.load(get_head, {head: config.vocab_size}, config.hidden_size)
+            self.lm_head = Linear.load(get_head, {head: len(vocab)}, config.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""

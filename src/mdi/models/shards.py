@@ -13,6 +13,7 @@ from math import lcm
 
 from mdi.core.errors import ConfigError
 from mdi.core.group import Rank
+from mdi.core.quantization import FORMATS, ModelQuantization
 from mdi.models.config import ModelConfig
 
 Bounds = tuple[int, ...]
@@ -39,6 +40,14 @@ class Shards:
         heads = _bounds("query heads", config.n_heads, n_shards, heads_step)
         inner = {size: _bounds(what, size, n_shards, step) for what, size in config.inner_sizes.items()}
         return cls(heads, inner, _bounds("vocabulary", config.vocab_size, n_shards, 1))
+
+
+def shard_step(quantization: ModelQuantization) -> int:
+    """Inputs of a layer's products that lie together: those that share a scale, or an activation's scale."""
+    if quantization.layers is None:
+        return 2
+    format_ = FORMATS[quantization.layers]
+    return lcm(format_.group or 1, format_.activation_group)
 
 
 def kv_heads(config: ModelConfig, heads: range) -> tuple[int, ...]:

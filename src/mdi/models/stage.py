@@ -60,7 +60,7 @@ class Stage:
             n_layers=len(loaded.spec.layers),
             n_slots=n_slots,
             sequence_length=sequence_length,
-            n_kv_heads=config.n_kv_heads,
+            n_kv_heads=loaded.parts.config.n_kv_heads,
             head_dim=config.head_dim,
             dtype=torch.int8 if cache_dtype == "int8" else dtype,
             device=device,

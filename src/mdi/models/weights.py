@@ -15,6 +15,7 @@ from mdi.core.quantization import FORMATS, UNQUANTIZED, ModelQuantization, Quant
 from mdi.core.tensors import GetTensor, Specs, TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LAYERS, LM_HEAD, Decoder
+from mdi.models.parts import Parts
 from mdi.models.registry import VisionTower, family_of
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """A stage's weights, ready to compute. dtype: of activations and KV cache. vision: None where it has no tower."""
+    """A stage's weights, ready to compute. dtype: of activations and KV cache. vision: None where it has no tower.
+
+    config: of the model.
+    """
 
     config: ModelConfig
     spec: StageSpec
@@ -32,6 +36,11 @@ class LoadedStage:
     vision: VisionTower | None
     quantization: ModelQuantization = UNQUANTIZED
 
+    @property
+    def parts(self) -> Parts:
+        """What a rank has of the stage. `parts.config` is of its layers: fewer heads, narrower MLPs."""
+        return Parts.of(self.config, self.spec, self.quantization)
+
 
 def load_stage(
     config: ModelConfig,
@@ -40,11 +49,16 @@ def load_stage(
     get: GetTensor,
     quantization: ModelQuantization = UNQUANTIZED,
 ) -> LoadedStage:
-    """A stage made of the tensors that `get` gives, got in the order that data flows through them."""
+    """A stage made of the tensors that `get` gives, got in the order that data flows through them.
+
+    Of a rank's: they are its parts. Raises ConfigError where a model cannot be cut for the spec's rank.
+    """
+    parts = Parts.of(config, spec, quantization)
     embedding = get(EMBEDDING, (config.vocab_size, config.hidden_size)) if spec.embedding else None
     tower = family_of(config.architecture).vision_tower
     vision = tower(config.vision, get) if spec.vision and tower and config.vision else None
-    decoder = Decoder(config, spec, embedding, get, tied_head=has_tied_head(config, quantization))
+    tied_head = has_tied_head(config, quantization)
+    decoder = Decoder(parts.config, spec, embedding, get, tied_head=tied_head, vocab=parts.vocab)
     return LoadedStage(config, spec, get.dtype, device, decoder, vision, quantization)
 
 
@@ -58,9 +72,10 @@ def stage_specs(
 ) -> Specs:
     """Every tensor of a stage that is computed in `dtype`: exactly these, nothing missing, nothing left over.
 
-    A quantised matrix has its format in place of a dtype. With tied embeddings a head's matrix is stored under the
-    embedding's name, in the first and in the last chunk, unless it is quantised.
-    Raises CheckpointError for a dtype that models are not computed in.
+    Of a rank of a group these are its parts. A quantised matrix has its format in place of a dtype. With tied
+    embeddings a head's matrix is stored under the embedding's name, in the first and in the last chunk, unless it is
+    quantised.
+    Raises CheckpointError for a dtype that models are not computed in, ConfigError as `load_stage`.
     """
     return dict(_declared(config, spec, dtype, quantization).specs)
 

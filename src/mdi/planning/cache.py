@@ -25,13 +25,14 @@ class CacheNode:
     """A node of the pipeline, as its KV cache needs it.
 
     n_layers: in its stage. free_bytes: what remains beside the weights, for this node alone. whole: its device takes
-    the memory of all slots at the start, and not as they fill.
+    the memory of all slots at the start, and not as they fill. n_kv_heads: of a rank; None is all of the model's.
     """
 
     name: str
     n_layers: int
     free_bytes: float = math.inf
     whole: bool = False
+    n_kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class CacheBudget:
 
 
 def token_bytes(config: ModelConfig, dtype: str, n_layers: int = 1) -> int:
-    """Bytes of one token in the cache of so many layers. dtype: of the cache; in int8 each head has a float32 scale."""
+    """Bytes of one token in the cache of so many layers. config: of a rank's layers, for a rank (`Parts.config`).
+
+    dtype: of the cache; in int8 each head has a float32 scale.
+    """
     if dtype == "int8":
         return n_layers * 2 * config.n_kv_heads * (config.head_dim + 4)
     return TensorSpec((n_layers, 2, config.n_kv_heads, config.head_dim), dtype).size_bytes
@@ -92,7 +96,8 @@ def planned_bytes(settings: CacheSettings) -> float:
 
 def _tokens(config: ModelConfig, settings: CacheSettings, dtype: str, node: CacheNode, wanted: int) -> int:
     """Tokens that one node has memory for, in whole blocks."""
-    each = token_bytes(config, settings.kv_cache_dtype or dtype, node.n_layers)
+    own = replace(config, n_kv_heads=node.n_kv_heads or config.n_kv_heads)
+    each = token_bytes(own, settings.kv_cache_dtype or dtype, node.n_layers)
     if settings.kv_cache_gb is None:
         return int(min(wanted, node.free_bytes * CACHE_SHARE // each)) // CACHE_BLOCK * CACHE_BLOCK
     tokens = int(min(wanted, settings.kv_cache_gb * 1e9 // each)) // CACHE_BLOCK * CACHE_BLOCK

@@ -14,6 +14,7 @@ from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, EXPERTS, LM_HEAD
+from mdi.models.parts import Parts
 from mdi.models.weights import stage_specs
 from mdi.planning.cache import token_bytes
 from mdi.planning.hardware import Machine
@@ -99,6 +100,7 @@ def stage_summary(
     """
     specs = stage_specs(config, spec, dtype, quantization)
     repeated = specs[LM_HEAD].size if config.tied_embeddings and {EMBEDDING, LM_HEAD} <= specs.keys() else 0
+    layers = Parts.of(config, spec, quantization).config
     parameters, _ = _step(config, spec, dtype, quantization, 1)
     _, step_bytes = _step(config, spec, dtype, quantization, streams)
     return StageSummary(
@@ -107,7 +109,7 @@ def stage_summary(
         step_parameters=parameters,
         step_bytes=step_bytes,
         step_share=step_bytes / _step(config, StageSpec.everything(config), dtype, quantization, streams)[1],
-        cache_bytes=cache_tokens * token_bytes(config, cache_dtype or dtype, len(spec.layers)),
+        cache_bytes=cache_tokens * token_bytes(layers, cache_dtype or dtype, len(spec.layers)),
     )
 
 
@@ -136,9 +138,12 @@ def _step(
 ) -> tuple[float, float]:
     """Parameters and bytes that a decode step reads. The embedding is a row lookup and counts as nothing."""
     parts = {
-        StageSpec(0, 0, head=True): 1.0 * spec.head,
+        StageSpec(0, 0, head=True, rank=spec.rank): 1.0 * spec.head,
         StageSpec(0, 0, vision=True): VISION_SHARE * spec.vision,
-        **{StageSpec(index, index + 1): float(count) for index, count in _kinds(config, spec.layers).items()},
+        **{
+            StageSpec(index, index + 1, rank=spec.rank): float(count)
+            for index, count in _kinds(config, spec.layers).items()
+        },
     }
     experts_read = config.experts.distinct(tokens) / config.experts.count if config.experts else 1.0
     parameters = size_bytes = 0.0

@@ -11,6 +11,7 @@ from mdi.cluster.launchers.ray_cluster import RayCluster
 from mdi.core.config import CacheSettings, RayNodes
 from mdi.core.errors import ConfigError
 from mdi.models.config import ModelConfig
+from mdi.models.parts import Parts
 from mdi.planning.cache import CACHE_SHARE, PLANNED_TOKENS, planned_bytes, token_bytes
 
 PROCESS_BYTES = 0.5e9  # of a node beside weights and cache
@@ -76,6 +77,7 @@ def memory_of_roles(manifest: Manifest, model: ModelConfig, cache: CacheSettings
     share = CACHE_SHARE if cache.kv_cache_gb is None else 1.0  # of what is left beside the weights: see cache_budget
     needs = dict[str, float]()
     for chunk in manifest.chunks[1:]:
-        each = token_bytes(model, cache.kv_cache_dtype or manifest.dtype, len(chunk.spec.layers))
+        own = Parts.of(model, chunk.spec, manifest.quantization).config
+        each = token_bytes(own, cache.kv_cache_dtype or manifest.dtype, len(chunk.spec.layers))
         needs[chunk.role] = chunk.size_bytes + min(tokens * each, planned_bytes(cache)) / share + PROCESS_BYTES
     return needs
