@@ -1,4 +1,4 @@
-"""TLS sockets of the standard library, beside gRPC: contexts from an identity, and the names in a peer's certificate."""
+"""TLS sockets of the standard library, beside gRPC: contexts of an identity, and the names in a certificate."""
 
 from __future__ import annotations
 
