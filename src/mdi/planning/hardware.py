@@ -49,6 +49,14 @@ class Machine:
         return 2 * parameters / self.flops_per_s
 
 
+@dataclass(frozen=True)
+class LinkSpeed:
+    """The link between two nodes. rtt_s: there and back, of a small message. bytes_per_s: of large ones, one way."""
+
+    rtt_s: float
+    bytes_per_s: float
+
+
 def measure_hardware(device: str, dtype: str, folder: Path | None, quantization: str | None = None) -> Machine:
     """This machine, with its free memory. The first measurement of its speeds takes a second or two.
 
