@@ -35,6 +35,16 @@ def test_a_manifest_whose_chunks_lose_a_layer_is_refused(source: Source) -> None
         Manifest.read(folder)
 
 
+@pytest.mark.parametrize("rank", [None, {"first_shard": 1, "last_shard": 2, "n_shards": 3}, {"first_shard": 0}, 5])
+def test_a_manifest_whose_ranks_lose_a_shard_is_refused(rank: object, source: Source) -> None:
+    folder = prepare(source, 2, groups=(2,))
+    chunks = json.loads((folder / FILE_NAME).read_text())["chunks"]
+    chunks[1]["rank"] = rank
+    edit_manifest(folder, chunks=chunks)
+    with pytest.raises(CheckpointError, match="damaged"):
+        Manifest.read(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])
 def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, source: Source) -> None:
     folder = prepare(source, 2)

@@ -25,10 +25,11 @@ from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.dtypes import dtype_name, parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.group import Rank
 from mdi.core.tensors import TensorSpec
 from mdi.models.decoder import EMBEDDING, FINAL_NORM, LM_HEAD
 from mdi.models.weights import stage_specs
-from mdi.planning.plan import make_plan
+from mdi.planning.plan import Plan, make_plan
 
 Weights = dict[str, torch.Tensor]
 
@@ -110,6 +111,12 @@ def test_the_manifest_says_what_is_there(source: Source) -> None:
     for chunk in manifest.chunks:
         content = (folder / chunk.file).read_bytes()
         assert (chunk.sha256, chunk.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_the_manifest_says_which_shards_each_rank_has(source: Source) -> None:
+    manifest = Manifest.read(prepare(source, 3, groups=(2, 1), shards=4))
+    assert manifest.plan == make_plan(source.model_config, 3, groups=(2, 1), shards=4)
+    assert [chunk.rank for chunk in manifest.chunks] == [Rank(0, 2, 4), Rank(2, 4, 4), None]
 
 
 def test_preparing_twice_gives_the_same_bytes(source: Source) -> None:
@@ -306,15 +313,38 @@ def test_what_was_prepared_in_the_usual_place_is_taken_by_whom_all_is_right(sour
 def test_layers_are_measured_only_when_chunks_are_written(source: Source) -> None:
     measured: list[None] = []
 
-    def measure() -> tuple[int, int]:
+    def measure() -> Plan:
         measured.append(None)
-        return (5, 1)
+        return make_plan(source.model_config, 2, (5, 1))
 
     for _ in range(2):
         with closing(prepared(source, 2, measure=measure)) as chunks:
             assert chunks.manifest.plan.layers == (5, 1)
     prepared(source, 2, layers=(2, 4), measure=measure).close()
     assert len(measured) == 1
+
+
+def test_chunks_of_groups_are_never_taken_for_those_of_a_layer_split_nor_of_other_groups(source: Source) -> None:
+    for _ in range(2):
+        assert name(prepared(source, 4, groups=(2, 2))) == "4nodes-groups-2-2"
+        assert name(prepared(source, 4)) == "4nodes"
+        assert name(prepared(source, 4, groups=(1, 1, 1, 1))) == "4nodes"
+        assert name(prepared(source, 4, groups=(3, 1))) == "4nodes-groups-3-1"
+        assert name(prepared(source, 4, groups=(2, 2), shards=4)) == "4nodes-groups-2-2-float32-shards4"
+    assert len(list((source.path / "chunks").iterdir())) == 4
+
+
+def test_groups_that_a_measurement_chose_are_found_again_where_any_plan_will_do(source: Source) -> None:
+    chosen = make_plan(source.model_config, 2, groups=(2,))
+
+    def measure() -> Plan:
+        return chosen
+
+    for _ in range(2):
+        with closing(prepared(source, 2, measure=measure)) as chunks:
+            assert chunks.manifest.plan == chosen
+    with closing(prepared(source, 2)) as chunks:
+        assert chunks.manifest.plan.groups == (1, 1)
 
 
 def test_other_weights_of_the_same_size_are_noticed_with_one_line(

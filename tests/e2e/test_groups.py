@@ -76,7 +76,9 @@ def grouped() -> Iterator[Engine]:
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 @pytest.mark.parametrize("name", ["secondary0", "secondary1", "finisher"])
 def test_streams_survive_a_lost_rank_with_the_same_tokens(grouped: Engine, name: str, with_signal: int) -> None:
-    params = [SamplingParams(temperature=number % 2, seed=number, max_tokens=150, ignore_eos=True) for number in range(4)]
+    params = [
+        SamplingParams(temperature=number % 2, seed=number, max_tokens=150, ignore_eos=True) for number in range(4)
+    ]
     undisturbed = [grouped.submit(f"Number {index}", one).completion().token_ids for index, one in enumerate(params)]
     recoveries = grouped.recovery.recoveries
     streams = [grouped.submit(f"Number {index}", one) for index, one in enumerate(params)]

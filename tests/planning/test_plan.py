@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -12,6 +13,8 @@ from testing.checkpoints import tiny_config, tiny_text_config
 
 from mdi.checkpoint.published import QWEN2_VL_2B
 from mdi.core.errors import ConfigError
+from mdi.core.group import Rank
+from mdi.core.quantization import ModelQuantization
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
 from mdi.planning.hardware import Machine
@@ -161,6 +164,99 @@ def test_a_plan_that_loses_repeats_or_misplaces_anything_cannot_be_made(
 ) -> None:
     with pytest.raises(ConfigError, match="every layer once"):
         Plan(stages)
+
+
+ROOT = replace(FIRST, rank=Rank(0, 1, 3))
+SECOND = replace(FIRST, embedding=False, rank=Rank(1, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (ROOT, MIDDLE, LAST),
+        (ROOT, replace(SECOND, rank=Rank(1, 2, 3)), MIDDLE, LAST),
+        (ROOT, replace(SECOND, rank=Rank(2, 3, 3)), MIDDLE, LAST),
+        (ROOT, replace(SECOND, rank=Rank(1, 3, 4)), MIDDLE, LAST),
+        (ROOT, replace(SECOND, rank=Rank(1, 1, 3)), replace(SECOND, rank=Rank(1, 3, 3)), MIDDLE, LAST),
+        (ROOT, replace(SECOND, last_layer=4), replace(MIDDLE, first_layer=4), LAST),
+        (SECOND, ROOT, MIDDLE, LAST),
+        (ROOT, SECOND, SECOND, MIDDLE, LAST),
+        (replace(FIRST, rank=Rank(0, 3, 3)), MIDDLE, LAST),
+        (ROOT, SECOND, replace(MIDDLE, rank=Rank(0, 1, 2)), replace(MIDDLE, rank=Rank(1, 2, 2)), LAST),
+    ],
+)
+def test_a_plan_whose_ranks_lose_or_repeat_a_shard_cannot_be_made(stages: tuple[StageSpec, ...]) -> None:
+    with pytest.raises(ConfigError, match="every shard once"):
+        Plan(stages)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (ROOT, replace(SECOND, embedding=True), MIDDLE, LAST),
+        (FIRST, MIDDLE, replace(LAST, rank=Rank(0, 1, 2)), replace(LAST, head=False, rank=Rank(1, 2, 2))),
+    ],
+)
+def test_a_plan_whose_ranks_misplace_the_ends_cannot_be_made(stages: tuple[StageSpec, ...]) -> None:
+    with pytest.raises(ConfigError, match="every layer once"):
+        Plan(stages)
+
+
+def test_a_layer_split_has_a_node_a_stage() -> None:
+    plan = make_plan(FULL_SIZE, 3)
+    assert (plan.groups, plan.n_shards, plan.n_nodes) == ((1, 1, 1), 1, 3)
+    assert plan == make_plan(FULL_SIZE, 3, groups=(1, 1, 1))
+
+
+@pytest.mark.parametrize("groups", [(2,), (3,), (8,), (2, 2), (2, 1, 3), (1, 4), (5, 3)])
+def test_the_ranks_of_a_stage_have_its_layers_and_every_shard_once(groups: tuple[int, ...]) -> None:
+    plan = make_plan(FULL_SIZE, sum(groups), groups=groups)
+    assert (plan.groups, plan.n_nodes, len(plan.layers)) == (groups, sum(groups), len(groups))
+    assert sum(plan.layers) == FULL_SIZE.n_layers
+    assert [stage.vision for stage in plan.stages] == [index == 0 for index in range(plan.n_nodes)]
+    assert sum(stage.head for stage in plan.stages) == groups[-1]
+    assert list(plan.roles) == list(role_names(plan.n_nodes))
+
+
+def test_the_layers_of_stages_may_be_given_with_their_groups() -> None:
+    plan = make_plan(FULL_SIZE, 3, (20, 8), groups=(2, 1))
+    assert plan.layers == (20, 8)
+    assert [stage.layers for stage in plan.stages] == [range(20), range(20), range(20, 28)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "message"),
+    [
+        ((9,), {}, "a group of 9 is too large: a stage has 8 ranks at most"),
+        ((0, 3), {}, "groups 0,3: every stage needs at least one node"),
+        ((), {"n_nodes": 2}, "every stage needs at least one node"),
+        ((2, 2), {"n_nodes": 3}, "groups 2,2 are 4 nodes in all, but there are 3"),
+        ((4,), {"shards": 3}, "a group of 4 needs a shard for each rank, and --shards says 3"),
+        ((2,), {"shards": 13}, "13 shards are too many for the model's query heads, 12"),
+        ((2, 2), {"layers": (10, 10, 4, 4)}, "layers 10,10,4,4 names 4 stages, but there are 2"),
+        ((2, 2), {"layers": (28, 0)}, "every stage needs at least one layer"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused_with_their_reason(
+    groups: tuple[int, ...], options: dict[str, Any], message: str
+) -> None:
+    n_nodes = options.pop("n_nodes", sum(groups))
+    with pytest.raises(ConfigError, match=message):
+        make_plan(FULL_SIZE, n_nodes, groups=groups, **options)
+
+
+def test_a_group_larger_than_the_model_has_shards_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a group of 5 is too large: the model's 4 query heads .* 4 shards at most"):
+        make_plan(TINY, 5, groups=(5,))
+    with pytest.raises(ConfigError, match=r"a group of 2 is too large.* 1 shard at most"):
+        make_plan(TINY, 2, groups=(2,), quantization=ModelQuantization("int8"))  # groups of 64 inputs: all four heads
+
+
+def test_more_stages_than_layers_are_refused_and_more_nodes_are_not() -> None:
+    small = replace(FULL_SIZE, n_layers=2)
+    assert make_plan(small, 4, groups=(2, 2)).layers == (1, 1)
+    with pytest.raises(ConfigError, match="3 stages are more than the model's 2 layers"):
+        make_plan(small, 4, groups=(1, 1, 2))
 
 
 def test_roles_run_from_starter_to_finisher() -> None:

@@ -57,9 +57,9 @@ class Chunks:
         self.hold.close()
 
 
-def chunk_folder(source: Path, n_nodes: int, *, vision_node: bool = False) -> Path:
+def chunk_folder(source: Path, n_nodes: int, *, groups: Sequence[int] | None = None, vision_node: bool = False) -> Path:
     """The usual place of a checkpoint's chunks for so many nodes, and for a vision node beside them."""
-    return source / "chunks" / _usual_name(n_nodes, vision_node)
+    return source / "chunks" / _usual_name(n_nodes, groups, vision_node)
 
 
 def prepare(
@@ -70,6 +70,8 @@ def prepare(
     quantization: ModelQuantization = UNQUANTIZED,
     calibration: CalibrationText | None = None,
     layers: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+    shards: int = 1,
     vision_node: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -78,13 +80,22 @@ def prepare(
     That is `chunks/{n}nodes` in the folder of the checkpoint, or of its adapter, or an entry of the cache where this
     folder cannot be written. dtype: the checkpoint's own if None. calibration: the text that decides how the decoder's
     int4 weights are rounded; None rounds all to the nearest; what is quantised already is never calibrated. layers: per
-    node, overriding the plan. vision_node: one chunk more has the vision tower, and the starter's has none. progress:
-    called with bytes. Needs memory for one tensor, or for calibration.
+    stage, overriding the plan. groups: ranks of each stage; None is one node a stage. shards: see `make_plan`.
+    vision_node: one chunk more has the vision tower, and the starter's has none. progress: called with bytes. Needs
+    memory for one tensor, or for calibration.
     Raises CheckpointError for missing or misshapen tensors, for a full disk and for chunks in use, ConfigError for an
     impossible split.
     """
-    plan = make_plan(source.model_config, n_nodes, layers, vision_node=vision_node)
-    folder = _folders(source, _usual_name(n_nodes, vision_node))[-1]
+    plan = make_plan(
+        source.model_config,
+        n_nodes,
+        layers,
+        groups=groups,
+        shards=shards,
+        quantization=quantization,
+        vision_node=vision_node,
+    )
+    folder = _folders(source, _usual_name(n_nodes, groups, vision_node))[-1]
     dtype = dtype or source.model_config.dtype
     text = None if _is_rounded(source) else calibration
     contents = _Contents(source, plan, dtype, quantization, text)
@@ -99,18 +110,32 @@ def prepared(
     dtype: str | None = None,
     quantization: ModelQuantization | None = None,
     layers: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+    shards: int = 1,
     vision_node: bool = False,
-    measure: Callable[[], Sequence[int] | None] | None = None,
+    measure: Callable[[], Plan] | None = None,
     progress: Progress | None = None,
 ) -> Chunks:
     """Finds the chunks of this checkpoint, or writes them: beside those of another kind, over outdated ones.
 
-    dtype, quantization, layers: None takes what is in the usual place, or is stored. measure: called for the layers
-    when chunks are written and `layers` is None. See `prepare` for the rest.
+    dtype, quantization, layers: None takes what is in the usual place, or is stored. groups: None is one node a stage,
+    or, with `measure` and without layers, any. shards: of a plan with groups; 1 is any number.
+    measure: called for the plan when chunks are written, unless layers are given, and no groups.
+    See `prepare` for the rest.
     """
-    config = source.model_config
-    plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
-    kind = _Kind(n_nodes, vision_node, dtype, quantization, plan.layers if layers else None)
+    config, formats = source.model_config, quantization or source.quantization
+    plan = make_plan(
+        config, n_nodes, layers, groups=groups, shards=shards, quantization=formats, vision_node=vision_node
+    )
+    kind = _Kind(
+        n_nodes,
+        vision_node,
+        dtype,
+        quantization,
+        layers=plan.layers if layers else None,
+        groups=None if measure and not layers and not groups else plan.groups,
+        shards=shards,
+    )
     search = _Search(Fingerprint(source, progress), kind)
     details = kind.details(config.dtype)
     while True:
@@ -118,15 +143,14 @@ def prepared(
             for folder in _folders(source, name):
                 if chunks := search.open(folder):
                     return chunks
-        if layers is None and measure:
-            layers = measure()
-            plan = make_plan(config, n_nodes, layers, vision_node=vision_node)
+        if measure and (layers is None or groups):
+            plan, measure = measure(), None
         usual, *others = search.names(details)  # who asks for nothing later is not to get quantised chunks
         names = [usual, *others] if quantization in (None, source.quantization) else others
         folder = search.free([_folders(source, name)[-1] for name in names])
         with suppress(FolderInUseError):  # another process was faster: perhaps its chunks will do
             text = None if is_random(source.path) or _is_rounded(source) else CalibrationText.default()
-            contents = _Contents(source, plan, dtype or config.dtype, quantization or source.quantization, text)
+            contents = _Contents(source, plan, dtype or config.dtype, formats, text)
             _write(folder, contents, search.fingerprint, progress)
 
 
@@ -137,13 +161,15 @@ def _is_rounded(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The kind of chunks that is wanted. dtype, quantization, layers: any if None."""
+    """The kind of chunks that is wanted. dtype, quantization, layers, groups: any if None. shards: any if 1."""
 
     n_nodes: int
     vision_node: bool
     dtype: str | None
     quantization: ModelQuantization | None
     layers: tuple[int, ...] | None
+    groups: tuple[int, ...] | None
+    shards: int
 
     def fits(self, manifest: Manifest) -> bool:
         plan = manifest.plan
@@ -152,13 +178,20 @@ class _Kind:
             and self.dtype in (None, manifest.dtype)
             and (self.quantization is None or self.quantization.parts == manifest.quantization.parts)
             and self.layers in (None, plan.layers)
+            and self.groups in (None, plan.groups)
+            and (self.shards in (1, plan.n_shards) or max(plan.groups) == 1)
         )
+
+    @property
+    def usual_name(self) -> str:
+        """The name of the folder for most kinds with these groups."""
+        return _usual_name(self.n_nodes, self.groups, self.vision_node)
 
     def details(self, dtype: str) -> str:
         """The name of a folder for this kind alone. dtype: where none is wanted."""
         formats = re.findall(r"\w+", str(self.quantization)) if self.quantization else []
-        usual = _usual_name(self.n_nodes, self.vision_node)
-        return "-".join([usual, self.dtype or dtype, *formats, *map(str, self.layers or ())])
+        shards = [f"shards{self.shards}"] * (self.shards > 1 and max(self.groups or (1,)) > 1)
+        return "-".join([self.usual_name, self.dtype or dtype, *formats, *shards, *map(str, self.layers or ())])
 
 
 @dataclass(frozen=True)
@@ -170,7 +203,7 @@ class _Search:
 
     def names(self, details: str) -> Iterator[str]:
         """Names of folders that may have them, in order. The last one is only for this content of the checkpoint."""
-        yield _usual_name(self.kind.n_nodes, self.kind.vision_node)
+        yield self.kind.usual_name
         yield details
         yield f"{details}-{_short(repr([file.sha256 for file in self.fingerprint.record()]))}"
 
@@ -211,8 +244,9 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def _usual_name(n_nodes: int, vision_node: bool) -> str:
-    return f"{n_nodes}nodes{'-vision' * vision_node}"
+def _usual_name(n_nodes: int, groups: Sequence[int] | None, vision_node: bool) -> str:
+    grouped = "-groups-" + "-".join(map(str, groups)) if groups and max(groups) > 1 else ""
+    return f"{n_nodes}nodes{grouped}{'-vision' * vision_node}"
 
 
 def _folders(source: Source, name: str) -> list[Path]:

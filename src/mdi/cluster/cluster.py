@@ -48,7 +48,7 @@ from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
 from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, MEASURED, explain
-from mdi.planning.plan import VISION, make_plan
+from mdi.planning.plan import VISION, Plan, make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
 from mdi.rpc.tls import Identity
@@ -249,7 +249,7 @@ class Cluster:
             quantization=self._formats,
             layers=self._layers,
             vision_node=self._vision_address is not None,
-            measure=lambda: self._measured_layers(source),
+            measure=(lambda: self._measured_plan(source)) if self._nodes else None,
             progress=self._progress,
         )
         launcher = self._launcher = self._make_launcher(source.model_config, chunks, monitor, authority)
@@ -319,15 +319,14 @@ class Cluster:
         dtype, device = chunks.manifest.dtype, self._device
         return LocalLauncher(files, dtype=dtype, device=device, threads=threads, authority=authority)
 
-    def _measured_layers(self, source: Source) -> tuple[int, ...] | None:
-        if self._nodes is None or self._monitor is None:
-            return None
+    def _measured_plan(self, source: Source) -> Plan:
+        assert self._nodes and self._monitor  # noqa: PT018
         self._measured = True
         model, cache = source.model_config, self._config.cache
         dtype = self._dtype or model.dtype
         formats, manual = self._formats or source.quantization, self._config.cluster.manual
         machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
-        made = make_plan(
+        return make_plan(
             model,
             self.n_nodes,
             machines=machines,
@@ -338,7 +337,6 @@ class Cluster:
             cache_dtype=cache.kv_cache_dtype,
             vision_node=self._vision_address is not None,
         )
-        return made.layers
 
     def _starter_progress(self) -> Progress | None:
         progress = self._progress

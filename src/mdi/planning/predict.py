@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import fsum
 from operator import attrgetter
 
+from mdi.core.group import Rank
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tensors import total_bytes, total_size
 from mdi.models.config import ModelConfig, StageSpec
@@ -119,11 +120,18 @@ def layer_summary(
     cache_tokens: int = 0,
     quantization: ModelQuantization = UNQUANTIZED,
     cache_dtype: str | None = None,
+    rank: Rank | None = None,
+    streams: int = 1,
 ) -> StageSummary:
-    """A layer as plans count it, which take all layers to be alike: as large as the largest, as fast as the mean."""
+    """A layer as plans count it, which take all layers to be alike: as large as the largest, as fast as the mean.
+
+    rank: that has a part of it. See `stage_summary` for the rest.
+    """
     counts = _kinds(config, range(config.n_layers))
     layers = [
-        stage_summary(config, StageSpec(index, index + 1), dtype, cache_tokens, quantization, cache_dtype)
+        stage_summary(
+            config, StageSpec(index, index + 1, rank=rank), dtype, cache_tokens, quantization, cache_dtype, streams
+        )
         for index in counts
     ]
     parameters = fsum(count * layer.step_parameters for layer, count in zip(layers, counts.values(), strict=True))

@@ -178,7 +178,9 @@ class BatchDecoder:
 
 def decode_group(messages: Iterable[node_pb2.GroupMember], n_shards: int) -> tuple[list[Member], list[Rank]]:
     """The ranks of a group in order: where they listen, and which of n_shards they have."""
-    found = [(Member(one.node, one.host, one.port), Rank(one.first_shard, one.last_shard, n_shards)) for one in messages]
+    found = [
+        (Member(one.node, one.host, one.port), Rank(one.first_shard, one.last_shard, n_shards)) for one in messages
+    ]
     return [member for member, _ in found], [rank for _, rank in found]
 
 
