@@ -1,6 +1,6 @@
 """Groups: what a second node of one core brings when both compute one stage, against one node of one core.
 
-    python -m benchmarks.groups                        # the exact Qwen2-VL-2B shape in bf16, int8 and int4: 12 GB of memory
+    python -m benchmarks.groups                        # the exact Qwen2-VL-2B shape: bf16, int8, int4; 15 GB of memory
     python -m benchmarks.groups --formats int4 --turns 2
     python -m benchmarks.groups --shape tiny           # the same steps on a tiny model: a minute
 

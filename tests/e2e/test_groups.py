@@ -25,7 +25,7 @@ def asked(photograph: bytes) -> Asked:
     image = [{"type": "image", "image": photograph}, {"type": "text", "text": "What is this?"}]
     return [
         ("Hello", SamplingParams(temperature=0, max_tokens=40)),
-        ([{"role": "user", "content": image}], SamplingParams(temperature=0, max_tokens=40, logprobs=3)),
+        ([{"role": "user", "content": image}], SamplingParams(temperature=0, max_tokens=40, top_logprobs=3)),
         ("many words, " * 150, SamplingParams(temperature=1, seed=1, max_tokens=40, n=2)),
         ("A list:", SamplingParams(temperature=1, seed=2, max_tokens=40, top_k=5, repetition_penalty=1.2)),
         ("A list:", SamplingParams(temperature=0.8, seed=3, max_tokens=40, top_p=0.7, logit_bias={11: 2.0})),

@@ -27,9 +27,9 @@ from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
 from mdi.models.stage import Stage
 from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
-from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 from mdi.rpc.version import HERE
 
 T = TypeVar("T")

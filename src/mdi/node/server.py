@@ -23,8 +23,8 @@ from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.node.encode import Encoder, collect_rows
 from mdi.node.lifecycle import Lifecycle
-from mdi.node.settings import NodeSettings
 from mdi.node.membership import Membership
+from mdi.node.settings import NodeSettings
 from mdi.node.worker import Epoch, Worker
 from mdi.planning.hardware import measure_hardware
 from mdi.planning.memory import free_bytes

@@ -82,7 +82,7 @@ class Epoch:
                 return []
             failure = work
         except LinkError as error:
-            if error.node or self._closing:
+            if error.node:
                 self.lose(error)
                 return []
             log.warning("%s", error)

@@ -5,7 +5,7 @@ The messages are in node.proto; `make proto` regenerates node_pb2.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import TypeVar, cast
@@ -176,7 +176,7 @@ class BatchDecoder:
         return decode_batch(self._batch_id, header, torch.frombuffer(data, dtype=self._dtype))
 
 
-def decode_group(messages: Iterable[node_pb2.GroupMember], n_shards: int) -> tuple[list[Member], list[Rank]]:
+def decode_group(messages: Sequence[node_pb2.GroupMember], n_shards: int) -> tuple[list[Member], list[Rank]]:
     """The ranks of a group in order: where they listen, and which of n_shards they have."""
     found = [
         (Member(one.node, one.host, one.port), Rank(one.first_shard, one.last_shard, n_shards)) for one in messages
