@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ from skimage import data
 
 from benchmarks.serve_side import serve
 from mdi import Engine, SamplingParams
+from mdi.bench.measure import measure
+from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import open_source
 
 SETTLED_S = 4  # until idle nodes have given memory back, and have said so
 
 
 class OurEngine:
-    """settings: those of `Engine`."""
+    """settings: those of `Engine`. cores: how many of the machine's this process and its nodes may use; all if None."""
 
-    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+    def __init__(self, path: str, settings: dict[str, Any], cores: int | None = None) -> None:
+        if cores:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
         self._engine = Engine(path, **settings)
         self._config = open_source(Path(path)).model_config
 
@@ -39,6 +44,11 @@ class OurEngine:
             node.name: node.resident_bytes - (node.last_layer - node.first_layer) * layer_bytes
             for node in self._engine.nodes()
         }
+
+    def measured(self, streams: int, prompt_tokens: int, answer_tokens: int, seed: int) -> dict[str, float]:
+        """Tokens a second of all streams together, and the median seconds to a first token."""
+        run = measure(self._engine, Scenario(streams, prompt_tokens, None, answer_tokens), seed)
+        return {"decode_rate": run.decode_rate, "first_token_s": run.first_token_s}
 
     def close(self) -> None:
         self._engine.close()

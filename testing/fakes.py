@@ -258,6 +258,10 @@ class FakeLink:
     def send(self, batch: Batch, hidden: Tensor) -> None:
         self._sent.put((self._epoch, batch, hidden))
 
+    def lost(self, error: LinkError) -> None:
+        self._away = True
+        self._deliver(error)
+
     def recover(self) -> None:
         assert self._away
         self.asked_to_recover.set()

@@ -166,6 +166,26 @@ def alone(tokenizer: Tokenizer, number: int) -> tuple[OneSample, ...]:
         world.close()
 
 
+class BrokenGroup(FakeStage):
+    """A first stage whose ranks are lost in its third, and in its seventh step."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def run(self, batch: Batch, hidden: Tensor) -> Tensor:
+        self._steps += 1
+        if self._steps in (3, 7):
+            raise LinkError("node secondary0 ended its connection", "secondary0")
+        return hidden
+
+
+def test_a_rank_that_is_lost_in_the_middle_of_a_step_changes_no_token(make_world: Callable[..., World]) -> None:
+    expected = completions(make_world())
+    world = make_world(stage=BrokenGroup())
+    assert completions(world) == expected
+    assert world.loop.recovery.recoveries == 2
+
+
 def test_a_second_question_computes_only_what_is_new(make_world: Callable[..., World]) -> None:
     world = make_world()
     first, second = (completions(world, [question])[0] for question in QUESTIONS[:2])

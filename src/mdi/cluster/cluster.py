@@ -31,10 +31,12 @@ from mdi.cluster.node_client import NodeAddress
 from mdi.cluster.nodes_config import NodesConfig
 from mdi.cluster.remote_encoder import RemoteEncoder
 from mdi.cluster.supervisor import START_TIMEOUT_S, Supervisor
+from mdi.cluster.wires import Wires
 from mdi.core.batch import CACHE_BLOCK
 from mdi.core.config import EngineConfig
 from mdi.core.cores import default_threads
 from mdi.core.dtypes import dtype_name
+from mdi.core.group import Rank
 from mdi.core.progress import Progress
 from mdi.core.quantization import UNQUANTIZED
 from mdi.core.status import CacheLayout, NodeRole, NodeStatus, PlanStatus
@@ -109,7 +111,7 @@ class Cluster:
                 n_slots=self.cache.n_slots,
                 sequence_length=self.cache.sequence_length,
                 cache_dtype=config.cache.kv_cache_dtype,
-                shards=config.cluster.shards,
+                shards=self._n_shards,
             )
             if self.n_nodes > 1:
                 self._connect()
@@ -149,8 +151,13 @@ class Cluster:
 
     def _placed(self, node: NodeStatus, index: int) -> NodeStatus:
         """The same with its place. index: among all, the pipeline's first."""
-        group, rank = (index, 0) if index < self.n_nodes else (None, None)
+        group, rank = self._place(index) if index < self.n_nodes else (None, None)
         return replace(node, quantization=self._loaded.quantization, role=_role(node), group=group, rank=rank)
+
+    @property
+    def n_stages(self) -> int:
+        """Stages of the pipeline: each may have several nodes."""
+        return len(self._wires.stages)
 
     def spans(self, record: bool) -> dict[str, list[Span]]:
         """What every node did since the last call, by this machine's clock. record: whether to note more.
@@ -189,6 +196,26 @@ class Cluster:
         if self._measured:
             return MEASURED
         return EVEN if even and self._nodes is None else FOUND
+
+    @property
+    def _ranks(self) -> tuple[Rank | None, ...]:
+        """Of every node of the pipeline; None for one that computes its stage alone."""
+        return tuple(spec.rank for spec in self._chunks.manifest.plan.stages) if self._chunks else (None,)
+
+    @property
+    def _wires(self) -> Wires:
+        return Wires.of(self._ranks)
+
+    @property
+    def _n_shards(self) -> int:
+        """Parts in which sums over a layer's heads and inner width are taken."""
+        first = self._ranks[0]
+        return first.n_shards if first else self._config.cluster.shards
+
+    def _place(self, node: int) -> tuple[int, int]:
+        """A node's stage, and its rank there."""
+        places = [(group, rank) for group, stage in enumerate(self._wires.stages) for rank in range(len(stage))]
+        return places[node]
 
     @property
     def _vision_address(self) -> NodeAddress | None:
@@ -242,10 +269,11 @@ class Cluster:
             self.cache.n_slots,
             self.cache.sequence_length,
             self._config.cache.kv_cache_dtype,
-            self._config.cluster.shards,
+            self._n_shards,
+            ranks=self._ranks,
         )
-        limits = self._config.cluster.recovery
-        self.link = Supervisor(self._launcher, self._monitor, settings, limits, self._deliver, self._progress)
+        limits, stage = self._config.cluster.recovery, self.stage
+        self.link = Supervisor(self._launcher, self._monitor, settings, limits, self._deliver, self._progress, stage)
         self.link.connect()
 
     def _cache_budget(self, model: ModelConfig) -> CacheBudget:

@@ -38,5 +38,8 @@ class Link(Protocol):
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """Sends a batch, in order, without waiting for the network. hidden: [tokens, hidden_size]."""
 
+    def lost(self, error: LinkError) -> None:
+        """Says that a rank of the first stage is gone, which the error names. Delivered like any other loss."""
+
     def recover(self) -> None:
         """Begins to bring lost nodes back, after a LinkError, without waiting for them."""

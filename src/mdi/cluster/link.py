@@ -18,22 +18,31 @@ from torch import Tensor
 from mdi.cluster.delivery import Deliver
 from mdi.cluster.monitor import Heartbeat, Monitor
 from mdi.cluster.node_client import NodeAddress
+from mdi.cluster.wires import Wires
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
+from mdi.core.group import Rank
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
+from mdi.models.stage import Stage
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
+from mdi.rpc.group_link import GroupLink
+from mdi.rpc.tls import Identity
 from mdi.rpc.version import HERE
 
 T = TypeVar("T")
 LOADING_POLL_S = 0.05
+JOIN_TIMEOUT_S = 20.0  # until all ranks of the first stage are linked
 
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What all nodes must agree on. manifest_digest: see `Manifest.digest`. first_epoch: of the first wiring."""
+    """What all nodes must agree on. manifest_digest: see `Manifest.digest`. first_epoch: of the first wiring.
+
+    ranks: of every node, the starter first, as its weights are cut; empty where there are no groups.
+    """
 
     manifest_digest: str
     n_slots: int
@@ -41,22 +50,30 @@ class PipelineSettings:
     kv_cache_dtype: str | None = None
     shards: int = 1
     first_epoch: int = 1
+    ranks: tuple[Rank | None, ...] = ()
 
 
 class GrpcLink:
     """The link from the first stage to all the others, for callers in any thread.
 
-    `wire` begins an epoch and `unwire` ends it. A loss is delivered as a LinkError, once an epoch at most.
+    `wire` begins an epoch and `unwire` ends it. A loss is delivered as a LinkError, once an epoch at most. stage: the
+    first one, which gets its group at each wiring, where it has one.
     """
 
     def __init__(
-        self, monitor: Monitor, settings: PipelineSettings, deliver: Deliver, progress: Progress | None = None
+        self,
+        monitor: Monitor,
+        settings: PipelineSettings,
+        deliver: Deliver,
+        progress: Progress | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self._monitor = monitor
         self._settings = settings
         self._number = settings.first_epoch - 1
         self._deliver = deliver
         self._progress = progress
+        self._stage = stage
         self._closing = False
         self._changing = threading.Lock()  # held while wires are pulled or laid
         self._nodes: Sequence[NodeAddress] = ()
@@ -92,6 +109,16 @@ class GrpcLink:
             for piece in codec.encode_batch(batch, hidden, epoch.number):
                 self._monitor.loop.post(epoch.outbox.put_nowait, piece)
 
+    def named(self, error: LinkError) -> LinkError:
+        """The same error with a node's role where it has its id."""
+        return named(error, self._nodes)
+
+    def leave_group(self) -> None:
+        """Ends the first stage's links to its ranks: a step that waits for a lost one raises LinkError."""
+        epoch = self._epoch
+        if epoch and epoch.group:
+            epoch.group.close()
+
     def status(self) -> list[NodeStatus]:
         """What was last heard of every node."""
         nodes = zip(self._nodes, self._heartbeats, strict=False)
@@ -125,9 +152,13 @@ class GrpcLink:
         if self._closing:
             raise LinkError("the link was closed")
         self._heartbeats = [await self._monitor.watch(node) for node in self._nodes]
-        epoch = self._epoch = LinkEpoch(self._number, self._nodes, self._heartbeats, self._settings, self._deliver)
+        epoch = self._epoch = LinkEpoch(
+            self._number, self._nodes, self._heartbeats, self._settings, self._deliver, self._monitor.identity
+        )
         try:
             await epoch.open(self._progress, deadline)
+            if self._stage:
+                self._stage.group = epoch.group
         except BaseException:
             await self._close_epoch()
             raise
@@ -154,14 +185,20 @@ class LinkEpoch:
         heartbeats: Sequence[Heartbeat],
         settings: PipelineSettings,
         deliver: Deliver,
+        identity: Identity | None,
     ) -> None:
         self.number = number
+        self.group: GroupLink | None = None  # to the ranks of the first stage
         self.outbox: asyncio.Queue[node_pb2.BatchPiece] = asyncio.Queue()
         self.masks: asyncio.Queue[node_pb2.BatchMasks] = asyncio.Queue()
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._settings = settings
         self._deliver = deliver
+        self._identity = identity
+        self._ranks = settings.ranks or (None,) * (len(nodes) + 1)
+        self._wires = Wires.of(self._ranks)
+        self._ports: dict[int, int] = {}  # of nodes in groups, by their place in the pipeline
         self._over = False  # lost or closed: nothing more is delivered
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -172,7 +209,10 @@ class LinkEpoch:
         await _together([await_loaded(node, heartbeat, progress, deadline) for node, heartbeat in beats])
         for index in reversed(places):
             await self._configure(index)
-        work = [self._send(), self._send_masks(), self._receive(), *(self._watch(index) for index in places)]
+        if len(self._wires.stages[0]) > 1:
+            self.group = await asyncio.to_thread(self._join)
+        streams = [self._send(), self._send_masks(), self._receive()] if self._wires.head else []
+        work = [*streams, *(self._watch(index) for index in places)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
 
     async def spans(self, record: bool) -> dict[str, list[Span]]:
@@ -183,13 +223,17 @@ class LinkEpoch:
     async def close(self) -> None:
         """Ends the streams; nothing is delivered afterwards."""
         self._over = True
+        if self.group:
+            self.group.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _configure(self, index: int) -> None:
-        settings, name = self._settings, self._nodes[index].name
-        following = self._nodes[index + 1] if index + 1 < len(self._nodes) else NodeAddress("", "")
+        settings, name, place = self._settings, self._nodes[index].name, index + 1
+        following, before = self._wires.next(place), self._wires.previous(place)
+        after = self._node(following) if following else NodeAddress("", "")
+        stage = self._wires.stage(place)
         request = node_pb2.ConfigureRequest(
             version=HERE.version,
             oldest_version=HERE.oldest,
@@ -199,37 +243,84 @@ class LinkEpoch:
             sequence_length=settings.sequence_length,
             kv_cache_dtype=settings.kv_cache_dtype or "",
             shards=settings.shards,
-            next_address=following.address,
-            next_node=following.id,
-            previous_node=self._nodes[index - 1].id if index else "starter",
+            next_address=after.address,
+            next_node=after.id,
+            previous_node="" if before is None else self._id(before),
+            group=self._members(stage) if len(stage) > 1 else (),
+            rank=place - stage.start,
         )
         try:
-            await self._heartbeats[index].client.configure(request)
+            reply = await self._heartbeats[index].client.configure(request)
         except LinkError as error:
             raise LinkError(f"node {name} {error}", name) from None
+        self._ports[place] = reply.group_port
         await self._heartbeats[index].poll()
+
+    def _node(self, place: int) -> NodeAddress:
+        """By its place in the pipeline, where the starter is 0."""
+        return self._nodes[place - 1]
+
+    def _id(self, place: int) -> str:
+        return self._node(place).id if place else "starter"
+
+    def _members(self, stage: range) -> list[node_pb2.GroupMember]:
+        """The ranks of a stage. Those that are configured already have their ports."""
+        members = []
+        for place in stage:
+            rank = self._ranks[place]
+            assert rank is not None  # as all of a group have one
+            host = self._node(place).address.rpartition(":")[0].strip("[]") if place else ""
+            member = node_pb2.GroupMember(
+                node=self._id(place),
+                host=host,
+                port=self._ports.get(place, 0),
+                first_shard=rank.first_shard,
+                last_shard=rank.last_shard,
+            )
+            members.append(member)
+        return members
+
+    def _join(self) -> GroupLink:
+        """Raises LinkError, naming the node, for a rank that cannot be linked."""
+        rank = self._ranks[0]
+        assert rank is not None  # as all of a group have one
+        members, shares = codec.decode_group(self._members(self._wires.stages[0]), rank.n_shards)
+        try:
+            return GroupLink.join(0, members, shares, None, self._identity, self.number, JOIN_TIMEOUT_S)
+        except LinkError as error:
+            raise named(error, self._nodes) from None
+
+    @property
+    def _second(self) -> int:
+        """The index of the node that leads the second stage."""
+        return self._wires.stages[1].start - 1
+
+    @property
+    def _head(self) -> int:
+        """The index of the node that draws tokens."""
+        return self._wires.head - 1
 
     async def _send(self) -> None:
         try:
-            await self._heartbeats[0].client.send_batches(self.outbox)
+            await self._heartbeats[self._second].client.send_batches(self.outbox)
         except LinkError as error:
-            self._lose_link(self._nodes[0].name, error)
+            self._lose_link(self._nodes[self._second].name, error)
 
     async def _send_masks(self) -> None:
         try:
-            await self._heartbeats[-1].client.send_masks(self.masks)
+            await self._heartbeats[self._head].client.send_masks(self.masks)
         except LinkError as error:
-            self._lose_link(self._nodes[-1].name, error)
+            self._lose_link(self._nodes[self._head].name, error)
 
     async def _receive(self) -> None:
         ended = LinkError("it ended the stream of results")
         try:
-            async for message in self._heartbeats[-1].client.results(self.number):
+            async for message in self._heartbeats[self._head].client.results(self.number):
                 if message.epoch == self.number and not self._over:
                     self._deliver(codec.decode_result(message))
         except LinkError as error:
             ended = error
-        self._lose_link(self._nodes[-1].name, ended)
+        self._lose_link(self._nodes[self._head].name, ended)
 
     async def _watch(self, index: int) -> None:
         """Notices that a node is silent, was started anew, or has lost the node after it."""
@@ -241,8 +332,15 @@ class LinkEpoch:
             elif beat.answer and beat.answer.epoch != self.number:
                 self._lose(LinkError(f"node {name} was started anew", name))
             elif beat.answer and beat.answer.next_lost:
-                after, why = self._nodes[index + 1].name, beat.answer.next_error
-                self._lose(LinkError(f"the link from node {name} to node {after} broke: {why}", after))
+                self._lose(self._broken(index, beat.answer))
+
+    def _broken(self, index: int, answer: node_pb2.NodeStatus) -> LinkError:
+        """What a node reports of a link to another one."""
+        if answer.lost_node:
+            return named(LinkError(answer.next_error, answer.lost_node), self._nodes)
+        name, following = self._nodes[index].name, self._wires.next(index + 1)
+        after = self._node(following).name if following else name
+        return LinkError(f"the link from node {name} to node {after} broke: {answer.next_error}", after)
 
     def _lose_link(self, name: str, reason: LinkError) -> None:
         self._lose(LinkError(f"the link to node {name} broke: {reason}", name))
@@ -251,6 +349,12 @@ class LinkEpoch:
         if not self._over:
             self._over = True
             self._deliver(error)
+
+
+def named(error: LinkError, nodes: Sequence[NodeAddress]) -> LinkError:
+    """The same error with a node's role where it has its id, as ranks do."""
+    roles = {node.id: node.name for node in nodes}
+    return LinkError(str(error), roles.get(error.node, error.node))
 
 
 async def loaded_nodes(

@@ -114,10 +114,12 @@ class NodeClient:
         finally:
             call.cancel()
 
-    async def configure(self, request: node_pb2.ConfigureRequest) -> None:
+    async def configure(self, request: node_pb2.ConfigureRequest) -> node_pb2.ConfigureReply:
         """Begins an epoch. Raises LinkError when the node refuses."""
-        if error := (await self._answer(self._stub.Configure(request, timeout=CONFIGURE_TIMEOUT_S))).error:
-            raise self._error(error)
+        reply: node_pb2.ConfigureReply = await self._answer(self._stub.Configure(request, timeout=CONFIGURE_TIMEOUT_S))
+        if reply.error:
+            raise self._error(reply.error)
+        return reply
 
     async def offer(self, manifest: Manifest, role: str) -> node_pb2.OfferReply:
         """Names the chunk that the node is to hold."""

@@ -24,6 +24,7 @@ from mdi.core.errors import LinkError
 from mdi.core.progress import Progress
 from mdi.core.status import NodeStatus
 from mdi.core.tracing import Span
+from mdi.models.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Supervisor:
         limits: RecoveryLimits,
         deliver: Deliver,
         progress: Progress | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self._launcher = launcher
         self._limits = limits
@@ -57,7 +59,7 @@ class Supervisor:
         self._reasons: dict[str, str] = {}  # why nodes are lost, until all are back
         self._restarts: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
-        self._link = GrpcLink(monitor, settings, self._take, progress)
+        self._link = GrpcLink(monitor, settings, self._take, progress, stage)
         launcher.watch(self._note_death)
 
     def connect(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -68,6 +70,12 @@ class Supervisor:
     def send(self, batch: Batch, hidden: Tensor) -> None:
         """See `Link.send`."""
         self._link.send(batch, hidden)
+
+    def lost(self, error: LinkError) -> None:
+        """See `Link.lost`."""
+        with self._lock:
+            if self._wired:  # otherwise a loss that is known ended the step
+                self._note(self._link.named(error))
 
     def recover(self) -> None:
         """See `Link.recover`. Gives up, with the last error, at the limits."""
@@ -118,6 +126,7 @@ class Supervisor:
             self._reasons.setdefault(error.node, str(error))
             if self._wired:
                 self._wired = False
+                self._link.leave_group()
                 self._losses.interrupted(time.monotonic())
                 log.warning("%s; recovering", error)
                 self._deliver(error)

@@ -274,7 +274,7 @@ class Engine:
             n_slots=cluster.cache.n_slots,
             cache_tokens=cluster.cache.tokens,
             token_budget=config.cache.batch_tokens,
-            max_in_flight=cluster.n_nodes,
+            max_in_flight=cluster.n_stages,
         )
         embeddings = EmbeddingCache(config.cache.vision_cache_bytes)
         vision = VisionQueue(cluster.stage, embeddings, cluster.encoder, self._inbox.put)

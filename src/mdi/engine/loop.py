@@ -155,14 +155,22 @@ class StepLoop:
         batch, hidden = pack(next(self._batch_ids), scheduled, edits, self._stage.embed)
         self._in_flight[batch.id] = (batch, scheduled)
         started_s, n_tokens = time.perf_counter(), batch.n_tokens
-        out = self._stage.run(batch, hidden)
-        self._prefill_budget.observe(n_tokens, time.perf_counter() - started_s)
+        try:
+            out = self._stage.run(batch, hidden)
+            run_s = time.perf_counter() - started_s
+            result = self._stage.sample(batch, out) if self._stage.spec.head else None
+        except LinkError as error:
+            if self._link is None:
+                raise
+            self._link.lost(error)
+            return
+        self._prefill_budget.observe(n_tokens, run_s)
         self._batch_tokens.add(n_tokens)
         self._scheduler.prefill_budget = self._prefill_budget.tokens
-        if self._link:
+        if result:
+            self._collect(result)
+        elif self._link:
             self._link.send(batch.beyond(self._stage.spec.last_layer), out)
-        else:
-            self._collect(self._stage.sample(batch, out))
 
     def _handle_events(self, *, wait: bool) -> None:
         """Handles the events in the inbox. wait: for a first one."""

@@ -43,11 +43,9 @@ class Shards:
 
 
 def shard_step(quantization: ModelQuantization) -> int:
-    """Inputs of a layer's products that lie together: those that share a scale, or an activation's scale."""
-    if quantization.layers is None:
-        return 2
-    format_ = FORMATS[quantization.layers]
-    return lcm(format_.group or 1, format_.activation_group)
+    """Inputs of a layer's products that lie together, as those of one scale do: shards have whole groups of them."""
+    layers = FORMATS.get(quantization.layers or "")
+    return lcm(layers.group or 1, layers.activation_group) if layers else 2
 
 
 def kv_heads(config: ModelConfig, heads: range) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.node.encode import Encoder, collect_rows
 from mdi.node.lifecycle import Lifecycle
+from mdi.node.membership import Membership
 from mdi.node.settings import NodeSettings
 from mdi.node.worker import Epoch, Worker
 from mdi.planning.hardware import measure_hardware
@@ -150,6 +151,7 @@ class NodeService(NodeServicer):
         if epoch:
             status.steps, status.step_s = epoch.stage.steps, epoch.stage.step_s
             status.epoch, status.next_lost, status.next_error = epoch.number, epoch.next_lost, epoch.next_error
+            status.lost_node = epoch.lost_node
         return status
 
     async def Watch(self, request: node_pb2.StatusRequest, context: object) -> AsyncIterator[node_pb2.NodeStatus]:
@@ -209,10 +211,29 @@ class NodeService(NodeServicer):
         except ConfigError as error:
             return node_pb2.ConfigureReply(error=str(error))
         epoch = Epoch(request.epoch, stage, self._lifecycle.role or self._settings.name, request.previous_node)
+        try:
+            membership = epoch.membership = self._membership(request, loaded)
+        except LinkError as error:
+            return node_pb2.ConfigureReply(error=str(error))
         if request.next_address:
             epoch.open(request.next_address, request.next_node, self._settings.identity, self._traffic)
         self._worker.epoch = epoch
-        return node_pb2.ConfigureReply()
+        if membership:
+            self._worker.put(epoch, membership)
+        return node_pb2.ConfigureReply(group_port=membership.port if membership else 0)
+
+    def _membership(self, request: node_pb2.ConfigureRequest, loaded: LoadedStage) -> Membership | None:
+        """Raises LinkError for a place in a group that is not that of this node's weights."""
+        rank = loaded.spec.rank
+        if rank is None and not request.group:
+            return None
+        if rank is None or not 0 <= request.rank < len(request.group):
+            raise LinkError("has weights for another place in a group: run `mdi prepare` again")
+        own = request.group[request.rank]
+        if (own.first_shard, own.last_shard) != (rank.first_shard, rank.last_shard):
+            raise LinkError("has weights for another place in a group: run `mdi prepare` again")
+        host = self._settings.listen.rpartition(":")[0]
+        return Membership(request, rank, host, self._settings.identity)
 
     async def Batches(
         self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object

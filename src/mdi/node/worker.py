@@ -1,4 +1,4 @@
-"""The compute thread of a node, and one epoch: its stage, the messages to send, the stream to the next node."""
+"""The compute thread of a node, and one epoch: its stage, the messages to send, the links to other nodes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mdi.core.batch import Batch
 from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
 from mdi.node.masks import MaskInbox
+from mdi.node.membership import Membership
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, spoken
 from mdi.rpc.diagnose import diagnose
@@ -24,7 +25,7 @@ from mdi.rpc.traffic import Traffic, node_stub
 
 log = logging.getLogger(__name__)
 
-Work = tuple[Batch, Tensor] | node_pb2.Failure
+Work = tuple[Batch, Tensor] | node_pb2.Failure | Membership
 Outgoing = node_pb2.BatchPiece | node_pb2.BatchResult
 
 
@@ -42,11 +43,13 @@ class Epoch:
         self.masks = MaskInbox()
         self.next_lost = False
         self.next_error = ""
+        self.lost_node = ""  # the id of a rank that was lost; empty for the next node
         self._role = role
         self._closing = False
         self._channel: grpc.aio.Channel | None = None
         self._sender: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self.membership: Membership | None = None  # in a group
 
     def open(self, next_address: str, next_node: str, identity: Identity | None, traffic: Traffic) -> None:
         """Starts to send `outgoing` to the next node."""
@@ -59,6 +62,8 @@ class Epoch:
     async def close(self) -> None:
         """Ends the stream to the next node, or the reading of `outgoing`."""
         self._closing = True
+        if self.membership:
+            self.membership.close()
         self.masks.close()
         self.outgoing.put_nowait(None)
         if self._sender and self._channel:
@@ -71,12 +76,15 @@ class Epoch:
         """Computes a batch, and makes the messages that carry what came of it. For the compute thread."""
         try:
             if isinstance(work, tuple):
-                batch, hidden = work[0], self.stage.run(*work)
-                if not self.stage.spec.head:
-                    return list(codec.encode_batch(batch.beyond(self.stage.spec.last_layer), hidden, self.number))
-                return [codec.encode_result(self.stage.sample(self.masks.complete(batch), hidden), self.number)]
+                return self._computed(*work)
+            if isinstance(work, Membership):
+                self._take_part(work)
+                return []
             failure = work
         except LinkError as error:
+            if error.node:
+                self.lose(error)
+                return []
             log.warning("%s", error)
             failure = self.failure(error)
         except Exception as error:
@@ -85,6 +93,35 @@ class Epoch:
         if self.stage.spec.head:
             return [node_pb2.BatchResult(epoch=self.number, failure=failure)]
         return [node_pb2.BatchPiece(epoch=self.number, failure=failure)]
+
+    def _computed(self, batch: Batch, hidden: Tensor) -> list[Outgoing]:
+        out = self.stage.run(batch, hidden)
+        if not self.stage.spec.head:
+            return list(codec.encode_batch(batch.beyond(self.stage.spec.last_layer), out, self.number))
+        result = self.stage.sample(self.masks.complete(batch), out)
+        assert result is not None  # only ranks that follow draw no tokens
+        return [codec.encode_result(result, self.number)]
+
+    def _take_part(self, membership: Membership) -> None:
+        """Joins the group. A rank that follows then computes what the leader does, to the end of the epoch."""
+        self.stage.group = group = membership.join()
+        try:
+            while not group.rank.leads:
+                batch, hidden = group.follow()
+                out = self.stage.run(batch, hidden)
+                if self.stage.spec.head:
+                    self.stage.sample(batch, out)
+        except Exception:
+            membership.close()  # by which the other ranks notice
+            raise
+
+    def lose(self, error: LinkError) -> None:
+        """Reports that a rank of the group is gone, which the error names. Says nothing of the end of the epoch."""
+        if self._closing:
+            return
+        log.error("%s", error)
+        self.lost_node, self.next_error = error.node, str(error)
+        self.next_lost = True
 
     def failure(self, error: Exception) -> node_pb2.Failure:
         """What is passed on instead of a batch."""

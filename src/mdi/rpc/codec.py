@@ -5,7 +5,7 @@ The messages are in node.proto; `make proto` regenerates node_pb2.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import TypeVar, cast
@@ -29,8 +29,10 @@ from mdi.core.batch import (
 )
 from mdi.core.dtypes import dtype_name
 from mdi.core.errors import LinkError
+from mdi.core.group import Rank
 from mdi.core.tracing import Span, SpanName
 from mdi.rpc import node_pb2
+from mdi.rpc.group_join import Member
 
 M = TypeVar("M", bound=Message)
 
@@ -57,22 +59,65 @@ async def parsed(messages: AsyncIterator[M]) -> AsyncIterator[M]:
 
 def encode_batch(batch: Batch, hidden: Tensor, epoch: int) -> Iterator[node_pb2.BatchPiece]:
     """A batch and its hidden states, [tokens, width], in pieces below 1 MiB. The features of its media follow them."""
-    deepstack = batch.deepstack
-    header = node_pb2.BatchHeader(
+    header, sent = encode_header(batch, hidden), tensors(batch, hidden)
+    size_bytes = left = sum(tensor.nbytes for tensor in sent)
+    for data in chain.from_iterable(map(pieces, sent)):
+        first, left = left == size_bytes, left - len(data)
+        yield node_pb2.BatchPiece(
+            epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
+        )
+
+
+def encode_header(batch: Batch, hidden: Tensor) -> node_pb2.BatchHeader:
+    """All of a batch but its `tensors`."""
+    return node_pb2.BatchHeader(
         slices=[_encode_slice(part) for part in batch.slices],
         positions=batch.positions.flatten().tolist(),
         dtype=dtype_name(hidden.dtype),
         width=hidden.shape[1],
         edits=map(_encode_edit, batch.edits),
-        deepstack=_encode_deepstack(deepstack) if deepstack else None,
+        deepstack=_encode_deepstack(batch.deepstack) if batch.deepstack else None,
     )
-    tensors = (hidden, deepstack.features) if deepstack else (hidden,)
-    size_bytes = left = sum(tensor.nbytes for tensor in tensors)
-    for data in chain.from_iterable(map(pieces, tensors)):
-        first, left = left == size_bytes, left - len(data)
-        yield node_pb2.BatchPiece(
-            epoch=epoch, batch_id=batch.id, header=header if first else None, data=data, last=left == 0
+
+
+def tensors(batch: Batch, hidden: Tensor) -> tuple[Tensor, ...]:
+    """What follows the header, as raw bytes."""
+    return (hidden, batch.deepstack.features) if batch.deepstack else (hidden,)
+
+
+def checked_bytes(header: node_pb2.BatchHeader, width: int, dtype: torch.dtype) -> int:
+    """The size of the tensors that follow. Raises LinkError for a header that is not in order.
+
+    Does not decode the slices yet: a header can announce many without any data.
+    """
+    n_tokens, odd = divmod(len(header.positions), 3)
+    if odd or not 0 < len(header.slices) <= n_tokens:
+        raise LinkError("a batch's slices and positions do not add up")
+    if sum(part.length for part in header.slices) != n_tokens or not all(part.length for part in header.slices):
+        raise LinkError("a batch's slices and positions do not add up")
+    if any(len(part.samplings) > part.length for part in header.slices):
+        raise LinkError("a slice draws more tokens than it has")
+    if header.HasField("deepstack") and not (header.deepstack.rows and header.deepstack.n_layers):
+        raise LinkError("features of media have no rows or no layers")
+    if header.dtype != dtype_name(dtype) or header.width != width:
+        raise LinkError(
+            f"hidden states arrived as {header.dtype} x {header.width}, not as {dtype_name(dtype)} x {width}"
         )
+    rows = n_tokens + len(header.deepstack.rows) * header.deepstack.n_layers
+    if (size_bytes := rows * width * dtype.itemsize) > MAX_BATCH_BYTES:
+        raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
+    return size_bytes
+
+
+def decode_batch(batch_id: int, header: node_pb2.BatchHeader, numbers: Tensor) -> tuple[Batch, Tensor]:
+    """A batch and its hidden states. numbers: those of its tensors, one after the other."""
+    n_tokens = len(header.positions) // 3
+    positions = torch.tensor(header.positions, dtype=torch.int64).view(3, n_tokens)
+    rows = numbers.view(-1, header.width)
+    hidden, features = rows[:n_tokens], rows[n_tokens:]
+    deepstack = _decode_deepstack(header.deepstack, features) if header.HasField("deepstack") else None
+    slices, edits = tuple(map(_decode_slice, header.slices)), tuple(map(_decode_edit, header.edits))
+    return Batch(batch_id, slices, positions, edits, deepstack), hidden
 
 
 def encode_masks(batch: Batch, epoch: int) -> Iterator[node_pb2.BatchMasks]:
@@ -107,7 +152,6 @@ class BatchDecoder:
         self._dtype = dtype
         self._header: node_pb2.BatchHeader | None = None
         self._batch_id = 0
-        self._n_tokens = 0
         self._size_bytes = 0
         self._data = bytearray()
 
@@ -116,49 +160,28 @@ class BatchDecoder:
         if piece.HasField("header"):
             if self._header is not None:
                 raise LinkError("a batch began before the one before it had ended")
-            self._n_tokens = self._checked(piece.header)
-            self._size_bytes = self._announced_bytes(piece.header)
+            self._size_bytes = checked_bytes(piece.header, self._width, self._dtype)
             self._header, self._batch_id = piece.header, piece.batch_id
         if self._header is None or piece.batch_id != self._batch_id:
             raise LinkError("a piece arrived that belongs to no batch")
         self._data += piece.data
         missing = self._size_bytes - len(self._data)
         if missing < 0 or (piece.last and missing):
-            raise LinkError(f"{len(self._data)} bytes of hidden states arrived for {self._n_tokens} tokens")
+            n_tokens = len(self._header.positions) // 3
+            raise LinkError(f"{len(self._data)} bytes of hidden states arrived for {n_tokens} tokens")
         if not piece.last:
             return None
         header, data = self._header, self._data
         self._header, self._data = None, bytearray()
-        positions = torch.tensor(header.positions, dtype=torch.int64).view(3, self._n_tokens)
-        numbers = torch.frombuffer(data, dtype=self._dtype).view(-1, self._width)
-        hidden, features = numbers[: self._n_tokens], numbers[self._n_tokens :]
-        deepstack = _decode_deepstack(header.deepstack, features) if header.HasField("deepstack") else None
-        slices, edits = tuple(map(_decode_slice, header.slices)), tuple(map(_decode_edit, header.edits))
-        return Batch(self._batch_id, slices, positions, edits, deepstack), hidden
+        return decode_batch(self._batch_id, header, torch.frombuffer(data, dtype=self._dtype))
 
-    def _checked(self, header: node_pb2.BatchHeader) -> int:
-        """The number of tokens. Does not decode the slices yet: a header can announce many without any data."""
-        n_tokens, odd = divmod(len(header.positions), 3)
-        if odd or not 0 < len(header.slices) <= n_tokens:
-            raise LinkError("a batch's slices and positions do not add up")
-        if sum(part.length for part in header.slices) != n_tokens or not all(part.length for part in header.slices):
-            raise LinkError("a batch's slices and positions do not add up")
-        if any(len(part.samplings) > part.length for part in header.slices):
-            raise LinkError("a slice draws more tokens than it has")
-        if header.HasField("deepstack") and not (header.deepstack.rows and header.deepstack.n_layers):
-            raise LinkError("features of media have no rows or no layers")
-        if header.dtype != dtype_name(self._dtype) or header.width != self._width:
-            raise LinkError(
-                f"hidden states arrived as {header.dtype} x {header.width}, "
-                f"not as {dtype_name(self._dtype)} x {self._width}"
-            )
-        if self._announced_bytes(header) > MAX_BATCH_BYTES:
-            raise LinkError(f"a batch is larger than {MAX_BATCH_BYTES} bytes")
-        return n_tokens
 
-    def _announced_bytes(self, header: node_pb2.BatchHeader) -> int:
-        rows = len(header.positions) // 3 + len(header.deepstack.rows) * header.deepstack.n_layers
-        return rows * self._width * self._dtype.itemsize
+def decode_group(messages: Sequence[node_pb2.GroupMember], n_shards: int) -> tuple[list[Member], list[Rank]]:
+    """The ranks of a group in order: where they listen, and which of n_shards they have."""
+    found = [
+        (Member(one.node, one.host, one.port), Rank(one.first_shard, one.last_shard, n_shards)) for one in messages
+    ]
+    return [member for member, _ in found], [rank for _, rank in found]
 
 
 def encode_result(result: Result, epoch: int) -> node_pb2.BatchResult:

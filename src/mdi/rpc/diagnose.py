@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import socket
 import ssl
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from cryptography import x509
-
-from mdi.rpc.tls import VARIABLE, Identity, dns_names, node_names
+from mdi.rpc.sockets import client_context, host_and_port, peer_names
+from mdi.rpc.tls import VARIABLE, Identity
 
 TIMEOUT_S = 1.0
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # preface, empty SETTINGS
@@ -49,7 +46,7 @@ def _handshake(address: str, peer: str, identity: Identity | None) -> str | None
 def _encrypted_handshake(address: str, peer: str, identity: Identity) -> str | None:
     try:
         with _connect_encrypted(address, _context(identity)) as encrypted:
-            found = _names(encrypted)
+            found = peer_names(encrypted)
             if found != [peer]:
                 return f"{address} has the certificate of {' and '.join(found) or 'no node'}, not of {peer}"
             accepted = _answers_http2(encrypted)
@@ -80,13 +77,13 @@ def _no_node(address: str) -> str:
 
 
 def _connect(address: str) -> socket.socket:
-    return socket.create_connection(_host_and_port(address), TIMEOUT_S)
+    return socket.create_connection(host_and_port(address), TIMEOUT_S)
 
 
 def _connect_encrypted(address: str, context: ssl.SSLContext) -> ssl.SSLSocket:
     """Wraps before it connects: the ssl module never closes a connection that is reset between the two."""
     failure = OSError("it has no address")
-    for family, kind, protocol, _, place in socket.getaddrinfo(*_host_and_port(address), type=socket.SOCK_STREAM):
+    for family, kind, protocol, _, place in socket.getaddrinfo(*host_and_port(address), type=socket.SOCK_STREAM):
         encrypted = context.wrap_socket(socket.socket(family, kind, protocol))
         encrypted.settimeout(TIMEOUT_S)
         try:
@@ -100,33 +97,10 @@ def _connect_encrypted(address: str, context: ssl.SSLContext) -> ssl.SSLSocket:
     raise failure
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def _context(identity: Identity) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # the caller compares the names, to report whose certificate it is
+    context = client_context(identity)
     context.set_alpn_protocols(["h2"])
-    context.load_verify_locations(cadata=identity.authority.decode())
-    with _readable(identity.certificate) as certificate, _readable(identity.key) as key:
-        context.load_cert_chain(certificate, key)
     return context
-
-
-@contextmanager
-def _readable(data: bytes) -> Iterator[str]:
-    """A path to read data from, of a file without a name: the ssl module reads certificates from files only."""
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        yield f"/dev/fd/{file.fileno()}"
-
-
-def _names(encrypted: ssl.SSLSocket) -> list[str]:
-    certificate = encrypted.getpeercert(binary_form=True)
-    return node_names(dns_names(x509.load_der_x509_certificate(certificate))) if certificate else []
 
 
 def _speaks_http2(address: str) -> bool:

@@ -199,8 +199,22 @@ class BatchResult(_message.Message):
     overflowed: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, epoch: _Optional[int] = ..., batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., overflowed: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class GroupMember(_message.Message):
+    __slots__ = ("node", "host", "port", "first_shard", "last_shard")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SHARD_FIELD_NUMBER: _ClassVar[int]
+    LAST_SHARD_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    host: str
+    port: int
+    first_shard: int
+    last_shard: int
+    def __init__(self, node: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., first_shard: _Optional[int] = ..., last_shard: _Optional[int] = ...) -> None: ...
+
 class ConfigureRequest(_message.Message):
-    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards", "oldest_version")
+    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards", "oldest_version", "group", "rank")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +226,8 @@ class ConfigureRequest(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     version: int
     epoch: int
     manifest_digest: str
@@ -223,13 +239,17 @@ class ConfigureRequest(_message.Message):
     kv_cache_dtype: str
     shards: int
     oldest_version: int
-    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ..., oldest_version: _Optional[int] = ...) -> None: ...
+    group: _containers.RepeatedCompositeFieldContainer[GroupMember]
+    rank: int
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ..., oldest_version: _Optional[int] = ..., group: _Optional[_Iterable[_Union[GroupMember, _Mapping]]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class ConfigureReply(_message.Message):
-    __slots__ = ("error",)
+    __slots__ = ("error", "group_port")
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    GROUP_PORT_FIELD_NUMBER: _ClassVar[int]
     error: str
-    def __init__(self, error: _Optional[str] = ...) -> None: ...
+    group_port: int
+    def __init__(self, error: _Optional[str] = ..., group_port: _Optional[int] = ...) -> None: ...
 
 class BatchesReply(_message.Message):
     __slots__ = ("error",)
@@ -242,7 +262,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "kernels", "leaving", "version", "oldest_version", "steps", "step_s")
+    __slots__ = ("state", "error", "done_bytes", "total_bytes", "node", "role", "first_layer", "last_layer", "dtype", "device", "resident_bytes", "pid", "manifest_digest", "epoch", "next_lost", "next_error", "busy_share", "sent_bytes", "received_bytes", "free_bytes", "kernels", "leaving", "version", "oldest_version", "steps", "step_s", "lost_node")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         LOADING: _ClassVar[NodeStatus.State]
@@ -281,6 +301,7 @@ class NodeStatus(_message.Message):
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_NODE_FIELD_NUMBER: _ClassVar[int]
     state: NodeStatus.State
     error: str
     done_bytes: int
@@ -307,7 +328,8 @@ class NodeStatus(_message.Message):
     oldest_version: int
     steps: int
     step_s: float
-    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., kernels: _Optional[str] = ..., leaving: _Optional[bool] = ..., version: _Optional[int] = ..., oldest_version: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
+    lost_node: str
+    def __init__(self, state: _Optional[_Union[NodeStatus.State, str]] = ..., error: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[str] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., next_lost: _Optional[bool] = ..., next_error: _Optional[str] = ..., busy_share: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., free_bytes: _Optional[float] = ..., kernels: _Optional[str] = ..., leaving: _Optional[bool] = ..., version: _Optional[int] = ..., oldest_version: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., lost_node: _Optional[str] = ...) -> None: ...
 
 class ResultsRequest(_message.Message):
     __slots__ = ("epoch",)

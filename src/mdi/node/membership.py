@@ -1,0 +1,42 @@
+"""A node's place in a group, from its configuration to the end of the epoch."""
+
+from __future__ import annotations
+
+from mdi.core.group import Rank
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.group_join import GroupListener
+from mdi.rpc.group_link import GroupLink
+from mdi.rpc.tls import Identity
+
+JOIN_TIMEOUT_S = 60.0  # until the starter has configured the ranks before this one, too
+
+
+class Membership:
+    """Listens for the ranks before this one as soon as it is made. `close` may be called from any thread."""
+
+    def __init__(self, request: node_pb2.ConfigureRequest, rank: Rank, host: str, identity: Identity | None) -> None:
+        """rank: as this node's weights are cut. host: where it listens. Raises LinkError when no port can be bound."""
+        self._members, self._shares = codec.decode_group(request.group, rank.n_shards)
+        self._index, self._epoch, self._identity = request.rank, request.epoch, identity
+        self._link: GroupLink | None = None
+        self._closed = False
+        self._listener = GroupListener(identity, host)
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    def join(self) -> GroupLink:
+        """Waits until all ranks are linked. Raises LinkError, naming one that is missing, or when it is closed."""
+        group = self._index, self._members, self._shares
+        link = self._link = GroupLink.join(*group, self._listener, self._identity, self._epoch, JOIN_TIMEOUT_S)
+        if self._closed:
+            link.close()
+        return link
+
+    def close(self) -> None:
+        """Ends the links, and whoever waits for them."""
+        self._closed = True
+        self._listener.close()
+        if self._link:
+            self._link.close()

@@ -1,0 +1,382 @@
+"""How the ranks of a group are connected: every pair once, and each side checks who the other is.
+
+The rank with the lower index connects to the other, so the first one, the starter, never listens. Both sides then send
+a hello. Whoever does not belong here is refused and logged, and keeps nobody waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import ssl
+import struct
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mdi.core.cores import usable_cores
+from mdi.core.errors import LinkError
+from mdi.rpc.sockets import client_context, peer_names, server_context
+from mdi.rpc.tls import Identity
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAGIC = b"mdi rank"
+HELLO = struct.Struct("<8sQHH64s16s128s")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BACKLOG = 16
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+Steps = Generator[tuple[socket.socket, int], None, T]
+"""Yields the socket and the event that it waits for."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of a group: its id, and where its `GroupListener` is. The first member has none."""
+
+    id: str
+    address: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of both sides. machine: one for each machine. cores: those that the node may use, as bits."""
+
+    epoch: int
+    index: int
+    n_ranks: int
+    node: str
+    machine: bytes
+    cores: int
+
+    @classmethod
+    def own(cls, epoch: int, index: int, n_ranks: int, node: str) -> Hello:
+        return cls(epoch, index, n_ranks, node, _machine(), _own_cores())
+
+    def encode(self) -> bytes:
+        cores = self.cores.to_bytes(128, "little")
+        return HELLO.pack(MAGIC, self.epoch, self.index, self.n_ranks, self.node.encode(), self.machine, cores)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Hello:
+        """Raises LinkError for anything else."""
+        magic, epoch, index, n_ranks, node, machine, cores = HELLO.unpack(data)
+        if magic != MAGIC:
+            raise LinkError("it is no rank of a group")
+        name = node.rstrip(b"\0").decode(errors="replace")
+        return cls(epoch, index, n_ranks, name, machine, int.from_bytes(cores, "little"))
+
+
+class GroupListener:
+    """A free port for the ranks before this one. identity: None where links are not encrypted.
+
+    Raises LinkError when none can be bound.
+    """
+
+    def __init__(self, identity: Identity | None, host: str) -> None:
+        """host: the address to bind; empty for all."""
+        self._context = server_context(identity) if identity else None
+        host = host.strip("[]")
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            both = host == "::" and socket.has_dualstack_ipv6()
+            self._socket = socket.create_server((host, 0), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+        except OSError as error:
+            raise LinkError(f"no port can be opened on {host!r} for the group ({error.strerror or error})") from None
+        self._socket.setblocking(False)
+        self.port = int(self._socket.getsockname()[1])
+
+    def __enter__(self) -> GroupListener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def accept(self) -> tuple[socket.socket, str]:
+        """A connection, before its handshake, and where it is from. Raises OSError when there is none."""
+        connection, place = self._socket.accept()
+        return _prepared(connection, self._context, server_side=True), f"{place[0]}:{place[1]}"
+
+    def close(self) -> None:
+        """Ends a `join` that accepts, too. Safe to call twice."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The connections of a rank, by index, in order. has_core: whether it can spin without taking another's core."""
+
+    connections: dict[int, socket.socket]
+    has_core: bool
+
+
+@dataclass(eq=False)
+class Greeting:
+    """A connection that is not checked yet. asked: the index that this side connects to; None for one that came."""
+
+    steps: Steps[tuple[socket.socket, Hello]]
+    where: str
+    asked: int | None = None
+
+
+def join(
+    index: int,
+    members: Sequence[Member],
+    listener: GroupListener | None,
+    identity: Identity | None,
+    epoch: int,
+    timeout_s: float,
+) -> Joined:
+    """See `GroupLink.join`."""
+    ids = [member.id for member in members]
+    if len({*ids}) < len(ids):
+        raise LinkError(f"the nodes of a group need certificates of their own, and these are {', '.join(ids)}")
+    joining = Joining(index, members, listener, identity, epoch)
+    try:
+        joining.run(time.monotonic() + timeout_s)
+    except BaseException:
+        for connection, _ in joining.joined.values():
+            connection.close()
+        raise
+    finally:
+        joining.end()
+    ordered = sorted(joining.joined.items())
+    has_core = _has_core(joining.own, [hello for _, (_, hello) in ordered])
+    return Joined({index: connection for index, (connection, _) in ordered}, has_core)
+
+
+class Joining:
+    """One `join`: greetings side by side, in one thread. joined: the ranks that are there."""
+
+    def __init__(
+        self,
+        index: int,
+        members: Sequence[Member],
+        listener: GroupListener | None,
+        identity: Identity | None,
+        epoch: int,
+    ) -> None:
+        self.own = Hello.own(epoch, index, len(members), members[index].id)
+        self.joined: dict[int, tuple[socket.socket, Hello]] = {}
+        self._members = members
+        self._listener = listener
+        self._context = client_context(identity) if identity else None
+        self._selector = selectors.DefaultSelector()
+        self._greetings = set[Greeting]()
+
+    def run(self, deadline_s: float) -> None:
+        """Until all are joined. Raises LinkError."""
+        if self._listener:
+            self._selector.register(self._listener, READ)
+        for index in range(self.own.index + 1, len(self._members)):
+            self._go_on(Greeting(self._connect(index), _place(self._members[index]), index))
+        while missing := [index for index in range(len(self._members)) if not self._is_here(index)]:
+            events = self._selector.select(max(0.0, deadline_s - time.monotonic()))
+            if not events and time.monotonic() >= deadline_s:
+                raise self._timeout(missing[0])
+            for key, _ in events:
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._selector.unregister(key.fileobj)
+                    self._go_on(key.data)
+
+    def end(self) -> None:
+        """Closes what is open besides the joined connections."""
+        for greeting in self._greetings:
+            greeting.steps.close()
+        self._selector.close()
+        if self._listener:
+            self._listener.close()
+
+    def _is_here(self, index: int) -> bool:
+        return index == self.own.index or index in self.joined
+
+    def _timeout(self, index: int) -> LinkError:
+        member = self._members[index]
+        if index < self.own.index:
+            reason = f"did not connect to {self.own.node}: can its machine open port {self._port()} here?"
+        else:
+            reason = f"does not answer at {_place(member)}: is that port open in its firewall?"
+        return LinkError(f"node {member.id} {reason}", member.id)
+
+    def _port(self) -> int:
+        return self._listener.port if self._listener else 0
+
+    def _accept(self) -> None:
+        assert self._listener
+        try:
+            connection, where = self._listener.accept()
+        except OSError as error:
+            if self._listener.fileno() < 0:
+                raise LinkError("the group was closed") from None
+            log.warning("a connection to the group was lost (%s)", error)
+            return
+        self._go_on(Greeting(self._welcome(connection), where))
+
+    def _go_on(self, greeting: Greeting) -> None:
+        """As far as it goes now."""
+        self._greetings.add(greeting)
+        try:
+            self._selector.register(*next(greeting.steps), greeting)
+            return
+        except StopIteration as done:
+            connection, hello = done.value
+            self.joined[hello.index] = connection, hello
+        except (OSError, LinkError) as error:
+            if greeting.asked is not None:
+                member = self._members[greeting.asked]
+                raise LinkError(f"node {member.id} at {greeting.where}: {_reason(error)}", member.id) from None
+            log.warning("refused a connection to the group from %s: %s", greeting.where, _reason(error))
+        self._greetings.discard(greeting)
+
+    def _connect(self, index: int) -> Steps[tuple[socket.socket, Hello]]:
+        """To a rank after this one, which answers when it has checked this one."""
+        member = self._members[index]
+        plain = yield from _connected(member.address, member.port)
+        connection = _prepared(plain, self._context, server_side=False)
+        try:
+            yield from _handshake(connection)
+            self._check_name(connection, index)
+            connection.send(self.own.encode())
+            hello = yield from _hello(connection)
+            self._check(hello, index)
+        except BaseException:
+            connection.close()
+            raise
+        return connection, hello
+
+    def _welcome(self, connection: socket.socket) -> Steps[tuple[socket.socket, Hello]]:
+        """A rank before this one."""
+        try:
+            yield from _handshake(connection)
+            hello = yield from _hello(connection)
+            if not hello.index < self.own.index:
+                raise LinkError(f"rank {hello.index} does not connect to rank {self.own.index}")
+            self._check_name(connection, hello.index)
+            self._check(hello, hello.index)
+            if hello.index in self.joined:
+                raise LinkError(f"rank {hello.index}, node {hello.node}, is here already")
+            connection.send(self.own.encode())
+        except BaseException:
+            connection.close()
+            raise
+        return connection, hello
+
+    def _check_name(self, connection: socket.socket, index: int) -> None:
+        """By the certificate, where there are any."""
+        if isinstance(connection, ssl.SSLSocket):
+            names, expected = peer_names(connection), self._members[index].id
+            if names != [expected]:
+                raise LinkError(f"it has the certificate of {' and '.join(names) or 'no node'}, not of {expected}")
+
+    def _check(self, hello: Hello, index: int) -> None:
+        if hello.epoch != self.own.epoch:
+            raise LinkError(f"it is in epoch {hello.epoch}, not in {self.own.epoch}")
+        found = hello.index, hello.n_ranks, hello.node
+        expected = index, self.own.n_ranks, self._members[index].id
+        if found != expected:
+            raise LinkError("it is rank {} of {}, node {}, not rank {} of {}, node {}".format(*found, *expected))
+
+
+def _connected(host: str, port: int) -> Steps[socket.socket]:
+    """The first of a host's addresses that answers. Raises OSError."""
+    failure = OSError("it has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                connection.connect(place)
+            yield connection, WRITE
+            if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(code, os.strerror(code))
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+    raise failure
+
+
+def _prepared(connection: socket.socket, context: ssl.SSLContext | None, *, server_side: bool) -> socket.socket:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if context is None:
+        return connection
+    return context.wrap_socket(connection, server_side=server_side, do_handshake_on_connect=False)
+
+
+def _handshake(connection: socket.socket) -> Steps[None]:
+    if isinstance(connection, ssl.SSLSocket):
+        yield from _when_ready(connection, connection.do_handshake)
+
+
+def _hello(connection: socket.socket) -> Steps[Hello]:
+    data = b""
+    while len(data) < HELLO.size:
+        left = HELLO.size - len(data)
+        more = yield from _when_ready(connection, lambda left=left: connection.recv(left))
+        if not more:
+            raise LinkError("it ended the connection: its log has the reason")
+        data += more
+        if not data.startswith(MAGIC[: len(data)]):
+            break
+    return Hello.decode(data.ljust(HELLO.size, b"\0"))
+
+
+def _when_ready(connection: socket.socket, operation: Callable[[], T]) -> Steps[T]:
+    while True:
+        try:
+            return operation()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            yield connection, READ
+        except ssl.SSLWantWriteError:
+            yield connection, WRITE
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"no encrypted connection with a certificate of this cluster ({error.reason or error})"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _place(member: Member) -> str:
+    return f"{member.address}:{member.port}"
+
+
+def _machine() -> bytes:
+    """16 bytes that all processes of this machine have, those in containers, too."""
+    try:
+        return uuid.UUID(BOOT_ID.read_text().strip()).bytes
+    except (OSError, ValueError):  # no Linux
+        return uuid.getnode().to_bytes(16, "little")
+
+
+def _own_cores() -> int:
+    """Those that this process may use, as bits; 1,024 at most. All where that is not known."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return sum(1 << core for core in cores if core < 1024)
+
+
+def _has_core(own: Hello, others: Sequence[Hello]) -> bool:
+    """Whether this rank has a core beside those that the others on its machine need."""
+    sharing = sum(other.machine == own.machine and bool(other.cores & own.cores) for other in others)
+    return sharing < usable_cores()

@@ -1,0 +1,229 @@
+"""The links of one rank to the others of its group: `core.group.Group` over sockets that the compute thread drives."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from mdi.core.batch import Batch, TokenSampling
+from mdi.core.dtypes import parse_dtype
+from mdi.core.errors import CheckpointError, LinkError
+from mdi.core.group import Rank
+from mdi.rpc import codec, node_pb2
+from mdi.rpc.channel import MAX_MESSAGE_BYTES
+from mdi.rpc.group_join import GroupListener, Member, join
+from mdi.rpc.peer import Frame, Kind, Peer, Reading
+from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
+
+SPIN_S = 100e-6  # longer than a rank waits for another within a step, as a rule; waking from sleep takes 10 to 50 us
+DONE = object()
+DRAWN = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+
+
+class GroupLink:
+    """A `Group`. One thread calls it; any thread may close it. After an error it is of no more use.
+
+    Waits for slow ranks as long as it takes: who is gone is noticed elsewhere, and the link is closed then.
+    spins: whether it looks for bytes again and again before it sleeps, which takes a core. traffic: bytes so far.
+    """
+
+    def __init__(self, rank: Rank, peers: Sequence[Peer], traffic: Traffic, *, spins: bool) -> None:
+        """peers: in the order of their shards."""
+        self.rank = rank
+        self.traffic = traffic
+        self._peers = peers
+        self._spin_s = SPIN_S if spins else 0.0
+        self._sequence = 0
+        self._readings: list[tuple[Peer, Reading[None]]] = []
+        self._error: LinkError | None = None
+        self._in_use = threading.Lock()
+        self._wakes, self._wake = socket.socketpair()
+
+    @classmethod
+    def join(
+        cls,
+        index: int,
+        members: Sequence[Member],
+        shares: Sequence[Rank],
+        listener: GroupListener | None,
+        identity: Identity | None,
+        epoch: int,
+        timeout_s: float,
+    ) -> GroupLink:
+        """Connects this rank, members[index], with all others, and waits until all are there. Closes the listener.
+
+        shares: the rank of each member. listener: None for the first member, which nobody connects to. Raises
+        LinkError, naming a node, when one is missing after the timeout, or is not who it should be.
+        """
+        joined = join(index, members, listener, identity, epoch, timeout_s)
+        traffic = Traffic()
+        peers = [Peer(members[one].id, shares[one], joined.connections[one], traffic) for one in joined.connections]
+        return cls(shares[index], peers, traffic, spins=joined.has_core)
+
+    def close(self) -> None:
+        """Ends all connections, and wakes the thread that waits. Safe to call twice."""
+        self._error = self._error or LinkError("the group was closed")
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+        for peer in self._peers:
+            peer.shut()
+        with self._in_use:
+            for connection in (*self._peers, self._wakes, self._wake):
+                connection.close()
+
+    def lead(self, batch: Batch, hidden: Tensor) -> None:
+        """See `Group`."""
+        slices = (replace(part, samplings=(DRAWN,) * len(part.samplings)) for part in batch.slices)
+        header = codec.encode_header(replace(batch, slices=tuple(slices)), hidden)
+        message = node_pb2.BatchPiece(batch_id=batch.id, header=header).SerializeToString()
+        tensors = [tensor.cpu().contiguous() for tensor in codec.tensors(batch, hidden)]
+        size_bytes = len(message) + sum(tensor.nbytes for tensor in tensors)
+        with self._in_use:
+            frame = Frame(Kind.BATCH, len(message), self._next(), size_bytes)
+            self._put(frame.message(memoryview(message), *map(_bytes, tensors)))
+            self._finish()
+
+    def follow(self) -> tuple[Batch, Tensor]:
+        """See `Group`."""
+        with self._in_use:
+            arrived: list[tuple[Batch, Tensor]] = []
+            self._readings = [(self._peers[0], self._read_batch(self._peers[0], self._next(), arrived))]
+            self._finish()
+        return arrived[0]
+
+    def exchange(self, partials: Tensor, rows: slice) -> None:
+        """See `Group`."""
+        _, n_rows, n_outputs = partials.shape
+        data, row_bytes, own = _bytes(partials), n_outputs * partials.itemsize, self.rank
+        with self._in_use:
+            if rows.start == 0:
+                sequence = self._next()
+                readings = (self._read_partials(peer, sequence, data, n_rows, row_bytes) for peer in self._peers)
+                self._readings = list(zip(self._peers, readings, strict=True))
+            parts = _parts(data, own, n_rows, row_bytes, rows.start, rows.stop)
+            size_bytes = len(own.shards) * (rows.stop - rows.start) * row_bytes
+            self._put(Frame(Kind.PARTIALS, rows.start, self._sequence, size_bytes).message(*parts))
+            if rows.stop == n_rows:
+                self._finish()
+            else:
+                self._move()
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        """See `Group`."""
+        with self._in_use:
+            sequence = self._next()
+            if not self.rank.leads:
+                leader = self._peers[0]
+                leader.put(Frame(Kind.LOGITS, 0, sequence, logits.nbytes).message(_bytes(logits)))
+                self._finish()
+                return None
+            arrived: dict[Peer, Tensor] = {}
+            self._readings = [(peer, self._read_logits(peer, sequence, logits, arrived)) for peer in self._peers]
+            self._finish()
+        return torch.cat([logits, *(arrived[peer] for peer in self._peers)], dim=1)
+
+    def _next(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def _put(self, message: list[memoryview]) -> None:
+        for peer in self._peers:
+            peer.put(message)
+
+    def _finish(self) -> None:
+        """Until all is written and read."""
+        self._move()
+        while self._readings or any(peer.writes for peer in self._peers):
+            self._wait()
+            self._move()
+
+    def _move(self) -> None:
+        """Writes and reads what can be, now."""
+        try:
+            if self._error:
+                raise self._error
+            for peer in self._peers:
+                peer.write()
+            self._readings = [(peer, reading) for peer, reading in self._readings if next(reading, DONE) is not DONE]
+        except LinkError as error:
+            self._error = self._error or error
+            raise self._error from None
+
+    def _wait(self) -> None:
+        """Until there is something to write or to read, or `close` was called."""
+        poll = select.poll()
+        poll.register(self._wakes, select.POLLIN)
+        reads = {peer for peer, _ in self._readings}
+        for peer in self._peers:
+            poll.register(peer, select.POLLIN * (peer in reads) | select.POLLOUT * peer.writes)
+        until_s = time.perf_counter() + self._spin_s
+        while not poll.poll(0):
+            if time.perf_counter() >= until_s:
+                poll.poll()
+                return
+
+    def _read_batch(self, peer: Peer, sequence: int, arrived: list[tuple[Batch, Tensor]]) -> Reading[None]:
+        frame = yield from peer.read_frame(Kind.BATCH, sequence)
+        if not 0 < frame.start <= min(frame.size_bytes, MAX_MESSAGE_BYTES):
+            raise peer.out_of_step(f"a batch with a header of {frame.start} bytes")
+        message = bytearray(frame.start)
+        yield from peer.read(memoryview(message))
+        try:
+            piece = node_pb2.BatchPiece.FromString(bytes(message))
+            dtype = parse_dtype(piece.header.dtype)
+            size_bytes = codec.checked_bytes(piece.header, piece.header.width, dtype)
+        except (DecodeError, CheckpointError, LinkError) as error:
+            raise LinkError(f"node {peer.node} sent a batch that cannot be read: {error}", peer.node) from None
+        if size_bytes != frame.size_bytes - frame.start:
+            raise peer.out_of_step(f"{frame.size_bytes - frame.start} bytes for {size_bytes}")
+        data = torch.empty(size_bytes, dtype=torch.uint8)
+        yield from peer.read(_bytes(data))
+        arrived.append(codec.decode_batch(piece.batch_id, piece.header, data.view(dtype)))
+
+    @staticmethod
+    def _read_partials(peer: Peer, sequence: int, data: memoryview, n_rows: int, row_bytes: int) -> Reading[None]:
+        row = 0
+        while row < n_rows:
+            frame = yield from peer.read_frame(Kind.PARTIALS, sequence)
+            count, odd = divmod(frame.size_bytes, len(peer.rank.shards) * row_bytes)
+            if odd or frame.start != row or not 0 < count <= n_rows - row:
+                what = f"{frame.size_bytes} bytes of partial sums from row {frame.start} on"
+                raise peer.out_of_step(f"{what}, and row {row} of {n_rows} was next, with {row_bytes} bytes a shard")
+            for part in _parts(data, peer.rank, n_rows, row_bytes, row, row + count):
+                yield from peer.read(part)
+            row += count
+
+    def _read_logits(self, peer: Peer, sequence: int, own: Tensor, arrived: dict[Peer, Tensor]) -> Reading[None]:
+        """Shards have nearly the same number of columns: far more is an error, and never memory."""
+        frame = yield from peer.read_frame(Kind.LOGITS, sequence)
+        n_columns, odd = divmod(frame.size_bytes, len(own) * own.itemsize)
+        if odd or n_columns * len(self.rank.shards) > 2 * (own.shape[1] + 64) * len(peer.rank.shards):
+            raise peer.out_of_step(f"{frame.size_bytes} bytes of logits for {len(own)} rows")
+        columns = own.new_empty(len(own), n_columns)
+        yield from peer.read(_bytes(columns))
+        arrived[peer] = columns
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, which must stay in use meanwhile. A quarter of numpy's time."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _parts(data: memoryview, rank: Rank, n_rows: int, row_bytes: int, start: int, stop: int) -> list[memoryview]:
+    """Rows [start, stop) of a rank's shards, in [n_shards, n_rows, row_bytes]. In one piece where they lie so."""
+    shard_bytes = n_rows * row_bytes
+    if stop - start == n_rows:
+        return [data[rank.first_shard * shard_bytes : rank.last_shard * shard_bytes]]
+    begins = (shard * shard_bytes for shard in rank.shards)
+    return [data[begin + start * row_bytes : begin + stop * row_bytes] for begin in begins]
