@@ -22,7 +22,7 @@ class Pool:
         self.threads = loaded.shared("threads", result=c_int)
         self.set_threads = loaded.shared("set_threads", c_int)
         self.barrier = loaded.shared("barrier")
-        self._parallel = loaded.shared("parallel", TASK, c_void_p)
+        self.parallel = loaded.shared("parallel", TASK, c_void_p)
 
     def run(self, n_barriers: int = 0) -> list[tuple[int, int, int]]:
         """Runs a task that meets at barriers: (barriers passed, thread, threads) in the order in which it got there."""
@@ -34,7 +34,7 @@ class Pool:
                     self.barrier()
                 seen.append((passed, thread, n_threads))
 
-        self._parallel(TASK(task), None)
+        self.parallel(TASK(task), None)
         return seen
 
 
@@ -79,6 +79,21 @@ def test_callers_from_several_threads_take_turns(pool: Pool) -> None:
         caller.join()
     assert len(results) == 100
     assert all(sorted(seen) == everybody(2, n_barriers=2) for seen in results)
+
+
+def test_tasks_of_one_thread_run_at_the_same_time(pool: Pool) -> None:
+    pool.set_threads(1)
+    both_run = threading.Barrier(2, timeout=20)
+
+    def wait(_context: int | None, _thread: int, _n_threads: int) -> None:
+        both_run.wait()
+
+    callers = [threading.Thread(target=pool.parallel, args=(TASK(wait), None)) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not both_run.broken
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not show its threads' states")

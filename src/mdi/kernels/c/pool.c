@@ -29,7 +29,7 @@ static Gate start = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_
 static Gate meeting = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 static _Alignas(64) atomic_int arrived;
 
-static pthread_mutex_t region = PTHREAD_MUTEX_INITIALIZER;  // held by the thread whose task runs
+static pthread_rwlock_t region = PTHREAD_RWLOCK_INITIALIZER;  // held by the thread whose task runs; of one thread, shared
 static int wanted = 1;                                      // threads of the pool, the caller included
 static int n_threads = 1;                                   // of these, how many exist
 static int spins = 1;
@@ -140,7 +140,7 @@ static int usable_cores(void) {
 
 static void forget_workers(void) {  // the child of a fork has none
     Gate fresh = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
-    pthread_mutex_t unlocked = PTHREAD_MUTEX_INITIALIZER;
+    pthread_rwlock_t unlocked = PTHREAD_RWLOCK_INITIALIZER;
     start = meeting = fresh;
     region = unlocked;
     atomic_store(&arrived, 0);
@@ -154,17 +154,27 @@ void mdi_set_threads(int count) {
     pthread_once(&once, watch_forks);
     if (count < 1) count = 1;
     if (count > MAX_THREADS) count = MAX_THREADS;
-    pthread_mutex_lock(&region);
+    pthread_rwlock_wrlock(&region);
     if (count != n_threads) end_workers();
     wanted = count;
     spins = count <= usable_cores();
-    pthread_mutex_unlock(&region);
+    pthread_rwlock_unlock(&region);
 }
 
 int mdi_threads(void) { return wanted; }
 
+// A task of one thread needs no other one of the pool. Returns whether it ran.
+static int run_alone(mdi_task task, void *context) {
+    pthread_rwlock_rdlock(&region);
+    int alone = wanted == 1;
+    if (alone) task(context, 0, 1);
+    pthread_rwlock_unlock(&region);
+    return alone;
+}
+
 void mdi_parallel(mdi_task task, void *context) {
-    pthread_mutex_lock(&region);
+    if (run_alone(task, context)) return;
+    pthread_rwlock_wrlock(&region);
     if (n_threads < wanted) start_workers();
     if (n_threads > 1) {
         current = task;
@@ -173,5 +183,5 @@ void mdi_parallel(mdi_task task, void *context) {
     }
     task(context, 0, n_threads);
     mdi_barrier();
-    pthread_mutex_unlock(&region);
+    pthread_rwlock_unlock(&region);
 }

@@ -4,7 +4,8 @@
 
 typedef void (*mdi_task)(void *context, int thread, int n_threads);
 
-// Runs task once on every thread of the pool and returns when all are done. Calls from several threads take turns.
+// Runs task once on every thread of the pool and returns when all are done. Calls from several threads take turns,
+// except in a pool of one thread.
 void mdi_parallel(mdi_task task, void *context);
 
 // Waits, inside a task, until every thread of the pool has come here.
