@@ -144,7 +144,6 @@ def test_words_after_a_repeated_option_belong_to_it(started: Started) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-tp", "2"], "--pipeline-parallel-size 2"),
         (["--limit-mm-per-prompt", "audio=1"], "--limit-mm-per-prompt is like image=2,video=1"),
         (["--ssl-keyfile", "key.pem"], "--ssl-keyfile needs a certificate: give it with --ssl-certfile"),
         (["--ssl-certfile", "none.pem"], "no HTTPS with none.pem"),

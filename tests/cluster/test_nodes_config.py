@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -106,6 +107,55 @@ def test_what_a_node_computes_with_is_read() -> None:
     config.check_layers(6)
     with pytest.raises(ConfigError, match=r"nodes\.\*\.layers add up to 1 \+ 3 \+ 2 = 6, but the model has 28"):
         config.check_layers(28)
+
+
+def test_neighbours_with_one_number_are_a_group() -> None:
+    config = NodesConfig.parse(
+        changed(
+            *(((*place, "group"), number) for place, number in ((STARTER, 5), (FIRST, 5), (LAST, 0))),
+            *(((*place, "layers"), count) for place, count in ((STARTER, 20), (FIRST, 20), (LAST, 8))),
+        )
+    )
+    assert [[node.name for node in stage] for stage in config.stages] == [["starter", "secondary0"], ["finisher"]]
+    assert (config.groups, config.layers, config.n_nodes) == ((2, 1), (20, 8), 3)
+    config.check_layers(28)
+
+
+def test_without_groups_each_node_is_a_stage() -> None:
+    config = NodesConfig.parse(changed())
+    assert (config.groups, len(config.stages)) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ((((*FIRST, "group"), 1),), "nodes.starter.group is missing: all nodes have it, or none"),
+        (
+            tuple(((*place, "group"), number) for place, number in ((STARTER, 1), (FIRST, 2), (LAST, 1))),
+            "nodes.secondary[1].group is 1, as nodes.starter.group is, and a node between them has another",
+        ),
+        (
+            (
+                *(((*place, "group"), 1) for place in (STARTER, FIRST, LAST)),
+                *(((*place, "layers"), count) for place, count in ((STARTER, 6), (FIRST, 6), (LAST, 5))),
+            ),
+            "nodes.secondary[1].layers must be 6, as nodes.starter.layers is, which is of the same group: got 5",
+        ),
+        ((((*FIRST, "group"), -1),), "nodes.secondary[0].group must be a whole number from 0 to 1024, got -1"),
+        (((("nodes", "spare"), [node("x", group=1)]),), "nodes.spare[0].group is unknown"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(changes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        NodesConfig.parse(changed(*changes))
+
+
+def test_more_stages_than_layers_are_refused_and_more_nodes_are_not() -> None:
+    one_stage = tuple(((*place, "group"), 1) for place in (STARTER, FIRST, LAST))
+    NodesConfig.parse(changed(*one_stage)).check_layers(2)
+    two_stages = NodesConfig.parse(changed(*one_stage, ((*LAST, "group"), 2)))
+    with pytest.raises(ConfigError, match="2 stages, more than the model's 1"):
+        two_stages.check_layers(1)
 
 
 def test_more_nodes_than_layers_are_refused() -> None:

@@ -108,3 +108,44 @@ def test_settings_of_the_server_have_their_meaning_and_are_checked_as_those_of_t
     assert meaning("strict_requests").startswith("Refuse unknown fields")
     with pytest.raises(ConfigError, match="strict_requests must be true or false"):
         GatewayConfig(strict_requests=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_nodes", "sizes"),
+    [
+        ({}, None, None),
+        ({"n_nodes": 3}, 3, None),
+        ({"tensor_parallel_size": 2}, 2, (2,)),
+        ({"tensor_parallel_size": 2, "n_nodes": 4}, 4, (2, 2)),
+        ({"groups": (2, 1, 3)}, 6, (2, 1, 3)),
+        ({"groups": (2, 1, 3), "n_nodes": 6}, 6, (2, 1, 3)),
+        ({"groups": (1, 1)}, 2, (1, 1)),
+    ],
+)
+def test_groups_say_how_many_nodes_there_are(
+    settings: dict[str, Any], n_nodes: int | None, sizes: tuple[int, ...] | None
+) -> None:
+    cluster = EngineConfig.of("bundled", **settings).with_settings(shards=4).cluster
+    assert (cluster.n_nodes, cluster.group_sizes) == (n_nodes, sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 2, "n_nodes": 3}, "--n-nodes 3 is no multiple of --tensor-parallel-size 2"),
+        ({"tensor_parallel_size": 2, "n_nodes": 1}, "--n-nodes 1 is no multiple"),
+        ({"tensor_parallel_size": 2, "groups": (2, 2)}, "both say how many nodes a stage has"),
+        ({"groups": (2, 1), "n_nodes": 2}, "--groups 2,1 are 3 nodes in all, but --n-nodes says 2"),
+        ({"groups": (2, 0)}, "every stage needs at least one node"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
+    ],
+)
+def test_groups_against_other_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.of("bundled", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"tensor_parallel_size": 2}, {"groups": (2,)}])
+def test_a_nodes_config_says_the_groups(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="their layers and groups: leave these options out"):
+        EngineConfig.of("bundled", nodes_config=Path("nodes.json"), **settings)

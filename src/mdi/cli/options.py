@@ -39,6 +39,8 @@ def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
 Model = Annotated[str, typer.Argument(help=meaning("checkpoint"), autocompletion=checkpoints)]
 N_NODES = setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)
 NNodes = Annotated[int, N_NODES]
+TensorParallelSize = Annotated[int, setting("tensor_parallel_size", "--tensor-parallel-size", "-tp", min=1)]
+Groups = Annotated[str | None, setting("groups", example=" Example: 2,1,3.")]
 Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]
 Dtype = Annotated[str | None, setting("dtype", parser=values.dtype, metavar="TEXT")]
 Device = Annotated[str | None, setting("device")]
@@ -110,6 +112,10 @@ class NodesOptions:
     certs: Certs = CERTS
     insecure: Insecure = False
     layers: Layers = None
+    tensor_parallel_size: TensorParallelSize = DEFAULTS.cluster.tensor_parallel_size
+    groups: Groups = None
+    shards: Shards = DEFAULTS.cluster.shards
+    optimize: Annotated[str, setting("optimize")] = DEFAULTS.cluster.optimize
     dtype: Dtype = None
 
 
@@ -145,6 +151,7 @@ class EngineOptions(CheckpointOptions, QuantizationOptions, NodesOptions):
         """Settings that are more than a word on the command line."""
         return {
             "layers": parse_layers(self.layers),
+            "groups": parse_groups(self.groups),
             "ray_resources": values.amounts(self.ray_resources, "--ray-resources"),
             "ray_labels": values.pairs(self.ray_labels, "--ray-labels"),
         }
@@ -183,6 +190,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else parse_numbers(text, "--layers")
+
+
+def parse_groups(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else parse_numbers(text, "--groups")
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -7,8 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mdi.cli.options import CheckpointOptions, Dtype, Layers, Model, NNodes, QuantizationOptions, grouped, parse_layers
+from mdi.cli.options import (
+    DEFAULTS,
+    N_NODES,
+    CheckpointOptions,
+    Dtype,
+    Groups,
+    Layers,
+    Model,
+    QuantizationOptions,
+    Shards,
+    TensorParallelSize,
+    grouped,
+    parse_groups,
+    parse_layers,
+)
 from mdi.cli.screen import bytes_bar, say
+from mdi.core.config import ClusterConfig
 from mdi.core.quantization import NONE
 
 
@@ -17,9 +32,12 @@ def prepare(
     model: Model,
     formats: QuantizationOptions,
     checkpoint: CheckpointOptions,
-    n_nodes: NNodes = 1,
+    n_nodes: Annotated[int | None, N_NODES] = None,
     dtype: Dtype = None,
     layers: Layers = None,
+    tensor_parallel_size: TensorParallelSize = DEFAULTS.cluster.tensor_parallel_size,
+    groups: Groups = None,
+    shards: Shards = DEFAULTS.cluster.shards,
     vision_node: Annotated[
         bool, typer.Option("--vision-node", help="One chunk more: the vision tower, for a node of its own.")
     ] = False,
@@ -42,18 +60,27 @@ def prepare(
     text = (
         None if calibrate == NONE else CalibrationText.read(Path(calibrate)) if calibrate else CalibrationText.default()
     )
+    split = ClusterConfig(
+        n_nodes=n_nodes,
+        layers=parse_layers(layers),
+        tensor_parallel_size=tensor_parallel_size,
+        groups=parse_groups(groups),
+        shards=shards,
+    )
     source = checkpoint.open(model, download=not skip_convert)
     with bytes_bar() as progress:
         task = progress.add_task("writing chunks", total=None)
         folder = write_chunks(
             source,
-            n_nodes,
+            split.n_nodes or 1,
             dtype=dtype,
             quantization=formats.of(source),
             calibration=text,
-            layers=parse_layers(layers),
+            layers=split.layers,
+            groups=split.group_sizes,
+            shards=split.shards,
             vision_node=vision_node,
             progress=lambda _what, done, total: progress.update(task, completed=done, total=total),
         )
-    n_chunks = n_nodes + vision_node
+    n_chunks = (split.n_nodes or 1) + vision_node
     say(f"{n_chunks} chunk{'s' * (n_chunks > 1)} in {folder}")

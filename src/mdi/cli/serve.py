@@ -21,7 +21,6 @@ from mdi.cli.options import (
     MaxSequences,
     MinPixels,
     SequenceLength,
-    Shards,
     grouped,
     setting,
 )
@@ -54,10 +53,6 @@ def serve(
     ] = DEFAULTS.cache.batch_tokens,
     kv_cache_gb: KvCacheGb = None,
     kv_cache_dtype: KvCacheDtype = None,
-    shards: Shards = DEFAULTS.cluster.shards,
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", help="Nodes that compute each layer together: 1 for now.")
-    ] = 1,
     vision_cache_mb: Annotated[
         int, typer.Option(min=0, help="Mebibytes for encoded images and videos, kept for further requests.")
     ] = DEFAULTS.cache.vision_cache_bytes // MEBIBYTE,
@@ -91,11 +86,6 @@ def serve(
     """Serve a model over HTTP: OpenAI's routes, /generate and /generate/multimodal."""
     if (model is None) == (ckpt is None):
         raise ConfigError("name one checkpoint: mdi serve CHECKPOINT")
-    if tensor_parallel != 1:
-        raise ConfigError(
-            f"-tp {tensor_parallel}: one node computes a whole layer. Split the model by layers instead, with "
-            f"--pipeline-parallel-size {tensor_parallel}"
-        )
     from mdi.gateway.server import bind, check_files, page_url, raise_open_files
     from mdi.gateway.server import serve as serve_http
 
@@ -111,7 +101,6 @@ def serve(
         "batch_tokens": batch_tokens,
         "kv_cache_gb": kv_cache_gb,
         "kv_cache_dtype": kv_cache_dtype,
-        "shards": shards,
         "vision_cache_bytes": vision_cache_mb * MEBIBYTE,
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,

@@ -81,6 +81,7 @@ class Cluster:
             nodes.check_layers(source.model_config.n_layers)
         self._config = config
         self._layers = nodes.layers if nodes else config.cluster.layers
+        self._groups = nodes.groups if nodes else config.cluster.group_sizes
         self._dtype = config.model.dtype or (nodes.starter.dtype if nodes else None)
         self._formats = config.model.formats(source.quantization)
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
@@ -185,7 +186,7 @@ class Cluster:
     def _explained(self, model: ModelConfig) -> PlanStatus:
         dtype, quantization = dtype_name(self._loaded.dtype), self._loaded.quantization
         plan = self._chunks.manifest.plan if self._chunks else make_plan(model, 1)
-        even = plan.layers == make_plan(model, self.n_nodes).layers
+        even = plan.layers == make_plan(model, self.n_nodes, groups=plan.groups, shards=plan.n_shards).layers
         return explain(plan, model, dtype, quantization, self._reason(even))
 
     def _reason(self, even: bool) -> str:
@@ -249,6 +250,8 @@ class Cluster:
             dtype=self._dtype,
             quantization=self._formats,
             layers=self._layers,
+            groups=self._groups,
+            shards=cluster.shards,
             vision_node=self._vision_address is not None,
             measure=(lambda: self._measured_plan(source)) if self._nodes else None,
             progress=self._progress,
@@ -330,6 +333,9 @@ class Cluster:
         return make_plan(
             model,
             self.n_nodes,
+            self._layers,
+            groups=self._groups,
+            shards=self._config.cluster.shards,
             machines=machines,
             dtype=dtype,
             quantization=formats,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from ipaddress import ip_address
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -36,7 +37,8 @@ class NodeConfig:
 
     other_name: of the last secondary where there is no finisher: it is `finisher`, and may be called by its place, too.
     device, dtype, threads: as `mdi secondary` takes them; None leaves the choice to it. memory_gb: most it may use, in
-    1e9 bytes. layers: how many decoder layers it gets; all nodes have that, or none.
+    1e9 bytes. layers: how many decoder layers it gets; group: the number of its stage, which neighbours with the same
+    number compute together. All nodes have that, or none.
     """
 
     name: str
@@ -48,6 +50,7 @@ class NodeConfig:
     threads: int | None = None
     memory_gb: float | None = None
     layers: int | None = None
+    group: int | None = None
     other_name: str = ""
 
     @property
@@ -111,20 +114,33 @@ class NodesConfig:
         return 1 + len(self.pipeline)
 
     @property
+    def stages(self) -> tuple[tuple[NodeConfig, ...], ...]:
+        """The nodes of each stage, in pipeline order: one, or those of a group."""
+        nodes = (self.starter, *self.pipeline)
+        by_group = groupby(enumerate(nodes), key=lambda item: item[0] if item[1].group is None else (item[1].group,))
+        return tuple(tuple(node for _, node in stage) for _, stage in by_group)
+
+    @property
+    def groups(self) -> tuple[int, ...] | None:
+        """Nodes of each stage; None when that is left to the plan."""
+        return tuple(map(len, self.stages)) if self.starter.group is not None else None
+
+    @property
     def layers(self) -> tuple[int, ...] | None:
-        """Layers per node, starter first; None when they are left to the plan."""
-        counts = tuple(node.layers for node in (self.starter, *self.pipeline) if node.layers is not None)
+        """Layers of each stage, the starter's first; None when they are left to the plan."""
+        counts = tuple(stage[0].layers for stage in self.stages if stage[0].layers is not None)
         return counts or None
 
     def check_layers(self, n_layers: int) -> None:
-        """Raises ConfigError unless the layers per node, where given, are those of a model of `n_layers`."""
+        """Raises ConfigError unless the layers, where given, are those of a model of `n_layers`."""
         if self.layers and sum(self.layers) != n_layers:
             text = " + ".join(map(str, self.layers))
             raise ConfigError(
                 f"nodes.*.layers add up to {text} = {sum(self.layers)}, but the model has {n_layers} layers"
             )
-        if self.n_nodes > n_layers:
-            raise ConfigError(f"nodes names {self.n_nodes} nodes, more than the model's {n_layers} layers")
+        if len(self.stages) > n_layers:
+            what = f"{len(self.stages)} stages" if self.groups else f"{self.n_nodes} nodes"
+            raise ConfigError(f"nodes names {what}, more than the model's {n_layers} layers")
 
     @property
     def vision_node(self) -> NodeConfig:
@@ -216,6 +232,7 @@ class _Node(_Object):
 
 class _StageNode(_Node):
     layers: int = _whole(1, 100_000)
+    group: int = _whole(0, MAX_NODES)
 
 
 class _Nodes(_Object):
@@ -262,6 +279,7 @@ def _node_config(name: str, key: str, node: _Node) -> NodeConfig:
         threads=node.threads,
         memory_gb=node.memory_gb,
         layers=node.layers if isinstance(node, _StageNode) else None,
+        group=node.group if isinstance(node, _StageNode) else None,
     )
 
 
@@ -319,17 +337,38 @@ def _check_addresses(nodes: Sequence[NodeConfig]) -> None:
 
 
 def _check_agreement(config: NodesConfig) -> None:
-    """All nodes have layers or none, and no two have different dtypes: activations travel in one."""
-    stages = (config.starter, *config.pipeline)
-    without = [node for node in stages if node.layers is None]
-    if config.layers and without:
-        raise ConfigError(f"{without[0].key}.layers is missing: all nodes have it, or none")
-    given = [node for node in stages if node.dtype]
+    """All nodes have layers or none, and groups or none; no two have different dtypes: activations travel in one."""
+    nodes = (config.starter, *config.pipeline)
+    for key in ("layers", "group"):
+        without = [node for node in nodes if getattr(node, key) is None]
+        if 0 < len(without) < len(nodes):
+            raise ConfigError(f"{without[0].key}.{key} is missing: all nodes have it, or none")
+    _check_groups(config)
+    given = [node for node in nodes if node.dtype]
     for node in given:
         if node.dtype != given[0].dtype:
             raise ConfigError(
                 f"{node.key}.dtype must be {given[0].dtype}, as {given[0].key}.dtype is: got {node.dtype}"
             )
+
+
+def _check_groups(config: NodesConfig) -> None:
+    """The nodes of a group are neighbours, and have the same layers."""
+    leads = dict[int | None, str]()
+    for stage in config.stages:
+        lead = stage[0]
+        if lead.group is not None and lead.group in leads:
+            raise ConfigError(
+                f"{lead.key}.group is {lead.group}, as {leads[lead.group]}.group is, and a node between them has "
+                "another: the nodes of a group are neighbours"
+            )
+        leads[lead.group] = lead.key
+        for node in stage:
+            if node.layers != lead.layers:
+                raise ConfigError(
+                    f"{node.key}.layers must be {lead.layers}, as {lead.key}.layers is, which is of the same group: "
+                    f"got {node.layers}"
+                )
 
 
 def _shown(value: Any) -> str:

@@ -262,17 +262,34 @@ class RecoveryLimits(Section):
 
 @dataclass(frozen=True)
 class ClusterConfig(Section):
-    """The nodes that the layers are spread over."""
+    """The nodes that the model is spread over. n_nodes: follows from groups, where they are given."""
 
     n_nodes: int | None = setting(
-        None, "Nodes the layers are split over; if not given, one, and with --ray one on each machine.", low=1
+        None,
+        "Nodes the model is split over; if not given, one, or as many as the groups have, and with --ray one on each "
+        "machine.",
+        low=1,
     )
-    layers: tuple[int, ...] | None = setting(None, "Layers per node, overriding the plan.")
+    layers: tuple[int, ...] | None = setting(
+        None, "Layers per node, or per stage where several nodes compute one, overriding the plan."
+    )
+    tensor_parallel_size: int = setting(
+        1, "Nodes that compute each stage together, a group: all of them, or --n-nodes in groups of so many.", low=1
+    )
+    groups: tuple[int, ...] | None = setting(
+        None, "Nodes of each stage, where stages have unequal numbers. The nodes of one compute each layer together."
+    )
     shards: int = setting(
         1,
-        "Parts in which the sums of every layer are taken, one after the other. A server with the same number gives "
-        "the same text, bit for bit, however many nodes compute a stage.",
+        "Parts in which the sums of every layer are taken, one after the other; with groups at least one for each node "
+        "of a group, and as many as suit them if not given. A server with the same number gives the same text, bit for "
+        "bit, however many nodes compute a stage.",
         low=1,
+    )
+    optimize: str = setting(
+        "latency",
+        "What a plan of measured machines makes fastest: latency, the answer of one stream; throughput, many streams.",
+        choices=("latency", "throughput"),
     )
     encryption: bool = setting(False, "Links between nodes are encrypted (mutual TLS).")
     manual: ManualNodes = field(default_factory=ManualNodes)
@@ -282,12 +299,47 @@ class ClusterConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers) if self.layers else None)
-        if self.manual.nodes_config and ((self.n_nodes or 1) != 1 or self.layers):
-            raise ConfigError("the nodes-config says how many nodes there are, and their layers: leave both out")
+        object.__setattr__(self, "groups", tuple(self.groups) if self.groups else None)
+        if self.manual.nodes_config and ((self.n_nodes or 1) != 1 or self.layers or self._grouped):
+            raise ConfigError(
+                "the nodes-config says how many nodes there are, and their layers and groups: leave these options out"
+            )
+        if self._grouped:
+            self._check_groups()
+            object.__setattr__(self, "n_nodes", sum(self.group_sizes or ()))
         if self.manual.nodes_config and self.on_ray.ray:
             raise ConfigError(
                 "--ray and --nodes-config exclude each other: Ray places the nodes, or you start those of the file"
             )
+
+    @property
+    def group_sizes(self) -> tuple[int, ...] | None:
+        """Nodes of each stage; None where each stage has one, or a plan may choose."""
+        size = self.tensor_parallel_size
+        return self.groups or ((size,) * ((self.n_nodes or size) // size) if size > 1 else None)
+
+    @property
+    def _grouped(self) -> bool:
+        return self.groups is not None or self.tensor_parallel_size > 1
+
+    def _check_groups(self) -> None:
+        """Raises ConfigError for groups that contradict other settings."""
+        size, sizes = self.tensor_parallel_size, self.group_sizes or ()
+        text, n_nodes = ",".join(map(str, sizes)), sum(sizes)
+        if self.groups and size > 1:
+            raise ConfigError("--groups and --tensor-parallel-size both say how many nodes a stage has: leave one out")
+        if min(sizes, default=0) < 1 and self.groups:
+            raise ConfigError(f"--groups {text}: every stage needs at least one node")
+        if self.n_nodes in (None, n_nodes):
+            return
+        if self.groups:
+            raise ConfigError(
+                f"--groups {text} are {n_nodes} nodes in all, but --n-nodes says {self.n_nodes}: leave --n-nodes out"
+            )
+        raise ConfigError(
+            f"--n-nodes {self.n_nodes} is no multiple of --tensor-parallel-size {size}: give a multiple, or the nodes "
+            "of each stage with --groups"
+        )
 
 
 @dataclass(frozen=True)
