@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from testing.processes import node_processes
+from testing.waiting import wait_for
 
 from mdi import Engine, SamplingParams
 from mdi.core.errors import ConfigError
 from mdi.engine import Completion
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_process_left")]
+pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {"sequence_length": 2048, "max_sequences": 8}
 Asked = list[tuple[Any, SamplingParams]]
 
@@ -40,29 +41,30 @@ def answers(engine: Engine, asked: Asked) -> list[list[Any]]:
 
 
 def numbers(completion: Completion) -> list[Any]:
-    return [(sample.token_ids, [token.logprob for token in sample.tokens]) for sample in completion.samples]
+    return [(sample.token_ids, sample.logprobs) for sample in completion.samples]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "int4"])
-def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
-    quantized = request.param.startswith("int")
-    return {"quantization": request.param} if quantized else {"dtype": request.param}
-
-
-@pytest.fixture(scope="module")
-def alone(kind: dict[str, Any], asked: Asked) -> list[list[Any]]:
-    with Engine("bundled", shards=2, **SETTINGS, **kind) as engine:
-        return answers(engine, asked)
-
-
-@pytest.mark.parametrize(("n_nodes", "groups"), [(2, (2,)), (3, (2, 1)), (4, (2, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "divisions"),
+    [
+        ({"dtype": "bfloat16"}, [(2,), (2, 1), (2, 2)]),
+        ({"dtype": "float32"}, [(2, 2)]),
+        ({"quantization": "int8"}, [(2,)]),
+        ({"quantization": "int4"}, [(2, 1)]),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("no_process_left")
 def test_groups_give_the_numbers_of_one_node(
-    kind: dict[str, Any], alone: list[list[Any]], asked: Asked, n_nodes: int, groups: tuple[int, ...]
+    kind: dict[str, Any], divisions: list[tuple[int, ...]], asked: Asked
 ) -> None:
-    with Engine("bundled", n_nodes=n_nodes, groups=groups, encryption=True, **SETTINGS, **kind) as engine:
-        assert answers(engine, asked) == alone
-        places = [(node.group, node.rank) for node in engine.nodes()]
-        assert places == [(group, rank) for group, size in enumerate(groups) for rank in range(size)]
+    with Engine("bundled", shards=2, **SETTINGS, **kind) as engine:
+        alone = answers(engine, asked)
+    for groups in divisions:
+        with Engine("bundled", groups=groups, encryption=True, **SETTINGS, **kind) as engine:
+            assert answers(engine, asked) == alone
+            places = [(node.group, node.rank) for node in engine.nodes()]
+            assert places == [(group, rank) for group, size in enumerate(groups) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,11 @@ def grouped() -> Iterator[Engine]:
     assert node_processes() == []
 
 
-@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-@pytest.mark.parametrize("name", ["secondary0", "secondary1", "finisher"])
+@pytest.mark.parametrize(
+    ("name", "with_signal"),
+    [("secondary0", signal.SIGKILL), ("secondary1", signal.SIGSTOP), ("finisher", signal.SIGKILL)],
+    ids=["rank 1 of the starter's stage killed", "leader of the last stage frozen", "rank 1 of the last stage killed"],
+)
 def test_streams_survive_a_lost_rank_with_the_same_tokens(grouped: Engine, name: str, with_signal: int) -> None:
     params = [
         SamplingParams(temperature=number % 2, seed=number, max_tokens=150, ignore_eos=True) for number in range(4)
@@ -82,7 +87,7 @@ def test_streams_survive_a_lost_rank_with_the_same_tokens(grouped: Engine, name:
     undisturbed = [grouped.submit(f"Number {index}", one).completion().token_ids for index, one in enumerate(params)]
     recoveries = grouped.recovery.recoveries
     streams = [grouped.submit(f"Number {index}", one) for index, one in enumerate(params)]
-    next(streams[0])
+    wait_for(lambda: all(stream.timing.first_token_s for stream in streams), 60)
     os.kill(next(node.pid for node in grouped.nodes() if node.name == name), with_signal)
     assert [stream.completion().token_ids for stream in streams] == undisturbed
     assert grouped.recovery.recoveries > recoveries

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from testing.fakes import FakeLink, FakeStage
 from testing.waiting import wait_for
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from mdi.core.batch import Batch, Token, token_bits
 from mdi.core.errors import ClosedError, LinkError, MDIError
