@@ -25,6 +25,7 @@ from mdi.layers.mlp import MLP, Experts, Product
 from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
 from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
+from mdi.models.shards import vocabulary_rows
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -38,18 +39,12 @@ class Decoder:
     """A stage's layers, with the token embedding before them and the LM head after them where the spec says so."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        spec: StageSpec,
-        embedding: Tensor | None,
-        get: GetTensor,
-        *,
-        tied_head: bool,
-        vocab: range | None = None,
+        self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor, *, tied_head: bool
     ) -> None:
-        """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same.
+        """config: of the layers that the stage has: a rank's own (`rank_config`), whose tensors `get` gives.
 
-        config: of a rank's layers, where the spec has a rank. vocab: its rows of the head; None is all.
+        embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same; a rank's
+        head has some rows of it.
         """
         self.embedding = embedding
         self.layers = [DecoderLayer(config, layer, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
@@ -57,11 +52,11 @@ class Decoder:
         self.norm = self.lm_head = None
         if spec.head:
             self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
-            vocab = vocab or range(config.vocab_size)
-            shared = embedding[vocab.start : vocab.stop] if tied_head and embedding is not None else None
+            rows = vocabulary_rows(config, spec.rank)
+            shared = embedding[rows.start : rows.stop] if tied_head and embedding is not None else None
             get_head = get if shared is None else Unquantized(lambda *_: shared, get.dtype)
             head = stem(EMBEDDING if tied_head else LM_HEAD)
-            self.lm_head = Linear.load(get_head, {head: len(vocab)}, config.hidden_size)
+            self.lm_head = Linear.load(get_head, {head: len(rows)}, config.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""

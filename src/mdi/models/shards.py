@@ -39,7 +39,7 @@ class Shards:
         heads_step = lcm(config.head_dim, step if n_shards > 1 else 1) // config.head_dim
         heads = _bounds("query heads", config.n_heads, n_shards, heads_step)
         inner = {size: _bounds(what, size, n_shards, step) for what, size in config.inner_sizes.items()}
-        return cls(heads, inner, _bounds("vocabulary", config.vocab_size, n_shards, 1))
+        return cls(heads, inner, _vocabulary(config, n_shards))
 
 
 def shard_step(quantization: ModelQuantization) -> int:
@@ -48,6 +48,14 @@ def shard_step(quantization: ModelQuantization) -> int:
         return 2
     format_ = FORMATS[quantization.layers]
     return lcm(format_.group or 1, format_.activation_group)
+
+
+def vocabulary_rows(config: ModelConfig, rank: Rank | None) -> range:
+    """The rows of the LM head that a rank has; None is all of them."""
+    if rank is None:
+        return range(config.vocab_size)
+    bounds = _vocabulary(config, rank.n_shards)
+    return range(bounds[rank.first_shard], bounds[rank.last_shard])
 
 
 def kv_heads(config: ModelConfig, heads: range) -> tuple[int, ...]:
@@ -82,6 +90,10 @@ def _run(used: Sequence[int]) -> int:
         if len(used) % length == 0 and all(len(set(used[start : start + length])) == 1 for start in starts):
             return length
     raise AssertionError("runs of one head always divide")
+
+
+def _vocabulary(config: ModelConfig, n_shards: int) -> Bounds:
+    return _bounds("vocabulary", config.vocab_size, n_shards, 1)
 
 
 def _bounds(what: str, size: int, n_shards: int, step: int) -> Bounds:

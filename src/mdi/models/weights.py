@@ -58,7 +58,7 @@ def load_stage(
     tower = family_of(config.architecture).vision_tower
     vision = tower(config.vision, get) if spec.vision and tower and config.vision else None
     tied_head = has_tied_head(config, quantization)
-    decoder = Decoder(parts.config, spec, embedding, get, tied_head=tied_head, vocab=parts.vocab)
+    decoder = Decoder(parts.config, spec, embedding, get, tied_head=tied_head)
     return LoadedStage(config, spec, get.dtype, device, decoder, vision, quantization)
 
 
