@@ -316,9 +316,9 @@ def test_reading_a_stage_s_tensors_touches_its_bytes_and_no_others(wide: Path) -
 
 
 @linux
-@pytest.mark.parametrize("n_nodes", [1, 2])
-def test_of_the_embedding_only_rows_that_are_looked_up_are_resident(n_nodes: int, wide: Path) -> None:
-    path = prepare(open_source(wide), n_nodes) / "model_starter.safetensors"
+@pytest.mark.parametrize("groups", [(1,), (1, 1), (2,)])
+def test_of_the_embedding_only_rows_that_are_looked_up_are_resident(groups: tuple[int, ...], wide: Path) -> None:
+    path = prepare(open_source(wide), sum(groups), groups=groups) / "model_starter.safetensors"
     stage = load_chunk(path)
     assert stage.decoder.embedding is not None
     assert is_mapped(stage.decoder.embedding, path)

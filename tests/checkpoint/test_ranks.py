@@ -74,18 +74,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sou
     return opened
 
 
-@pytest.fixture
-def prepare_group(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def prepare_group(source: Source, *stages: Sequence[int], **kind: Any) -> Path:
     """`prepare` for stages of ranks, given by the shards of each."""
-
-    def made(source: Source, *stages: Sequence[int], **kind: Any) -> Path:
-        plan = Plan(tuple(spec for specs in group_specs(source.model_config, *stages) for spec in specs))
-        with monkeypatch.context() as patched:
-            patched.setattr(prepare_module, "make_plan", lambda *_args, **_options: plan)
-            return prepare(source, plan.n_nodes, **kind)
-
-    monkeypatch.setattr(Plan, "__post_init__", lambda _: None)  # which knows no ranks
-    return made
+    plan = Plan(tuple(spec for specs in group_specs(source.model_config, *stages) for spec in specs))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(prepare_module, "make_plan", lambda *_args, **_options: plan)
+        return prepare(source, plan.n_nodes, groups=plan.groups, **kind)
 
 
 def ranks(*shards: int) -> list[Rank]:
@@ -164,7 +158,7 @@ def assert_chunks_together_whole(source: Source, group: Path, one_node: Path) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_chunks_of_ranks_are_together_the_one_of_one_node(
-    name: str, kind: str, checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
+    name: str, kind: str, checkpoints: Callable[[str], Source]
 ) -> None:
     source, (dtype, quantization, shards) = checkpoints(name), KINDS[kind]
     one_node = prepare(source, 1, dtype=dtype, quantization=quantization)
@@ -177,15 +171,13 @@ def test_the_chunks_of_ranks_are_together_the_one_of_one_node(
 
 @pytest.mark.parametrize("shards", [(1, 1), (1, 1, 1), (1, 1, 1, 1, 1), (3, 4, 5)], ids=str)
 def test_twelve_heads_with_two_kv_heads_are_cut_for_any_ranks(
-    shards: tuple[int, ...], checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
+    shards: tuple[int, ...], checkpoints: Callable[[str], Source]
 ) -> None:
     source = checkpoints("qwen2")
     assert_chunks_together_whole(source, prepare_group(source, shards), prepare(source, 1))
 
 
-def test_two_stages_of_ranks_have_each_layer_in_one_group(
-    checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
-) -> None:
+def test_two_stages_of_ranks_have_each_layer_in_one_group(checkpoints: Callable[[str], Source]) -> None:
     source = checkpoints("qwen3")
     files = files_of(prepare_group(source, (1, 1), (1, 1)))
     first, second, third, fourth = (dict(chunk_weights(file)) for file in files)
@@ -200,9 +192,8 @@ def is_of(layer: int, name: str) -> bool:
     return name.startswith(f"{LAYERS}{layer}.")
 
 
-def test_a_rank_loads_from_the_checkpoint_what_its_chunk_has(
-    checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path], unpacked: None
-) -> None:
+@pytest.mark.usefixtures("unpacked")
+def test_a_rank_loads_from_the_checkpoint_what_its_chunk_has(checkpoints: Callable[[str], Source]) -> None:
     source = checkpoints("qwen2_vl")
     for quantization in (UNQUANTIZED, ModelQuantization("int4", "int8")):
         for file in files_of(prepare_group(source, (1, 3), quantization=quantization)):
@@ -226,9 +217,8 @@ def products_of(loaded: LoadedStage) -> list[linear.Linear]:
     return made
 
 
-def test_the_head_of_the_first_rank_is_rows_of_its_embedding(
-    checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path], unpacked: None
-) -> None:
+@pytest.mark.usefixtures("unpacked")
+def test_the_head_of_the_first_rank_is_rows_of_its_embedding(checkpoints: Callable[[str], Source]) -> None:
     first, second = files_of(prepare_group(checkpoints("qwen3"), (2, 1)))
     loaded, other = load_chunk(first), load_chunk(second)
     assert loaded.decoder.embedding is not None
@@ -247,9 +237,7 @@ def test_the_head_of_the_first_rank_is_rows_of_its_embedding(
     [Packer(), Packer(symmetric=False, group=64), Packer(bits=8), Packer(bits=8, group=-1), Packer("awq", group=64)],
     ids=str,
 )
-def test_quantised_checkpoints_are_cut_as_they_are(
-    packer: Packer, tmp_path: Path, wide: Path, prepare_group: Callable[..., Path]
-) -> None:
+def test_quantised_checkpoints_are_cut_as_they_are(packer: Packer, tmp_path: Path, wide: Path) -> None:
     write_quantized(wide, tmp_path / "packed", packer)
     source = open_source(tmp_path / "packed")
     assert source.is_exact
@@ -265,9 +253,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_order_of_inputs_is_refused_with_its_remedy(
-    bits: int, tmp_path: Path, wide: Path, prepare_group: Callable[..., Path]
-) -> None:
+def test_an_order_of_inputs_is_refused_with_its_remedy(bits: int, tmp_path: Path, wide: Path) -> None:
     write_quantized(wide, tmp_path / "packed", Packer(bits=bits, desc_act=True, group=64))
     source = open_source(tmp_path / "packed")
     with pytest.raises(ConfigError, match=r"desc_act.* split the model by layers .*--tensor-parallel-size"):
@@ -280,9 +266,7 @@ def test_an_order_of_inputs_is_refused_with_its_remedy(
     )
 
 
-def test_gguf_files_are_cut_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: Path, prepare_group: Callable[..., Path]
-) -> None:
+def test_gguf_files_are_cut_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = open_source(gguf_folder(write_gguf(wide, tmp_path / "model.gguf", "Q8_0")))
     assert source.is_exact
@@ -290,9 +274,7 @@ def test_gguf_files_are_cut_as_they_are(
     assert_chunks_together_whole(source, prepare_group(source, (3, 1), quantization=source.quantization), one_node)
 
 
-def test_an_adapter_is_merged_before_its_weights_are_cut(
-    tmp_path: Path, wide: Path, prepare_group: Callable[..., Path]
-) -> None:
+def test_an_adapter_is_merged_before_its_weights_are_cut(tmp_path: Path, wide: Path) -> None:
     down = "model.layers.1.mlp.down_proj"
     source = open_source(wide, write_adapter(tmp_path / "adapter", {down: (256, 512)}))
     assert not torch.equal(source.tensor(f"{down}.weight"), open_source(wide).tensor(f"{down}.weight"))
@@ -300,7 +282,7 @@ def test_an_adapter_is_merged_before_its_weights_are_cut(
 
 
 def test_weights_are_calibrated_as_a_whole_and_once_for_all_ranks(
-    checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    checkpoints: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, made = checkpoints("qwen3"), list[str]()
     kind: dict[str, Any] = {"quantization": ModelQuantization("int4", "int4"), "calibration": SHORT}
@@ -345,9 +327,7 @@ def test_layers_take_the_bytes_of_one_node_s_but_for_what_every_rank_has(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_rank_s_chunk_has_the_bytes_that_were_predicted(
-    name: str, checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
-) -> None:
+def test_a_rank_s_chunk_has_the_bytes_that_were_predicted(name: str, checkpoints: Callable[[str], Source]) -> None:
     source, quantization = checkpoints(name), ModelQuantization("int4", "int8")
     folder = prepare_group(source, (1, 2), quantization=quantization)
     for chunk in Manifest.read(folder).chunks:
@@ -360,10 +340,11 @@ def test_a_rank_s_chunk_has_the_bytes_that_were_predicted(
 # what a rank computes
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("shards", [(1, 1), (1, 1, 1), (1, 1, 1, 1, 1), (3, 2)], ids=str)
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
 def test_the_partial_products_of_ranks_add_up_to_the_layer(
-    name: str, shards: tuple[int, ...], checkpoints: Callable[[str], Source], unpacked: None
+    name: str, shards: tuple[int, ...], checkpoints: Callable[[str], Source]
 ) -> None:
     source = checkpoints(name)
     config = source.model_config
@@ -403,7 +384,7 @@ def sum_of(partials: Sequence[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_s_stage_has_caches_and_products_of_its_own_size(
-    kind: str, checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
+    kind: str, checkpoints: Callable[[str], Source]
 ) -> None:
     source, (dtype, quantization, _) = checkpoints("qwen2"), KINDS[kind]
     files = files_of(prepare_group(source, (1, 1, 1), dtype=dtype, quantization=quantization))
@@ -441,9 +422,7 @@ def test_a_tensor_of_another_shape_is_named_with_its_whole_shape(tmp_path: Path)
         load_source(source, StageSpec(0, 2, rank=Rank(0, 1, 2)))
 
 
-def test_the_chunk_of_another_rank_is_refused(
-    checkpoints: Callable[[str], Source], prepare_group: Callable[..., Path]
-) -> None:
+def test_the_chunk_of_another_rank_is_refused(checkpoints: Callable[[str], Source]) -> None:
     first, second = files_of(prepare_group(checkpoints("qwen2"), (1, 1)))
     second.write_bytes(first.read_bytes())
     with pytest.raises(CheckpointError, match="another plan, dtype, quantisation or node"):

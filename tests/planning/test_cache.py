@@ -65,6 +65,9 @@ def test_the_limit_is_of_each_node_and_the_fullest_one_decides() -> None:
     nodes = [CacheNode("starter", 10), CacheNode("secondary0", 12), CacheNode("finisher", 6)]
     budget = cache_budget(FULL_SIZE, CacheSettings(kv_cache_gb=1), "bfloat16", nodes)
     assert budget.tokens == 1e9 // (12 * 1024) // CACHE_BLOCK * CACHE_BLOCK
+    halves = [CacheNode("starter", 28, n_kv_heads=1), CacheNode("finisher", 28, n_kv_heads=1)]
+    budget = cache_budget(FULL_SIZE, CacheSettings(kv_cache_gb=1), "bfloat16", halves)
+    assert budget.tokens == 1e9 // (EACH / 2) // CACHE_BLOCK * CACHE_BLOCK  # of two ranks, each with one KV head
     scarce = [*nodes[:2], CacheNode("finisher", 6, free_bytes=0.2e9)]
     assert "finisher has memory" in cache_budget(FULL_SIZE, CacheSettings(), "bfloat16", scarce).note
 

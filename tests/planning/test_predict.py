@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mdi.checkpoint.published import QWEN2_VL_2B, QWEN3_30B_A3B
+from mdi.core.group import Rank
 from mdi.core.quantization import ModelQuantization
 from mdi.models.config import StageSpec
 from mdi.models.registry import read_config
@@ -39,6 +40,18 @@ def test_the_cache_takes_keys_and_values_of_every_layer_in_the_stage_s_dtype() -
     assert summary.cache_bytes == 5 * 1000 * 2 * FULL_SIZE.kv_size * 2
     assert summary.memory_bytes == summary.size_bytes + summary.cache_bytes
     assert stage_summary(FULL_SIZE, StageSpec(0, 0, head=True), "bfloat16", 1000).cache_bytes == 0
+
+
+@pytest.mark.parametrize(("rank", "n_kv_heads"), [(Rank(0, 1, 3), 1), (Rank(1, 2, 3), 2), (Rank(1, 4, 4), 3)])
+def test_a_rank_counts_its_own_weights_and_kv_heads(rank: Rank, n_kv_heads: int) -> None:
+    stage = StageSpec(0, FULL_SIZE.n_layers, head=True)
+    summary, whole = (
+        stage_summary(FULL_SIZE, replace(stage, rank=rank), "bfloat16", cache_tokens=1000) for rank in (rank, None)
+    )
+    assert summary.cache_bytes == 28 * 1000 * 2 * n_kv_heads * 128 * 2
+    share = len(rank.shards) / rank.n_shards
+    assert summary.step_bytes == summary.size_bytes  # it has neither the embedding nor the tower
+    assert share < summary.step_bytes / whole.step_bytes < 1.03 * share  # and norms and copies of KV heads
 
 
 def test_a_step_reads_no_embedding_and_little_of_the_vision_tower() -> None:
