@@ -10,6 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 KERNELS := src/mdi/kernels
 LIBRARY := $(KERNELS)/libmdi_kernels.so
 
+test test-slow: export PYTHONDONTWRITEBYTECODE =  # each of many processes would compile the project anew
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-all lint bench proto docs wheels clean

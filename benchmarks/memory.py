@@ -4,10 +4,11 @@
     python -m benchmarks.memory --requests 300    # the same in short
     python -m benchmarks.memory --model bundled
 
-After every hundredth of the requests nothing runs for a moment, and the memory that each process has for itself (USS)
-is read. The slope is the line of least squares through the last half of these points. No embeddings are kept
-(--vision-cache-mb 0), so what grows is a leak, or memory that the allocator does not give back. Target: less than
-1,000 bytes a request. memory.png shows the points. Exit code 1 for an answer that is not the expected one.
+After every hundredth of the requests (of few: after ten) nothing runs for a moment, and the memory that each process
+has for itself (USS) is read. The slope is the line of least squares through the last half of these points. No
+embeddings are kept (--vision-cache-mb 0), so what grows is a leak, or memory that the allocator does not give back.
+Target: less than 1,000 bytes a request. memory.png shows the points. Exit code 1 for an answer that is not the
+expected one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 ROUTE = "/v1/chat/completions"
 N_NODES = 2
 N_POINTS = 100
+LEAST_BLOCK = 10  # requests between two points
 SIDES = (56, 112, 224, 336)  # of images, in pixels
 KINDS = {"text": 45, "image": 38, "video": 3, "leaves": 7, "bad": 7}  # in a hundred
 EXPECTED = {f"{kind}: 200" for kind in ("text", "image", "video")} | {
@@ -106,7 +108,7 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> tuple[Log, Co
                     outcomes[f"{kind}: {await ask(client, kind, {'model': model, **body})}"] += 1
                 progress.advance(task)
 
-            block = max(1, n_requests // N_POINTS)
+            block = max(LEAST_BLOCK, n_requests // N_POINTS)
             for first in range(0, n_requests, block):
                 some = [next(chosen) for _ in range(min(block, n_requests - first))]
                 await asyncio.gather(*(one(kind, body) for kind, body in some))

@@ -25,6 +25,22 @@ torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ.pop("COLUMNS", None)  # of the worker: consoles would keep it, whatever a test sets
 
+LONGEST = (  # files whose slow tests take minutes begin first: one at the end would leave the other workers idle
+    "tests/test_benchmarks.py",
+    "tests/cluster/test_spares.py",
+    "tests/cluster/test_replicas.py",
+    "tests/cluster/test_upload.py",
+    "tests/cluster/test_hosts.py",
+    "tests/kernels/test_products.py",
+    "tests/clients/test_clients.py",
+    "tests/field/test_document.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

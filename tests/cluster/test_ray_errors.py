@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,30 @@ def stranger() -> Iterator[str]:
     server.start()
     yield f"127.0.0.1:{port}"
     server.stop(None)
+
+
+@contextmanager
+def listener() -> Iterator[tuple[socket.socket, str]]:
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening, f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def answer(listening: socket.socket, greeting: bytes, connections: int) -> None:
+    """Sends the greeting on each connection and closes it."""
+    for _ in range(connections):
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(greeting)
+
+
+class Healthy(grpc.GenericRpcHandler):
+    """Answers health checks, as Ray's head does."""
+
+    def service(self, call: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(lambda _, __: b"") if call.method == ray_cluster.HEALTH else None
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +108,39 @@ def test_an_address_that_is_no_ray(stranger: str, monkeypatch: pytest.MonkeyPatc
         RayCluster.connect("auto")
 
 
-def test_a_silent_address_is_no_ray_either(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x46", b""])
+def test_an_address_that_speaks_another_protocol(greeting: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "RETRY_S", 0)
+    with listener() as (foreign, address), ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer, foreign, greeting, connections=3)
+        with pytest.raises(ConfigError, match=r"is no head of a Ray cluster: .*RAY_USE_TLS"):
+            RayCluster.connect(address)
+        answered.result(5)
+
+
+def test_a_silent_address_is_called_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "ANSWER_S", 0.3)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        with pytest.raises(ConfigError, match="is no head of a Ray cluster"):
-            RayCluster.connect(f"127.0.0.1:{silent.getsockname()[1]}")
+    with (
+        listener() as (_, address),
+        pytest.raises(ConfigError, match=r"was silent for 0\.3 s: .* machine overloaded\?"),
+    ):
+        RayCluster.connect(address)
+
+
+def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = grpc.server(ThreadPoolExecutor(1), handlers=(Healthy(),))
+    with listener() as (early, address), ThreadPoolExecutor(1) as pool:
+        pool.submit(answer, early, b"", connections=2)
+
+        def start(_: float) -> None:
+            early.close()
+            head.add_insecure_port(address)
+            head.start()
+
+        monkeypatch.setattr(ray_cluster, "time", SimpleNamespace(sleep=start))
+        with pytest.raises(ConfigError, match="Ray was asked to connect"):
+            RayCluster.connect(address)
+    head.stop(None)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ REQUESTS = [
     (f"Prompt {number}: " + "many words, " * 40, SamplingParams(temperature=number % 2, seed=number, max_tokens=400))
     for number in range(3)
 ]
+SPARES = ("spare0", "spare1")
 
 pytestmark = pytest.mark.slow
 
@@ -98,24 +99,28 @@ def row(engine: Engine, name: str) -> NodeStatus:
     return next(node for node in engine.nodes() if node.name == name)
 
 
-@pytest.mark.parametrize("victim", NODES)
-def test_a_spare_takes_a_lost_nodes_place_and_streams_keep_their_tokens(
-    victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+def test_spares_take_the_places_of_lost_nodes_and_streams_keep_their_tokens(
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    nodes = cluster(tmp_path, undo, encrypted=True)
+    """One node is lost, and then the other."""
+    nodes = cluster(tmp_path, undo, n_spares=2, encrypted=True)
     processes = nodes.start_all()
     engine = engine_of(checkpoint, nodes, undo)
-    wait_for(lambda: ("spare0", "waiting", "spare0") in shown(engine))
-    streams = running(engine)
-    processes[victim].popen.kill()
-    assert rest(streams) == undisturbed
-    assert engine.recovery.recoveries == 1
+    wait_for(lambda: {(name, "waiting", name) for name in SPARES} <= set(shown(engine)))
+    places = dict.fromkeys(NODES, "")
+    for victim in NODES:
+        streams = running(engine)
+        processes[victim].popen.kill()
+        assert rest(streams) == undisturbed
+        spare = places[victim] = row(engine, victim).spare
+        assert row(engine, victim).pid == processes[spare].popen.pid
+        assert processes[spare].wait_for_line("receiving weights: done")
+        assert list(nodes.cache(spare).glob(f"*/{chunk_file(victim)}"))
+        stages = [("starter", "ready", ""), *((name, "ready", places[name]) for name in NODES)]
+        assert shown(engine)[: len(stages)] == stages
+    assert set(places.values()) == set(SPARES)
+    assert engine.recovery.recoveries == 2
     assert engine.recovery.failed_requests == 0
-    expected = [("starter", "ready", "")] + [(name, "ready", "spare0" if name == victim else "") for name in NODES]
-    assert shown(engine) == expected
-    assert row(engine, victim).pid == processes["spare0"].popen.pid
-    assert processes["spare0"].wait_for_line("receiving weights: done")
-    assert list(nodes.cache("spare0").glob(f"*/{chunk_file(victim)}"))
 
 
 def test_a_node_that_is_back_in_time_is_taken_and_gets_its_weights_again_on_a_fresh_disk(
@@ -178,21 +183,21 @@ def test_a_starter_that_starts_again_finds_the_spare_in_the_place_it_took(
     assert ("secondary0", "ready", "spare0") in shown(engine)
 
 
-@pytest.mark.parametrize("victim", NODES)
 def test_a_node_told_to_end_hands_over_to_a_spare(
-    victim: str, checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
+    checkpoint: Path, undisturbed: list[tuple[int, ...]], tmp_path: Path, undo: ExitStack
 ) -> None:
-    nodes = cluster(tmp_path, undo, encrypted=True)
+    nodes = cluster(tmp_path, undo, n_spares=2, encrypted=True)
     processes = nodes.start_all()
     engine = engine_of(checkpoint, nodes, undo, spare_after_s=1000)
-    streams = running(engine)
-    processes[victim].popen.terminate()
-    wait_for(lambda: row(engine, victim).state == "leaving")
-    assert processes[victim].wait_for_line(f"node {victim} hands over to a spare")
-    assert processes[victim].popen.wait(25) == 0
-    assert rest(streams) == undisturbed
+    for victim in NODES:
+        streams = running(engine)
+        processes[victim].popen.terminate()
+        wait_for(lambda name=victim: row(engine, name).state == "leaving")  # type: ignore[misc]
+        assert processes[victim].wait_for_line(f"node {victim} hands over to a spare")
+        assert processes[victim].popen.wait(25) == 0
+        assert rest(streams) == undisturbed
     assert engine.recovery.failed_requests == 0
-    assert row(engine, victim).spare == "spare0"
+    assert {row(engine, name).spare for name in NODES} == set(SPARES)
 
 
 def test_a_node_told_to_end_ends_when_no_spare_is_there(

@@ -234,7 +234,7 @@ def test_schemathesis_finds_nothing(brief: RealServer, tmp_path: Path) -> None:
     Its warnings are off: only the server makes names of responses, and /tokenize takes one of two fields.
     """
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
-    limits = ["--max-examples", "10", "--seed", "1", "--no-color", "--warnings", "off"]
+    limits = ["--max-examples", "6", "--seed", "1", "--no-color", "--warnings", "off"]
     done = subprocess.run(
         [Path(sys.executable).with_name("schemathesis"), "run", f"{brief.url}/openapi.json", *limits],
         cwd=tmp_path,

@@ -39,7 +39,7 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about what it is given
-@pytest.mark.parametrize("count", [60, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_answers_as_transformers_or_is_refused_by_name(
     count: int, folders: list[Path], picture: Image.Image
 ) -> None:

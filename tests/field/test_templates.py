@@ -389,7 +389,7 @@ def test_no_text_makes_a_control_token_by_any_operation(
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(**ATTACKS)
 def test_no_text_of_many_makes_a_control_token(
     made: Made, kind: str, operation: str, texts: list[str], in_parts: bool

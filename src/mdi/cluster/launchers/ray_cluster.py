@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,9 +17,10 @@ from mdi.core.errors import ConfigError
 
 AUTO = "auto"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
-ANSWER_S = 5.0
+CONNECT_S = 5.0
+ANSWER_S = 30.0  # the head of a busy machine may take long
+RETRY_S = 1.0
 HEALTH = "/grpc.health.v1.Health/Check"  # what `ray health-check` asks
-FOREIGN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 JOIN = "run `ray start --address=HOST:6379` on this machine, or submit the command: ray job submit -- mdi serve ..."
 
 
@@ -108,26 +110,43 @@ def _check_address(address: str) -> None:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"--ray {address} is no address of a Ray cluster: write auto, or host:port of its head")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
             f"nothing answers at {address} ({error.strerror or error}): is Ray's head there (ray start --head), and "
             "its port open?"
         ) from None
-    if os.environ.get("RAY_USE_TLS", "0") != "1" and not _is_ray(address):
+    if os.environ.get("RAY_USE_TLS", "0") != "1":
+        _check_health(address)
+
+
+def _check_health(address: str) -> None:
+    """Raises ConfigError where another protocol than Ray's answers, or nothing within ANSWER_S."""
+    status = _health(address)
+    if status is grpc.StatusCode.UNAVAILABLE:  # another protocol, or a head that was just about to listen
+        time.sleep(RETRY_S)
+        status = _health(address)
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        raise ConfigError(
+            f"what listens at {address} was silent for {ANSWER_S:g} s: is it the head of a Ray cluster (its port is "
+            "6379 unless set), and is its machine overloaded?"
+        )
+    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
         raise ConfigError(
             f"what answers at {address} is no head of a Ray cluster: its port is 6379 unless set; one with "
             "RAY_USE_TLS=1 wants that here, too"
         )
 
 
-def _is_ray(address: str) -> bool:
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+def _health(address: str) -> grpc.StatusCode:
+    """How the health check ends. A silent peer gives DEADLINE_EXCEEDED; gRPC itself would give up on it after 20 s."""
+    patience = ("grpc.min_reconnect_backoff_ms", int(2 * ANSWER_S * 1000))
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0), patience]) as channel:
         try:
             channel.unary_unary(HEALTH)(b"", timeout=ANSWER_S)
         except grpc.RpcError as error:
-            return error.code() not in FOREIGN
-    return True
+            return error.code()
+    return grpc.StatusCode.OK
 
 
 def _name(node: dict[str, object], here: str) -> str:
