@@ -213,7 +213,9 @@ def check(model: Model, *shares: Sequence[int], **settings: Any) -> None:
     expected = computed(model.stage(shards=sum(shares[0]), **settings), work)
     assert all(out.isfinite().all() for out, _ in expected)
     for share in shares:
-        for (out, result), (other, other_result) in zip(computed_by(model, share, work, **settings), expected, strict=True):
+        for (out, result), (other, other_result) in zip(
+            computed_by(model, share, work, **settings), expected, strict=True
+        ):
             assert torch.equal(out, other), share
             assert result == other_result
 
