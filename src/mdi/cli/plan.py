@@ -70,6 +70,7 @@ def plan(
     split = ClusterConfig(
         n_nodes=options.n_nodes,
         layers=parse_layers(options.layers),
+        pipeline_parallel_size=options.pipeline_parallel_size,
         tensor_parallel_size=options.tensor_parallel_size,
         groups=parse_groups(options.groups),
         shards=options.shards,
