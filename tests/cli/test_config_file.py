@@ -76,7 +76,7 @@ def test_a_file_holds_options_under_any_of_their_long_names(started: Started, fi
     assert started.by("--config", file) == 0
     assert started.model == "bundled"
     assert started.options is not None
-    assert started.options.n_nodes == 2
+    assert started.options.config("bundled").cluster.n_nodes == 2
     assert started.options.dtype is None
     expected = {
         "sequence_length": 4000,

@@ -10,7 +10,9 @@ import pytest
 from mdi import Engine
 from mdi.checkpoint.prepare import prepare
 from mdi.checkpoint.source import open_source
-from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN
+from mdi.core.quantization import UNQUANTIZED
+from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, GROUPED, explain
+from mdi.planning.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,14 @@ def test_the_reason_is_that_of_the_split(
         assert engine.plan.reason == reason
         if layers := prepared or asked:
             assert tuple(stage.last_layer - stage.first_layer for stage in engine.plan.stages) == layers
+
+
+def test_a_group_s_nodes_have_a_stage_and_a_rank_there(tiny_checkpoint: Path) -> None:
+    config = open_source(tiny_checkpoint).model_config
+    plan = make_plan(config, 3, groups=(2, 1), vision_node=True)
+    status = explain(plan, config, "float32", UNQUANTIZED, GROUPED)
+    places = {stage.node: (stage.group, stage.rank) for stage in status.stages}
+    assert places == {"starter": (0, 0), "secondary0": (0, 1), "finisher": (1, 0), "vision": (None, None)}
+    first, second, _, _ = status.stages
+    assert (first.first_layer, first.last_layer) == (second.first_layer, second.last_layer)
+    assert first.step_share == pytest.approx(second.step_share, abs=0.02)  # but for norms

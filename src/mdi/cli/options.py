@@ -37,8 +37,11 @@ def setting(name: str, *flags: str, example: str = "", **settings: Any) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help=meaning("checkpoint"), autocompletion=checkpoints)]
-N_NODES = setting("n_nodes", "--n-nodes", "--pipeline-parallel-size", "-pp", min=1)
+N_NODES = setting("n_nodes", "--n-nodes", min=1)
 NNodes = Annotated[int, N_NODES]
+PipelineParallelSize = Annotated[
+    int | None, setting("pipeline_parallel_size", "--pipeline-parallel-size", "-pp", min=1)
+]
 TensorParallelSize = Annotated[int, setting("tensor_parallel_size", "--tensor-parallel-size", "-tp", min=1)]
 Groups = Annotated[str | None, setting("groups", example=" Example: 2,1,3.")]
 Layers = Annotated[str | None, setting("layers", example=" Example: 10,10,8.")]
@@ -112,6 +115,7 @@ class NodesOptions:
     certs: Certs = CERTS
     insecure: Insecure = False
     layers: Layers = None
+    pipeline_parallel_size: PipelineParallelSize = None
     tensor_parallel_size: TensorParallelSize = DEFAULTS.cluster.tensor_parallel_size
     groups: Groups = None
     shards: Shards = DEFAULTS.cluster.shards

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from mdi.cli.options import (
     DEFAULTS,
@@ -17,10 +21,11 @@ from mdi.cli.options import (
     QuantizationOptions,
     SequenceLength,
     grouped,
+    parse_groups,
     parse_layers,
 )
-from mdi.cli.screen import err, out
-from mdi.core.config import CacheSettings, ManualNodes
+from mdi.cli.screen import err, out, say
+from mdi.core.config import CacheSettings, ClusterConfig, ManualNodes
 from mdi.core.quantization import ModelQuantization
 from mdi.core.tables import UncutTable
 
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
+    from mdi.planning.choose import Choice, Goal
     from mdi.planning.hardware import Machine
+    from mdi.planning.plan import Plan
     from mdi.planning.predict import StageSummary
 
 
@@ -42,51 +49,81 @@ def plan(
     max_sequences: MaxSequences = DEFAULTS.cache.max_sequences,
     kv_cache_gb: KvCacheGb = None,
     kv_cache_dtype: KvCacheDtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show which layers would go to which node, and what each would hold, before anything is loaded.
+    """Show what would go to which node, and what each would hold, before anything is loaded.
 
-    With --nodes-config, the machines of running nodes are measured, and each gets what it can carry.
+    With --nodes-config, the machines of running nodes are measured, and the plan that is predicted to be fastest is
+    shown, with the two that come next, unless layers or groups are given.
     """
     from mdi.cluster.nodes_config import NodesConfig
+    from mdi.models.parts import Parts
     from mdi.models.weights import log_unquantized
     from mdi.planning.cache import CacheNode, cache_budget, planned_bytes, planned_tokens
-    from mdi.planning.plan import make_plan
+    from mdi.planning.choose import Job, Links, choose
+    from mdi.planning.hardware import Machine
+    from mdi.planning.plan import VISION, role_names
     from mdi.planning.predict import stage_summary
 
     source = checkpoint.open(model)
     config = source.model_config
-    n_nodes, layers, dtype = options.n_nodes or 1, parse_layers(options.layers), options.dtype or config.dtype
+    split = ClusterConfig(
+        n_nodes=options.n_nodes,
+        layers=parse_layers(options.layers),
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        tensor_parallel_size=options.tensor_parallel_size,
+        groups=parse_groups(options.groups),
+        shards=options.shards,
+        optimize=options.optimize,
+    )
+    n_nodes, layers, groups = split.n_nodes or 1, split.layers, split.group_sizes
+    dtype = options.dtype or config.dtype
     quantization = formats.of(source)
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
     measured, vision_node = list["MeasuredNode"](), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
         nodes.check_layers(config.n_layers)
-        n_nodes, layers, vision_node = nodes.n_nodes, layers or nodes.layers, nodes.vision is not None
+        n_nodes, vision_node = nodes.n_nodes, nodes.vision is not None
+        layers, groups = layers or nodes.layers, groups or nodes.groups
         measured = _measure(nodes, options, dtype, quantization)
     machines = [node.machine for node in measured]
-    made = make_plan(
+    job = Job(
         config,
-        n_nodes,
-        layers,
-        machines=machines,
-        dtype=dtype,
-        quantization=quantization,
+        dtype,
+        quantization,
+        cast("Goal", split.optimize),
+        streams=max_sequences,
         cache_tokens=planned_tokens(cache, config.max_positions),
         most_cache_bytes=planned_bytes(cache),
         cache_dtype=kv_cache_dtype,
         vision_node=vision_node,
+        shards=split.shards,
     )
+    choice = None if layers or groups or not machines else choose(job, machines, Links())
+    places = choice.best.nodes if choice else tuple(range(n_nodes))
+    if choice:
+        made, machines = choice.best.plan, [machines[place] for place in places]
+    else:
+        made = job.plan(machines or [Machine()] * n_nodes, groups or (1,) * n_nodes, layers)
+    names = [role_names(n_nodes)[place] for place in places] + [VISION] * vision_node
     log_unquantized(config, quantization)
     sizes = [stage_summary(config, spec, dtype, quantization=quantization).size_bytes for spec in made.stages]
     rooms = [machine.memory_bytes for machine in machines] or [math.inf] * n_nodes
-    stages = zip(made.roles, made.layers, rooms, sizes, strict=False)  # a vision node has no layers
-    nodes_left = [CacheNode(name, count, room - size) for name, count, room, size in stages]
+    nodes_left = [
+        CacheNode(
+            name, len(spec.layers), room - size, n_kv_heads=Parts.of(config, spec, quantization).config.n_kv_heads
+        )
+        for name, spec, room, size in zip(names, made.stages, rooms, sizes, strict=False)  # a vision node has no layers
+    ]
     budget = cache_budget(config, cache, dtype, nodes_left)
     rows = [
         (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization, kv_cache_dtype))
-        for name, spec in made.roles.items()
+        for name, spec in zip(names, made.roles.values(), strict=True)
     ]
+    if as_json:
+        say(json.dumps(_report(rows, made, choice), indent=2))
+        return
     out.print(_machines_table(rows[: made.n_nodes], machines) if machines else _stages_table(rows))
     if config.experts:
         out.print(_experts_text(config, config.experts, dtype, quantization, max_sequences))
@@ -94,9 +131,49 @@ def plan(
         out.print(
             f"KV cache: {budget.tokens:,} tokens of all sequences together; one has {budget.sequence_length:,} at most"
         )
-    for name, node in zip(made.roles, measured, strict=False):
+    for name, node in zip(role_names(n_nodes), measured, strict=False):
         if node.unknown:
             out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")
+    if choice:
+        _print_choice(choice)
+
+
+def _print_choice(choice: Choice) -> None:
+    """The plan that is predicted to be fastest, those that come next, and why."""
+    table = UncutTable("plan", "a token", "why", narrow=True)
+    for candidate in (choice.best, *choice.runners_up):
+        table.add_row(choice.name(candidate), f"{_brief(candidate.token_s * 1e3)} ms", choice.reason(candidate))
+    out.print(table)
+    if choice.declined:
+        out.print(choice.declined)
+    if choice.n_nodes > 1:
+        out.print("The links between nodes are taken to have round trips of 0.2 ms, and 1 Gb/s.")
+
+
+def _report(rows: Sequence[tuple[str, StageSpec, StageSummary]], made: Plan, choice: Choice | None) -> dict[str, Any]:
+    """The plan as JSON has it. plans: the choice and the runners-up; empty where nothing was measured, or all given."""
+    plans = (choice.best, *choice.runners_up) if choice else ()
+    return {
+        "groups": made.groups,
+        "layers": made.layers,
+        "n_shards": made.n_shards,
+        "nodes": [
+            {"name": name, **asdict(spec), **asdict(summary), "memory_bytes": summary.memory_bytes}
+            for name, spec, summary in rows
+        ],
+        "plans": [
+            {
+                "name": choice.name(plan),
+                "groups": plan.plan.groups,
+                "layers": plan.plan.layers,
+                "token_s": plan.token_s,
+                "why": choice.reason(plan),
+            }
+            for plan in plans
+            if choice
+        ],
+        "declined": choice.declined if choice else "",
+    }
 
 
 def _measure(
@@ -170,4 +247,6 @@ def _brief(value: float) -> str:
 
 
 def _layers_text(spec: StageSpec) -> str:
-    return f"{spec.first_layer}-{spec.last_layer - 1} ({len(spec.layers)})"
+    """The layers, and a rank's part of each: 0-27 (28), 2/5."""
+    text = f"{spec.first_layer}-{spec.last_layer - 1} ({len(spec.layers)})"
+    return f"{text}, {len(spec.rank.shards)}/{spec.rank.n_shards}" if spec.rank else text

@@ -15,6 +15,7 @@ from mdi.cli.options import (
     Groups,
     Layers,
     Model,
+    PipelineParallelSize,
     QuantizationOptions,
     Shards,
     TensorParallelSize,
@@ -35,6 +36,7 @@ def prepare(
     n_nodes: Annotated[int | None, N_NODES] = None,
     dtype: Dtype = None,
     layers: Layers = None,
+    pipeline_parallel_size: PipelineParallelSize = None,
     tensor_parallel_size: TensorParallelSize = DEFAULTS.cluster.tensor_parallel_size,
     groups: Groups = None,
     shards: Shards = DEFAULTS.cluster.shards,
@@ -63,6 +65,7 @@ def prepare(
     split = ClusterConfig(
         n_nodes=n_nodes,
         layers=parse_layers(layers),
+        pipeline_parallel_size=pipeline_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
         groups=parse_groups(groups),
         shards=shards,

@@ -48,7 +48,7 @@ from mdi.models.shards import Shards
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
-from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, MEASURED, explain
+from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, GROUPED, MEASURED, explain
 from mdi.planning.plan import VISION, Plan, make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
@@ -195,6 +195,8 @@ class Cluster:
             return ALONE
         if self._layers:
             return GIVEN
+        if self._groups:
+            return GROUPED
         if self._measured:
             return MEASURED
         return EVEN if even and self._nodes is None else FOUND

@@ -273,6 +273,9 @@ class ClusterConfig(Section):
     layers: tuple[int, ...] | None = setting(
         None, "Layers per node, or per stage where several nodes compute one, overriding the plan."
     )
+    pipeline_parallel_size: int | None = setting(
+        None, "Stages, one after the other: --n-nodes is so many times --tensor-parallel-size.", low=1
+    )
     tensor_parallel_size: int = setting(
         1, "Nodes that compute each stage together, a group: all of them, or --n-nodes in groups of so many.", low=1
     )
@@ -300,6 +303,8 @@ class ClusterConfig(Section):
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers) if self.layers else None)
         object.__setattr__(self, "groups", tuple(self.groups) if self.groups else None)
+        if self.pipeline_parallel_size:
+            object.__setattr__(self, "n_nodes", self._count_nodes(self.pipeline_parallel_size))
         if self.manual.nodes_config and ((self.n_nodes or 1) != 1 or self.layers or self._grouped):
             raise ConfigError(
                 "the nodes-config says how many nodes there are, and their layers and groups: leave these options out"
@@ -321,6 +326,20 @@ class ClusterConfig(Section):
     @property
     def _grouped(self) -> bool:
         return self.groups is not None or self.tensor_parallel_size > 1
+
+    def _count_nodes(self, n_stages: int) -> int:
+        """The nodes of so many stages. Raises ConfigError where other settings contradict them."""
+        if self.groups and len(self.groups) != n_stages:
+            raise ConfigError(
+                f"--groups names {len(self.groups)} stages, but --pipeline-parallel-size says {n_stages}: leave it out"
+            )
+        n_nodes = sum(self.groups or (n_stages * self.tensor_parallel_size,))
+        if self.n_nodes not in (None, n_nodes):
+            raise ConfigError(
+                f"--pipeline-parallel-size {n_stages} makes {n_nodes} nodes, but --n-nodes says {self.n_nodes}: leave "
+                "one of them out"
+            )
+        return n_nodes
 
     def _check_groups(self) -> None:
         """Raises ConfigError for groups that contradict other settings."""

@@ -62,7 +62,8 @@ class NodeStatus:
 class StageStatus:
     """What the plan gives one node. first_layer, last_layer: half-open. holds: what it has besides layers.
 
-    step_share: its part of the weights that one decode step reads.
+    step_share: its part of the weights that one decode step reads. group, rank: which stage of the pipeline it
+    computes, and as which of that stage's nodes, which share its layers; None for those beside the pipeline.
     """
 
     node: str
@@ -70,6 +71,8 @@ class StageStatus:
     last_layer: int
     holds: tuple[StagePart, ...]
     step_share: float
+    group: int | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

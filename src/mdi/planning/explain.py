@@ -11,12 +11,15 @@ from mdi.planning.predict import stage_summary
 ALONE = "one node has the whole model"
 EVEN = "each node reads as equal a part of the weights as whole layers allow: the machines are taken to be alike"
 GIVEN = "the layers of each node were given (--layers, or layers in the nodes-config)"
+GROUPED = "the nodes of each stage were given (--groups, --tensor-parallel-size, or group in the nodes-config)"
+CHOSEN = "the machines were measured, and this is the plan that is predicted to be fastest"
 MEASURED = "the machines were measured, and the slowest node is as fast as any split makes it"
 FOUND = "the chunks that were prepared earlier are split so: mdi prepare makes new ones"
 
 
 def explain(plan: Plan, config: ModelConfig, dtype: str, quantization: ModelQuantization, reason: str) -> PlanStatus:
     """The plan of a running server. dtype: of the stages. reason: one of this module's."""
+    places = [(group, rank) for group, size in enumerate(plan.groups) for rank in range(size)]
     stages = tuple(
         StageStatus(
             name,
@@ -24,8 +27,10 @@ def explain(plan: Plan, config: ModelConfig, dtype: str, quantization: ModelQuan
             spec.last_layer,
             _parts(spec),
             round(stage_summary(config, spec, dtype, quantization=quantization).step_share, 4),
+            group,
+            rank,
         )
-        for name, spec in plan.roles.items()
+        for (name, spec), (group, rank) in zip(plan.roles.items(), [*places, (None, None)], strict=False)
     )
     return PlanStatus(config.n_layers, reason, stages)
 
