@@ -207,6 +207,13 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
         open_source(base, adapter)
 
 
+def test_a_pattern_that_takes_for_ever_is_refused(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdi.checkpoint.adapter.MATCH_S", 0.2)
+    change(adapter, lambda _: None, rank_pattern={"(.|..)+[!?]": 4})
+    with pytest.raises(CheckpointError, match=r"the pattern '.*' takes too long to match: write a simpler one"):
+        open_source(base, adapter)
+
+
 def test_files_that_are_missing_are_named(base: Path, adapter: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no adapter folder"):
         open_source(base, adapter / "nowhere")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mdi import Engine, SamplingParams
 from mdi.bench.verify import verify
+from mdi.checkpoint.calibration import CalibrationText
 from mdi.checkpoint.loader import chunk_weights
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare, prepared
@@ -82,6 +83,20 @@ def test_weights_are_those_that_were_packed(packer: Packer, plain: Path, tmp_pat
             made = source.quantized(name, format_)
             assert made is not None
             assert torch.equal(dequantize(made), weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"), [(CalibrationText("mine.txt", "A text."), 1), (CalibrationText.default(), 0)]
+)
+def test_a_calibration_text_that_is_not_used_is_named(
+    text: CalibrationText, lines: int, packed: Callable[[Packer], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = quantized_source(packed(AWQ))
+    folder = prepare(source, 2, quantization=source.quantization, calibration=text)
+    assert Manifest.read(folder).calibration is None
+    assert (
+        caplog.text.count("the calibration text 'mine.txt' is not used: the checkpoint is quantised already") == lines
+    )
 
 
 @pytest.mark.parametrize("name", PACKERS)

@@ -63,7 +63,7 @@ def answer(listening: socket.socket, greeting: bytes, connections: int) -> None:
             connection.sendall(greeting)
 
 
-class Healthy(grpc.GenericRpcHandler):
+class Healthy(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC has no types
     """Answers health checks, as Ray's head does."""
 
     def service(self, call: Any) -> Any:

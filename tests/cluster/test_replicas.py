@@ -198,7 +198,7 @@ def test_another_port_than_that_of_serve_is_refused(cluster: Any, server: Proces
 def test_an_update_under_load_loses_no_request(cluster: Any, server: Process, port: int, alone: list[str]) -> None:
     before = {starter.pid for starter in starters()}
     with ThreadPoolExecutor(1) as pool:
-        updating = pool.submit(deployed, cluster, port, "--max-queue", "16")
+        updating = pool.submit(deployed, cluster, port, "--max-sequences", "8")
         while not updating.done():  # few at once: new replicas start beside them
             assert ask_all(port, 3) == alone[:3]
         again = updating.result()
@@ -214,16 +214,16 @@ def test_an_update_under_load_loses_no_request(cluster: Any, server: Process, po
 
 
 def check_that_full_queues_refuse(port: int) -> None:
-    """Each replica takes 16 requests; of more, some are refused as by a single server."""
-    answers = asyncio.run(post_at_once(port, 150))
+    """Each replica takes 256 requests; of more, some are refused as by a single server."""
+    answers = asyncio.run(post_at_once(port, 900))
     assert {answer.status_code for answer in answers} == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.headers["retry-after"]
-    assert "16 requests are running or waiting already" in refused.json()["error"]["message"]
+    assert "256 requests are running or waiting already" in refused.json()["error"]["message"]
 
 
 async def post_at_once(port: int, count: int) -> list[httpx.Response]:
-    body = {"model": "bundled", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24, "ignore_eos": True}
+    body = {"model": "bundled", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12, "ignore_eos": True}
     settings: Any = {"timeout": 120, "limits": httpx.Limits(max_connections=None)}
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}, **settings) as asking:
         url = f"http://127.0.0.1:{port}/v1/chat/completions"

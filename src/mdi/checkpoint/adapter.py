@@ -8,13 +8,13 @@ the one that PEFT's `merge_and_unload` saves.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import regex
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -37,6 +37,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+MATCH_S = 5.0  # for one pattern and one name: usual ones take microseconds
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 REMEDY = "merge it into its base with PEFT (merge_and_unload), and serve what that saves"
 ANOTHER_METHOD = (
@@ -87,10 +88,14 @@ def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float) -> 
     """As PEFT's `get_pattern_key`: keys are regular expressions for the end of a name."""
     for key, value in pattern.items():
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
+            if regex.match(rf"(.*\.)?({key})$", module, timeout=MATCH_S):
                 return value
-        except re.error:
+        except regex.error:
             raise CheckpointError(f"{CONFIG}: the pattern {key!r} is no regular expression: mend it") from None
+        except TimeoutError:
+            raise CheckpointError(
+                f"{CONFIG}: the pattern {key!r} takes too long to match: write a simpler one"
+            ) from None
     return otherwise
 
 

@@ -95,8 +95,11 @@ def prepare(
     )
     folder = _folders(source, _usual_name(n_nodes, groups, vision_node))[-1]
     dtype = dtype or source.model_config.dtype
-    text = None if _is_rounded(source) else calibration
-    contents = _Contents(source, plan, dtype, quantization, text)
+    if _is_rounded(source) and calibration:
+        if calibration != CalibrationText.default():
+            log.warning("the calibration text %r is not used: the checkpoint is quantised already", calibration.name)
+        calibration = None
+    contents = _Contents(source, plan, dtype, quantization, calibration)
     _write(folder, contents, Fingerprint(source, progress), progress)
     return folder
 
