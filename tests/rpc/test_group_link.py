@@ -17,10 +17,12 @@ from torch import Tensor
 from mdi.core.batch import Batch, Copy, Deepstack, LogitAdjustment, Release, Slice, TokenSampling
 from mdi.core.group import Rank
 from mdi.rpc.authority import Authority
-from mdi.rpc.group_link import GroupLink, GroupListener, Member
+from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_link import GroupLink
 from mdi.rpc.peer import HEADER
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 NAMES = ("starter", "secondary0", "secondary1", "finisher")
 SHARES = {1: ((0, 1),), 2: ((0, 2), (2, 4)), 3: ((0, 2), (2, 3), (3, 4)), 4: ((0, 1), (1, 2), (2, 3), (3, 4))}
 EPOCH, TIMEOUT_S = 7, 20.0
@@ -132,6 +134,7 @@ def test_the_others_follow_with_the_batch_that_the_first_rank_leads(
 ) -> None:
     batch, hidden = a_batch(dtype)
     deepstack = batch.deepstack
+    assert deepstack
     with group(ranks(*SHARES[3]), security) as links:
         for got, got_hidden in on_all(links, partial(given, batch=batch, hidden=hidden)):
             assert torch.equal(got_hidden, hidden)
@@ -140,7 +143,6 @@ def test_the_others_follow_with_the_batch_that_the_first_rank_leads(
             assert torch.equal(got.positions, batch.positions)
             assert [(part.slot, part.start, part.length) for part in got.slices] == [(0, 5, 300), (3, 17, 2), (1, 0, 1)]
             assert got.deepstack
-            assert deepstack
             assert torch.equal(got.deepstack.rows, deepstack.rows)
             assert torch.equal(got.deepstack.features, deepstack.features)
             assert got.deepstack.first_layer == 5

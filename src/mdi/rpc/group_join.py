@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -330,8 +331,7 @@ def _handshake(connection: socket.socket) -> Steps[None]:
 def _hello(connection: socket.socket) -> Steps[Hello]:
     data = b""
     while len(data) < HELLO.size:
-        left = HELLO.size - len(data)
-        more = yield from _when_ready(connection, lambda left=left: connection.recv(left))
+        more = yield from _when_ready(connection, partial(connection.recv, HELLO.size - len(data)))
         if not more:
             raise LinkError("it ended the connection: its log has the reason")
         data += more
