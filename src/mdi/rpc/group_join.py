@@ -175,7 +175,7 @@ class Joining:
         self._members = members
         self._listener = listener
         self._context = client_context(identity) if identity else None
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # epoll forgets a listener that another thread closes
         self._greetings = set[Greeting]()
 
     def run(self, deadline_s: float) -> None:
