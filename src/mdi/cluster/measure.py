@@ -15,7 +15,8 @@ from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 from mdi.core.quantization import ModelQuantization
-from mdi.planning.hardware import Machine, measure_hardware
+from mdi.planning.hardware import LinkSpeed, Machine, measure_hardware
+from mdi.rpc.measure_link import measure_link as measure_own_link
 from mdi.rpc.tls import Identity
 
 PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weight
@@ -86,6 +87,18 @@ def _measure(
                 machine, unknown = replace(here, memory_bytes=math.inf), str(error)
         measured.append(MeasuredNode(_limited(machine, described), unknown))
     return measured
+
+
+async def measure_link(one: NodeClient | None, other: NodeClient, identity: Identity | None) -> LinkSpeed:
+    """The link between two nodes; one: None for the starter, which this process is. Raises LinkError.
+
+    identity: the starter's.
+    """
+    own = one.node.id if one else "starter"
+    listening = await other.listen(own)
+    if one:
+        return await one.measure_link(listening)
+    return await asyncio.to_thread(measure_own_link, own, listening, identity)
 
 
 async def _measure_node(node: NodeAddress, identity: Identity | None, dtype: str, quantization: str | None) -> Machine:

@@ -21,10 +21,12 @@ from mdi.checkpoint.manifest import Manifest
 from mdi.core.errors import LinkError
 from mdi.core.tracing import Span
 from mdi.layers.rope import Grid
-from mdi.planning.hardware import Machine
+from mdi.planning.hardware import LinkSpeed, Machine
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, spoken
 from mdi.rpc.diagnose import diagnose
+from mdi.rpc.group_join import Member
+from mdi.rpc.sockets import host_and_port
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic, node_stub
 from mdi.rpc.version import HERE, Protocol, disagreement
@@ -179,6 +181,25 @@ class NodeClient:
         request = node_pb2.MeasureHardwareRequest(dtype=dtype, quantization=quantization or "")
         reply = await self._answer(self._stub.MeasureHardware(request, timeout=MEASURE_TIMEOUT_S))
         return Machine(reply.bytes_per_s, reply.flops_per_s, reply.memory_bytes)
+
+    async def listen(self, peer: str) -> Member:
+        """Lets the node open a port for another, which then measures the link. peer: the id of the other one."""
+        reply = await self._measure_link(node_pb2.MeasureLinkRequest(peer=peer))
+        return Member(self.node.id, host_and_port(self.node.address)[0], reply.port)
+
+    async def measure_link(self, listening: Member) -> LinkSpeed:
+        """The link of the node to one that listens. For the starter's own: `rpc.measure_link`."""
+        request = node_pb2.MeasureLinkRequest(peer=listening.id, address=listening.address, port=listening.port)
+        reply = await self._measure_link(request)
+        return LinkSpeed(reply.rtt_s, reply.bytes_per_s)
+
+    async def _measure_link(self, request: node_pb2.MeasureLinkRequest) -> node_pb2.MeasureLinkReply:
+        reply: node_pb2.MeasureLinkReply = await self._answer(
+            self._stub.MeasureLink(request, timeout=MEASURE_TIMEOUT_S)
+        )
+        if reply.error:
+            raise self._error(reply.error)
+        return reply
 
     async def spans(self, record: bool) -> list[Span]:
         """What the node did since the last call, by this machine's clock. record: whether to note more."""

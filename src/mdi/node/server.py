@@ -31,6 +31,8 @@ from mdi.planning.memory import free_bytes
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.callers import CallerCheck
 from mdi.rpc.channel import CHANNEL_OPTIONS, HEARTBEAT_S, SERVER_OPTIONS, add_port, is_loopback
+from mdi.rpc.group_join import Member
+from mdi.rpc.measure_link import listen, measure_link
 from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import VARIABLE, Identity
 from mdi.rpc.traffic import Traffic, TrafficInterceptor
@@ -300,6 +302,17 @@ class NodeService(NodeServicer):
         return node_pb2.MeasureHardwareReply(
             bytes_per_s=found.bytes_per_s, flops_per_s=found.flops_per_s, memory_bytes=found.memory_bytes
         )
+
+    async def MeasureLink(self, request: node_pb2.MeasureLinkRequest, _context: object) -> node_pb2.MeasureLinkReply:
+        own, identity, host = self._settings.name, self._settings.identity, self._settings.listen.rpartition(":")[0]
+        try:
+            if not request.address:
+                return node_pb2.MeasureLinkReply(port=listen(own, request.peer, host, identity))
+            listening = Member(request.peer, request.address, request.port)
+            found = await asyncio.to_thread(measure_link, own, listening, identity)
+        except LinkError as error:
+            return node_pb2.MeasureLinkReply(error=str(error))
+        return node_pb2.MeasureLinkReply(rtt_s=found.rtt_s, bytes_per_s=found.bytes_per_s)
 
     async def Spans(self, request: node_pb2.SpansRequest, _context: object) -> node_pb2.SpansReply:
         return codec.encode_spans(self._recorder.take(request.record), time.perf_counter())

@@ -43,6 +43,7 @@ CALLERS = complete(
         "Status": Caller.STARTER,
         "Watch": Caller.STARTER,
         "MeasureHardware": Caller.STARTER,
+        "MeasureLink": Caller.STARTER,
         "Spans": Caller.STARTER,
         "Release": Caller.STARTER,
     }

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -174,7 +175,7 @@ class Joining:
         self._members = members
         self._listener = listener
         self._context = client_context(identity) if identity else None
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # epoll forgets a listener that another thread closes
         self._greetings = set[Greeting]()
 
     def run(self, deadline_s: float) -> None:
@@ -330,8 +331,7 @@ def _handshake(connection: socket.socket) -> Steps[None]:
 def _hello(connection: socket.socket) -> Steps[Hello]:
     data = b""
     while len(data) < HELLO.size:
-        left = HELLO.size - len(data)
-        more = yield from _when_ready(connection, lambda left=left: connection.recv(left))
+        more = yield from _when_ready(connection, partial(connection.recv, HELLO.size - len(data)))
         if not more:
             raise LinkError("it ended the connection: its log has the reason")
         data += more

@@ -71,16 +71,18 @@ class GroupLink:
         peers = [Peer(members[one].id, shares[one], joined.connections[one], traffic) for one in joined.connections]
         return cls(shares[index], peers, traffic, spins=joined.has_core)
 
-    def close(self) -> None:
-        """Ends all connections, and wakes the thread that waits. Safe to call twice."""
-        self._error = self._error or LinkError("the group was closed")
+    def close(self, reason: str = "the group was closed") -> None:
+        """Ends all connections, and wakes the thread that waits: it raises LinkError. Safe to call twice."""
+        self._error = self._error or LinkError(reason)
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
         for peer in self._peers:
             peer.shut()
         with self._in_use:
-            for connection in (*self._peers, self._wakes, self._wake):
-                connection.close()
+            for peer in self._peers:
+                peer.close()
+            self._wakes.close()
+            self._wake.close()
 
     def lead(self, batch: Batch, hidden: Tensor) -> None:
         """See `Group`."""

@@ -395,6 +395,28 @@ class MeasureHardwareReply(_message.Message):
     memory_bytes: float
     def __init__(self, bytes_per_s: _Optional[float] = ..., flops_per_s: _Optional[float] = ..., memory_bytes: _Optional[float] = ...) -> None: ...
 
+class MeasureLinkRequest(_message.Message):
+    __slots__ = ("peer", "address", "port")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    address: str
+    port: int
+    def __init__(self, peer: _Optional[str] = ..., address: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+
+class MeasureLinkReply(_message.Message):
+    __slots__ = ("error", "port", "rtt_s", "bytes_per_s")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    port: int
+    rtt_s: float
+    bytes_per_s: float
+    def __init__(self, error: _Optional[str] = ..., port: _Optional[int] = ..., rtt_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class SpansRequest(_message.Message):
     __slots__ = ("record",)
     RECORD_FIELD_NUMBER: _ClassVar[int]

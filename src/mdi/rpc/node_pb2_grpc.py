@@ -85,6 +85,11 @@ class NodeStub:
                 request_serializer=mdi_dot_rpc_dot_node__pb2.MeasureHardwareRequest.SerializeToString,
                 response_deserializer=mdi_dot_rpc_dot_node__pb2.MeasureHardwareReply.FromString,
                 _registered_method=True)
+        self.MeasureLink = channel.unary_unary(
+                '/mdi.Node/MeasureLink',
+                request_serializer=mdi_dot_rpc_dot_node__pb2.MeasureLinkRequest.SerializeToString,
+                response_deserializer=mdi_dot_rpc_dot_node__pb2.MeasureLinkReply.FromString,
+                _registered_method=True)
         self.Spans = channel.unary_unary(
                 '/mdi.Node/Spans',
                 request_serializer=mdi_dot_rpc_dot_node__pb2.SpansRequest.SerializeToString,
@@ -169,6 +174,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLink(self, request, context):
+        """The link between two nodes: one listens, and the other, which is then given its address, measures.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Spans(self, request, context):
         """Takes all spans since the last call.
         """
@@ -235,6 +247,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.MeasureHardware,
                     request_deserializer=mdi_dot_rpc_dot_node__pb2.MeasureHardwareRequest.FromString,
                     response_serializer=mdi_dot_rpc_dot_node__pb2.MeasureHardwareReply.SerializeToString,
+            ),
+            'MeasureLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=mdi_dot_rpc_dot_node__pb2.MeasureLinkRequest.FromString,
+                    response_serializer=mdi_dot_rpc_dot_node__pb2.MeasureLinkReply.SerializeToString,
             ),
             'Spans': grpc.unary_unary_rpc_method_handler(
                     servicer.Spans,
@@ -518,6 +535,33 @@ class Node:
             '/mdi.Node/MeasureHardware',
             mdi_dot_rpc_dot_node__pb2.MeasureHardwareRequest.SerializeToString,
             mdi_dot_rpc_dot_node__pb2.MeasureHardwareReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mdi.Node/MeasureLink',
+            mdi_dot_rpc_dot_node__pb2.MeasureLinkRequest.SerializeToString,
+            mdi_dot_rpc_dot_node__pb2.MeasureLinkReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -108,7 +108,7 @@ class Peer:
         yield from self.read(self._header)
         frame = Frame(*HEADER.unpack(self._header))
         if (frame.kind, frame.sequence) != (kind, sequence):
-            name = Kind(frame.kind).name.lower() if frame.kind in Kind.__members__.values() else f"kind {frame.kind}"
+            name = Kind(frame.kind).name.lower() if frame.kind in list(Kind) else f"kind {frame.kind}"
             raise self.out_of_step(f"{name} {frame.sequence}, not {kind.name.lower()} {sequence}")
         return frame
 
