@@ -22,7 +22,9 @@ class LocalLink:
         for stage in self._stages:
             hidden = stage.run(batch, hidden)
             batch = batch.beyond(stage.spec.last_layer)
-        self._deliver(self._stages[-1].sample(batch, hidden))
+        result = self._stages[-1].sample(batch, hidden)
+        assert result is not None
+        self._deliver(result)
 
     def recover(self) -> None:
         self._deliver(Rewired())

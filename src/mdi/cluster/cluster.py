@@ -42,6 +42,7 @@ from mdi.core.tracing import Span
 from mdi.kernels.library import kernels_in_use
 from mdi.kernels.threads import set_threads
 from mdi.models.config import ModelConfig
+from mdi.models.shards import Shards
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
@@ -82,7 +83,7 @@ class Cluster:
         self._formats = config.model.formats(source.quantization)
         self._device = config.model.device or (nodes.starter.device if nodes else None) or "cpu"
         config.cache.sequence_length_for(source.model_config.max_positions)  # refuses an impossible one at once
-        source.model_config.check_shards(config.cluster.shards)
+        Shards.of(source.model_config, config.cluster.shards)  # refuses too many
         self._progress = progress
         self._waiting = waiting
         self.link: Supervisor | None = None

@@ -32,6 +32,38 @@ class Rank:
         return self.first_shard == 0
 
 
+@dataclass(frozen=True, slots=True)
+class InputShards:
+    """The shards that a stage has of a product's inputs: each is summed by itself, and its sum rounded.
+
+    bounds: where they begin and end, in the stage's own inputs, from 0 on. step: divides the bounds of all shards of
+    the model: products of all ranks are computed in the same way.
+    """
+
+    bounds: tuple[int, ...]
+    step: int
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def slices(self) -> list[slice]:
+        return list(map(slice, self.bounds, self.bounds[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShards:
+    """The shards that a stage has of what its layers add to residuals: of attention, of MLPs, of each expert's MLP.
+
+    None where layers have none of these.
+    """
+
+    out: InputShards
+    down: InputShards | None
+    expert_down: InputShards | None
+
+
 class Group(Protocol):
     """The other ranks of a group, for the thread that computes a rank.
 

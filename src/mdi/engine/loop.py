@@ -162,7 +162,9 @@ class StepLoop:
         if self._link:
             self._link.send(batch.beyond(self._stage.spec.last_layer), out)
         else:
-            self._collect(self._stage.sample(batch, out))
+            result = self._stage.sample(batch, out)
+            assert result is not None  # this stage leads its group
+            self._collect(result)
 
     def _handle_events(self, *, wait: bool) -> None:
         """Handles the events in the inbox. wait: for a first one."""

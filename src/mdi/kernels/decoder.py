@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdi.core.group import Group, LayerShards
 from mdi.kernels.attention import CACHE_DTYPES
 from mdi.kernels.experts import PackedExperts
 from mdi.kernels.library import library
-from mdi.kernels.packed import FLOATS, PackedWeight
+from mdi.kernels.packed import FLOATS, PackedWeight, packed_shards
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class LayerWeights:
 
 
 WEIGHTS = ("qkv", "out", "gate_up", "down", "experts")
+SHARDS = ("out", "down", "expert_down")
 VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm")
 
 
@@ -50,6 +52,10 @@ class Layer(ctypes.Structure):
     )
 
 
+EXCHANGE = CFUNCTYPE(c_int, c_int64, c_int64)
+NO_MEMORY = 1
+
+
 class Step(ctypes.Structure):
     """`Step` of `c/decoder.h`."""
 
@@ -58,7 +64,10 @@ class Step(ctypes.Structure):
         *((name, c_int64) for name in ("n_layers", "n_runs", "rows", "slot_rows", "hidden_size")),
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
         ("eps", c_float),
-        *((name, c_int32) for name in ("dtype", "cache_dtype", "shards")),
+        *((name, c_int32) for name in ("dtype", "cache_dtype")),
+        *((name, c_void_p) for name in ("out", "down", "expert_down", "partials")),
+        *((name, c_int64) for name in ("first_shard", "n_shards")),
+        ("exchange", EXCHANGE),
     )
 
 
@@ -79,19 +88,23 @@ class NativeLayers:
         caches: Sequence[Tensor],
         scales: Sequence[Tensor] = (),
         *,
-        shards: int = 1,
+        shards: LayerShards | None = None,
+        group: Group | None = None,
         part: slice = slice(None),
     ) -> Tensor:
         """Runs a part of the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into caches.
 
         cos, sin: float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as `attention.attend` has them.
-        shards: parts of the inputs of the out and down products, each summed by itself, their sums in order.
+        shards: of what is added to hidden states. group: the other ranks, with which it is summed up; raises what the
+        exchange raises.
         """
         for index, cache in enumerate(caches):
             self._layers[index].cache = cache.data_ptr()
             self._layers[index].scales = scales[index].data_ptr() if scales else None
         first, last, _ = part.indices(len(self._kept))
         hidden = hidden.clone(memory_format=torch.contiguous_format)
+        cut = {name: packed_shards(held) for name in SHARDS if (held := getattr(shards, name, None))}
+        sums = _PartialSums(group, hidden) if group else None
         step = Step(
             layers=ctypes.addressof(self._layers) + first * ctypes.sizeof(Layer),
             hidden=hidden.data_ptr(),
@@ -109,11 +122,45 @@ class NativeLayers:
             eps=self._eps,
             dtype=FLOATS[hidden.dtype],
             cache_dtype=CACHE_DTYPES[caches[0].dtype],
-            shards=shards,
+            **{name: ctypes.addressof(held) for name, held in cut.items()},
         )
-        if _kernel()(ctypes.byref(step)):
+        if sums:
+            sums.add_to(step)
+        failed = _kernel()(ctypes.byref(step))
+        if failed == NO_MEMORY:
             raise MemoryError(f"no memory for a step of {len(hidden)} rows")
+        if failed:
+            assert sums
+            assert sums.error
+            raise sums.error
         return hidden
+
+
+class _PartialSums:
+    """What the ranks of a group exchange while a kernel runs: its calling thread does it, from inside.
+
+    error: what an exchange raised.
+    """
+
+    def __init__(self, group: Group, hidden: Tensor) -> None:
+        self.error: BaseException | None = None
+        self._group = group
+        self._partials = hidden.new_empty(group.rank.n_shards, *hidden.shape)
+        self._exchange = EXCHANGE(self.exchange)
+
+    def add_to(self, step: Step) -> None:
+        step.partials = self._partials.data_ptr()
+        step.first_shard, step.n_shards = self._group.rank.first_shard, self._group.rank.n_shards
+        step.exchange = self._exchange
+
+    def exchange(self, first_row: int, last_row: int) -> int:
+        """Returns 0, or 1 where it failed."""
+        try:
+            self._group.exchange(self._partials, slice(first_row, last_row))
+        except BaseException as error:
+            self.error = error
+            return 1
+        return 0
 
 
 def _addresses(layer: LayerWeights) -> Layer:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mdi.core.group import InputShards
 from mdi.kernels.library import library
-from mdi.kernels.packed import FLOATS, PackedWeight
+from mdi.kernels.packed import FLOATS, PackedWeight, Shards, packed_shards
 
 
 class Experts(ctypes.Structure):
@@ -49,22 +50,33 @@ class PackedExperts:
         """Of the C structure, which lives as long as this object."""
         return ctypes.addressof(self._structure)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, shards: int = 1) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, shards: InputShards | None = None) -> Tensor:
         """residual + the sum over each row's experts: [rows, hidden_size] -> the same, in the dtype of x.
 
-        shards: parts of each expert's inner width that are summed by themselves; their sums are added in order.
+        shards: of each expert's inner width; the sum over a row's experts is rounded for each, then they are added.
         """
-        x, out = x.contiguous(), x.new_empty(x.shape)
-        residual = None if residual is None else residual.contiguous()
+        out = x.new_empty(x.shape)
+        self._run(x, out, None if residual is None else residual.contiguous(), shards)
+        return out
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        """The sum over each row's experts for each shard by itself. out: contiguous [shards, rows, hidden_size]."""
+        assert out.is_contiguous()
+        self._run(x, out, None, shards, out.stride(0))
+
+    def _run(
+        self, x: Tensor, out: Tensor, residual: Tensor | None, shards: InputShards | None, shard_stride: int = 0
+    ) -> None:
+        x = x.contiguous()
         added = None if residual is None else residual.data_ptr()
         addresses = (self.address, x.data_ptr(), out.data_ptr(), added)
-        if _kernel()(*addresses, len(x), FLOATS[x.dtype], shards):
+        cut = ctypes.byref(packed_shards(shards)) if shards else None
+        if _kernel()(*addresses, len(x), FLOATS[x.dtype], cut, shard_stride):
             raise MemoryError(f"no memory for a mixture of experts of {len(x)} rows")
-        return out
 
 
 @functools.cache
 def _kernel() -> Callable[..., Any]:
     found = library()
     assert found is not None
-    return found.kernel("mixture", *(c_void_p,) * 4, c_long, c_int, c_int, result=c_int)
+    return found.kernel("mixture", *(c_void_p,) * 4, c_long, c_int, ctypes.POINTER(Shards), c_int64, result=c_int)

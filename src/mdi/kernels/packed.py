@@ -10,19 +10,33 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable
-from ctypes import c_int, c_long, c_void_p
+from ctypes import c_int, c_int64, c_long, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mdi.core.group import InputShards
 from mdi.core.quantization import Quantization, QuantizedTensor
 from mdi.kernels.library import Library, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT_KINDS = {8: 3, 4: 4}  # by bits
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2, "tanh_gelu": 3}
+
+
+class Shards(ctypes.Structure):
+    """`Shards` of `c/products.h`."""
+
+    _fields_ = (("count", c_int64), ("step", c_int64), ("bounds", ctypes.POINTER(c_int64)))
+
+
+@functools.lru_cache(maxsize=256)
+def packed_shards(shards: InputShards) -> Shards:
+    """As kernels are given them."""
+    bounds = (c_int64 * len(shards.bounds))(*shards.bounds)
+    return Shards(shards.count, shards.step, bounds)
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Kernels:
         return Kernels(
             loaded.kernel("pack", *flags, *pointers, result=c_void_p),
             loaded.kernel("discard", c_void_p),
-            loaded.kernel("product", *operands, c_int, c_int, result=c_int),
+            loaded.kernel("product", *operands, c_int, ctypes.POINTER(Shards), c_int64, result=c_int),
         )
 
 
@@ -131,28 +145,49 @@ def product(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
-    shards: int = 1,
+    shards: InputShards | None = None,
 ) -> Tensor:
     """residual + activation(x W^T + bias), rounded once: [rows, in] -> [rows, out] in the dtype of x.
 
     x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu,
-    quick_gelu or tanh_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, each summed from zero;
-    their sums are added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError
-    for inputs that cannot be cut into so many shards.
+    quick_gelu or tanh_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, whose sums are rounded,
+    then added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError for shards
+    that cut a group.
     """
-    rows, inputs = x.shape
-    step = weight.quantization.activation_group if weight.quantization else 2
-    if shards > 1 and inputs % (shards * step):
-        raise ValueError(f"{inputs} inputs are no multiple of {shards} shards times {step}")
-    assert inputs == weight.shape[1], f"{inputs} inputs for a weight of {weight.shape[1]}"
-    out = x.new_empty(rows, weight.width)
-    x, kept = x.contiguous(), [bias, residual]
+    out = x.new_empty(len(x), weight.width)
     if residual is not None:
         assert (residual.shape, residual.dtype) == (out.shape, out.dtype)
-        residual = kept[1] = residual.contiguous()
+        residual = residual.contiguous()
     if bias is not None:
         assert bias.shape == weight.shape[:1]
-        bias = kept[0] = bias.float().contiguous()
+        bias = bias.float().contiguous()
+    _multiply(weight, x, out, bias, residual, activation, shards)
+    return out
+
+
+def partial_products(weight: PackedWeight, x: Tensor, shards: InputShards, out: Tensor) -> None:
+    """x W^T of each shard of the inputs by itself, as `product` adds them up. out: contiguous [shards, rows, out]."""
+    assert (out.shape, out.dtype) == ((shards.count, len(x), weight.width), x.dtype)
+    assert out.is_contiguous()
+    _multiply(weight, x, out, None, None, "none", shards, shard_stride=out.stride(0))
+
+
+def _multiply(
+    weight: PackedWeight,
+    x: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    shards: InputShards | None,
+    shard_stride: int = 0,
+) -> None:
+    rows, inputs = x.shape
+    assert inputs == weight.shape[1], f"{inputs} inputs for a weight of {weight.shape[1]}"
+    x = x.contiguous()
+    step = weight.quantization.activation_group if weight.quantization else 2
+    if shards and any(bound % step for bound in shards.bounds):
+        raise ValueError(f"shards that end at {shards.bounds} cut groups of {step} inputs")
     failed = weight.kernels.product(
         weight.address,
         x.data_ptr(),
@@ -162,8 +197,8 @@ def product(
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
         ACTIVATIONS[activation],
-        shards,
+        ctypes.byref(packed_shards(shards)) if shards else None,
+        shard_stride,
     )
     if failed:
         raise MemoryError(f"no memory for a product of {rows} rows")
-    return out

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.errors import CheckpointError
+from mdi.core.group import InputShards
 from mdi.core.quantization import QuantizedTensor
 from mdi.core.tensors import GetTensor
 from mdi.kernels.library import library
-from mdi.kernels.packed import FLOATS, PackedWeight, product
+from mdi.kernels.packed import FLOATS, PackedWeight, partial_products, product
 from mdi.layers.quantize import dequantize
 
 log = logging.getLogger(__name__)
@@ -74,16 +75,22 @@ class Linear:
             return functional.silu(gate).mul_(others)
         return made
 
-    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
         """residual + y, in one pass where the layout can. residual: [rows, out]; left as it is.
 
-        shards: parts of the inputs that are summed by themselves; their sums are added in order. For products without
-        bias and activation.
+        shards: parts of the inputs whose sums are rounded, then added in order, in float32. For products without bias
+        and activation.
         """
-        if shards == 1:
+        if shards is None:
             return self(x).add_(residual)
-        parts = zip(x.chunk(shards, -1), self.weight.chunk(shards, -1), strict=True)
-        return sum((functional.linear(*part) for part in parts), residual)
+        partials = x.new_empty(shards.count, *residual.shape)
+        self.partials(x, shards, partials)
+        return add_partials(residual, partials)
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        """The sums of each shard by itself, as `add_to` adds them up. out: contiguous [shards, rows, out]."""
+        for index, part in enumerate(shards.slices):
+            out[index] = functional.linear(x[:, part].contiguous(), self.weight[:, part])
 
 
 class PackedLinear(Linear):
@@ -97,9 +104,20 @@ class PackedLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         return product(self.packed, x, bias=self.bias, activation=self.activation)
 
-    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
         kept = {"bias": self.bias, "residual": residual}
         return product(self.packed, x, **kept, activation=self.activation, shards=shards)
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        partial_products(self.packed, x, shards, out)
+
+
+def add_partials(residual: Tensor, partials: Tensor) -> Tensor:
+    """residual + the shards' sums, added in float32, in order, and rounded once. partials: [shards, *residual]."""
+    total = partials[0].float()
+    for sums in partials[1:]:
+        total = total + sums
+    return (total + residual).to(residual.dtype)
 
 
 @cache

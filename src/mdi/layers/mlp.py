@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mdi.core.group import InputShards
 from mdi.core.tensors import GetTensor, Unquantized
 from mdi.kernels.experts import PackedExperts
-from mdi.layers.linear import Linear, PackedLinear
+from mdi.layers.linear import Linear, PackedLinear, add_partials
 
 
 class Product(Protocol):
@@ -18,8 +19,11 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
 
-    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
         """residual + y, as `Linear.add_to`."""
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        """As `Linear.partials`."""
 
 
 class MLP:
@@ -35,9 +39,13 @@ class MLP:
         """x: [rows, hidden_size] -> the same."""
         return self.down(self.gate_up(x))
 
-    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
-        """residual + y. shards: parts of the inner width, see `Linear.add_to`."""
+    def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
+        """residual + y. shards: of the inner width, see `Linear.add_to`."""
         return self.down.add_to(residual, self.gate_up(x), shards)
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        """As `Linear.partials`."""
+        self.down.partials(self.gate_up(x), shards, out)
 
 
 class Experts:
@@ -81,11 +89,22 @@ class Experts:
         """x: [rows, hidden_size] -> the same."""
         return self.packed(x) if self.packed else self._mixed(x).to(x.dtype)
 
-    def add_to(self, residual: Tensor, x: Tensor, shards: int = 1) -> Tensor:
-        """residual + y. shards: parts of each expert's inner width, see `Linear.add_to`."""
+    def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
+        """residual + y. shards: of each expert's inner width. The sum over a row's experts is rounded for each."""
         if self.packed:
             return self.packed(x, residual, shards)
-        return self._mixed(x, shards).add_(residual).to(residual.dtype)
+        if shards is None:
+            return self._mixed(x).add_(residual).to(residual.dtype)
+        partials = x.new_empty(shards.count, *x.shape)
+        self.partials(x, shards, partials)
+        return add_partials(residual, partials)
+
+    def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
+        """The sums over a row's experts for each shard. out: contiguous [shards, rows, hidden_size]."""
+        if self.packed:
+            self.packed.partials(x, shards, out)
+        else:
+            out.copy_(self._mixed(x, shards))
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's experts, and their shares: int64 [rows, per_token], float32 [rows, per_token]."""
@@ -97,14 +116,19 @@ class Experts:
             shares = shares / shares.sum(-1, keepdim=True)
         return chosen, shares.to(x.dtype).float()
 
-    def _mixed(self, x: Tensor, shards: int = 1) -> Tensor:
-        """float32 [rows, hidden_size]. One expert after the other computes the rows that chose it."""
+    def _mixed(self, x: Tensor, shards: InputShards | None = None) -> Tensor:
+        """float32 [rows, hidden_size], or [shards, rows, hidden_size]. Each expert computes the rows that chose it."""
         chosen, shares = self.choose(x)
-        parts = x.new_empty(*chosen.shape, x.shape[1])
+        parts = x.new_empty(shards.count if shards else 1, *chosen.shape, x.shape[1])
         for index in sorted(set(chosen.flatten().tolist())):
             rows, places = torch.where(chosen == index)
-            parts[rows, places] = self.mlps[index].add_to(x.new_zeros(len(rows), x.shape[1]), x[rows], shards)
-        mixed = torch.zeros_like(x, dtype=torch.float32)
+            made, mlp = x.new_empty(len(parts), len(rows), x.shape[1]), self.mlps[index]
+            if shards:
+                mlp.partials(x[rows], shards, made)
+            else:
+                made[0] = mlp(x[rows])
+            parts[:, rows, places] = made
+        mixed = torch.zeros_like(parts[:, :, 0], dtype=torch.float32)
         for place in range(self.per_token):
-            mixed.addcmul_(parts[:, place], shares[:, place, None])
-        return mixed
+            mixed.addcmul_(parts[:, :, place], shares[:, place, None])
+        return mixed if shards else mixed[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mdi.core.dtypes import DTYPE_NAMES
 from mdi.core.entries import check_ids
-from mdi.core.errors import CheckpointError, ConfigError
+from mdi.core.errors import CheckpointError
 from mdi.core.group import Rank
 from mdi.layers.rope import RopeConfig, RopeScaling
 from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
@@ -186,22 +186,6 @@ class ModelConfig:
         experts = {"experts' intermediate size": self.experts.inner_size} if self.experts else {}
         all_mixed = self.experts is not None and len(self.experts.layers) == self.n_layers
         return experts if all_mixed else {"intermediate size": self.intermediate_size, **experts}
-
-    def check_shards(self, shards: int, step: int = 2) -> None:
-        """Raises ConfigError where sums over heads and over the MLP's inner width cannot be cut into so many parts.
-
-        step: inputs that lie together, as those with one activation scale do.
-        """
-        if shards < 1:
-            raise ConfigError(f"the number of shards must be at least 1, got {shards}")
-        if self.n_heads % shards:
-            raise ConfigError(f"{shards} shards do not divide the model's {self.n_heads} heads: set --shards otherwise")
-        for what, size in {"attention width": self.q_size, **self.inner_sizes}.items():
-            if shards > 1 and size % (shards * step):
-                raise ConfigError(
-                    f"{shards} shards of whole groups of {step} inputs do not divide the model's {what} {size}: "
-                    "set --shards otherwise"
-                )
 
     @classmethod
     def from_hf(

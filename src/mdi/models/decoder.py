@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.batch import Deepstack
-from mdi.core.reduce import Reduce, alone
+from mdi.core.group import Group, InputShards, LayerShards
 from mdi.core.tensors import GetTensor, Unquantized, within
 from mdi.kernels.decoder import LayerWeights, NativeLayers
 from mdi.kernels.experts import PackedExperts
 from mdi.kernels.packed import PackedWeight
 from mdi.layers.attention import Layout, attend, rotate
 from mdi.layers.kv_cache import KVCache
-from mdi.layers.linear import Linear, PackedLinear
+from mdi.layers.linear import Linear, PackedLinear, add_partials
 from mdi.layers.mlp import MLP, Experts, Product
 from mdi.layers.norm import RMSNorm
 from mdi.layers.rope import Rotation
 from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
+from mdi.models.shards import vocabulary_rows
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -40,17 +42,22 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, spec: StageSpec, embedding: Tensor | None, get: GetTensor, *, tied_head: bool
     ) -> None:
-        """embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same."""
+        """config: of the layers that the stage has: a rank's own (`rank_config`), whose tensors `get` gives.
+
+        embedding: [vocab_size, hidden_size], where the stage has it. tied_head: the head's weight is the same; a rank's
+        head has some rows of it.
+        """
         self.embedding = embedding
         self.layers = [DecoderLayer(config, layer, within(f"{LAYERS}{layer}.", get)) for layer in spec.layers]
         self._native = _native(config, self.layers)
         self.norm = self.lm_head = None
         if spec.head:
             self.norm = RMSNorm(get, stem(FINAL_NORM), config.hidden_size, config.rms_eps, config.norm_dtype)
-            shared = embedding if tied_head else None
+            rows = vocabulary_rows(config, spec.rank)
+            shared = embedding[rows.start : rows.stop] if tied_head and embedding is not None else None
             get_head = get if shared is None else Unquantized(lambda *_: shared, get.dtype)
             head = stem(EMBEDDING if tied_head else LM_HEAD)
-            self.lm_head = Linear.load(get_head, {head: config.vocab_size}, config.hidden_size)
+            self.lm_head = Linear.load(get_head, {head: len(rows)}, config.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""
@@ -63,18 +70,19 @@ class Decoder:
         rotation: Rotation,
         cache: KVCache,
         layout: Layout,
-        reduce: Reduce = alone,
+        group: Group | None = None,
         *,
-        shards: int = 1,
+        shards: LayerShards | None = None,
         deepstack: Deepstack | None = None,
     ) -> Tensor:
         """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache.
 
-        Where kernels compute and no other rank adds to sums, one native call does it, with the same bits. shards: parts
-        in which the sums over heads and over the MLP's inner width are taken, one after the other. deepstack: of the
-        stage's first layer and those after it; a native call then ends behind each layer that adds some.
+        Where kernels compute, one native call does it, with the same bits. group: the other ranks that compute the
+        stage, in the same step. shards: those that this rank has, or the parts in which one node adds up; needed in a
+        group. deepstack: of the stage's first layer and those after it; a native call then ends behind each layer that
+        adds some.
         """
-        arguments = rotation, cache, layout, reduce, shards
+        arguments = rotation, cache, layout, group, shards
         if deepstack is None:
             return self._run(slice(None), hidden, *arguments)
         n_deep = min(len(deepstack.features), len(self.layers))
@@ -90,21 +98,21 @@ class Decoder:
         rotation: Rotation,
         cache: KVCache,
         layout: Layout,
-        reduce: Reduce,
-        shards: int,
+        group: Group | None,
+        shards: LayerShards | None,
     ) -> Tensor:
         """Some of the stage's layers, one after the other. Returns a tensor of its own."""
-        if self._native and reduce is alone:
+        if self._native:
             tables, caches = (rotation.cos, rotation.sin), (cache.layers, cache.scales)
-            return self._native.forward(hidden, *tables, layout.runs, *caches, shards=shards, part=part)
+            return self._native.forward(hidden, *tables, layout.runs, *caches, shards=shards, group=group, part=part)
         scales: Sequence[Tensor | None] = cache.scales or [None] * len(cache.layers)
         layers = zip(self.layers[part], cache.layers[part], scales[part], strict=True)
         for layer, layer_cache, layer_scales in layers:
-            hidden = layer.forward(hidden, rotation, layer_cache, layout, reduce, layer_scales, shards)
+            hidden = layer.forward(hidden, rotation, layer_cache, layout, group, layer_scales, shards)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: [rows, hidden_size] -> [rows, vocab_size], in the stage's dtype."""
+        """Final norm and LM head: [rows, hidden_size] -> [rows, own part of the vocabulary], in the stage's dtype."""
         assert self.norm is not None
         assert self.lm_head is not None
         return self.lm_head(self.norm(hidden))
@@ -135,14 +143,17 @@ class DecoderLayer:
         rotation: Rotation,
         cache: Tensor,
         layout: Layout,
-        reduce: Reduce,
+        group: Group | None = None,
         scales: Tensor | None = None,
-        shards: int = 1,
+        shards: LayerShards | None = None,
     ) -> Tensor:
-        """hidden: [tokens, hidden_size]; cache, scales: this layer's slots. shards: of what no rank adds to."""
+        """hidden: [tokens, hidden_size]; cache, scales: this layer's slots. group, shards: as of `Decoder.forward`."""
         attention = self._attention(self.input_norm(hidden), rotation, cache, layout, scales)
-        hidden = _add_product(hidden, self.out, attention, reduce, shards)
-        return _add_product(hidden, self.mlp, self.mlp_norm(hidden), reduce, shards)
+        out = inner = None
+        if shards:
+            out, inner = shards.out, shards.expert_down if isinstance(self.mlp, Experts) else shards.down
+        hidden = _add_product(hidden, self.out, attention, group, out)
+        return _add_product(hidden, self.mlp, self.mlp_norm(hidden), group, inner)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.config.head_dim)  # [tokens, q + k + v heads, head_dim]
@@ -200,9 +211,20 @@ def _native(config: ModelConfig, layers: Sequence[DecoderLayer]) -> NativeLayers
     return NativeLayers(weights, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, eps=config.rms_eps)
 
 
-def _add_product(residual: Tensor, product: Product, x: Tensor, reduce: Reduce, shards: int) -> Tensor:
-    """residual + product(x), where every rank has its part of the sums. One rank adds in the product's own pass."""
-    return product.add_to(residual, x, shards) if reduce is alone else reduce(product(x)).add_(residual)
+def _add_product(
+    residual: Tensor, product: Product, x: Tensor, group: Group | None, shards: InputShards | None
+) -> Tensor:
+    """residual + product(x). In a group each rank has some shards of the sums, and gets those of the others."""
+    if group is None:
+        return product.add_to(residual, x, shards)
+    assert shards
+    own = x.new_empty(shards.count, *residual.shape)
+    product.partials(x, shards, own)
+    first = group.rank.first_shard
+    partials = torch.empty(group.rank.n_shards, *residual.shape, dtype=residual.dtype)
+    partials[first : first + shards.count] = own
+    group.exchange(partials, slice(0, len(residual)))
+    return add_partials(residual, partials.to(residual.device))
 
 
 def stem(weight: str) -> str:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 
 from mdi.core.errors import ConfigError
-from mdi.core.group import Rank
+from mdi.core.group import InputShards, LayerShards, Rank
+from mdi.core.quantization import FORMATS, ModelQuantization
 from mdi.models.config import ModelConfig
 
 Bounds = tuple[int, ...]
 """n_shards + 1 numbers, the first 0: shard i is [bounds[i], bounds[i + 1])."""
+
+WHOLE_STEPS = 32
+"""Shards are whole multiples of so many where that is possible: of whole tiles (AMX), which are many times as fast."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,35 @@ class Shards:
         """
         if n_shards < 1:
             raise ConfigError(f"the number of shards must be at least 1, got {n_shards}")
-        heads_step = lcm(config.head_dim, step if n_shards > 1 else 1) // config.head_dim
-        heads = _bounds("query heads", config.n_heads, n_shards, heads_step)
-        inner = {size: _bounds(what, size, n_shards, step) for what, size in config.inner_sizes.items()}
-        return cls(heads, inner, _bounds("vocabulary", config.vocab_size, n_shards, 1))
+        head_dim, wide = config.head_dim, lcm(step, WHOLE_STEPS)
+        head_steps = lcm(head_dim, step) // head_dim, lcm(head_dim, wide) // head_dim
+        heads = _bounds("query heads", config.n_heads, n_shards, *head_steps)
+        inner = {size: _bounds(what, size, n_shards, step, wide) for what, size in config.inner_sizes.items()}
+        return cls(heads, inner, _vocabulary(config, n_shards))
+
+    def of_layers(self, config: ModelConfig, rank: Rank) -> LayerShards:
+        """A rank's shards of the inputs of its layers' products. config: the model's."""
+        out = tuple(config.head_dim * head for head in self.heads)
+        plain = self.inner.get(config.intermediate_size)
+        mixed = self.inner[config.experts.inner_size] if config.experts else None
+        down, expert_down = (None if bounds is None else _own(bounds, rank) for bounds in (plain, mixed))
+        return LayerShards(_own(out, rank), down, expert_down)
+
+
+def shard_step(quantization: ModelQuantization) -> int:
+    """Inputs of a layer's products that lie together: whole groups of weights and of activations."""
+    if quantization.layers is None:
+        return 2
+    format_ = FORMATS[quantization.layers]
+    return lcm(format_.group or 1, format_.activation_group)
+
+
+def vocabulary_rows(config: ModelConfig, rank: Rank | None) -> range:
+    """The rows of the LM head that a rank has; None is all of them."""
+    if rank is None:
+        return range(config.vocab_size)
+    bounds = _vocabulary(config, rank.n_shards)
+    return range(bounds[rank.first_shard], bounds[rank.last_shard])
 
 
 def kv_heads(config: ModelConfig, heads: range) -> tuple[int, ...]:
@@ -75,8 +104,21 @@ def _run(used: Sequence[int]) -> int:
     raise AssertionError("runs of one head always divide")
 
 
-def _bounds(what: str, size: int, n_shards: int, step: int) -> Bounds:
-    """Raises ConfigError where there are fewer steps than shards, or no whole number of them."""
+def _vocabulary(config: ModelConfig, n_shards: int) -> Bounds:
+    return _bounds("vocabulary", config.vocab_size, n_shards, 1, WHOLE_STEPS)
+
+
+def _own(bounds: Bounds, rank: Rank) -> InputShards:
+    """A rank's shards, counted from its first one's beginning."""
+    own = bounds[rank.first_shard : rank.last_shard + 1]
+    return InputShards(tuple(bound - own[0] for bound in own), gcd(*bounds))
+
+
+def _bounds(what: str, size: int, n_shards: int, step: int, wide: int) -> Bounds:
+    """wide: steps that are taken where shards then differ by an eighth at most.
+
+    Raises ConfigError where there are fewer steps than shards, or no whole number of them.
+    """
     if n_shards == 1:
         return (0, size)
     if size % step or size // step < n_shards:
@@ -84,4 +126,6 @@ def _bounds(what: str, size: int, n_shards: int, step: int) -> Bounds:
             f"{n_shards} shards are too many for the model's {what}, {size} in whole groups of {step}: use fewer "
             "(--shards, --tensor-parallel-size)"
         )
+    if size % wide == 0 and (size // wide % n_shards == 0 or size // wide >= 8 * n_shards):
+        step = wide
     return tuple(size // step * shard // n_shards * step for shard in range(n_shards + 1))

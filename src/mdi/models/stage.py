@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mdi.core.batch import Batch, Deepstack, Result, Token, Visual
 from mdi.core.errors import LinkError
-from mdi.core.quantization import FORMATS
-from mdi.core.reduce import Reduce, alone
+from mdi.core.group import Group, Rank
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
+from mdi.models.shards import Shards, rank_config, shard_step
 from mdi.models.weights import LoadedStage
 
 MAX_LOGIT_ROWS = 64  # logits at once: a vocabulary of 151,936 takes 0.6 MB a row
@@ -27,8 +27,11 @@ class Stage:
     """A loaded stage with its KV cache: `n_slots` rows of `sequence_length` tokens. Used by one thread at a time.
 
     cache_dtype: int8, or None for the stage's own. shards: parts in which the sums of the out and down products are
-    taken, one after the other. busy: the time that it computes. recorder: records each piece of work. reduce: adds up
-    the ranks' partial sums. steps, step_s: batches so far, and the seconds that they took, draws included.
+    taken, one after the other, where one node has them all. busy: the time that it computes. recorder: records each
+    piece of work. steps, step_s: batches so far, and the seconds that they took, draws included. group: the other ranks
+    where the stage is one of them; it comes and goes with the links between nodes.
+
+    Raises ConfigError where the model cannot be cut into so many shards.
     """
 
     def __init__(
@@ -40,7 +43,6 @@ class Stage:
         cache_dtype: str | None = None,
         shards: int = 1,
         recorder: Recorder | None = None,
-        reduce: Reduce = alone,
     ) -> None:
         config, dtype, device = loaded.config, loaded.dtype, loaded.device
         self.spec = loaded.spec
@@ -50,9 +52,10 @@ class Stage:
         self.busy = BusyMeter()
         self.steps, self.step_s = 0, 0.0
         self.recorder = recorder or Recorder()
-        config.check_shards(shards, _shard_step(loaded))
-        self._reduce = reduce
-        self._shards = shards
+        self.group: Group | None = None
+        rank = loaded.spec.rank or Rank(0, shards, shards)
+        cut = Shards.of(config, rank.n_shards, shard_step(loaded.quantization))
+        self._shards = cut.of_layers(config, rank) if rank.n_shards > 1 else None
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope, device)
@@ -60,7 +63,7 @@ class Stage:
             n_layers=len(loaded.spec.layers),
             n_slots=n_slots,
             sequence_length=sequence_length,
-            n_kv_heads=config.n_kv_heads,
+            n_kv_heads=rank_config(config, rank, cut).n_kv_heads,
             head_dim=config.head_dim,
             dtype=torch.int8 if cache_dtype == "int8" else dtype,
             device=device,
@@ -88,20 +91,37 @@ class Stage:
         return out
 
     @torch.inference_mode()
-    def sample(self, batch: Batch, hidden: Tensor) -> Result:
-        """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head."""
+    def sample(self, batch: Batch, hidden: Tensor) -> Result | None:
+        """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head.
+
+        In a group rank 0 draws; the others compute their part of the logits, and None is returned.
+        """
         started_s = time.perf_counter()
         with self.working("sample"):
             rows, samplings, finite = batch.sampled_rows, batch.samplings, _finite_rows(hidden)
             tokens = list[Token]()
             for first in range(0, len(rows), MAX_LOGIT_ROWS):
                 part = rows[first : first + MAX_LOGIT_ROWS]
-                logits = self._decoder.logits(hidden[part])
+                logits = self._gathered_logits(hidden[part])
+                if logits is None:
+                    continue
                 finite[part] &= _finite_rows(logits)
                 sound = logits if finite.all() else logits.nan_to_num()
                 tokens += sample(sound, samplings[first : first + MAX_LOGIT_ROWS])
         self.step_s += time.perf_counter() - started_s
-        return Result(batch.id, tuple(tokens), _overflowed(batch, finite))
+        return Result(batch.id, tuple(tokens), _overflowed(batch, finite)) if self._leads else None
+
+    @property
+    def _leads(self) -> bool:
+        return self.spec.rank is None or self.spec.rank.leads
+
+    def _gathered_logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits of all ranks' parts of the vocabulary; None where another rank has them."""
+        logits = self._decoder.logits(hidden)
+        if self.group is None:
+            return logits
+        gathered = self.group.gather(logits.cpu())
+        return None if gathered is None else gathered.to(self.device)
 
     @contextmanager
     def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
@@ -111,15 +131,18 @@ class Stage:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Logits of every token of the batch, for comparisons: [tokens, vocab_size]. Needs the head."""
+        """Logits of every token of the batch, for comparisons: [tokens, own part of the vocabulary]. Needs the head."""
         return self._decoder.logits(self.forward(batch, hidden))
 
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
         """The stage's layers alone: [tokens, hidden_size] -> [tokens, hidden_size].
 
+        In a group rank 0 gives the batch to the others, which get it from `Group.follow`.
         Raises LinkError for a batch that names rows that the cache does not have: kernels trust what they are given.
         """
         self._check(batch, hidden)
+        if self.group and self._leads:
+            self.group.lead(batch, hidden.cpu())
         for edit in batch.edits:
             self._cache.apply(edit)
         layout = Layout.of(batch.slices, self.device)
@@ -127,10 +150,12 @@ class Stage:
         hidden = hidden.to(self.device)
         deepstack = batch.deepstack.to(self.device) if batch.deepstack else None
         return self._decoder.forward(
-            hidden, rotation, self._cache, layout, self._reduce, shards=self._shards, deepstack=deepstack
+            hidden, rotation, self._cache, layout, self.group, shards=self._shards, deepstack=deepstack
         )
 
     def _check(self, batch: Batch, hidden: Tensor) -> None:
+        if self.spec.rank and self.group is None:
+            raise LinkError("got a batch, but has no link to the other ranks of its group")
         tokens, shapes = batch.n_tokens, (tuple(hidden.shape), tuple(batch.positions.shape))
         if shapes != ((tokens, self.config.hidden_size), (3, tokens)):
             raise LinkError(f"got hidden states and positions of shapes {shapes} for {tokens} tokens")
@@ -168,12 +193,6 @@ def deepstack_of(visuals: Sequence[Visual], hidden_size: int) -> Deepstack | Non
     features = torch.cat([visual.embeddings[:, hidden_size:] for visual in visuals])  # [visual tokens, layers x width]
     by_layer = features.view(len(features), -1, hidden_size).transpose(0, 1).contiguous()
     return Deepstack(torch.cat(rows), by_layer)
-
-
-def _shard_step(loaded: LoadedStage) -> int:
-    """Inputs of a layer's products that lie together."""
-    name = loaded.quantization.layers
-    return FORMATS[name].activation_group if name else 2
 
 
 def _finite_rows(rows: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ class Epoch:
                 batch, hidden = work[0], self.stage.run(*work)
                 if not self.stage.spec.head:
                     return list(codec.encode_batch(batch.beyond(self.stage.spec.last_layer), hidden, self.number))
-                return [codec.encode_result(self.stage.sample(self.masks.complete(batch), hidden), self.number)]
+                result = self.stage.sample(self.masks.complete(batch), hidden)
+                return [codec.encode_result(result, self.number)] if result else []
             failure = work
         except LinkError as error:
             log.warning("%s", error)

@@ -3,6 +3,9 @@
 //   hidden -> norm -> q, k, v -> rotation, cache -> attention -> out + hidden
 //          -> norm -> gate, up (SwiGLU) -> down + hidden, or a mixture of experts + hidden
 //
+// Where a group of ranks computes the stage, each adds up its own shards of what residuals are added to, and the calling
+// thread exchanges these sums with the other ranks; all then add them in the same order.
+//
 // Each step is the part of a kernel that is also called by itself, so the bits are the same either way.
 #include "decoder.h"
 
@@ -19,7 +22,10 @@ typedef struct {
     void *normed, *qkv, *attended, *inner;  // [rows][..] of the step's dtype
     char *scratch;                          // of products and attention
     atomic_long *claimed;                   // [n_layers]
+    int *failed;                            // what an exchange returned; written by one thread before a barrier
 } Region;
+
+enum { PIECE_ROWS = 288 };  // whose sums are sent while the next ones are computed; weights are read once for so many
 
 static void normalise(const Region *region, const float *weight, int thread, int n_threads) {
     const Step *step = region->step;
@@ -31,7 +37,7 @@ static void normalise(const Region *region, const float *weight, int thread, int
 
 static Product product_of(const Region *region, const Weight *weight, const void *x, void *out) {
     return (Product){.weight = weight, .x = x, .out = out, .rows = region->step->rows, .dtype = region->step->dtype,
-                     .shards = 1, .scratch = region->scratch};
+                     .scratch = region->scratch};
 }
 
 static void multiply(const Region *region, const Weight *weight, const void *x, void *out, const float *bias, int thread,
@@ -42,12 +48,72 @@ static void multiply(const Region *region, const Weight *weight, const void *x, 
     mdi_barrier();
 }
 
-static void add_product(const Region *region, const Weight *weight, const void *x, int thread, int n_threads) {
+// Residual and all shards' sums, in order, rounded once: of LANES numbers at a time, a thread's part of all rows.
+INLINE void add_partials_as(const Step *step, long begin, long end, int dtype) {
+    long size = step->rows * step->hidden_size;
+    for (long at = begin; at < end; at += LANES) {
+        int lanes = end - at < LANES ? (int)(end - at) : LANES;
+        vfloat total = vf_load_few_as(step->partials, at, lanes, dtype);
+        for (long shard = 1; shard < step->n_shards; shard++)
+            total = vf_add(total, vf_load_few_as(step->partials, shard * size + at, lanes, dtype));
+        vf_store_few_as(step->hidden, at, vf_add(total, vf_load_few_as(step->hidden, at, lanes, dtype)), lanes, dtype);
+    }
+}
+
+static void add_partials(const Step *step, int thread, int n_threads) {
+    long size = step->rows * step->hidden_size, vectors = (size + LANES - 1) / LANES;
+    long begin = vectors * thread / n_threads * LANES, end = vectors * (thread + 1) / n_threads * LANES;
+    if (end > size) end = size;
+    if (step->dtype == FLOAT32) add_partials_as(step, begin, end, FLOAT32);
+    if (step->dtype == BFLOAT16) add_partials_as(step, begin, end, BFLOAT16);
+    if (step->dtype == FLOAT16) add_partials_as(step, begin, end, FLOAT16);
+}
+
+// Where this rank's sums of some rows begin.
+static char *own_partials(const Step *step, long row) {
+    long at = (step->first_shard * step->rows + row) * step->hidden_size;
+    return (char *)step->partials + at * dtype_bytes(step->dtype);
+}
+
+// After what all threads have written of rows [first, last).
+static void exchange(const Region *region, long first, long last, int thread) {
+    mdi_barrier();
+    if (thread == 0 && !*region->failed) *region->failed = region->step->exchange(first, last);
+}
+
+// After the last rows. Returns whether there is something to go on with.
+static int exchanged(const Region *region, int thread, int n_threads) {
+    mdi_barrier();
+    if (*region->failed) return 0;
+    add_partials(region->step, thread, n_threads);
+    mdi_barrier();
+    return 1;
+}
+
+static int add_products_of_ranks(const Region *region, Product product, int thread, int n_threads) {
+    const Step *step = region->step;
+    const char *x = product.x;
+    long row_size = product.weight->inputs * dtype_bytes(step->dtype);
+    product.shard_stride = step->rows * step->hidden_size;
+    for (long first = 0, last; first < step->rows; first = last) {
+        last = first + PIECE_ROWS < step->rows ? first + PIECE_ROWS : step->rows;
+        product.x = x + first * row_size, product.out = own_partials(step, first), product.rows = last - first;
+        KERNEL(product_part)(&product, thread, n_threads);
+        exchange(region, first, last, thread);
+    }
+    return exchanged(region, thread, n_threads);
+}
+
+// Returns whether there is something to go on with.
+static int add_product(const Region *region, const Weight *weight, const void *x, const Shards *shards, int thread,
+                       int n_threads) {
     Product product = product_of(region, weight, x, region->step->hidden);
+    product.shards = shards;
+    if (region->step->exchange) return add_products_of_ranks(region, product, thread, n_threads);
     product.residual = region->step->hidden;
-    product.shards = region->step->shards;
     KERNEL(product_part)(&product, thread, n_threads);
     mdi_barrier();
+    return 1;
 }
 
 static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
@@ -82,14 +148,29 @@ static void attend(const Region *region, const Layer *layer, int thread, int n_t
 
 static Mixture mixture_of(const Region *region, const Experts *experts) {
     const Step *step = region->step;
-    return (Mixture){.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
-                     .rows = step->rows, .dtype = step->dtype, .shards = step->shards, .scratch = region->scratch};
+    Mixture mixture = {.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
+                       .rows = step->rows, .dtype = step->dtype, .shards = step->expert_down, .scratch = region->scratch};
+    if (!step->exchange) return mixture;
+    mixture.out = own_partials(step, 0);
+    mixture.shard_stride = step->rows * step->hidden_size;
+    return mixture;
 }
 
-static void mix(const Region *region, const Experts *experts, int thread, int n_threads) {
+static int mix(const Region *region, const Experts *experts, int thread, int n_threads) {
     Mixture mixture = mixture_of(region, experts);
     KERNEL(mixture_part)(&mixture, thread, n_threads);
-    mdi_barrier();
+    if (!region->step->exchange) {
+        mdi_barrier();
+        return 1;
+    }
+    exchange(region, 0, region->step->rows, thread);
+    return exchanged(region, thread, n_threads);
+}
+
+static int add_mlp(const Region *region, const Layer *layer, int thread, int n_threads) {
+    if (layer->experts) return mix(region, layer->experts, thread, n_threads);
+    multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
+    return add_product(region, layer->down, region->inner, region->step->down, thread, n_threads);
 }
 
 static void decoder_part(void *context, int thread, int n_threads) {
@@ -100,14 +181,9 @@ static void decoder_part(void *context, int thread, int n_threads) {
         multiply(region, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
         rotate(region, layer, thread, n_threads);
         attend(region, layer, thread, n_threads);
-        add_product(region, layer->out, region->attended, thread, n_threads);
+        if (!add_product(region, layer->out, region->attended, step->out, thread, n_threads)) return;
         normalise(region, layer->mlp_norm, thread, n_threads);
-        if (layer->experts) {
-            mix(region, layer->experts, thread, n_threads);
-            continue;
-        }
-        multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
-        add_product(region, layer->down, region->inner, thread, n_threads);
+        if (!add_mlp(region, layer, thread, n_threads)) return;
     }
 }
 
@@ -121,7 +197,8 @@ static size_t scratch_size(const Region *region) {
         const Weight *weights[] = {layer->qkv, layer->out, layer->gate_up, layer->down};
         for (int i = 0; i < (layer->experts ? 2 : 4); i++) {
             Product product = product_of(region, weights[i], NULL, NULL);
-            product.shards = step->shards;
+            if (i == 1) product.shards = step->out;
+            if (i == 3) product.shards = step->down;
             size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));
         }
         if (!layer->experts) continue;
@@ -150,7 +227,9 @@ int KERNEL(decoder)(const Step *step) {
     size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, inner_width(step));
     size_t counters = (step->n_layers * sizeof(atomic_long) + 63) & ~(size_t)63;
     char *memory = mdi_scratch(counters + normed + qkv + attended + inner + scratch_size(&region));
-    if (!memory) return 1;
+    if (!memory) return NO_MEMORY;
+    int failed = 0;
+    region.failed = &failed;
     memset(memory, 0, counters);
     region.claimed = (atomic_long *)memory;
     region.normed = memory += counters;
@@ -159,5 +238,5 @@ int KERNEL(decoder)(const Step *step) {
     region.inner = memory += attended;
     region.scratch = memory + inner;
     mdi_parallel(decoder_part, &region);
-    return 0;
+    return failed ? NOT_EXCHANGED : 0;
 }

@@ -23,8 +23,17 @@ typedef struct {
     const Run *runs;
     int64_t n_layers, n_runs, rows, slot_rows, hidden_size, heads, kv_heads, head_dim;
     float eps;
-    int32_t dtype, cache_dtype, shards;
+    int32_t dtype, cache_dtype;
+    const Shards *out, *down, *expert_down;  // of the inputs of these products; NULL where there is one
+    // A rank of a group, which has the shards from first_shard on, writes their sums here, [n_shards][rows][hidden_size] of
+    // dtype; else NULL. The calling thread exchanges some rows of them, in order: with the last ones the others' are there.
+    // What is not 0 ends the call.
+    void *partials;
+    int64_t first_shard, n_shards;
+    int (*exchange)(int64_t first_row, int64_t last_row);
 } Step;
 
-// Runs the layers over a batch and writes its keys and values. Returns 0, or 1 where memory is short.
+enum { NO_MEMORY = 1, NOT_EXCHANGED = 2 };
+
+// Runs the layers over a batch and writes its keys and values. Returns 0, or why it could not.
 int KERNEL(decoder)(const Step *step);

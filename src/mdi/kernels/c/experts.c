@@ -4,7 +4,7 @@
 //     -> gate, up (SwiGLU) of all chosen experts at once -> down of all -> residual + sum of outputs times shares
 //
 // A row's experts are summed in float32 in the order of their shares, and of their numbers where shares are equal, then
-// rounded once: the bits of a row do not depend on the rows beside it. Weights of experts that no row chose are not read.
+// rounded once; of shards, each shard's sum by itself: the bits of a row do not depend on the rows beside it. Weights of experts that no row chose are not read.
 #include "experts.h"
 
 #include "floats.h"
@@ -14,6 +14,7 @@
 typedef struct {
     const Mixture *mixture;
     long hidden, inner, n_parts;  // n_parts: rows x per_row, what experts compute
+    long n_shards;
     long *n_chosen;               // experts that a row chose
     Product *gate_up, *down;      // of these
     int32_t *chosen;              // [n_parts] experts
@@ -21,7 +22,7 @@ typedef struct {
     int32_t *places;              // [n_parts] among the copied rows
     int32_t *ends;                // [count]
     char *logits;                 // [rows][count]
-    char *parts;                  // [n_parts][hidden]: copied rows, then what experts made of them
+    char *parts;                  // [shards][n_parts][hidden]: copied rows, then what experts made of them
     char *inners;                 // [n_parts][inner]
     char *scratch;                // of products
 } Room;
@@ -37,7 +38,7 @@ static Room room_of(const Mixture *mixture, char *at) {
     const Experts *experts = mixture->experts;
     long count = experts->count, item = dtype_bytes(mixture->dtype);
     Room room = {.mixture = mixture, .hidden = experts->router->inputs, .inner = experts->down[0]->inputs,
-                 .n_parts = mixture->rows * experts->per_row};
+                 .n_parts = mixture->rows * experts->per_row, .n_shards = mixture->shards ? mixture->shards->count : 1};
     room.n_chosen = (long *)take(&at, sizeof(long));
     room.gate_up = (Product *)take(&at, count * sizeof(Product));
     room.down = (Product *)take(&at, count * sizeof(Product));
@@ -46,7 +47,7 @@ static Room room_of(const Mixture *mixture, char *at) {
     room.places = (int32_t *)take(&at, room.n_parts * sizeof(int32_t));
     room.ends = (int32_t *)take(&at, count * sizeof(int32_t));
     room.logits = take(&at, mixture->rows * count * item);
-    room.parts = take(&at, room.n_parts * room.hidden * item);
+    room.parts = take(&at, room.n_shards * room.n_parts * room.hidden * item);
     room.inners = take(&at, room.n_parts * room.inner * item);
     room.scratch = at;
     return room;
@@ -63,7 +64,7 @@ size_t KERNEL(mixture_scratch)(const Mixture *mixture, int n_threads) {
 static void route(const Room *room, int thread, int n_threads) {
     const Mixture *mixture = room->mixture;
     Product product = {.weight = mixture->experts->router, .x = mixture->x, .out = room->logits, .rows = mixture->rows,
-                       .dtype = mixture->dtype, .shards = 1, .scratch = room->scratch};
+                       .dtype = mixture->dtype, .scratch = room->scratch};
     KERNEL(product_part)(&product, thread, n_threads);
     mdi_barrier();
 }
@@ -134,9 +135,10 @@ static void group(const Room *room) {
         if (!rows) continue;
         char *part = room->parts + end * room->hidden * item, *inner = room->inners + end * room->inner * item;
         Product product = {.rows = rows, .dtype = mixture->dtype, .scratch = room->scratch};
-        product.weight = experts->gate_up[expert], product.x = part, product.out = inner, product.shards = 1;
+        product.weight = experts->gate_up[expert], product.x = part, product.out = inner;
         room->gate_up[n_chosen] = product;
-        product.weight = experts->down[expert], product.x = inner, product.out = part, product.shards = mixture->shards;
+        product.weight = experts->down[expert], product.x = inner, product.out = part;
+        if (mixture->shards) product.shards = mixture->shards, product.shard_stride = room->n_parts * room->hidden;
         room->down[n_chosen++] = product;
         end += rows;
     }
@@ -152,26 +154,34 @@ static void copy_rows(const Room *room, int thread, int n_threads) {
     mdi_barrier();
 }
 
+// Of LANES columns, or the last ones: what a shard of a row's experts adds up to.
+INLINE vfloat sum_shard(const Room *room, long row, long shard, long column, int lanes, int dtype) {
+    long per_row = room->mixture->experts->per_row, first = shard * room->n_parts * room->hidden + column;
+    const int32_t *places = room->places + row * per_row;
+    const float *shares = room->shares + row * per_row;
+    vfloat sum = vf_zero();
+    for (long i = 0; i < per_row; i++) {
+        vfloat part = vf_load_few_as(room->parts, first + places[i] * room->hidden, lanes, dtype);
+        sum = vf_fma(part, vf_set1(shares[i]), sum);
+    }
+    return room->mixture->shards ? vf_round_as(sum, dtype) : sum;
+}
+
 // Columns [begin, end) of one row: all of them by whole vectors, but for the last ones.
 INLINE void add_parts(const Room *room, long row, long begin, long end, int dtype) {
     const Mixture *mixture = room->mixture;
-    long per_row = mixture->experts->per_row;
-    const int32_t *places = room->places + row * per_row;
-    const float *shares = room->shares + row * per_row;
     for (long column = begin; column < end; column += LANES) {
         int lanes = end - column < LANES ? (int)(end - column) : LANES;
-        vfloat sum = vf_zero();
-        for (long i = 0; i < per_row; i++) {
-            long at = places[i] * room->hidden + column;
-            vfloat part = lanes == LANES ? vf_load_as(room->parts, at, dtype) : vf_load_some_as(room->parts, at, lanes, dtype);
-            sum = vf_fma(part, vf_set1(shares[i]), sum);
-        }
         long at = row * room->hidden + column;
-        if (mixture->residual)
-            sum = vf_add(sum, lanes == LANES ? vf_load_as(mixture->residual, at, dtype)
-                                             : vf_load_some_as(mixture->residual, at, lanes, dtype));
-        if (lanes == LANES) vf_store_as(mixture->out, at, sum, dtype);
-        else vf_store_some_as(mixture->out, at, sum, lanes, dtype);
+        vfloat total = vf_set1(-0.0f);  // to which a sum is added without a change
+        for (long shard = 0; shard < room->n_shards; shard++) {
+            vfloat sum = sum_shard(room, row, shard, column, lanes, dtype);
+            if (mixture->shard_stride) vf_store_few_as(mixture->out, shard * mixture->shard_stride + at, sum, lanes, dtype);
+            total = vf_add(total, sum);
+        }
+        if (mixture->shard_stride) continue;
+        if (mixture->residual) total = vf_add(total, vf_load_few_as(mixture->residual, at, lanes, dtype));
+        vf_store_few_as(mixture->out, at, total, lanes, dtype);
     }
 }
 
@@ -202,10 +212,11 @@ void KERNEL(mixture_part)(const Mixture *mixture, int thread, int n_threads) {
 
 static void run_part(void *mixture, int thread, int n_threads) { KERNEL(mixture_part)(mixture, thread, n_threads); }
 
-int KERNEL(mixture)(const Experts *experts, const void *x, void *out, const void *residual, long rows, int dtype, int shards) {
+int KERNEL(mixture)(const Experts *experts, const void *x, void *out, const void *residual, long rows, int dtype,
+                    const Shards *shards, int64_t shard_stride) {
     if (!rows) return 0;
     Mixture mixture = {.experts = experts, .x = x, .residual = residual, .out = out, .rows = rows, .dtype = dtype,
-                       .shards = shards};
+                       .shards = shards, .shard_stride = shard_stride};
     mixture.scratch = mdi_scratch(KERNEL(mixture_scratch)(&mixture, mdi_threads()));
     if (!mixture.scratch) return 1;
     mdi_parallel(run_part, &mixture);

@@ -16,7 +16,9 @@ typedef struct {
     const void *residual;  // like x, or NULL
     void *out;             // like x, perhaps the residual's memory
     int64_t rows;
-    int32_t dtype, shards;  // shards: of each expert's inner width, see Product
+    int32_t dtype;
+    const Shards *shards;  // of each expert's inner width; the sum over a row's experts is rounded, too: see Product
+    int64_t shard_stride;
     char *scratch;
 } Mixture;
 
@@ -27,4 +29,5 @@ size_t KERNEL(mixture_scratch)(const Mixture *mixture, int n_threads);
 void KERNEL(mixture_part)(const Mixture *mixture, int thread, int n_threads);
 
 // A whole mixture, in the pool. Returns 0, or 1 where memory is short.
-int KERNEL(mixture)(const Experts *experts, const void *x, void *out, const void *residual, long rows, int dtype, int shards);
+int KERNEL(mixture)(const Experts *experts, const void *x, void *out, const void *residual, long rows, int dtype,
+                    const Shards *shards, int64_t shard_stride);

@@ -3,7 +3,7 @@
 //
 //   activations -> packed by all threads: tiles of rows, in float32, bfloat16 or int8
 //   panels      -> each thread has its own, also of several products; few rows read two panels at once
-//   sums        -> scaled, added over shards, then bias, activation and residual, rounded once
+//   sums        -> scaled, rounded and added over shards, then bias, activation and residual, rounded once
 #include "activations.h"
 #include "float_products.h"
 #include "int_products.h"
@@ -51,10 +51,6 @@ size_t KERNEL(products_scratch)(long rows, long inputs, long count, int n_thread
     return activations + (size_t)count * MOST_FILLING + (size_t)n_threads * THREAD_SIZE;
 }
 
-INLINE vfloat load_few(const void *from, long index, int lanes, int dtype) {
-    return lanes == LANES ? vf_load_as(from, index, dtype) : vf_load_some_as(from, index, lanes, dtype);
-}
-
 INLINE vfloat activated(vfloat value, int activation) {
     if (activation == GELU) return vf_gelu(value);
     if (activation == QUICK_GELU) return vf_mul(value, vf_sigmoid(vf_mul(value, vf_set1(1.702f))));
@@ -63,37 +59,43 @@ INLINE vfloat activated(vfloat value, int activation) {
 }
 
 // Writes one row of one panel. outputs: of the result. column: the panel's first one of these.
-INLINE void finish_row(const Product *product, const float *sums, long row, long column, long outputs, int dtype) {
+INLINE void finish_row(const Product *product, void *out, const float *sums, long row, long column, long outputs, int dtype) {
     int swiglu = product->weight->swiglu, vectors = swiglu ? PANEL_VECTORS / 2 : PANEL_VECTORS;
     for (int v = 0; v < vectors && column < outputs; v++, column += LANES) {
         int lanes = outputs - column < LANES ? (int)(outputs - column) : LANES;
         vfloat value = vf_load(sums + v * LANES);
-        if (product->bias) value = vf_add(value, load_few(product->bias, column, lanes, FLOAT32));
+        if (product->bias) value = vf_add(value, vf_load_few_as(product->bias, column, lanes, FLOAT32));
         if (swiglu) {
             vfloat up = vf_load(sums + (vectors + v) * LANES);
-            if (product->bias) up = vf_add(up, load_few(product->bias, outputs + column, lanes, FLOAT32));
+            if (product->bias) up = vf_add(up, vf_load_few_as(product->bias, outputs + column, lanes, FLOAT32));
             value = vf_mul(vf_mul(value, vf_sigmoid(value)), up);
         }
         value = activated(value, product->activation);
         long index = row * outputs + column;
-        if (product->residual) value = vf_add(value, load_few(product->residual, index, lanes, dtype));
-        if (lanes == LANES) vf_store_as(product->out, index, value, dtype);
-        else vf_store_some_as(product->out, index, value, lanes, dtype);
+        if (product->residual) value = vf_add(value, vf_load_few_as(product->residual, index, lanes, dtype));
+        vf_store_few_as(out, index, value, lanes, dtype);
     }
 }
 
-static void finish(const Product *product, const float *sums, long panel, long first, long rows) {
+static void finish(const Product *product, void *out, const float *sums, long panel, long first, long rows) {
     int swiglu = product->weight->swiglu;
     long column = panel * (swiglu ? PANEL / 2 : PANEL), outputs = product->weight->outputs / (swiglu ? 2 : 1);
     for (long r = 0; r < rows; r++, sums += PANEL) {
-        if (product->dtype == FLOAT32) finish_row(product, sums, first + r, column, outputs, FLOAT32);
-        if (product->dtype == BFLOAT16) finish_row(product, sums, first + r, column, outputs, BFLOAT16);
-        if (product->dtype == FLOAT16) finish_row(product, sums, first + r, column, outputs, FLOAT16);
+        if (product->dtype == FLOAT32) finish_row(product, out, sums, first + r, column, outputs, FLOAT32);
+        if (product->dtype == BFLOAT16) finish_row(product, out, sums, first + r, column, outputs, BFLOAT16);
+        if (product->dtype == FLOAT16) finish_row(product, out, sums, first + r, column, outputs, FLOAT16);
     }
 }
 
-static void add_to_totals(float *totals, const float *sums, long rows) {
-    for (long i = 0; i < rows * PANEL; i += LANES) vf_store(totals + i, vf_add(vf_load(totals + i), vf_load(sums + i)));
+INLINE void add_rounded_as(float *totals, const float *sums, long count, int dtype) {
+    for (long i = 0; i < count; i += LANES)
+        vf_store(totals + i, vf_add(vf_load(totals + i), vf_round_as(vf_load(sums + i), dtype)));
+}
+
+static void add_rounded(float *totals, const float *sums, long count, int dtype) {
+    if (dtype == FLOAT32) add_rounded_as(totals, sums, count, FLOAT32);
+    if (dtype == BFLOAT16) add_rounded_as(totals, sums, count, BFLOAT16);
+    if (dtype == FLOAT16) add_rounded_as(totals, sums, count, FLOAT16);
 }
 
 // int8 with one scale an output.
@@ -102,28 +104,55 @@ static void scale_sums(const Weight *weight, float *sums, long panel, long rows)
         vf_store(sums + i, vf_mul(vf_load(sums + i), vf_load(weight->scales + panel * PANEL + i % PANEL)));
 }
 
-// Rows [first, first + rows) of one panel, or of two that lie `apart` panels from each other.
-static void compute(const Work *work, long panel, long apart, long first, long rows) {
-    const Product *product = work->product;
+typedef struct {  // rows [first, first + rows) of one panel, or of two that lie `apart` panels from each other
+    long panel, apart, first, rows;
+} Place;
+
+// Floats of the sums of a place.
+static long sums_size(Place at) { return (at.apart ? SUMS_JUMP : 0) + at.rows * PANEL; }
+
+// The sums of inputs [from, to).
+static void sum_inputs(const Work *work, Place at, long from, long to) {
     const Weight *weight = work->weight;
-    int panels = apart ? 2 : 1, shards = product->shards;
-    long places = apart ? SUMS_JUMP / PANEL + rows : rows, jump = apart * (long)weight->panel_size;
-    const char *begin = weight->panels + (size_t)panel * weight->panel_size;
-    for (int shard = 0; shard < shards; shard++) {
-        long from = weight->inputs / shards * shard, to = shard + 1 < shards ? from + weight->inputs / shards : work->x.inputs;
-        memset(work->sums, 0, (size_t)places * PANEL * sizeof(float));
-        if (work->x.on_tiles) multiply_tiles(work, begin, first, rows, from, to);
-        else if (weight->group) multiply_ints(work, panels, begin, jump, first, rows, from, to);
-        else multiply_floats(work, panels, begin, jump, first, rows, from, to);
-        if (weight->scales) scale_sums(weight, work->sums, panel, rows);
-        if (weight->scales && apart) scale_sums(weight, work->sums + SUMS_JUMP, panel + apart, rows);
-        if (shards == 1) break;
-        if (shard == 0) memcpy(work->totals, work->sums, (size_t)places * PANEL * sizeof(float));
-        else add_to_totals(work->totals, work->sums, places);
+    int panels = at.apart ? 2 : 1;
+    long jump = at.apart * (long)weight->panel_size;
+    const char *begin = weight->panels + (size_t)at.panel * weight->panel_size;
+    memset(work->sums, 0, (size_t)sums_size(at) * sizeof(float));
+    if (work->x.on_tiles) multiply_tiles(work, begin, at.first, at.rows, from, to);
+    else if (weight->group) multiply_ints(work, panels, begin, jump, at.first, at.rows, from, to);
+    else multiply_floats(work, panels, begin, jump, at.first, at.rows, from, to);
+    if (weight->scales) scale_sums(weight, work->sums, at.panel, at.rows);
+    if (weight->scales && at.apart) scale_sums(weight, work->sums + SUMS_JUMP, at.panel + at.apart, at.rows);
+}
+
+static void finish_place(const Product *product, void *out, const float *sums, Place at) {
+    finish(product, out, sums, at.panel, at.first, at.rows);
+    if (at.apart) finish(product, out, sums + SUMS_JUMP, at.panel + at.apart, at.first, at.rows);
+}
+
+// Each shard's sums by themselves, or their total: it begins with -0, to which a sum is added without a change.
+static void compute_shards(const Work *work, Place at) {
+    const Product *product = work->product;
+    const Shards *shards = product->shards;
+    long size = sums_size(at), stride = product->shard_stride * dtype_bytes(product->dtype);
+    for (long i = 0; i < size; i += LANES) vf_store(work->totals + i, vf_set1(-0.0f));
+    for (long shard = 0; shard < shards->count; shard++) {
+        long to = shard + 1 < shards->count ? shards->bounds[shard + 1] : work->x.inputs;
+        sum_inputs(work, at, shards->bounds[shard], to);
+        if (stride) finish_place(product, (char *)product->out + shard * stride, work->sums, at);
+        else add_rounded(work->totals, work->sums, size, product->dtype);
     }
-    const float *totals = shards == 1 ? work->sums : work->totals;
-    finish(product, totals, panel, first, rows);
-    if (apart) finish(product, totals + SUMS_JUMP, panel + apart, first, rows);
+    if (!stride) finish_place(product, product->out, work->totals, at);
+}
+
+static void compute(const Work *work, long panel, long apart, long first, long rows) {
+    Place at = {panel, apart, first, rows};
+    if (work->product->shards) {
+        compute_shards(work, at);
+        return;
+    }
+    sum_inputs(work, at, 0, work->x.inputs);
+    finish_place(work->product, work->product->out, work->sums, at);
 }
 
 // Panels [begin, end).
@@ -194,9 +223,9 @@ void KERNEL(product_part)(const Product *product, int thread, int n_threads) {
 static void run_part(void *product, int thread, int n_threads) { KERNEL(product_part)(product, thread, n_threads); }
 
 int KERNEL(product)(const Weight *weight, const void *x, void *out, long rows, int dtype, const float *bias,
-                    const void *residual, int activation, int shards) {
+                    const void *residual, int activation, const Shards *shards, int64_t shard_stride) {
     Product product = {.weight = weight, .x = x, .out = out, .bias = bias, .residual = residual, .rows = rows,
-                       .dtype = dtype, .activation = activation, .shards = shards};
+                       .dtype = dtype, .activation = activation, .shards = shards, .shard_stride = shard_stride};
     product.scratch = mdi_scratch(KERNEL(product_scratch)(&product, mdi_threads()));
     if (!product.scratch) return 1;
     mdi_parallel(run_part, &product);

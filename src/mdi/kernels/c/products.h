@@ -36,6 +36,13 @@ typedef struct {
     int32_t *order;     // [inputs]: which activation each input takes; NULL where they are as they come
 } Weight;
 
+// Parts of a product's inputs: each is summed from zero, and its sum rounded to the product's dtype.
+typedef struct {
+    int64_t count;
+    int64_t step;           // divides all bounds, those of other ranks' shards too
+    const int64_t *bounds;  // [count + 1]
+} Shards;
+
 typedef struct {
     const Weight *weight;
     const void *x;         // [rows, inputs] of dtype
@@ -45,7 +52,8 @@ typedef struct {
     long rows;
     int dtype;
     int activation;
-    int shards;  // parts of the inputs that are summed from zero, and then in order
+    const Shards *shards;  // whose sums are added in order; NULL: one, whose sum is not rounded by itself
+    int64_t shard_stride;  // in out, from a shard's sums to the next's, where each stays by itself: numbers; else 0
     char *scratch;
 } Product;
 
@@ -68,4 +76,4 @@ void KERNEL(products_part)(const Product *products, long count, int thread, int 
 
 // A whole product, in the pool. Returns 0, or 1 where memory is short.
 int KERNEL(product)(const Weight *weight, const void *x, void *out, long rows, int dtype, const float *bias,
-                    const void *residual, int activation, int shards);
+                    const void *residual, int activation, const Shards *shards, int64_t shard_stride);

@@ -11,8 +11,8 @@
 
 Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const int32_t *, int *);
 void SCALAR(discard)(Weight *);
-int SCALAR(product)(const Weight *, const void *, void *, long, int, const float *, const void *, int, int);
-int SCALAR(mixture)(const Experts *, const void *, void *, const void *, long, int, int);
+int SCALAR(product)(const Weight *, const void *, void *, long, int, const float *, const void *, int, const Shards *, int64_t);
+int SCALAR(mixture)(const Experts *, const void *, void *, const void *, long, int, const Shards *, int64_t);
 int SCALAR(attention)(Attention *);
 void SCALAR(rms_norm)(const Norm *);
 void SCALAR(layer_norm)(const Norm *);
@@ -57,11 +57,11 @@ static int product_passes(const Kind *kind, const Weight *ours, const Weight *th
     fill(x, PRODUCT_ROWS * INPUTS, dtype, 1);
     fill(bias, OUTPUTS, FLOAT32, 2);
     fill(residual, N_OUT, dtype, 3);
-    if (KERNEL(product)(ours, x, out, PRODUCT_ROWS, dtype, bias, residual, activation, 1)) return 0;
-    if (SCALAR(product)(theirs, x, expected, PRODUCT_ROWS, dtype, bias, residual, activation, 1)) return 0;
+    if (KERNEL(product)(ours, x, out, PRODUCT_ROWS, dtype, bias, residual, activation, NULL, 0)) return 0;
+    if (SCALAR(product)(theirs, x, expected, PRODUCT_ROWS, dtype, bias, residual, activation, NULL, 0)) return 0;
     for (long row = 0; row < PRODUCT_ROWS; row++) {
         const char *in = (const char *)x + row * INPUTS * item, *added = (const char *)residual + row * width * item;
-        if (KERNEL(product)(ours, in, alone, 1, dtype, bias, added, activation, 1)) return 0;
+        if (KERNEL(product)(ours, in, alone, 1, dtype, bias, added, activation, NULL, 0)) return 0;
         if (memcmp(alone, (const char *)out + row * width * item, (size_t)(width * item))) return 0;
     }
     return alike(out, expected, PRODUCT_ROWS * width, dtype);
@@ -151,8 +151,8 @@ static int mixtures_pass(void) {
     int packed = pack_experts(&ours, KERNEL(pack)) & pack_experts(&theirs, SCALAR(pack));
     Experts experts = experts_of(&ours), reference = experts_of(&theirs);
     fill(x, ROWS * INPUTS, FLOAT32, 30);
-    int passes = packed && !KERNEL(mixture)(&experts, x, out, x, ROWS, FLOAT32, 1) &&
-                 !SCALAR(mixture)(&reference, x, expected, x, ROWS, FLOAT32, 1) &&
+    int passes = packed && !KERNEL(mixture)(&experts, x, out, x, ROWS, FLOAT32, NULL, 0) &&
+                 !SCALAR(mixture)(&reference, x, expected, x, ROWS, FLOAT32, NULL, 0) &&
                  alike(out, expected, ROWS * INPUTS, FLOAT32);
     discard_experts(&ours, KERNEL(discard));
     discard_experts(&theirs, SCALAR(discard));

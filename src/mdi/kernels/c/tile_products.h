@@ -10,11 +10,13 @@
 
 enum { STEP_BF16 = STEP_BYTES / 2, BLOCK_BF16 = 1024, LEAST_TILE_ROWS = INT_ROWS + 1 };
 
-// Whether a product is computed on tiles. For bfloat16 that must not depend on the number of rows.
+// Whether a product is computed on tiles. For bfloat16 that must not depend on the number of rows, nor on
+// which of the shards a rank has.
 static int takes_tiles(const Product *product) {
     const Weight *weight = product->weight;
     int pairs = weight->kind == BFLOAT16 && product->dtype == BFLOAT16;
-    if (pairs) return product->rows > 0 && weight->inputs % ((long)product->shards * STEP_BF16) == 0;
+    long step = product->shards ? product->shards->step : weight->inputs;
+    if (pairs) return product->rows > 0 && weight->inputs % STEP_BF16 == 0 && step % STEP_BF16 == 0;
     if (product->rows < LEAST_TILE_ROWS) return 0;
     return weight->kind == INT4 || (weight->kind == INT8 && (weight->group == STEP_BYTES || weight->group == STEP_BYTES / 2));
 }

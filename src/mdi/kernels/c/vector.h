@@ -117,6 +117,23 @@ INLINE void vf_store_some_as(void *to, long index, vfloat value, int n, int dtyp
     for (int lane = 0; lane < n; lane++) store_as(to, index + lane, values[lane], dtype);
 }
 
+// The first n values, mostly all of them.
+INLINE vfloat vf_load_few_as(const void *from, long index, int n, int dtype) {
+    return n == LANES ? vf_load_as(from, index, dtype) : vf_load_some_as(from, index, n, dtype);
+}
+
+INLINE void vf_store_few_as(void *to, long index, vfloat value, int n, int dtype) {
+    if (n == LANES) vf_store_as(to, index, value, dtype);
+    else vf_store_some_as(to, index, value, n, dtype);
+}
+
+INLINE vfloat vf_round_as(vfloat value, int dtype) {
+    if (dtype == FLOAT32) return value;
+    uint16_t rounded[LANES];
+    vf_store_as(rounded, 0, value, dtype);
+    return vf_load_as(rounded, 0, dtype);
+}
+
 // e^x within 2 units in the last place: 2^n * e^r with |r| <= ln 2 / 2, e^r by its Taylor series of degree 7. 0 below
 // -104, infinity above 89, subnormal between -87.3 and -104: 2^n is multiplied in two factors.
 INLINE vfloat vf_exp(vfloat x) {
