@@ -55,7 +55,9 @@ class Ours:
     def _step(self, ids: Tensor, *, samples: bool = True) -> tuple[Token, ...]:
         batch = self._batch(ids, samples=samples)
         self._length += len(ids)
-        return self._stage.sample(batch, self._stage.run(batch, self._stage.embed(ids))).tokens
+        result = self._stage.sample(batch, self._stage.run(batch, self._stage.embed(ids)))
+        assert result
+        return result.tokens
 
     def _batch(self, ids: Tensor, *, samples: bool) -> Batch:
         positions = torch.arange(self._length, self._length + len(ids)).expand(3, -1)

@@ -82,11 +82,11 @@ class Meeting:
 
 
 class ThreadGroup:
-    """`Group` of one rank. What it hands over is copied at once. exchanges: how often sums were exchanged."""
+    """`Group` of one rank. What it hands over is copied at once. recorded: the sums of all ranks, if it is a list."""
 
     def __init__(self, rank: Rank, index: int, meeting: Meeting) -> None:
         self.rank = rank
-        self.exchanges = 0
+        self.recorded: list[Tensor] | None = None
         self._index = index
         self._meeting = meeting
 
@@ -114,13 +114,14 @@ class ThreadGroup:
         given.append((rows, partials[own.start : own.stop, rows].clone()))
         if rows.stop < partials.shape[1]:
             return
-        self.exchanges += 1
         first = 0
         for pieces in self._shared():
             for piece, sums in pieces:
                 if first != own.start:
                     partials[first : first + len(sums), piece] = sums
             first += len(pieces[0][1])
+        if self.recorded is not None:
+            self.recorded.append(partials.clone())
         self._done()
 
     def gather(self, logits: Tensor) -> Tensor | None:

@@ -28,6 +28,6 @@ def test_four_shards_on_three_nodes_have_the_bits_of_four_on_one(tiny_checkpoint
     assert (spread.token_ids, spread.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_shards_that_do_not_divide_the_heads_are_refused(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="3 shards do not divide the model's 4 heads"):
-        Engine(tiny_checkpoint, shards=3)
+def test_more_shards_than_heads_are_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="5 shards are too many for the model's query heads, 4"):
+        Engine(tiny_checkpoint, shards=5)

@@ -130,7 +130,9 @@ def test_a_draw_and_its_logprobs_do_not_depend_on_the_rows_beside_it(dtype: torc
     def drawn(rows: Sequence[int]) -> list[object]:
         slices = tuple(Slice(row % N_SLOTS, 0, 1, (replace(SAMPLING, seed=row),)) for row in rows)
         batch = Batch(0, slices, text_positions(0, len(rows)))
-        return list(stage.sample(batch, hidden[list(rows)]).tokens)
+        result = stage.sample(batch, hidden[list(rows)])
+        assert result
+        return list(result.tokens)
 
     alone = [drawn([row])[0] for row in range(9)]
     for together in ([0, 1], [4, 2, 0], list(range(9)), [8, 7, 6, 5]):

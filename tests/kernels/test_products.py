@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdi.core.group import InputShards
 from mdi.core.quantization import FORMATS as NAMED
 from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
 from mdi.kernels import build
 from mdi.kernels.library import Library, library
-from mdi.kernels.packed import Kernels, PackedWeight, product
+from mdi.kernels.packed import Kernels, PackedWeight, partial_products, product
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -173,9 +174,9 @@ def test_swiglu_is_fused(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", [*FLOATS, *FORMATS])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [None, InputShards((0, 256, 768), 256)], ids=["whole", "shards"])
 def test_a_row_has_the_same_bits_in_every_batch(
-    kernels: Kernels, kind: torch.dtype | Quantization, shards: int, set_threads: Callable[[int], None]
+    kernels: Kernels, kind: torch.dtype | Quantization, shards: InputShards | None, set_threads: Callable[[int], None]
 ) -> None:
     dtype = torch.bfloat16 if isinstance(kind, Quantization) else kind
     weight = quantized(kind, 72, 768) if isinstance(kind, Quantization) else random(72, 768, dtype=kind)
@@ -191,28 +192,41 @@ def test_a_row_has_the_same_bits_in_every_batch(
             assert torch.equal(made, whole[part]), (n_threads, part)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_shards_are_products_of_their_own_that_are_added_in_order(kernels: Kernels, dtype: torch.dtype) -> None:
-    weight, x = random(40, 96, dtype=dtype), random(9, 96, dtype=dtype).float()
-    whole = product(PackedWeight.pack(weight, kernels=kernels), x, shards=3)
-    parts = [
-        product(PackedWeight.pack(weight[:, begin : begin + 32], kernels=kernels), x[:, begin : begin + 32])
-        for begin in (0, 32, 64)
-    ]
-    assert torch.equal(whole, parts[0] + parts[1] + parts[2])
+@pytest.mark.parametrize("kind", [*FLOATS, INT8, INT4])
+@pytest.mark.parametrize("bounds", [(0, 128, 384), (0, 64, 192, 384)])
+def test_shards_are_products_of_their_own_that_are_rounded_and_added_in_order(
+    kernels: Kernels, kind: torch.dtype | Quantization, bounds: tuple[int, ...]
+) -> None:
+    dtype = torch.bfloat16 if isinstance(kind, Quantization) else kind
+    weight = quantized(kind, 72, 384) if isinstance(kind, Quantization) else random(72, 384, dtype=kind)
+    x, residual, shards = random(23, 384, dtype=dtype), random(23, 72, dtype=dtype), InputShards(bounds, 64)
+    packed = PackedWeight.pack(weight, kernels=kernels)
+    parts = [product(PackedWeight.pack(columns(weight, part), kernels=kernels), x[:, part]) for part in shards.slices]
+    for rows in (1, 3, 23):
+        sums = torch.empty(shards.count, rows, 72, dtype=dtype)
+        partial_products(packed, x[:rows], shards, sums)
+        assert torch.equal(sums, torch.stack(parts)[:, :rows])
+        total = sums[0].float()
+        for part in sums[1:]:
+            total = total + part
+        made = product(packed, x[:rows], residual=residual[:rows], shards=shards)
+        assert torch.equal(made, (total + residual[:rows]).to(dtype))
 
 
-def test_shards_of_quantised_weights(kernels: Kernels) -> None:
-    weight, x = quantized(INT8, 40, 384), random(9, 384)
-    whole = product(PackedWeight.pack(weight, kernels=kernels), x, shards=3)
-    parts = [slice(begin, begin + 128) for begin in (0, 128, 256)]
-    first, second, third = (
-        product(PackedWeight.pack(replace(weight, values=weight.values[:, part]), kernels=kernels), x[:, part])
-        for part in parts
-    )
-    assert torch.equal(whole, first + second + third)
-    with pytest.raises(ValueError, match="384 inputs are no multiple of 4 shards times 64"):
-        product(PackedWeight.pack(weight, kernels=kernels), x, shards=4)
+def columns(weight: Tensor | QuantizedTensor, part: slice) -> Tensor | QuantizedTensor:
+    """Some inputs of a weight, in whole groups."""
+    if isinstance(weight, Tensor):
+        return weight[:, part]
+    per_byte, group = 8 // weight.quantization.bits, weight.quantization.group
+    values = weight.values[:, part.start // per_byte : part.stop // per_byte]
+    scales = weight.scales[:, part.start // group : part.stop // group] if group else weight.scales
+    return replace(weight, values=values, scales=scales)
+
+
+def test_shards_that_cut_a_group_are_refused(kernels: Kernels) -> None:
+    packed = PackedWeight.pack(quantized(INT8, 40, 384), kernels=kernels)
+    with pytest.raises(ValueError, match=r"shards that end at \(0, 96, 384\) cut groups of 64 inputs"):
+        product(packed, random(9, 384), shards=InputShards((0, 96, 384), 96))
 
 
 @pytest.mark.parametrize("places", [[-1, 1, 2], [384, 0, 1], []])

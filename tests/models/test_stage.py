@@ -38,7 +38,9 @@ def stage() -> Stage:
 
 def step(stage: Stage, slot: int, start: int, ids: list[int], samplings: Sequence[TokenSampling]) -> tuple[Token, ...]:
     batch = Batch(start, (Slice(slot, start, len(ids), tuple(samplings)),), text_positions(start, len(ids)))
-    return stage.sample(batch, stage.run(batch, stage.embed(torch.tensor(ids)))).tokens
+    result = stage.sample(batch, stage.run(batch, stage.embed(torch.tensor(ids))))
+    assert result
+    return result.tokens
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])

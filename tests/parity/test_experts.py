@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mdi.checkpoint.source import open_source
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.quantization import ModelQuantization
 from mdi.models.registry import read_config
+from mdi.models.shards import Shards
 from mdi.models.stage import Stage
 from tests.parity.conftest import load_stages
 from tests.parity.test_model import Prompt, logits_of, relative_difference
@@ -144,9 +146,9 @@ def test_a_window_slides_in_all_layers() -> None:
 
 def test_shards_divide_the_inner_width_of_experts() -> None:
     config = read_config(CONFIG | {"intermediate_size": 7, "moe_intermediate_size": 96})
-    config.check_shards(4)
-    with pytest.raises(ConfigError, match="do not divide the model's experts' intermediate size 96"):
-        config.check_shards(4, 16)
+    assert Shards.of(config, 4).inner == {96: (0, 24, 48, 72, 96)}
+    with pytest.raises(ConfigError, match="2 shards are too many for the model's experts' intermediate size, 96"):
+        Shards.of(replace(config, head_dim=64), 2, 64)
 
 
 def test_a_missing_expert_and_one_of_another_shape_are_named(checkpoint: Path) -> None:

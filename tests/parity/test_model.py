@@ -90,7 +90,9 @@ def run_chain(stages: Sequence[Stage], batch: Batch, hidden: Tensor) -> tuple[To
     for stage in stages:
         hidden = stage.run(batch, hidden)
         batch = batch.beyond(stage.spec.last_layer)
-    return stages[-1].sample(batch, hidden).tokens
+    result = stages[-1].sample(batch, hidden)
+    assert result
+    return result.tokens
 
 
 def greedy_tokens(stages: Sequence[Stage], prompts: Sequence[Prompt], n_tokens: int) -> list[list[int]]:

@@ -155,8 +155,10 @@ class DecoderLayer:
     ) -> Tensor:
         """hidden: [tokens, hidden_size]; cache, scales: this layer's slots. group, shards: as of `Decoder.forward`."""
         attention = self._attention(self.input_norm(hidden), rotation, cache, layout, scales)
-        hidden = _add_product(hidden, self.out, attention, group, shards and shards.out)
-        inner = shards and (shards.expert_down if isinstance(self.mlp, Experts) else shards.down)
+        out = inner = None
+        if shards:
+            out, inner = shards.out, shards.expert_down if isinstance(self.mlp, Experts) else shards.down
+        hidden = _add_product(hidden, self.out, attention, group, out)
         return _add_product(hidden, self.mlp, self.mlp_norm(hidden), group, inner)
 
     def _attention(self, x: Tensor, rotation: Rotation, cache: Tensor, layout: Layout, scales: Tensor | None) -> Tensor:
@@ -227,7 +229,7 @@ def _add_product(
     first = group.rank.first_shard
     partials = torch.empty(group.rank.n_shards, *residual.shape, dtype=residual.dtype)
     partials[first : first + shards.count] = own
-    group.exchange(partials, slice(len(residual)))
+    group.exchange(partials, slice(0, len(residual)))
     return add_partials(residual, partials.to(residual.device))
 
 

@@ -50,7 +50,8 @@ class Shards:
         out = tuple(config.head_dim * head for head in self.heads)
         plain = self.inner.get(config.intermediate_size)
         mixed = self.inner[config.experts.inner_size] if config.experts else None
-        return LayerShards(_own(out, rank), plain and _own(plain, rank), mixed and _own(mixed, rank))
+        down, expert_down = (None if bounds is None else _own(bounds, rank) for bounds in (plain, mixed))
+        return LayerShards(_own(out, rank), down, expert_down)
 
 
 def shard_step(quantization: ModelQuantization) -> int:

@@ -17,7 +17,7 @@ from mdi.layers.attention import Layout
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
-from mdi.models.shards import Shards, rank_config, shard_step
+from mdi.models.shards import Shards, shard_step
 from mdi.models.weights import LoadedStage
 
 MAX_LOGIT_ROWS = 64  # logits at once: a vocabulary of 151,936 takes 0.6 MB a row
