@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mdi.cluster.measure import MeasuredNode
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.config import ExpertsConfig, ModelConfig, StageSpec
-    from mdi.planning.choose import Choice, Goal
+    from mdi.planning.choose import Choice, Goal, Links
     from mdi.planning.hardware import Machine
     from mdi.planning.plan import Plan
     from mdi.planning.predict import StageSummary
@@ -80,13 +80,13 @@ def plan(
     dtype = options.dtype or config.dtype
     quantization = formats.of(source)
     cache = CacheSettings(sequence_length, max_sequences, kv_cache_gb=kv_cache_gb, kv_cache_dtype=kv_cache_dtype)
-    measured, vision_node = list["MeasuredNode"](), False
+    measured, links, vision_node = list["MeasuredNode"](), Links(), False
     if options.nodes_config:
         nodes = NodesConfig.read(options.nodes_config)
         nodes.check_layers(config.n_layers)
         n_nodes, vision_node = nodes.n_nodes, nodes.vision is not None
         layers, groups = layers or nodes.layers, groups or nodes.groups
-        measured = _measure(nodes, options, dtype, quantization)
+        measured, links = _measure(nodes, options, dtype, quantization)
     machines = [node.machine for node in measured]
     job = Job(
         config,
@@ -100,7 +100,7 @@ def plan(
         vision_node=vision_node,
         shards=split.shards,
     )
-    choice = None if layers or groups or not machines else choose(job, machines, Links())
+    choice = None if layers or groups or not machines else choose(job, machines, links)
     places = choice.best.nodes if choice else tuple(range(n_nodes))
     if choice:
         made, machines = choice.best.plan, [machines[place] for place in places]
@@ -135,10 +135,10 @@ def plan(
         if node.unknown:
             out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")
     if choice:
-        _print_choice(choice)
+        _print_choice(choice, links)
 
 
-def _print_choice(choice: Choice) -> None:
+def _print_choice(choice: Choice, links: Links) -> None:
     """The plan that is predicted to be fastest, those that come next, and why."""
     table = UncutTable("plan", "a token", "why", narrow=True)
     for candidate in (choice.best, *choice.runners_up):
@@ -146,8 +146,10 @@ def _print_choice(choice: Choice) -> None:
     out.print(table)
     if choice.declined:
         out.print(choice.declined)
-    if choice.n_nodes > 1:
-        out.print("The links between nodes are taken to have round trips of 0.2 ms, and 1 Gb/s.")
+    n_pairs = math.comb(choice.n_nodes, 2)
+    if n_pairs > len(links.known):
+        which = f"{n_pairs - len(links.known)} of {n_pairs} links" if links.known else "The links between nodes"
+        out.print(f"{which} could not be measured, and are taken to have round trips of 0.2 ms, and 1 Gb/s.")
 
 
 def _report(rows: Sequence[tuple[str, StageSpec, StageSummary]], made: Plan, choice: Choice | None) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _report(rows: Sequence[tuple[str, StageSpec, StageSummary]], made: Plan, cho
 
 def _measure(
     nodes: NodesConfig, options: NodesOptions, dtype: str, quantization: ModelQuantization
-) -> list[MeasuredNode]:
+) -> tuple[list[MeasuredNode], Links]:
     from mdi.cluster.launchers.manual import starter_identity
     from mdi.cluster.measure import measure_reachable
     from mdi.rpc.tls import encryption_enabled

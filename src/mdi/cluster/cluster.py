@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import cast
 
 import psutil
 
@@ -48,7 +49,8 @@ from mdi.models.shards import Shards
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
-from mdi.planning.explain import ALONE, EVEN, FOUND, GIVEN, GROUPED, MEASURED, explain
+from mdi.planning.choose import Goal, Job, choose
+from mdi.planning.explain import ALONE, CHOSEN, EVEN, FOUND, GIVEN, GROUPED, explain
 from mdi.planning.plan import VISION, Plan, make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
@@ -198,7 +200,7 @@ class Cluster:
         if self._groups:
             return GROUPED
         if self._measured:
-            return MEASURED
+            return CHOSEN
         return EVEN if even and self._nodes is None else FOUND
 
     @property
@@ -331,21 +333,21 @@ class Cluster:
         model, cache = source.model_config, self._config.cache
         dtype = self._dtype or model.dtype
         formats, manual = self._formats or source.quantization, self._config.cluster.manual
-        machines = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
-        return make_plan(
+        machines, links = measure_all(self._nodes, manual, self._monitor, dtype, formats, self._device, self._waiting)
+        job = Job(
             model,
-            self.n_nodes,
-            self._layers,
-            groups=self._groups,
-            shards=self._config.cluster.shards,
-            machines=machines,
-            dtype=dtype,
-            quantization=formats,
+            dtype,
+            formats,
+            optimize=cast("Goal", self._config.cluster.optimize),
             cache_tokens=planned_tokens(cache, model.max_positions),
             most_cache_bytes=planned_bytes(cache),
             cache_dtype=cache.kv_cache_dtype,
             vision_node=self._vision_address is not None,
+            shards=self._config.cluster.shards,
         )
+        if self._layers or self._groups:
+            return job.plan(machines, self._groups or (1,) * self.n_nodes, self._layers)
+        return choose(job, machines, links, use_all=True).best.plan
 
     def _starter_progress(self) -> Progress | None:
         progress = self._progress

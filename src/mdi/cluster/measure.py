@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from mdi.checkpoint.cache import default_cache_folder
 from mdi.cluster.launchers.manual import ManualLauncher, Waiting, addresses
@@ -15,9 +18,12 @@ from mdi.cluster.nodes_config import NodeConfig, NodesConfig
 from mdi.core.config import ManualNodes
 from mdi.core.errors import LinkError
 from mdi.core.quantization import ModelQuantization
+from mdi.planning.choose import Links
 from mdi.planning.hardware import LinkSpeed, Machine, measure_hardware
 from mdi.rpc.measure_link import measure_link as measure_own_link
 from mdi.rpc.tls import Identity
+
+log = logging.getLogger(__name__)
 
 PROCESS_BYTES = 0.3e9  # of `memory_gb`: what a node takes before it has a weight
 
@@ -38,8 +44,8 @@ def measure_all(
     quantization: ModelQuantization,
     device: str,
     waiting: Waiting | None = None,
-) -> list[Machine]:
-    """All machines, the starter's first; waits for nodes as the start of a cluster does.
+) -> tuple[list[Machine], Links]:
+    """All machines, the starter's first, and their links; waits for nodes as the start of a cluster does.
 
     dtype, quantization, device: what the starter computes with. Raises LinkError when nodes are missing, or cannot be
     measured.
@@ -53,15 +59,16 @@ def measure_all(
     for one, node in zip(measured[1:], launcher.nodes, strict=True):
         if one.unknown:
             raise LinkError(f"node {node.name} could not be measured: {one.unknown}", node.name)
-    return [one.machine for one in measured]
+    return [one.machine for one in measured], asyncio.run(_measure_links(launcher.nodes, monitor.identity))
 
 
 def measure_reachable(
     config: NodesConfig, identity: Identity | None, dtype: str, quantization: ModelQuantization, device: str
-) -> list[MeasuredNode]:
+) -> tuple[list[MeasuredNode], Links]:
     """The same for nodes that run now; one that does not is taken to be as fast as this machine."""
     nodes = [addresses(node, identity) for node in config.pipeline]
-    return _measure(config, identity, nodes, dtype, quantization, device)
+    measured = _measure(config, identity, nodes, dtype, quantization, device)
+    return measured, asyncio.run(_measure_links([names[0] for names in nodes], identity))
 
 
 def _measure(
@@ -87,6 +94,20 @@ def _measure(
                 machine, unknown = replace(here, memory_bytes=math.inf), str(error)
         measured.append(MeasuredNode(_limited(machine, described), unknown))
     return measured
+
+
+async def _measure_links(nodes: Sequence[NodeAddress], identity: Identity | None) -> Links:
+    """Of every pair of nodes, one after the other; those that do not answer are left out. nodes: after the starter."""
+    known = dict[tuple[int, int], LinkSpeed]()
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(NodeClient(node, identity)) for node in nodes]
+        for (one, first), (other, second) in combinations(enumerate([None, *clients]), 2):
+            assert second  # only the first of all is the starter
+            try:
+                known[one, other] = await measure_link(first, second, identity)
+            except LinkError as error:
+                log.warning("the link between nodes %d and %d is not measured: %s", one, other, error)
+    return Links(known)
 
 
 async def measure_link(one: NodeClient | None, other: NodeClient, identity: Identity | None) -> LinkSpeed:

@@ -13,7 +13,6 @@ EVEN = "each node reads as equal a part of the weights as whole layers allow: th
 GIVEN = "the layers of each node were given (--layers, or layers in the nodes-config)"
 GROUPED = "the nodes of each stage were given (--groups, --tensor-parallel-size, or group in the nodes-config)"
 CHOSEN = "the machines were measured, and this is the plan that is predicted to be fastest"
-MEASURED = "the machines were measured, and the slowest node is as fast as any split makes it"
 FOUND = "the chunks that were prepared earlier are split so: mdi prepare makes new ones"
 
 
