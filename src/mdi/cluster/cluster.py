@@ -100,12 +100,12 @@ class Cluster:
         self._manual: ManualLauncher | None = None
         self._ray: RayPlacement | None = None
         self._measured = False
-        set_threads(nodes.starter.threads if nodes else None, self._device)
         with ExitStack() as undo:
             undo.callback(self.close)
             if config.cluster.on_ray.ray:
                 self._ray = RayPlacement.connect(config.cluster.on_ray, self._device)
             self.n_nodes = self._count_nodes(source.model_config.n_layers)
+            set_threads(self._threads, self._device)
             alone = self.n_nodes == 1 and not self._vision_address
             self._loaded = self._load_alone(source) if alone else self._load_together(source)
             self.cache = self._cache_budget(source.model_config)
@@ -229,6 +229,18 @@ class Cluster:
         node = self._nodes.vision if self._nodes else None
         return NodeAddress(node.name, node.address) if node else None
 
+    @property
+    def _local_threads(self) -> int:
+        """Of each node that is started on this machine."""
+        return max(1, default_threads() // self.n_nodes)
+
+    @property
+    def _threads(self) -> int | None:
+        """Of this process. None is one for each core: the stages of a layer split take turns, and ranks do not."""
+        if self._nodes:
+            return self._nodes.starter.threads
+        return self._local_threads if self._groups and not self._ray else None
+
     def _count_nodes(self, n_layers: int) -> int:
         asked = self._nodes.n_nodes if self._nodes else self._config.cluster.n_nodes
         return asked or (self._ray.count_nodes(n_layers) if self._ray else 1)
@@ -323,7 +335,7 @@ class Cluster:
             self._manual = ManualLauncher(self._nodes, manual, monitor, chunks, self._progress, self._waiting)
             return self._manual
         files = [chunks.folder / chunk.file for chunk in chunks.manifest.chunks[1:]]
-        threads = max(1, default_threads() // self.n_nodes)
+        threads = self._local_threads
         dtype, device = chunks.manifest.dtype, self._device
         return LocalLauncher(files, dtype=dtype, device=device, threads=threads, authority=authority)
 
