@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
-# Modules are compiled when they are imported first: most of torch and transformers never is. Tests start many processes,
-# on machines that may keep no bytecode (PYTHONDONTWRITEBYTECODE): there all modules are compiled once.
+# Modules are compiled when they are imported first: most of torch and transformers never is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 KERNELS := src/mdi/kernels
 LIBRARY := $(KERNELS)/libmdi_kernels.so
@@ -60,7 +59,6 @@ $(INSTALLED): pyproject.toml
 
 $(DEVELOPED): $(INSTALLED)
 	$(INSTALL) --editable '.[dev]'
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some are for other versions of Python
 	@touch $@
 
 $(LIBRARY): $(KERNELS)/build.py $(wildcard $(KERNELS)/c/*) | $(INSTALLED)

@@ -5,6 +5,7 @@
     python -m benchmarks.faults --manual             # manual launcher, encrypted, one host a node; Linux, as root
     python -m benchmarks.faults --dtype float32      # the bundled model in another type than its own
     python -m benchmarks.faults --constrained        # every answer is a JSON array of a schema
+    python -m benchmarks.faults --groups 2,2         # two stages of two ranks; local nodes
 
 Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen; with
 --manual also a cable that is cut for a while. There, a killed node is started again at once, as systemd does, and a
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--manual", action="store_true", help="manual launcher, encrypted, one host a node")
     parser.add_argument("--dtype", help="what the bundled model computes in; its own is bfloat16")
     parser.add_argument("--constrained", action="store_true", help="answers follow a JSON schema")
+    parser.add_argument("--groups", help="the ranks of each stage, four nodes in all: 2,2")
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, CABLE), help="these faults alone")
     options = parser.parse_args()
     if options.manual and (reason := why_not()):
@@ -206,9 +208,11 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mdi-faults-")))
         path = unpack(folder / "bundled")
-        engine, nodes = (
-            manual(path, options.dtype, folder, stack) if options.manual else local(path, options.dtype, stack)
-        )
+        if options.manual:
+            engine, nodes = manual(path, options.dtype, folder, stack)
+        else:
+            groups = tuple(map(int, options.groups.split(","))) if options.groups else (1,) * N_NODES
+            engine, nodes = local(path, options.dtype, groups, stack)
         kinds, requests = options.kinds or nodes.kinds, constrained() if options.constrained else questions()
         count, recoveries, left = soak(
             engine, requests, nodes, kinds, options.faults, options.seconds, random.Random(options.seed)
@@ -218,8 +222,8 @@ def main() -> None:
     sys.exit(bool(count.wrong or count.lost or left))
 
 
-def local(path: Path, dtype: str | None, stack: ExitStack) -> tuple[Engine, Nodes]:
-    engine = stack.enter_context(Engine(path, n_nodes=N_NODES, dtype=dtype, sequence_length=2048, recovery=LIMITS))
+def local(path: Path, dtype: str | None, groups: tuple[int, ...], stack: ExitStack) -> tuple[Engine, Nodes]:
+    engine = stack.enter_context(Engine(path, groups=groups, dtype=dtype, sequence_length=2048, recovery=LIMITS))
     return engine, LocalNodes(engine)
 
 

@@ -30,6 +30,10 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
             "fullsize --shape tiny --peers transformers --formats bf16 --rounds 1 --json FILE --folder FOLDER",
             ("decode", "prefill", "image", "loading", "beyond the chunk"),
         ),
+        (
+            "groups --shape tiny --formats bf16 --turns 1 --answer 8 --prompt 64 --folder FOLDER",
+            ("decode, streams: 4", "first of 64 tokens"),
+        ),
         ("media --runs 1", ("ratio",)),
         ("links --rounds 2 --json FILE", ("our link", "of the bare stream's rate")),
         ("streams --tiny --only image --folder FOLDER", ("image in the context", "encoded in")),
@@ -37,12 +41,12 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         ("page --short", ("first paint", "dropped")),
         ("masks", ("once a server", "1,000 choices")),
         ("moe --layers 1 --streams 1 2", ("experts read", "dense")),
-        ("mixed --requests 40", ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
+        ("mixed --requests 30", ("lost requests: 0; mixed up: 0", "ready afterwards: True")),
         ("memory --requests 150 --plot PLOT", ("bytes a request", "node 1")),
         ("agents --agents 8 --tokens 800", ("answers that differ from those alone: 0 of 8",)),
         ("on_ray --tiny --turns 1 --folder FOLDER", ("decode, streams: 4", "without Ray")),
-        ("faults --faults 2 --seconds 60", SOAKED),
-        ("faults --faults 1 --constrained --kinds kill", SOAKED),
+        ("faults --faults 1", SOAKED),
+        ("faults --faults 1 --constrained --groups 2,2", SOAKED),
         pytest.param(
             "faults --manual --faults 1",
             SOAKED,
@@ -51,6 +55,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
     ],
     ids=[
         "fullsize",
+        "groups",
         "media",
         "links",
         "streams",
@@ -63,7 +68,7 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
         "agents",
         "on ray",
         "faults",
-        "faults constrained",
+        "faults constrained, in groups",
         "faults manual",
     ],
 )

@@ -239,7 +239,8 @@ class Cluster:
         """Of this process. None is one for each core: the stages of a layer split take turns, and ranks do not."""
         if self._nodes:
             return self._nodes.starter.threads
-        return self._local_threads if self._groups and not self._ray else None
+        grouped = self._groups is not None and max(self._groups) > 1
+        return self._local_threads if grouped and not self._ray else None
 
     def _count_nodes(self, n_layers: int) -> int:
         asked = self._nodes.n_nodes if self._nodes else self._config.cluster.n_nodes
