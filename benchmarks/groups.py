@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure, ratio, report
+from benchmarks.figures import Figure, in_turns, ratio, report
 from benchmarks.formats import FORMATS, Format, engine_settings, random_checkpoint
 from benchmarks.sides import Side
 
@@ -71,14 +73,12 @@ def compared(path: Path, format_: Format, options: argparse.Namespace) -> Iterat
 
 
 def turns(sides: dict[str, Side], work: dict[str, int], value: str, n_turns: int) -> dict[str, list[float]]:
-    """What each side measures in each turn. A first turn is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for seed in range(n_turns + 1):
-        for name, side in sides.items():
-            measured = side.value("measured", **work, seed=seed)[value]
-            if seed:
-                found[name].append(measured)
-    return found
+    """What each side measures in each turn, of prompts that are in no cache."""
+
+    def call(side: Side, seeds: Iterator[int]) -> float:
+        return float(side.value("measured", **work, seed=next(seeds))[value])
+
+    return in_turns({name: partial(call, side, count()) for name, side in sides.items()}, n_turns)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from mdi.models.stage import Stage
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 from mdi.rpc.group_link import GroupLink
+from mdi.rpc.sockets import host_and_port
 from mdi.rpc.tls import Identity
 from mdi.rpc.version import HERE
 
@@ -269,7 +270,7 @@ class LinkEpoch:
         for place in stage:
             rank = self._ranks[place]
             assert rank is not None  # as all of a group have one
-            host = self._node(place).address.rpartition(":")[0].strip("[]") if place else ""
+            host = host_and_port(self._node(place).address)[0] if place else ""
             member = node_pb2.GroupMember(
                 node=self._id(place),
                 host=host,

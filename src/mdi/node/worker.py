@@ -111,8 +111,9 @@ class Epoch:
                 out = self.stage.run(batch, hidden)
                 if self.stage.spec.head:
                     self.stage.sample(batch, out)
-        except Exception:
-            membership.close()  # by which the other ranks notice
+        except Exception as error:
+            if not (isinstance(error, LinkError) and error.node):  # another rank is lost, and this one is not at fault
+                membership.close()  # by which the others notice
             raise
 
     def lose(self, error: LinkError) -> None:
