@@ -31,6 +31,7 @@ def test_with_kernels_the_pool_has_the_threads_and_torch_one() -> None:
 def test_without_kernels_and_on_other_devices_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     set_threads(1, "cpu")
     set_threads(3, "cuda")
+    assert computes_with("cuda:0") == f"torch {torch.__version__} on cuda:0"
     assert (compute_threads(), torch.get_num_threads()) == (1, 3)
     monkeypatch.setattr(threads, "library", lambda: None)
     set_threads(2, "cpu")

@@ -49,7 +49,8 @@ def run_bench(engine: Engine, source: Source, scenarios: Sequence[Scenario], pee
 
     Both models are in memory then.
     """
-    dtype = engine.nodes()[0].dtype
+    starter = engine.nodes()[0]
+    dtype, kernels = starter.dtype, computes_with(starter.device)
     theirs = Transformers(source, dtype) if peer else None
     runs, peers = list[Run](), list[Run]()
     total = (1 + len(scenarios)) * (1 + peer)
@@ -64,7 +65,7 @@ def run_bench(engine: Engine, source: Source, scenarios: Sequence[Scenario], pee
     progress("done", total, total)
     limits = limits_for(scenarios)
     sizes = node_memory(source.model_config, engine.nodes(), limits.sequence_length * limits.max_sequences)
-    return Bench(engine.model_name, dtype, computes_with(), tuple(runs[1:]), tuple(peers[1:]), sizes, memory)
+    return Bench(engine.model_name, dtype, kernels, tuple(runs[1:]), tuple(peers[1:]), sizes, memory)
 
 
 def _warm_up(scenarios: Sequence[Scenario]) -> Scenario:

@@ -30,8 +30,10 @@ def compute_threads() -> int:
     return found.shared("threads", result=c_int)() if found else torch.get_num_threads()
 
 
-def computes_with() -> str:
-    """What computes on CPUs in this process, in words: "avx2 kernels, 2 threads"."""
+def computes_with(device: str = "cpu") -> str:
+    """What computes on a device in this process, in words: "avx2 kernels, 2 threads", "torch 2.13.0 on cuda:0"."""
+    if not device.startswith("cpu"):
+        return f"torch {torch.__version__} on {device}"
     found, count = library(), compute_threads()
     kernels = f"{found.isa} kernels" if found else f"torch {torch.__version__}"
     return f"{kernels}, {count} thread{'s' if count > 1 else ''}"

@@ -38,6 +38,7 @@ FORMATS = "MP4, MOV, WebM, MKV, AVI, MPEG-TS, GIF"
 DECODING_BYTES = 24  # for a pixel of a frame: a decoder keeps up to 16 of them, of 12 bits a pixel
 USUAL_FPS = 25.0  # for a file with neither rate nor times
 RATE_TOLERANCE = 0.05
+ANY_NAMES: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}  # as PyAV 19 reads them
 NO_FRAMES = "the video has no frames, or all of them are damaged"
 
 
@@ -105,9 +106,7 @@ class VideoFile:
             "max_pixels": str(self.policy.max_video_pixels),
         }
         try:
-            container = av.open(
-                io.BytesIO(self.data), "r", options=limits, metadata_errors="replace", io_open=_open_nothing
-            )
+            container = av.open(io.BytesIO(self.data), "r", options=limits, io_open=_open_nothing, **ANY_NAMES)
         except (av.FFmpegError, ValueError):
             raise _refusal(_why_not_opened(self.data)) from None
         with container, self.deadline.work.temporary():
