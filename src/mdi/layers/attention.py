@@ -87,18 +87,18 @@ def rotate(
         cos, sin = (rotation.cos, rotation.sin) if rotation else (None, None)
         kernels.rotate(qkv, cos, sin, layout.runs, cache, scales, n_kv_heads=n_kv_heads, norms=exact, eps=eps)
         return qkv[:, :n_heads]
-    queries, keys, values = qkv.tensor_split((n_heads, n_heads + n_kv_heads), dim=1)
+    rotated, values = qkv.tensor_split((n_heads + n_kv_heads,), dim=1)
     if norms:
-        queries, keys = norms[0](queries), norms[1](keys)
+        rotated = torch.cat((norms[0](rotated[:, :n_heads]), norms[1](rotated[:, n_heads:])), dim=1)
     if rotation:
-        queries, keys = rotation(queries), rotation(keys)
-    written = torch.stack((keys, values), dim=1)
+        rotated = rotation(rotated)
+    written = torch.stack((rotated[:, n_heads:], values), dim=1)
     if scales is not None:
         scale = written.float().abs().amax(-1) / 127
         scales[layout.places] = scale
         written = (written.float() / scale.clamp_min(TINY)[..., None]).round().to(torch.int8)
     cache[layout.places] = written
-    return queries
+    return rotated[:, :n_heads]
 
 
 def attend(queries: Tensor, cache: Tensor, layout: Layout, scales: Tensor | None = None, *, window: int = 0) -> Tensor:
@@ -121,7 +121,7 @@ def attend(queries: Tensor, cache: Tensor, layout: Layout, scales: Tensor | None
     for (row, slot, start, length), causal in zip(layout.runs.tolist(), layout.masks, strict=True):
         mask = _mask(start, length, window, queries.device) if window else causal
         made.append(_attend_run(queries[row : row + length], kept(slot, start + length), mask))
-    return torch.cat(made)
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _attend_run(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
