@@ -68,8 +68,8 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int =
     return min(path.parent.glob(f"{_written(writer, path).stem}*.gguf"))
 
 
-def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
-    """The vision tower, for `write_gguf` of the same checkpoint."""
+def write_mmproj(checkpoint: Path, path: Path, kind: str, *, without: str = "", **entries: Any) -> Path:
+    """The vision tower, for `write_gguf` of the same checkpoint. without: a tensor that is left out."""
     config = json.loads((checkpoint / "config.json").read_text())
     vision = read_config(config).vision
     assert vision is not None
@@ -79,7 +79,9 @@ def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Pat
     for name, weight in _weights(checkpoint, config).items():
         if name.startswith(VISUAL):
             for own_name, part in _tower_parts(name, weight, vision).items():
-                _add(writer, _name_of(own_name, gguf.MODEL_ARCH.MMPROJ, max(vision.depth, MERGER_PARTS)), part, kind)
+                new_name = _name_of(own_name, gguf.MODEL_ARCH.MMPROJ, max(vision.depth, MERGER_PARTS))
+                if new_name != without:
+                    _add(writer, new_name, part, kind)
     return _written(writer, path)
 
 
