@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen3_vl": tiny_deepstack_config(**WHOLE_VOCABULARY),
     "qwen3_vl_moe": tiny_deepstack_experts_config(**WHOLE_VOCABULARY),
 }
-MERGES = {"tokenizer.ggml.merges": ["a b"]}  # llama.cpp expects some
+MERGES: dict[str, Any] = {"tokenizer.ggml.merges": ["a b"]}  # llama.cpp expects some
 
 
 @pytest.fixture(autouse=True)

@@ -93,12 +93,13 @@ def test_tensors_and_config_are_those_that_were_written(
     assert source.model_config.vision == original.model_config.vision
     assert source.model_config.rope == original.model_config.rope
     assert source.model_config.image_token_id == original.model_config.image_token_id
-    cut, expected = media_specs(source)[0], media_specs(original)[0]
+    (cut, video), (expected, their_video) = media_specs(source), media_specs(original)
+    assert video == their_video
     assert cut
     assert expected
     assert np.array_equal(normalized_bytes(cut), normalized_bytes(expected))
-    scale = {"image_mean": expected.image_mean, "image_std": expected.image_std}  # which are float32 in the file
-    assert replace(cut, **scale) == expected
+    means = replace(cut, image_mean=expected.image_mean, image_std=expected.image_std)  # which are float32 in the file
+    assert means == expected
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from mdi.checkpoint.gguf_config import FREQUENCIES, hub_config
 from mdi.checkpoint.gguf_file import GgufFile, GgufTensor, parts_of, read_parts
 from mdi.checkpoint.gguf_formats import EXACT, as_stored, has_one_format, nearest_format
 from mdi.checkpoint.gguf_tokenizer import write_tokenizer
-from mdi.checkpoint.gguf_tower import PREPROCESSOR, TOWERS, preprocessor_config
+from mdi.checkpoint.gguf_tower import TOWERS, processor_files
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.new_folder import new_folder
 from mdi.core.errors import CheckpointError
@@ -217,7 +217,8 @@ def gguf_folder(file: Path, mmproj: Path | None = None) -> Path:
                 write_tokenizer(unfinished, model.entries)
             (unfinished / CONFIG).write_text(json.dumps(config, indent=2))
             if projector:
-                (unfinished / PREPROCESSOR).write_text(json.dumps(preprocessor_config(projector), indent=2))
+                for name, content in processor_files(projector).items():
+                    (unfinished / name).write_text(json.dumps(content, indent=2))
                 (unfinished / MMPROJ_LINK).symlink_to(tower[0])
             for number, part in enumerate(files, 1):
                 (unfinished / (LINK if number == 1 else f"model.part{number:05}.gguf")).symlink_to(part)

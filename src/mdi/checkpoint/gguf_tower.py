@@ -14,7 +14,7 @@ from mdi.core.errors import CheckpointError
 from mdi.media.patches import CLIP_MEAN, CLIP_STD
 from mdi.models.config import VisionConfig
 
-PREPROCESSOR = "preprocessor_config.json"
+IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 TEMPORAL_PATCH_SIZE = 2  # of each of these models: a tensor for either frame
 MERGE_SIZE = 2  # where a file does not say
 WINDOW_SIZE = 112
@@ -33,8 +33,8 @@ class Tower:
     """One kind of tower.
 
     architectures: of models that have it, by those of their decoders in GGUF. config: its `vision_config`. outer, mlp:
-    names around the blocks, and of a block's MLP, in the file -> on the hub. pixels: the least and the most of an
-    image, where the file does not say.
+    names around the blocks, and of a block's MLP, in the file -> on the hub. pixels, video_pixels: the least and the
+    most of an image where the file does not say, and of a video where its processor has limits of its own.
     """
 
     architectures: Mapping[str, str]
@@ -42,6 +42,7 @@ class Tower:
     outer: Mapping[str, str]
     mlp: Mapping[str, str]
     pixels: tuple[int, int]
+    video_pixels: tuple[int, int] | None = None
 
     def place(self, tensor: GgufTensor, vision: VisionConfig) -> tuple[str, int]:
         """The name on the hub, and which part of that tensor it is. Raises CheckpointError for an unknown one.
@@ -94,18 +95,23 @@ def _kind(file: GgufFile) -> str:
     return str(file.entries.get("clip.projector_type", file.entries.get("clip.vision.projector_type", "none")))
 
 
-def preprocessor_config(file: GgufFile) -> dict[str, Any]:
-    """How images are cut for a tower, as preprocessor_config.json says it."""
-    entries, (least, most) = file.entries, TOWERS[_kind(file)].pixels
-    return {
+def processor_files(file: GgufFile) -> dict[str, dict[str, Any]]:
+    """How images and videos are cut for a tower: the contents of its processors' files, by name."""
+    entries, tower = file.entries, TOWERS[_kind(file)]
+    cut = {
         "patch_size": _entry(file, "patch_size"),
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "merge_size": entries.get("clip.vision.spatial_merge_size", MERGE_SIZE),
-        "min_pixels": entries.get("clip.vision.image_min_pixels", least),
-        "max_pixels": entries.get("clip.vision.image_max_pixels", most),
         "image_mean": entries.get("clip.vision.image_mean", list(CLIP_MEAN)),
         "image_std": entries.get("clip.vision.image_std", list(CLIP_STD)),
     }
+    least = entries.get("clip.vision.image_min_pixels", tower.pixels[0])
+    most = entries.get("clip.vision.image_max_pixels", tower.pixels[1])
+    files = {IMAGES: {**cut, "min_pixels": least, "max_pixels": most}}
+    if tower.video_pixels:
+        least, most = tower.video_pixels
+        files[VIDEOS] = {**cut, "size": {"shortest_edge": least, "longest_edge": most}}
+    return files
 
 
 def _entry(file: GgufFile, name: str) -> Any:
@@ -200,6 +206,7 @@ TOWERS = {
         },
         {"ffn_up": "mlp.linear_fc1", "ffn_down": "mlp.linear_fc2"},
         (65536, 16777216),
+        (4096, 25165824),
     ),
 }
-"""By `clip.projector_type`. Limits of pixels are those of preprocessor_config.json of all published models."""
+"""By `clip.projector_type`. Limits of pixels are those of all published models' processors."""
