@@ -1,13 +1,15 @@
 """Real GGUF files, against transformers with the weights dequantised and against llama.cpp: the share of equal tokens.
 
     python -m benchmarks.gguf_models            # SmolLM2-135M (Q4_1) and Qwen2.5-Coder-0.5B (K-quants), some minutes
+    python -m benchmarks.gguf_models --large    # Qwen2.5-Coder-1.5B (K-quants): 12 GB of memory
 
-Both come from packages of the Python index. Ten questions each, greedy, 64 tokens at most: in float32 with the
+They come from packages of the Python index. Ten questions each, greedy, 64 tokens at most: in float32 with the
 dequantised weights, and as the files run by default. llama.cpp computes through the package xllamacpp.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -44,8 +46,11 @@ console = Console()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="the model of 1.5 billion parameters")
+    files = [_qwen_coder("1.5B")] if parser.parse_args().large else [_smollm2(), _qwen_coder("0.5B")]
     table = Table("file", "computed as", "beside", "equal tokens", "answers that are equal to their end")
-    for file in (_smollm2(), _qwen_coder()):
+    for file in files:
         exact, prompts = _our_answers(file, quantization="none", dtype="float32")
         usual, _ = _our_answers(file)
         peer = _answers_of_llama_cpp(file, prompts)
@@ -109,12 +114,12 @@ def _smollm2() -> Path:
     return file
 
 
-def _qwen_coder() -> Path:
-    file = FOLDER / "Qwen2.5-Coder-0.5B-Instruct.gguf"
+def _qwen_coder(size: str) -> Path:
+    file = FOLDER / f"{MODELS[size].name}.gguf"
     if not file.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            file.write_bytes(download(MODELS["0.5B"], Path(scratch)).read_bytes())
+            file.write_bytes(download(MODELS[size], Path(scratch)).read_bytes())
     return file
 
 

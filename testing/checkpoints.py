@@ -109,6 +109,13 @@ def tiny_deepstack_config(**text: Any) -> dict[str, Any]:
     }
 
 
+def tiny_deepstack_experts_config(**text: Any) -> dict[str, Any]:
+    """The same with a mixture of experts in each layer."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    made = tiny_deepstack_config(**experts, model_type="qwen3_vl_moe_text", **text)
+    return made | {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+
+
 def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
     name = family.title().replace("_", "")

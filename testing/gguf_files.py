@@ -18,16 +18,33 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mdi.models.config import VisionConfig
+from mdi.models.config import ModelConfig, VisionConfig
+from mdi.models.decoder import EXPERTS
 from mdi.models.registry import family_of, read_config
 
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
-ARCHITECTURES = {"mistral": "llama", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl"}
-PROJECTORS = {"qwen2_vl": gguf.VisionProjectorType.QWEN2VL, "qwen2_5_vl": gguf.VisionProjectorType.QWEN25VL}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "qwen2_vl": "qwen2vl",
+    "qwen2_5_vl": "qwen2vl",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_vl": "qwen3vl",
+    "qwen3_vl_moe": "qwen3vlmoe",
+}
+PROJECTORS = {
+    "qwen2_vl": gguf.VisionProjectorType.QWEN2VL,
+    "qwen2_5_vl": gguf.VisionProjectorType.QWEN25VL,
+    "qwen3_vl": gguf.VisionProjectorType.QWEN3VL,
+    "qwen3_vl_moe": gguf.VisionProjectorType.QWEN3VL,
+}
 VISUAL = "visual."
 MERGER_PARTS = 3  # which the package counts as blocks
+QWEN3_MERGER = {"merger.norm": "merger.ln_q", "merger.linear_fc1": "merger.mlp.0", "merger.linear_fc2": "merger.mlp.2"}
+"""Parts of Qwen3-VL's merger that the converter calls as in Qwen2-VL."""
+
+FLOAT32 = ("ffn_gate_inp.weight", "v.position_embd.weight")  # matrices that no type is chosen for
 
 
 def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int = 0, **entries: Any) -> Path:
@@ -39,19 +56,20 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int =
     config = json.loads((checkpoint / "config.json").read_text())
     arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
-    _add_config(writer, config)
+    made = read_config(config)
+    _add_config(writer, config.get("text_config", config), made)
     _add_tokenizer(writer, checkpoint)
     _replace(writer, entries)
-    if read_config(config).rope.scaling:
+    if made.rope.scaling:
         writer.add_tensor("rope_freqs.weight", _divisors(config).numpy())
-    for name, weight in _weights(checkpoint, config).items():
+    for name, weight in _stacked(_weights(checkpoint, config)).items():
         if not name.startswith(VISUAL):
-            _add(writer, _name_in_file(name, writer.arch, config), _in_file_order(name, weight, config), kind)
+            _add(writer, _name_in_file(name, writer.arch, made), _in_file_order(name, weight, config), kind)
     return min(path.parent.glob(f"{_written(writer, path).stem}*.gguf"))
 
 
-def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Path:
-    """The vision tower, for `write_gguf` of the same checkpoint."""
+def write_mmproj(checkpoint: Path, path: Path, kind: str, *, without: str = "", **entries: Any) -> Path:
+    """The vision tower, for `write_gguf` of the same checkpoint. without: a tensor that is left out."""
     config = json.loads((checkpoint / "config.json").read_text())
     vision = read_config(config).vision
     assert vision is not None
@@ -60,8 +78,10 @@ def write_mmproj(checkpoint: Path, path: Path, kind: str, **entries: Any) -> Pat
     _replace(writer, entries)
     for name, weight in _weights(checkpoint, config).items():
         if name.startswith(VISUAL):
-            for own_name, part in _tower_parts(name, weight).items():
-                _add(writer, _name_of(own_name, gguf.MODEL_ARCH.MMPROJ, max(vision.depth, MERGER_PARTS)), part, kind)
+            for own_name, part in _tower_parts(name, weight, vision).items():
+                new_name = _name_of(own_name, gguf.MODEL_ARCH.MMPROJ, max(vision.depth, MERGER_PARTS))
+                if new_name != without:
+                    _add(writer, new_name, part, kind)
     return _written(writer, path)
 
 
@@ -69,6 +89,22 @@ def _weights(checkpoint: Path, config: dict[str, Any]) -> dict[str, torch.Tensor
     family = family_of(config["architectures"][0])
     weights = load_file(checkpoint / "model.safetensors")
     return {family.hub_name(name): weight.float() for name, weight in weights.items()}
+
+
+def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with one tensor for all experts of a layer, in the order of their numbers."""
+    made: dict[str, Any] = {}
+    for name, weight in weights.items():
+        stem, mark, rest = name.partition(EXPERTS)
+        number, _, part = rest.partition(".")
+        if mark:
+            made.setdefault(f"{stem}{EXPERTS}{part}", {})[int(number)] = weight
+        else:
+            made[name] = weight
+    return {
+        name: torch.stack([found[index] for index in sorted(found)]) if isinstance(found, dict) else found
+        for name, found in made.items()
+    }
 
 
 def _replace(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
@@ -81,7 +117,7 @@ def _replace(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
 def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, kind: str) -> None:
     """Where blocks do not fit a matrix, it is float16, as in llama.cpp's converter."""
     made, stored = weight.contiguous().numpy(), gguf.GGMLQuantizationType[kind]
-    if made.ndim == 1:
+    if made.ndim == 1 or name.endswith(FLOAT32):
         writer.add_tensor(name, made)
         return
     if made.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
@@ -93,7 +129,8 @@ def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, kind: str) ->
 
 def _random_blocks(weight: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
     """Bytes of a K-quant of this shape, whose numbers are about as large. The package reads K-quants only."""
-    outputs, inputs = weight.shape
+    inputs = weight.shape[-1]
+    outputs = weight.size // inputs
     size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(outputs * inputs)
     blocks = generator.integers(0, 256, (outputs, inputs // size, block_bytes), dtype=np.uint8)
@@ -102,7 +139,7 @@ def _random_blocks(weight: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType
         blocks[..., -2:] = scales[..., :1].view(np.uint8)
     else:  # a scale, and one of the minima
         blocks[..., :4] = scales.view(np.uint8)
-    return blocks.reshape(outputs, -1)
+    return blocks.reshape(*weight.shape[:-1], -1)
 
 
 def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
@@ -113,8 +150,7 @@ def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    made = read_config(config)
+def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any], made: ModelConfig) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(made.hidden_size)
     writer.add_block_count(made.n_layers)
@@ -129,6 +165,12 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_vocab_size(made.vocab_size)
     if made.rope.sections:
         writer.add_rope_dimension_sections([*made.rope.sections, 0])
+    if made.experts:
+        writer.add_expert_count(made.experts.count)
+        writer.add_expert_used_count(made.experts.per_token)
+        writer.add_expert_feed_forward_length(made.experts.inner_size)
+    if made.vision and made.vision.timestamps:
+        writer.add_num_deepstack_layers(len(made.vision.deepstack_blocks))
 
 
 def _add_vision_config(writer: gguf.GGUFWriter, checkpoint: Path, model_type: str, vision: VisionConfig) -> None:
@@ -152,6 +194,10 @@ def _add_vision_config(writer: gguf.GGUFWriter, checkpoint: Path, model_type: st
     if vision.whole_frame_blocks:
         writer.add_vision_use_silu(True)
         writer.add_vision_n_wa_pattern(vision.whole_frame_blocks[0] + 1)
+    if vision.timestamps:
+        writer.add_vision_use_gelu(True)
+        writer.add_vision_spatial_merge_size(vision.merge_size)
+        writer.add_vision_is_deepstack_layers([index in vision.deepstack_blocks for index in range(vision.depth)])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
@@ -177,9 +223,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
     writer.add_chat_template(settings["chat_template"])
 
 
-def _name_in_file(name: str, arch: str, config: dict[str, Any]) -> str:
+def _name_in_file(name: str, arch: str, config: ModelConfig) -> str:
     [known] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
-    return _name_of(name, known, config["num_hidden_layers"])
+    return _name_of(name, known, config.n_layers)
 
 
 def _name_of(name: str, arch: gguf.MODEL_ARCH, n_blocks: int) -> str:
@@ -192,9 +238,19 @@ def _name_of(name: str, arch: gguf.MODEL_ARCH, n_blocks: int) -> str:
     return f"{found}.{frame}" if dot else found
 
 
-def _tower_parts(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the converter cuts: queries, keys and values apart, and a kernel for each frame of a patch."""
-    if ".qkv." in name:
+def _tower_parts(name: str, weight: torch.Tensor, vision: VisionConfig) -> dict[str, torch.Tensor]:
+    """What the converter cuts and renames.
+
+    Queries, keys and values are apart before Qwen3-VL, and there is a kernel for each frame of a patch. Qwen3-VL's
+    mergers of features have the numbers of the blocks whose outputs they read.
+    """
+    if ".deepstack_merger_list." in name:
+        _, _, number, part = name.split(".", 3)
+        return {f"model.visual.deepstack_merger_list.{vision.deepstack_blocks[int(number)]}.{part}": weight}
+    module, _, kind = name.removeprefix(VISUAL).rpartition(".")
+    if module in QWEN3_MERGER:
+        return {f"{VISUAL}{QWEN3_MERGER[module]}.{kind}": weight}
+    if ".qkv." in name and not vision.timestamps:
         parts = weight.chunk(3)
         return {name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
     if name == "visual.patch_embed.proj.weight":
@@ -204,9 +260,11 @@ def _tower_parts(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _in_file_order(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
     """llama.cpp rotates neighbouring channels: its converter reorders queries and keys of Llama."""
+    if config["model_type"] not in ("llama", "mistral"):
+        return weight
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     count = heads.get(name.split(".")[-2])
-    if count is None or config["model_type"] not in ("llama", "mistral"):
+    if count is None:
         return weight
     return weight.view(count, 2, len(weight) // count // 2, -1).transpose(1, 2).reshape(weight.shape)
 

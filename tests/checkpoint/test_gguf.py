@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from testing.checkpoints import tiny_text_config
-from testing.gguf_files import K_QUANTS, KINDS, dequantised, write_gguf
+from testing.gguf_files import ARCHITECTURES, K_QUANTS, KINDS, dequantised, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 128, "tie_word_embeddings": False},  # transformers' reader takes no other head size
     "llama": {"tie_word_embeddings": False},
+    "qwen3_moe": {  # the sizes that transformers' reader does not take from the file
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
+ROUTER = ".mlp.gate.weight"
 TOKENS = settings(max_examples=200)
 
 
@@ -76,7 +85,7 @@ def test_tensors_are_those_that_were_written(
     assert source.names() == written.keys()
     for name, weight in written.items():
         assert source.spec(name).shape == tuple(weight.shape)
-        expected = weight if weight.dim() == 1 else dequantised(weight, kind)
+        expected = weight if weight.dim() == 1 or name.endswith(ROUTER) else dequantised(weight, kind)
         assert torch.equal(source.tensor(name), expected)
 
 
@@ -105,6 +114,7 @@ def test_the_config_is_that_of_the_checkpoint(checkpoints: dict[str, Path], tmp_
             assert getattr(ours, name) == getattr(original, name), name
         assert ours.rms_eps == original.rms_eps
         assert ours.rope.theta == original.rope.theta
+        assert ours.experts == original.experts
 
 
 def test_frequencies_of_llama_3_are_found_in_their_divisors(tmp_path: Path) -> None:
@@ -144,7 +154,7 @@ def test_whole_numbers_and_scales_are_taken_as_they_are(
     source = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "model.gguf", kind)))
     weights = RoundedWeights(source)
     for name in source.names():
-        if len(source.spec(name).shape) == 2:
+        if len(source.spec(name).shape) == 2 and not name.endswith(ROUTER):
             assert torch.equal(dequantize(weights.quantized(name, format_)), source.tensor(name))
             assert source.quantized(name, INT8) is None
     assert weights.rounding.relative_error == 0
@@ -166,6 +176,16 @@ def test_whole_numbers_and_scales_are_taken_as_they_are(
 def test_each_type_has_a_format(kind: str, format_: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     file = write_gguf(checkpoints["llama"], tmp_path / "model.gguf", kind)
     assert str(open_source(gguf_folder(file)).quantization) == format_
+
+
+def test_experts_with_their_own_numbers_need_no_chunks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    file = write_gguf(checkpoints["qwen3_moe"], tmp_path / "model.gguf", "Q8_0")
+    source = open_source(gguf_folder(file))
+    assert (str(source.quantization), source.is_exact) == ("int8-32", True)
+    with Engine(file) as engine:
+        assert engine.nodes()[0].quantization.layers == "int8-32"
+        assert len(engine.chat(QUESTION, GREEDY).token_ids) == 8
+    assert not list((source.home).glob("**/*.safetensors"))
 
 
 @pytest.mark.parametrize("kind", K_QUANTS)
@@ -198,6 +218,18 @@ def test_k_quants_become_int4_where_that_is_asked_for(
     error = float(re.findall(r"are now int4: a relative error of ([\d.]+) %", caplog.text)[0])
     assert 1 < error < 20
     assert made.logprob == pytest.approx(first_token(file, "none").logprob, abs=1)
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_experts_of_k_quants_become_int8(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    checkpoint = write_random_checkpoint(tmp_path / "moe", tiny_text_config("qwen3_moe", **sizes, **experts))
+    file = write_gguf(checkpoint, tmp_path / "model.gguf", kind)
+    caplog.set_level("INFO", "mdi.checkpoint.prepare")
+    made = first_token(file, None)
+    assert 0 < float(re.findall(r"are now int8-32: a relative error of ([\d.]+) %", caplog.text)[0]) < 1
+    assert made.logprob == pytest.approx(first_token(file, "none").logprob, abs=0.05)
 
 
 def first_token(file: Path, quantization: str | None) -> Token:
@@ -247,6 +279,7 @@ def test_it_is_quantised_anew_where_that_is_asked_for(small: Path, quantization:
     ("entries", "message"),
     [
         ({"general.architecture": "gemma3"}, "'gemma3' are not supported; supported: llama, qwen2, qwen2vl, qwen3"),
+        ({"llama.expert_count": 8}, "model.gguf mixes 8 experts .* as Mixtral does: .* that are: qwen3moe, qwen3vlmoe"),
         ({"split.count": 3}, "model.gguf is part 1 of 3, not 1 of 1: keep the names"),
         ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken', which is not supported; supported: gpt-2"),
         ({"tokenizer.ggml.model": "rwkv"}, "tokenizer of the kind 'rwkv' are not supported"),
@@ -260,6 +293,15 @@ def test_what_is_not_supported_is_refused_by_name(
     file = write_gguf(checkpoints["llama"], tmp_path / "model.gguf", "F16", **entries)
     with pytest.raises(CheckpointError, match=message), Engine(file):
         pass
+
+
+def test_a_tensor_that_would_not_be_computed_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "qwen2", "llama")
+    file = write_gguf(checkpoints["qwen2"], tmp_path / "model.gguf", "F16")
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM has no tensor model.layers.0.self_attn.k_proj.bias"):
+        open_source(gguf_folder(file))
 
 
 def test_a_file_that_is_none_is_refused(small: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdi.bench.measure import Run
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.processing import media_specs
-from mdi.checkpoint.safetensors import SafetensorsSource
+from mdi.checkpoint.safetensors import SafetensorsSource, parts_on_hub
 from mdi.checkpoint.source import Source
 from mdi.core.quantization import UNQUANTIZED
 from mdi.layers.rope import MediaSpan, prompt_positions
@@ -67,7 +67,11 @@ class Transformers:
         A head that is given is no longer the embedding.
         """
         family = family_of(self._config.architecture)
-        parameters = {family.hub_name(name): weight.data for name, weight in self._model.named_parameters()}
+        parameters = {
+            on_hub: part.of(weight.data) if part else weight.data
+            for name, weight in self._model.named_parameters()
+            for on_hub, part in parts_on_hub(family.hub_name(name), tuple(weight.shape), self._config)
+        }
         for name, weight in weights:
             if name == LM_HEAD and name not in parameters:
                 self._model.lm_head.weight = torch.nn.Parameter(torch.empty_like(parameters[EMBEDDING]))

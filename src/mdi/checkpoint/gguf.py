@@ -23,16 +23,17 @@ from mdi.checkpoint.gguf_config import FREQUENCIES, hub_config
 from mdi.checkpoint.gguf_file import GgufFile, GgufTensor, parts_of, read_parts
 from mdi.checkpoint.gguf_formats import EXACT, as_stored, has_one_format, nearest_format
 from mdi.checkpoint.gguf_tokenizer import write_tokenizer
-from mdi.checkpoint.gguf_tower import PREPROCESSOR, TOWERS, preprocessor_config
+from mdi.checkpoint.gguf_tower import TOWERS, processor_files
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.new_folder import new_folder
 from mdi.core.errors import CheckpointError
 from mdi.core.quantization import INT4, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
-from mdi.models.config import ModelConfig
-from mdi.models.decoder import EMBEDDING, LAYERS, LM_HEAD
+from mdi.models.config import ModelConfig, StageSpec
+from mdi.models.decoder import EMBEDDING, EXPERTS, LAYERS, LM_HEAD
 from mdi.models.entries import CONFIG
 from mdi.models.registry import read_config
+from mdi.models.weights import stage_specs
 
 LINK, MMPROJ_LINK = "model.gguf", "mmproj.gguf"
 """In the checkpoint's folder, where its files are. Further parts are model.part00002.gguf and so on."""
@@ -51,11 +52,18 @@ INNER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
 """Names of modules: in the file -> on the hub."""
 
+STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Tensors of all experts of a layer: in the file -> of each, on the hub."""
+
+ROUTER = ".mlp.gate.weight"  # which is not quantised
+
 PERMUTED = ("llama",)  # whose queries and keys llama.cpp stores in the order of its rotation
 PATCHES = "visual.patch_embed.proj.weight"
+POSITIONS = "pos_embed.weight"
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,12 @@ class GgufSource:
 
     @property
     def _matrices(self) -> tuple[list[GgufTensor], list[GgufTensor], list[GgufTensor]]:
-        """Of decoder layers, LM head and vision tower."""
-        matrices = {name: parts for name, parts in self._tensors.items() if len(parts[0].shape) > 1}
+        """Of decoder layers, LM head and vision tower: those that have formats."""
+        matrices = {
+            name: parts
+            for name, parts in self._tensors.items()
+            if len(parts[0].shape) > 1 and not name.endswith((ROUTER, POSITIONS))
+        }
 
         def of(prefix: str) -> list[GgufTensor]:
             return [part for name, parts in matrices.items() if name.startswith(prefix) for part in parts]
@@ -146,19 +158,26 @@ class GgufSource:
 
     @cached_property
     def _tensors(self) -> dict[str, list[GgufTensor]]:
-        """What each tensor of the hub is made of. Raises CheckpointError for one that no family has."""
+        """What each tensor of the hub is made of. Raises CheckpointError for one that the model does not have."""
         model = read_parts(self._links)
-        found = {_name_on_hub(name): [tensor] for name, tensor in model.tensors.items() if name != FREQUENCIES}
-        return found | self._tower
+        stored = [tensor for name, tensor in model.tensors.items() if name != FREQUENCIES]
+        found = {name: [part] for tensor in stored for name, part in _on_hub(tensor)} | self._tower
+        config = self.model_config
+        expected = stage_specs(config, StageSpec.everything(config), "float32")  # for the names alone
+        if left_over := found.keys() - expected.keys():
+            architecture = config.architecture
+            raise CheckpointError(f"{architecture} has no tensor {min(left_over)}, which the file has: not supported")
+        return found
 
     @property
     def _tower(self) -> dict[str, list[GgufTensor]]:
         if self.model_config.vision is None:
             return {}
-        [tower] = [tower for tower in TOWERS.values() if tower.architecture == self.model_config.architecture]
+        architecture = self.model_config.architecture
+        [tower] = [tower for tower in TOWERS.values() if architecture in tower.architectures.values()]
         parts: dict[str, dict[int, GgufTensor]] = {}
         for tensor in GgufFile.read(self.path / MMPROJ_LINK).tensors.values():
-            name, index = tower.place(tensor, self.model_config.vision.width)
+            name, index = tower.place(tensor, self.model_config.vision)
             parts.setdefault(name, {})[index] = tensor
         return {name: [found[index] for index in sorted(found)] for name, found in parts.items()}
 
@@ -198,7 +217,8 @@ def gguf_folder(file: Path, mmproj: Path | None = None) -> Path:
                 write_tokenizer(unfinished, model.entries)
             (unfinished / CONFIG).write_text(json.dumps(config, indent=2))
             if projector:
-                (unfinished / PREPROCESSOR).write_text(json.dumps(preprocessor_config(projector), indent=2))
+                for name, content in processor_files(projector).items():
+                    (unfinished / name).write_text(json.dumps(content, indent=2))
                 (unfinished / MMPROJ_LINK).symlink_to(tower[0])
             for number, part in enumerate(files, 1):
                 (unfinished / (LINK if number == 1 else f"model.part{number:05}.gguf")).symlink_to(part)
@@ -226,11 +246,15 @@ def _damage_named(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{name} is damaged or cut off ({kind}: {error}): download it again") from None
 
 
-def _name_on_hub(name: str) -> str:
-    module, _, kind = name.rpartition(".")
+def _on_hub(tensor: GgufTensor) -> list[tuple[str, GgufTensor]]:
+    """The tensors that a stored one is on the hub, by name: mostly itself, or one for each expert."""
+    module, _, kind = tensor.name.rpartition(".")
     if module in OUTER:
-        return f"{OUTER[module]}.{kind}"
-    parts = module.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in INNER:
-        return f"model.layers.{parts[1]}.{INNER[parts[2]]}.{kind}"
-    raise CheckpointError(f"the file has the tensor {name}, which no supported model has")
+        return [(f"{OUTER[module]}.{kind}", tensor)]
+    layer, _, part = module.removeprefix("blk.").partition(".")
+    if module.startswith("blk.") and part in INNER:
+        return [(f"{LAYERS}{layer}.{INNER[part]}.{kind}", tensor)]
+    if module.startswith("blk.") and part in STACKED and len(tensor.shape) == 3:
+        experts = enumerate(tensor.stacked())
+        return [(f"{LAYERS}{layer}{EXPERTS}{index}.{STACKED[part]}.{kind}", matrix) for index, matrix in experts]
+    raise CheckpointError(f"the file has the tensor {tensor.name}, which no supported model has")

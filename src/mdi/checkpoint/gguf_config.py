@@ -12,13 +12,18 @@ from mdi.checkpoint.gguf_file import GgufFile, GgufTensor
 from mdi.checkpoint.gguf_tower import tower_of
 from mdi.core.errors import CheckpointError
 from mdi.layers.rope import RopeScaling
+from mdi.models.registry import family_of
 
 ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen2vl": ("Qwen2ForCausalLM", "qwen2"),  # without its tower: positions of text have one axis
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2vl": "Qwen2ForCausalLM",  # without their towers: positions of text have one axis
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3vl": "Qwen3ForCausalLM",
+    "qwen3vlmoe": "Qwen3MoeForCausalLM",
 }
+MIXTURES = ("qwen3moe", "qwen3vlmoe")
 FREQUENCIES = "rope_freqs.weight"
 LLAMA3_POSITIONS = 8192
 MEDIA_TOKENS = {
@@ -42,25 +47,39 @@ def hub_config(model: GgufFile, mmproj: GgufFile | None = None) -> dict[str, Any
             f"GGUF files of the architecture {kind!r} are not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     entry = _entries(model, kind)
-    config = _decoder_config(model, entry)
-    architecture, model_type = ARCHITECTURES[kind]
+    decoder = _decoder_config(model, entry) | _experts(model, kind, entry)
     if mmproj is None:
-        return config | {"architectures": [architecture], "model_type": model_type}
+        return _named(ARCHITECTURES[kind]) | decoder
     tower = tower_of(mmproj, kind)
-    width = mmproj.entries.get("clip.vision.projection_dim")
-    if width != config["hidden_size"]:
-        raise CheckpointError(
-            f"{mmproj.name} is of another model: its embeddings have {width} numbers, those of {model.name} "
-            f"{config['hidden_size']}; take the file that was published beside it"
-        )
-    sections = entry("rope.dimension_sections")[:3]
-    return config | {
-        "architectures": [tower.architecture],
-        "model_type": tower.model_type,
-        "vision_config": tower.config(mmproj),
-        "rope_parameters": config["rope_parameters"] | {"mrope_section": sections},
+    vision = tower.config(mmproj)
+    _check_pair(model, mmproj, "embeddings have {} numbers", decoder["hidden_size"], _projected_size(mmproj))
+    features = len(vision.get("deepstack_visual_indexes", ()))
+    _check_pair(model, mmproj, "features go to {} layers", entry("n_deepstack_layers", features), features)
+    decoder["rope_parameters"]["mrope_section"] = entry("rope.dimension_sections")[:3]
+    top = _named(tower.architectures[kind])
+    return top | {
+        "text_config": decoder | {"model_type": f"{top['model_type']}_text"},
+        "vision_config": vision,
+        "tie_word_embeddings": decoder["tie_word_embeddings"],
         **_media_tokens(model),
     }
+
+
+def _named(architecture: str) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": family_of(architecture).model_type}
+
+
+def _projected_size(mmproj: GgufFile) -> Any:
+    return mmproj.entries.get("clip.vision.projection_dim")
+
+
+def _check_pair(model: GgufFile, mmproj: GgufFile, what: str, decoder: Any, tower: Any) -> None:
+    """Raises CheckpointError where the two files disagree about a number."""
+    if decoder != tower:
+        raise CheckpointError(
+            f"{mmproj.name} is of another model: its {what.format(tower)}, those of {model.name} {decoder}; take the "
+            "file that was published beside it"
+        )
 
 
 def _entries(model: GgufFile, kind: str) -> Callable[..., Any]:
@@ -92,6 +111,23 @@ def _decoder_config(model: GgufFile, entry: Callable[..., Any]) -> dict[str, Any
         "rope_parameters": _rope(entry, model.tensors.get(FREQUENCIES), head_dim),
         "tie_word_embeddings": "output.weight" not in model.tensors,
         "torch_dtype": "bfloat16",
+    }
+
+
+def _experts(model: GgufFile, kind: str, entry: Callable[..., Any]) -> dict[str, Any]:
+    """Entries about a mixture of experts; none for a model without."""
+    if kind not in MIXTURES:
+        if count := entry("expert_count", 0):
+            raise CheckpointError(
+                f"{model.name} mixes {count} experts in the architecture {kind!r}, as Mixtral does: not supported; "
+                f"mixtures that are: {', '.join(MIXTURES)}"
+            )
+        return {}
+    return {
+        "num_experts": entry("expert_count"),
+        "num_experts_per_tok": entry("expert_used_count"),
+        "moe_intermediate_size": entry("expert_feed_forward_length"),
+        "norm_topk_prob": entry("expert_weights_norm", True),  # llama.cpp computes these models so
     }
 
 

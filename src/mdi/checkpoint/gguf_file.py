@@ -65,6 +65,14 @@ class GgufTensor:
             raise CheckpointError(f"the tensor {self.name} is stored as {self.kind}, which is not supported") from None
         return torch.from_numpy(np.array(made, np.float32, copy=True)).view(self.shape)
 
+    def stacked(self) -> list[GgufTensor]:
+        """The matrices that lie one after the other in it, one for each expert; mapped like it."""
+        count, *shape = self.shape
+        return [
+            GgufTensor(f"{self.name}[{index}]", tuple(shape), self.kind, rows)
+            for index, rows in enumerate(self.rows.reshape(count, -1, self.rows.shape[-1]))
+        ]
+
 
 @dataclass(frozen=True)
 class GgufFile:

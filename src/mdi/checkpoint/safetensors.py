@@ -30,7 +30,7 @@ SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class _Part:
+class ExpertPart:
     """Of a tensor with all experts of a layer: one expert's matrix, transposed if need be, and the outputs of it."""
 
     expert: int
@@ -52,7 +52,7 @@ class _Place:
 
     path: Path
     stored: str
-    part: _Part | None = None
+    part: ExpertPart | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class SafetensorsSource:
         places = dict[str, _Place]()
         for path, file in self._stored.items():
             for name, spec in file.specs.items():
-                for on_hub, part in _parts(family.hub_name(name), spec.shape, self.model_config):
+                for on_hub, part in parts_on_hub(family.hub_name(name), spec.shape, self.model_config):
                     if on_hub in places:
                         raise CheckpointError(
                             f"{path.name}: {places[on_hub].stored} and {name} are two names of one tensor: "
@@ -188,7 +188,7 @@ class SafetensorsSource:
         return next((dtype for dtype in dtypes if dtype in DTYPES.values()), "float32")
 
 
-def _parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[str, _Part | None]]:
+def parts_on_hub(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[str, ExpertPart | None]]:
     """The tensors that a stored one is on the hub, by name, with their parts of it; mostly itself.
 
     The experts of a layer may be one tensor, the outputs of all gates before those of the up products: [experts,
@@ -203,7 +203,7 @@ def _parts(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple
     transposed = shape[1:] != sizes and shape[:0:-1] == sizes
     rows = {"down": slice(None)} if kind == "down_proj" else {"gate": slice(half), "up": slice(half, None)}
     return [
-        (f"{stem}.{expert}.{part}_proj.weight", _Part(expert, at, transposed))
+        (f"{stem}.{expert}.{part}_proj.weight", ExpertPart(expert, at, transposed))
         for expert in range(shape[0])
         for part, at in rows.items()
     ]
