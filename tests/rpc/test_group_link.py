@@ -318,6 +318,16 @@ def test_a_port_that_cannot_be_bound_is_an_error() -> None:
         GroupListener(None, "192.0.2.1")
 
 
+def test_a_port_that_is_asked_for_is_taken_if_it_is_free(caplog: pytest.LogCaptureFixture) -> None:
+    with GroupListener(None, "127.0.0.1") as other:
+        wanted = other.port
+        with GroupListener(None, "127.0.0.1", wanted) as listener:
+            assert listener.port not in (0, wanted)
+        assert f"port {wanted} cannot be opened for the group (Address already in use)" in caplog.text
+    with GroupListener(None, "127.0.0.1", wanted) as listener:
+        assert listener.port == wanted
+
+
 @pytest.mark.parametrize("waits", ["exchange", "follow", "gather"])
 def test_closing_wakes_the_thread_that_waits(waits: str, security: Authority | None) -> None:
     with group(ranks(*SHARES[2]), security) as [leader, follower], ThreadPoolExecutor() as pool:

@@ -14,13 +14,18 @@ JOIN_TIMEOUT_S = 60.0  # until the starter has configured the ranks before this 
 class Membership:
     """Listens for the ranks before this one as soon as it is made. `close` may be called from any thread."""
 
-    def __init__(self, request: node_pb2.ConfigureRequest, rank: Rank, host: str, identity: Identity | None) -> None:
-        """rank: as this node's weights are cut. host: where it listens. Raises LinkError when no port can be bound."""
+    def __init__(
+        self, request: node_pb2.ConfigureRequest, rank: Rank, place: tuple[str, int], identity: Identity | None
+    ) -> None:
+        """rank: as this node's weights are cut. place: host and port, as a `GroupListener` takes them.
+
+        Raises LinkError when no port can be bound.
+        """
         self._members, self._shares = codec.decode_group(request.group, rank.n_shards)
         self._index, self._epoch, self._identity = request.rank, request.epoch, identity
         self._link: GroupLink | None = None
         self._closed = False
-        self._listener = GroupListener(identity, host)
+        self._listener = GroupListener(identity, *place)
 
     @property
     def port(self) -> int:

@@ -234,8 +234,7 @@ class NodeService(NodeServicer):
         own = request.group[request.rank]
         if (own.first_shard, own.last_shard) != (rank.first_shard, rank.last_shard):
             raise LinkError("has weights for another place in a group: run `mdi prepare` again")
-        host = self._settings.listen.rpartition(":")[0]
-        return Membership(request, rank, host, self._settings.identity)
+        return Membership(request, rank, self._settings.group_place, self._settings.identity)
 
     async def Batches(
         self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object
@@ -304,10 +303,10 @@ class NodeService(NodeServicer):
         )
 
     async def MeasureLink(self, request: node_pb2.MeasureLinkRequest, _context: object) -> node_pb2.MeasureLinkReply:
-        own, identity, host = self._settings.name, self._settings.identity, self._settings.listen.rpartition(":")[0]
+        own, identity, place = self._settings.name, self._settings.identity, self._settings.group_place
         try:
             if not request.address:
-                return node_pb2.MeasureLinkReply(port=listen(own, request.peer, host, identity))
+                return node_pb2.MeasureLinkReply(port=listen(own, request.peer, place, identity))
             listening = Member(request.peer, request.address, request.port)
             found = await asyncio.to_thread(measure_link, own, listening, identity)
         except LinkError as error:
