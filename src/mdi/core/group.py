@@ -32,6 +32,11 @@ class Rank:
         return range(self.first_shard, self.last_shard)
 
     @property
+    def share(self) -> float:
+        """Its part of the stage."""
+        return len(self.shards) / self.n_shards
+
+    @property
     def leads(self) -> bool:
         return self.first_shard == 0
 

@@ -58,14 +58,16 @@ class GroupLink:
         identity: Identity | None,
         epoch: int,
         timeout_s: float,
+        traffic: Traffic | None = None,
     ) -> GroupLink:
         """Connects this rank, members[index], with all others, and waits until all are there. Closes the listener.
 
-        shares: the rank of each member. listener: None for the first member, which nobody connects to. Raises
-        LinkError, naming a node, when one is missing after the timeout, or is not who it should be.
+        shares: the rank of each member. listener: None for the first member, which nobody connects to. traffic: counts
+        on; None begins at nothing. Raises LinkError, naming a node, when one is missing after the timeout, or is not
+        who it should be.
         """
         joined = join(index, members, listener, identity, epoch, timeout_s)
-        traffic = Traffic()
+        traffic = traffic or Traffic()
         peers = [Peer(members[one].id, shares[one], joined.connections[one], traffic) for one in joined.connections]
         return cls(shares[index], peers, traffic, spins=joined.has_core)
 
