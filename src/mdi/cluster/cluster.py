@@ -365,7 +365,10 @@ class Cluster:
         )
         if self._layers or self._groups:
             return job.plan(machines, self._groups or (1,) * self.n_nodes, self._layers)
-        return choose(job, machines, links, use_all=True).best.plan
+        used = choose(job, machines, links, use_all=True).best
+        if advice := choose(job, machines, links).advice(used):
+            log.warning("%s", advice)
+        return used.plan
 
     def _starter_progress(self) -> Progress | None:
         progress = self._progress
