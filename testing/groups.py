@@ -6,21 +6,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Slice, TokenSampling
+from mdi.core.batch import Batch
 from mdi.core.errors import LinkError
 from mdi.core.group import Rank
 from mdi.kernels.threads import compute_threads, set_threads
 
 T = TypeVar("T")
 TIMEOUT_S = 20.0
-UNTOLD = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
-"""What a rank that follows gets in place of each sampling."""
 
 
 def ranks_of(shares: Sequence[int]) -> list[Rank]:
@@ -82,11 +80,15 @@ class Meeting:
 
 
 class ThreadGroup:
-    """`Group` of one rank. What it hands over is copied at once. recorded: the sums of all ranks, if it is a list."""
+    """`Group` of one rank. What it hands over is copied at once. recorded: the sums of all ranks, if it is a list.
+
+    gathered_columns: of all ranks, so far.
+    """
 
     def __init__(self, rank: Rank, index: int, meeting: Meeting) -> None:
         self.rank = rank
         self.recorded: list[Tensor] | None = None
+        self.gathered_columns = 0
         self._index = index
         self._meeting = meeting
 
@@ -101,10 +103,9 @@ class ThreadGroup:
         self._meeting.wait()
         assert self._meeting.batch
         batch, hidden = self._meeting.batch
-        slices = tuple(map(_untold, batch.slices))
         hidden = hidden.clone()
         self._meeting.wait()
-        return replace(batch, slices=slices), hidden
+        return batch.without_adjustments(), hidden
 
     def exchange(self, partials: Tensor, rows: slice) -> None:
         given, own = self._meeting.given[self._index], self.rank.shards
@@ -124,12 +125,12 @@ class ThreadGroup:
             self.recorded.append(partials.clone())
         self._done()
 
-    def gather(self, logits: Tensor) -> Tensor | None:
-        self._meeting.given[self._index].append((slice(len(logits)), logits.clone()))
+    def gather(self, columns: Tensor) -> list[Tensor] | None:
+        self._meeting.given[self._index].append((slice(len(columns)), columns.clone()))
         parts = [pieces[0][1] for pieces in self._shared()]
-        gathered = torch.cat(parts, 1) if self._index == 0 else None
+        self.gathered_columns += sum(part.shape[1] for part in parts)
         self._done()
-        return gathered
+        return parts if self._index == 0 else None
 
     def close(self) -> None:
         self._meeting.barrier.abort()
@@ -141,7 +142,3 @@ class ThreadGroup:
     def _done(self) -> None:
         self._meeting.wait()
         self._meeting.given[self._index].clear()
-
-
-def _untold(part: Slice) -> Slice:
-    return replace(part, samplings=(UNTOLD,) * len(part.samplings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from mdi.bench.measure import measure, node_times
 from mdi.bench.report import node_memory
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import open_source
+from mdi.core.group import Rank
+from mdi.core.status import NodeStatus
 from mdi.engine import Engine
 from tests.bench.runs import RUN
 
@@ -28,6 +31,18 @@ def test_where_a_nodes_time_goes() -> None:
     assert times["starter"].idle_s == pytest.approx(2.0 - 0.8)
     assert times["starter"].hop_s is None
     assert times["finisher"].hop_s == pytest.approx(0.2)  # the median of 0.1 and 0.3
+
+
+def test_ranks_of_a_stage_hold_its_memory_together(tiny_checkpoint: Path) -> None:
+    config = open_source(tiny_checkpoint).model_config
+    alone = NodeStatus("starter", "ready", 0, config.n_layers, "float32", "cpu", 10**8, 1, 0.0, 0, 0)
+    ranks = [replace(alone, name=name, shards=Rank(at, at + 1, 2)) for at, name in enumerate(["starter", "finisher"])]
+    [whole], (first, second) = (node_memory(config, nodes, cache_tokens=640) for nodes in ([alone], ranks))
+    assert first.head + second.head == pytest.approx(whole.head, rel=0.01)  # norms are on both
+    assert first.cache + second.cache == whole.cache
+    assert first.layers + second.layers == pytest.approx(whole.layers, rel=0.01)
+    assert (first.embedding, first.vision) == (whole.embedding, whole.vision)
+    assert second.embedding == second.vision == 0
 
 
 def test_every_token_is_timed_and_every_batch_is_somewhere(tiny_checkpoint: Path) -> None:

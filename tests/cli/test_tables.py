@@ -15,6 +15,7 @@ from mdi.checkpoint.published import PUBLISHED
 from mdi.cli import cache, cluster, demo, plan, screen
 from mdi.cli.demo_agent import AgentStep
 from mdi.cli.sample_questions import AnsweredQuestion, sample_questions
+from mdi.core.group import Rank
 from mdi.core.quantization import ModelQuantization
 from mdi.core.status import NodeStatus
 from mdi.models.registry import read_config
@@ -43,13 +44,14 @@ def assert_whole(text: str, *words: str) -> None:
 NODE = NodeStatus(
     "secondary10", "receiving", 100, 109, "bfloat16", "cuda:1", 145_412 * 10**6, 123456, 1.0, 0, 0,
     kernels="avx512-vnni", quantization=ModelQuantization("int4", "int8", "int8"),
+    shards=Rank(1, 2, 2),
 )  # fmt: skip
 
 
 def test_nodes_of_a_server() -> None:
     names = ["starter", "secondary10", "spare0"]
     text = shown(screen.nodes_table("Qwen2-VL-72B-Instruct", [replace(NODE, name=name) for name in names]))
-    assert_whole(text, *names, "100-108", "145,412 MB", "bfloat16,", "cuda:1", "avx512-vnni")
+    assert_whole(text, *names, "50% of", "100-108", "145,412 MB", "bfloat16,", "cuda:1", "avx512-vnni")
 
 
 def test_nodes_that_are_waited_for() -> None:

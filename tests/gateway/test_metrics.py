@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -176,6 +177,9 @@ def test_each_link_has_its_bytes_and_its_round_trip() -> None:
         ("vision", "starter"): 7,
     }
     assert link_bytes(MACHINES[:1]) == {}
+    rank = node("secondary1", 80, 90, group=1, rank=1, role="secondary", group_received_bytes=90)
+    leader = replace(MACHINES[1], rank=0, received_bytes=290 + 80, group_received_bytes=80)
+    assert link_bytes([MACHINES[0], leader, rank, *MACHINES[2:]]) == link_bytes(MACHINES)
     engine = FakeEngine()
     engine.statuses = MACHINES
     found = series(Metrics(engine, "m").text())

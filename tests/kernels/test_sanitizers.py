@@ -100,8 +100,8 @@ def drawing():
     rows, size = chance.randint(1, 4), chance.choice([1, 2, 7, 63, 65, 1031, 5000])
     logits = torch.randn(rows, size)
     ids = vocabulary.highest(logits[0], chance.randint(1, size))
-    sums = [total for _, total in vocabulary.peaks(logits, [0.7] * rows)]
-    return torch.tensor([*sums, *logits[0][ids].tolist()])
+    highest, sums = vocabulary.block_peaks(logits, [0.7] * rows)
+    return torch.cat((highest.flatten(), sums.flatten(), logits[0][ids]))
 
 
 for kernel in (products, attending, attending_fully, normalising, mixing, drawing):

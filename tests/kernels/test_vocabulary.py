@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdi.kernels import vocabulary
+from mdi.layers.peaks import peaks
 
 SIZES = (1, 2, 7, 63, 64, 65, 1024, 1031, 5000, 151936)
 
@@ -27,7 +28,7 @@ def stable_highest(logits: Tensor, count: int) -> list[int]:
 def test_peaks_are_the_likeliest_token_and_the_sum_of_all(size: int) -> None:
     rows = torch.stack([logits_of(size, seed) for seed in range(5)])
     temperatures = [1.0, 0.05, 1e-5, 3.0, 100.0]
-    for row, temperature, (token, total) in zip(rows, temperatures, vocabulary.peaks(rows, temperatures), strict=True):
+    for row, temperature, (token, total) in zip(rows, temperatures, peaks(rows, temperatures), strict=True):
         assert token == int((row == row.max()).nonzero()[0])
         expected = ((row.double() - row.max()) / temperature).exp().sum()
         assert total == pytest.approx(float(expected), rel=1e-5)
@@ -35,8 +36,8 @@ def test_peaks_are_the_likeliest_token_and_the_sum_of_all(size: int) -> None:
 
 def test_a_row_has_the_same_bits_alone() -> None:
     rows = torch.randn(7, 5003)
-    together = vocabulary.peaks(rows, [0.7] * 7)
-    assert together == [vocabulary.peaks(row[None], [0.7])[0] for row in rows]
+    together = peaks(rows, [0.7] * 7)
+    assert together == [peaks(row[None], [0.7])[0] for row in rows]
 
 
 def test_peaks_of_extreme_logits() -> None:
@@ -45,7 +46,7 @@ def test_peaks_of_extreme_logits() -> None:
     rows[0, 70] = -largest
     rows[1, [3, 4]] = largest
     rows[2, :] = torch.tensor([largest, -largest] * 50)
-    assert vocabulary.peaks(rows, [1e300, 1e-5, 1.0]) == [(70, 1.0), (3, 2.0), (0, 50.0)]
+    assert peaks(rows, [1e300, 1e-5, 1.0]) == [(70, 1.0), (3, 2.0), (0, 50.0)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -73,4 +74,4 @@ def test_a_view_with_strides_is_read_as_it_is_seen() -> None:
     wide = torch.randn(3000, 2)
     view = wide[:, 1]
     assert vocabulary.highest(view, 9).tolist() == stable_highest(view, 9)
-    assert vocabulary.peaks(wide.T, [1.0, 1.0])[1][0] == int(view.argmax())
+    assert peaks(wide.T, [1.0, 1.0])[1][0] == int(view.argmax())

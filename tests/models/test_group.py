@@ -13,7 +13,7 @@ from testing.checkpoints import tiny_text_config
 from testing.groups import ThreadGroup, ranks_of, run_ranks
 from torch import Tensor
 
-from mdi.core.batch import Batch, Deepstack, Result, Slice, TokenSampling
+from mdi.core.batch import Batch, Deepstack, LogitAdjustment, Result, Slice, TokenSampling
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import ConfigError, LinkError
 from mdi.core.group import Rank
@@ -187,6 +187,12 @@ def computed(stage: Stage, work: Sequence[tuple[Batch, Tensor]]) -> Outcome:
     return outs
 
 
+def followed(stage: Stage, group: ThreadGroup) -> tuple[Tensor, Result | None]:
+    batch, hidden = group.follow()
+    out = stage.run(batch, hidden)
+    return out, stage.sample(batch, out)
+
+
 def computed_by(model: Model, shares: Sequence[int], work: Sequence[tuple[Batch, Tensor]], **settings: Any) -> Outcome:
     """What rank 0 computes. The hidden states of the others are its own, bit for bit, and they draw nothing."""
 
@@ -195,12 +201,7 @@ def computed_by(model: Model, shares: Sequence[int], work: Sequence[tuple[Batch,
         stage.group = group
         if group.rank.leads:
             return computed(stage, work)
-        outs = []
-        for _ in work:
-            batch, hidden = group.follow()
-            out = stage.run(batch, hidden)
-            outs.append((out, stage.sample(batch, out)))
-        return outs
+        return [followed(stage, group) for _ in work]
 
     first, *others = run_ranks(ranks_of(shares), rank)
     for other in others:
@@ -269,6 +270,48 @@ def test_without_kernels(name: str, experts: ExpertsConfig | None, monkeypatch: 
     check(model, (1, 3))
 
 
+GREEDY = replace(SAMPLING, temperature=0.0, top_logprobs=0)
+TOP_K = replace(SAMPLING, top_k=20, top_logprobs=3)
+BIASED = replace(GREEDY, adjustment=LogitAdjustment(1.0, 0.0, 0.0, b"", b"", b"", (7,), (9.0,)))
+VOCAB_SIZE = 18_000  # four shards of whole blocks
+
+
+@pytest.mark.parametrize(
+    ("samplings", "n_columns"),
+    [
+        ((GREEDY, GREEDY), 2 * 18 + 4 * 3),
+        ((GREEDY, TOP_K), 2 * 18 + 4 * 41),
+        ((TOP_K, SAMPLING), VOCAB_SIZE),
+        ((GREEDY, BIASED), VOCAB_SIZE),
+        ((replace(TOP_K, token_mask=b"\xff" * 400), TOP_K), VOCAB_SIZE),
+    ],
+    ids=["greedy", "top-k", "one from all", "a bias", "a mask"],
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_draws_from_candidates_and_from_all_logits(
+    name: str, samplings: tuple[TokenSampling, TokenSampling], n_columns: int
+) -> None:
+    """n_columns: what rank 0 gathers of a row: block by block, by candidates, or all."""
+    model = Model(config_of(vocab_size=VOCAB_SIZE), name)
+    batch = Batch(0, (Slice(0, 0, 9, samplings[:1]), Slice(1, 0, 5, samplings[1:])), text_positions(0, 14))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch.n_tokens, model.config.hidden_size, generator=generator)
+    hidden[9] = torch.nan if name == "float32" else hidden[9]
+    [(_, expected)] = computed(model.stage(shards=4), [(batch, hidden)])
+
+    def rank(group: ThreadGroup) -> tuple[Result | None, int]:
+        stage = model.stage(group.rank)
+        stage.group = group
+        [(_, result)] = computed(stage, [(batch, hidden)]) if group.rank.leads else [followed(stage, group)]
+        return result, group.gathered_columns
+
+    for shares in ((1, 3), (1, 1, 1, 1)):
+        (result, gathered), *_ = run_ranks(ranks_of(shares), rank)
+        assert result == expected
+        lacking = (4 - len(shares)) * (n_columns - 2 * 18) // 4 if n_columns < VOCAB_SIZE else 0
+        assert gathered == n_columns - lacking
+
+
 def test_layers_that_are_called_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not packed for one native call has its bits."""
     model = Model(config_of(experts=ExpertsConfig(5, 2, 256, True, (1,))), "bfloat16")
@@ -328,7 +371,7 @@ class Replayed:
         partials.copy_(sums)
         self.exchanges += 1
 
-    def gather(self, logits: Tensor) -> Tensor | None:
+    def gather(self, columns: Tensor) -> list[Tensor] | None:
         raise NotImplementedError
 
 

@@ -16,6 +16,7 @@ from testing.links import free_port
 
 from mdi.core.config import GatewayConfig
 from mdi.core.errors import LinkError
+from mdi.core.group import Rank
 from mdi.core.status import RecoveryStatus
 from mdi.media import MediaPolicy
 from mdi.media.fetch import fetch
@@ -339,6 +340,27 @@ def test_what_happens_to_the_machines_is_told(opened: Tab, server: FakeServer, m
     page.get_by_text("All machines are back: answers go on.").wait_for()
     server.engine.requests[-1].resume()
     assert opened.answer() == "Half an answer"
+
+
+def test_nodes_that_share_a_stage_are_shown_in_its_place(
+    opened: Tab, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [node] = server.engine.nodes()
+    stage = [
+        replace(node, name=name, rank=rank, shards=Rank(first, last, 4))
+        for rank, (name, first, last) in enumerate([("starter", 0, 3), ("secondary0", 3, 4)])
+    ]
+    finisher = replace(node, name="finisher", first_layer=2, last_layer=4, group=1, rank=0)
+    monkeypatch.setattr(server.engine, "nodes", lambda: [*stage, finisher])
+    page = opened.page
+    page.get_by_text("rank 1 of 2, 25 %").wait_for()
+    shown = page.locator("aside .strip .stage")
+    assert [one.locator(".part").all_inner_texts() for one in shown.all()] == [["0–1 · 75 %", "0–1 · 25 %"], ["2–3"]]
+    left, right = (one.bounding_box() for one in shown.all())
+    assert left
+    assert right
+    assert (left["width"], left["height"]) == pytest.approx((right["width"], right["height"]), abs=1)
+    assert opened.violations() == ""
 
 
 def test_a_server_that_goes_and_comes_back_loses_nothing(browser: Browser) -> None:

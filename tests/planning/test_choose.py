@@ -60,6 +60,17 @@ def test_a_slow_machine_is_left_out_unless_all_are_wanted() -> None:
     assert best(BFLOAT16, [FAST, SLOW, FAST], LOOPBACK) == ((0, 2), (2,))
 
 
+def test_machines_that_only_slow_the_others_down_are_named() -> None:
+    machines = [FAST, FAST, SLOW]
+    used = choose(BFLOAT16, machines, links(LOOPBACK), use_all=True).best
+    advice = choose(BFLOAT16, machines, links(LOOPBACK)).advice(used)
+    assert advice.startswith("a group of 2 without finisher would take ")
+    assert "all 3 nodes take " in advice
+    assert advice.endswith("take finisher out of the pipeline, or make spares of them")
+    equal = choose(BFLOAT16, [FAST, FAST], links(LOOPBACK))
+    assert equal.advice(equal.best) == ""
+
+
 def test_a_faster_machine_has_more_shards_of_a_group() -> None:
     found = choose(BFLOAT16, [Machine(60e9), Machine(30e9)], links(LOOPBACK)).best
     assert [stage.rank and len(stage.rank.shards) for stage in found.plan.stages] == [2, 1]

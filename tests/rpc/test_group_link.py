@@ -167,7 +167,7 @@ def test_the_first_rank_gathers_all_columns(n_rows: int, security: Authority | N
             links, lambda link: link.gather(logits[:, slice(*columns[link.rank.first_shard])].contiguous())
         )
         assert whole is not None
-        assert torch.equal(whole, logits)
+        assert torch.equal(torch.cat(whole, 1), logits)
         assert others == [None, None]
 
 
@@ -318,6 +318,16 @@ def test_a_port_that_cannot_be_bound_is_an_error() -> None:
         GroupListener(None, "192.0.2.1")
 
 
+def test_a_port_that_is_asked_for_is_taken_if_it_is_free(caplog: pytest.LogCaptureFixture) -> None:
+    with GroupListener(None, "127.0.0.1") as other:
+        wanted = other.port
+        with GroupListener(None, "127.0.0.1", wanted) as listener:
+            assert listener.port not in (0, wanted)
+        assert f"port {wanted} cannot be opened for the group (Address already in use)" in caplog.text
+    with GroupListener(None, "127.0.0.1", wanted) as listener:
+        assert listener.port == wanted
+
+
 @pytest.mark.parametrize("waits", ["exchange", "follow", "gather"])
 def test_closing_wakes_the_thread_that_waits(waits: str, security: Authority | None) -> None:
     with group(ranks(*SHARES[2]), security) as [leader, follower], ThreadPoolExecutor() as pool:
@@ -421,16 +431,16 @@ def test_a_batch_with_a_header_of_gigabytes_takes_no_memory() -> None:
 
 
 @pytest.mark.parametrize("size_bytes", [33, 2**62, 64 * 4000])
-def test_logits_of_a_strange_size_take_no_memory(size_bytes: int) -> None:
+def test_columns_of_a_strange_size_take_no_memory(size_bytes: int) -> None:
     """To the first rank, which connects to the test: it reads its hello, and sends one."""
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         members = [Member("starter"), Member("secondary0", "127.0.0.1", server.getsockname()[1])]
         waiting = pool.submit(join_first, members, None)
         raw, _ = server.accept()
         with raw:
-            raw.sendall(Hello(EPOCH, 1, 2, "secondary0", b"", 0).encode() + HEADER.pack(Kind.LOGITS, 0, 1, size_bytes))
+            raw.sendall(Hello(EPOCH, 1, 2, "secondary0", b"", 0).encode() + HEADER.pack(Kind.COLUMNS, 0, 1, size_bytes))
             link = waiting.result(10)
-            with pytest.raises(LinkError, match=f"it sent {size_bytes} bytes of logits for 8 rows"):
+            with pytest.raises(LinkError, match=f"it sent {size_bytes} bytes of columns for 8 rows"):
                 link.gather(torch.zeros(8, 2))
             link.close()
 

@@ -154,14 +154,15 @@ def _memory_of(config: ModelConfig, node: NodeStatus, vision: bool, cache_tokens
     def summary(spec: StageSpec) -> StageSummary:
         return stage_summary(config, spec, node.dtype, cache_tokens, node.quantization)
 
-    layers = summary(StageSpec(node.first_layer, node.last_layer))
-    first, last = node.last_layer > node.first_layer == 0, node.last_layer == config.n_layers
+    layers = summary(StageSpec(node.first_layer, node.last_layer, rank=node.shards))
+    leads = node.shards is None or node.shards.leads
+    first, last = leads and node.last_layer > node.first_layer == 0, node.last_layer == config.n_layers
     return NodeMemory(
         node.name,
         embedding=summary(StageSpec(0, 0, embedding=first)).size_bytes,
         vision=summary(StageSpec(0, 0, vision=vision)).size_bytes,
         layers=layers.size_bytes,
-        head=summary(StageSpec(0, 0, head=last)).size_bytes,
+        head=summary(StageSpec(0, 0, head=last, rank=node.shards)).size_bytes,
         cache=layers.cache_bytes,
         resident=node.resident_bytes,
     )

@@ -16,6 +16,7 @@ from mdi.core.group import Rank
 from mdi.core.quantization import ModelQuantization, UnknownFormatError
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.registry import read_config
+from mdi.models.shards import vocabulary_rows
 from mdi.planning.plan import VISION, Plan
 
 FILE_NAME = "manifest.json"
@@ -131,5 +132,7 @@ class Manifest(BaseModel):
 
 def plan_hash(config: ModelConfig, plan: Plan, dtype: str, quantization: ModelQuantization) -> str:
     """The sha256 of model, plan, dtype and quantisation, hexadecimal, equal for all chunks that work together."""
-    text = json.dumps([repr(config), [repr(stage) for stage in plan.roles.values()], dtype, repr(quantization)])
+    stages = plan.roles.values()
+    cuts = [repr(vocabulary_rows(config, stage.rank)) for stage in stages if stage.rank]
+    text = json.dumps([repr(config), [repr(stage) for stage in stages], dtype, repr(quantization), *cuts])
     return hashlib.sha256(text.encode()).hexdigest()

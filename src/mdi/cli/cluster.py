@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mdi.cli.screen import out, say
 from mdi.core.errors import ConfigError
+from mdi.core.group import Rank
 from mdi.core.tables import UncutTable
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _summary(now: Snapshot, before: Snapshot) -> str:
 
 def _layers(node: Node) -> str:
     if node["last_layer"]:
-        return f"{node['first_layer']}-{node['last_layer'] - 1}"
+        layers, shards = f"{node['first_layer']}-{node['last_layer'] - 1}", node.get("shards")
+        return f"{Rank(**shards).share:.0%} of {layers}" if shards else layers
     return "images" if node["dtype"] else "spare"
 
 

@@ -77,6 +77,8 @@ def nodes_table(title: str, nodes: Sequence[NodeStatus]) -> UncutTable:
 
 def _cells(node: NodeStatus) -> tuple[str, ...]:
     layers = f"{node.first_layer}-{node.last_layer - 1}" if node.last_layer else "images" if node.dtype else "spare"
+    if node.shards:
+        layers = f"{node.shards.share:.0%} of {layers}"
     numbers = described(node.dtype, node.quantization) if node.dtype else ""
     return node.name, layers, numbers, f"{node.device} {node.kernels}", f"{node.resident_bytes / 1e6:,.0f} MB"
 

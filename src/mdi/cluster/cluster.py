@@ -124,7 +124,8 @@ class Cluster:
     def nodes(self) -> list[NodeStatus]:
         """What every node holds and does, in pipeline order, then spares, then the vision node."""
         spec = self._loaded.spec
-        traffic = self._monitor.traffic if self._monitor else Traffic()
+        links = self._monitor.traffic if self._monitor else Traffic()
+        ranks = self._monitor.group_traffic if self._monitor else Traffic()
         here = NodeStatus(
             name="starter",
             node="starter",
@@ -137,8 +138,9 @@ class Cluster:
             resident_bytes=psutil.Process().memory_info().rss,
             pid=os.getpid(),
             busy_share=self.stage.busy.share(),
-            sent_bytes=traffic.sent_bytes,
-            received_bytes=traffic.received_bytes,
+            sent_bytes=links.sent_bytes + ranks.sent_bytes,
+            received_bytes=links.received_bytes + ranks.received_bytes,
+            group_received_bytes=ranks.received_bytes,
             steps=self.stage.steps,
             step_s=self.stage.step_s,
         )
@@ -155,8 +157,11 @@ class Cluster:
 
     def _placed(self, node: NodeStatus, index: int) -> NodeStatus:
         """The same with its place. index: among all, the pipeline's first."""
-        group, rank = self._place(index) if index < self.n_nodes else (None, None)
-        return replace(node, quantization=self._loaded.quantization, role=_role(node), group=group, rank=rank)
+        node = replace(node, quantization=self._loaded.quantization, role=_role(node))
+        if index >= self.n_nodes:
+            return node
+        group, rank = self._place(index)
+        return replace(node, group=group, rank=rank, shards=self._ranks[index])
 
     @property
     def n_stages(self) -> int:
@@ -360,7 +365,10 @@ class Cluster:
         )
         if self._layers or self._groups:
             return job.plan(machines, self._groups or (1,) * self.n_nodes, self._layers)
-        return choose(job, machines, links, use_all=True).best.plan
+        used = choose(job, machines, links, use_all=True).best
+        if advice := choose(job, machines, links).advice(used):
+            log.warning("%s", advice)
+        return used.plan
 
     def _starter_progress(self) -> Progress | None:
         progress = self._progress

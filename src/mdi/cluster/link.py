@@ -31,6 +31,7 @@ from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.sockets import host_and_port
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
 from mdi.rpc.version import HERE
 
 T = TypeVar("T")
@@ -154,7 +155,13 @@ class GrpcLink:
             raise LinkError("the link was closed")
         self._heartbeats = [await self._monitor.watch(node) for node in self._nodes]
         epoch = self._epoch = LinkEpoch(
-            self._number, self._nodes, self._heartbeats, self._settings, self._deliver, self._monitor.identity
+            self._number,
+            self._nodes,
+            self._heartbeats,
+            self._settings,
+            self._deliver,
+            self._monitor.identity,
+            self._monitor.group_traffic,
         )
         try:
             await epoch.open(self._progress, deadline)
@@ -187,6 +194,7 @@ class LinkEpoch:
         settings: PipelineSettings,
         deliver: Deliver,
         identity: Identity | None,
+        group_traffic: Traffic,
     ) -> None:
         self.number = number
         self.group: GroupLink | None = None  # to the ranks of the first stage
@@ -197,6 +205,7 @@ class LinkEpoch:
         self._settings = settings
         self._deliver = deliver
         self._identity = identity
+        self._group_traffic = group_traffic
         self._ranks = settings.ranks or (None,) * (len(nodes) + 1)
         self._wires = Wires.of(self._ranks)
         self._ports: dict[int, int] = {}  # of nodes in groups, by their place in the pipeline
@@ -287,7 +296,9 @@ class LinkEpoch:
         assert rank is not None  # as all of a group have one
         members, shares = codec.decode_group(self._members(self._wires.stages[0]), rank.n_shards)
         try:
-            return GroupLink.join(0, members, shares, None, self._identity, self.number, JOIN_TIMEOUT_S)
+            return GroupLink.join(
+                0, members, shares, None, self._identity, self.number, JOIN_TIMEOUT_S, self._group_traffic
+            )
         except LinkError as error:
             raise named(error, self._nodes) from None
 

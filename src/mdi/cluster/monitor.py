@@ -170,6 +170,7 @@ class Monitor:
     def __init__(self, identity: Identity | None) -> None:
         self.identity = identity
         self.traffic = Traffic()  # batches sent, results received
+        self.group_traffic = Traffic()  # of the starter with the other ranks of its stage
         self.loop = LoopThread("mdi-cluster")
         self._heartbeats: dict[str, Heartbeat] = {}
         self._closed = False
@@ -219,6 +220,7 @@ def _node_status(status: node_pb2.NodeStatus, name: str, round_trip_s: float) ->
         busy_share=status.busy_share,
         sent_bytes=status.sent_bytes,
         received_bytes=status.received_bytes,
+        group_received_bytes=status.group_received_bytes,
         steps=status.steps,
         step_s=status.step_s,
         round_trip_s=round_trip_s,

@@ -68,6 +68,10 @@ class TokenSampling:
     token_mask: bytes | None = None
 
 
+FROM_ALL_LOGITS = TokenSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
+"""Stands for a sampling that takes all logits, where the draw is made elsewhere."""
+
+
 def forced(token_id: int, position: int, top_logprobs: int) -> TokenSampling:
     """Settings that always draw this token, for its logprob: that of a token which is known already."""
     bias = LogitAdjustment(1.0, 0.0, 0.0, b"", b"", b"", (token_id,), (math.inf,))
@@ -188,6 +192,16 @@ class Batch:
     def beyond(self, layer: int) -> Batch:
         """The same batch for the stages that compute the layers from `layer` on."""
         return replace(self, deepstack=self.deepstack.beyond(layer)) if self.deepstack else self
+
+    def without_adjustments(self) -> Batch:
+        """The same batch for ranks that draw nothing: `FROM_ALL_LOGITS` for samplings with an adjustment or a mask."""
+
+        def plain(sampling: TokenSampling) -> TokenSampling:
+            is_plain = sampling.adjustment is None and sampling.token_mask is None
+            return sampling if is_plain else FROM_ALL_LOGITS
+
+        slices = (replace(part, samplings=tuple(map(plain, part.samplings))) for part in self.slices)
+        return replace(self, slices=tuple(slices))
 
     def with_token_masks(self, masks: Sequence[bytes]) -> Batch:
         """The same batch with these masks in place of `token_masks`."""

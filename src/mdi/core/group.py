@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from mdi.core.batch import Batch
 
 
+VOCABULARY_BLOCK = 1024
+"""Tokens, from token 0 on, whose probabilities are summed together, and then the sums of all blocks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rank:
     """The part of a stage's weights that one rank has: the shards [first_shard, last_shard) of n_shards.
@@ -26,6 +30,11 @@ class Rank:
     @property
     def shards(self) -> range:
         return range(self.first_shard, self.last_shard)
+
+    @property
+    def share(self) -> float:
+        """Its part of the stage."""
+        return len(self.shards) / self.n_shards
 
     @property
     def leads(self) -> bool:
@@ -78,7 +87,10 @@ class Group(Protocol):
         """Gives the others the batch that is computed next. For rank 0. hidden: [tokens, hidden_size]."""
 
     def follow(self) -> tuple[Batch, Tensor]:
-        """Waits for what rank 0 gives to `lead`. For the others. Samplings keep their number, not their settings."""
+        """Waits for what rank 0 gives to `lead`. For the others.
+
+        Samplings with adjustments and masks come as `FROM_ALL_LOGITS`: only rank 0 needs those.
+        """
 
     def exchange(self, partials: Tensor, rows: slice) -> None:
         """Sends rows of the partial sums that this rank computed; with the last rows, receives those of the others.
@@ -88,8 +100,8 @@ class Group(Protocol):
         returns for the last rows.
         """
 
-    def gather(self, logits: Tensor) -> Tensor | None:
-        """All columns, for rank 0: [rows, vocab_size] in the same dtype; None for the others, who send theirs.
+    def gather(self, columns: Tensor) -> list[Tensor] | None:
+        """The columns of all ranks, in their order, for rank 0; None for the others, who send theirs.
 
-        logits: [rows, own part of the vocabulary].
+        columns: [rows, any number], on the CPU, of one dtype on all ranks.
         """

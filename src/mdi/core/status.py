@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mdi.core.group import Rank
 from mdi.core.histogram import Distribution
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 
@@ -25,12 +26,13 @@ class NodeStatus:
 
     first_layer, last_layer: its decoder layers, half-open. resident_bytes: memory as the operating system counts it.
     busy_share: part of the last second or more that it computed. sent_bytes, received_bytes: over its links since it
-    started. round_trip_s: of the last heartbeat; None for the starter. restarts: how often it was started again.
-    name: its role, or the id of a spare without one. spare: the id of a spare. node: its own id, as in its certificate.
-    quantization: of the model. kernels: what computes: an instruction set of the kernels, or "torch". error: why it is
-    lost or failed. group, rank: which stage of the pipeline it computes, and as which of that stage's nodes; None for
-    those beside the pipeline. steps, step_s: batches that it computed since its links were made, and the seconds that
-    they took, its draws of tokens included.
+    started; group_received_bytes: those of the latter that came from other ranks of its group. round_trip_s: of the
+    last heartbeat; None for the starter. restarts: how often it was started again. name: its role, or the id of a spare
+    without one. spare: the id of a spare. node: its own id, as in its certificate. quantization: of the model. kernels:
+    what computes: an instruction set of the kernels, or "torch". error: why it is lost or failed. group, rank: which
+    stage of the pipeline it computes, and as which of that stage's nodes; None for those beside the pipeline. shards:
+    what it has of its stage; None where it has all. steps, step_s: batches that it computed since its links were made,
+    and the seconds that they took, its draws of tokens included.
     """
 
     name: str
@@ -53,6 +55,8 @@ class NodeStatus:
     role: NodeRole = "starter"
     group: int | None = None
     rank: int | None = None
+    shards: Rank | None = None
+    group_received_bytes: int = 0
     error: str = ""
     steps: int = 0
     step_s: float = 0.0
@@ -63,7 +67,8 @@ class StageStatus:
     """What the plan gives one node. first_layer, last_layer: half-open. holds: what it has besides layers.
 
     step_share: its part of the weights that one decode step reads. group, rank: which stage of the pipeline it
-    computes, and as which of that stage's nodes, which share its layers; None for those beside the pipeline.
+    computes, and as which of that stage's nodes, which share its layers; None for those beside the pipeline. shards:
+    what it has of its stage; None where it has all.
     """
 
     node: str
@@ -73,6 +78,7 @@ class StageStatus:
     step_share: float
     group: int | None = None
     rank: int | None = None
+    shards: Rank | None = None
 
 
 @dataclass(frozen=True, slots=True)

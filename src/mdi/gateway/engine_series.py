@@ -127,12 +127,15 @@ def cumulated(values: Distribution) -> list[tuple[str, float]]:
 def link_bytes(nodes: Sequence[NodeStatus]) -> Mapping[tuple[str, str], int]:
     """Bytes over each link, by the nodes at its ends: round the pipeline, and to and from a vision node.
 
-    Each is counted where it is received, but embeddings where they are sent: the starter counts results alone.
+    Each is counted where it is received, but embeddings where they are sent: the starter counts results alone. What
+    ranks of a group exchange is none of it.
     """
     ring = [node for node in nodes if node.group is not None and not node.rank]
     counts = dict[tuple[str, str], int]()
     if len(ring) > 1:
-        counts |= {(_name(a), _name(b)): b.received_bytes for a, b in pairwise([*ring, ring[0]])}
+        counts |= {
+            (_name(a), _name(b)): b.received_bytes - b.group_received_bytes for a, b in pairwise([*ring, ring[0]])
+        }
     for node in nodes:
         if node.role == "vision":
             counts |= {("starter", _name(node)): node.received_bytes, (_name(node), "starter"): node.sent_bytes}

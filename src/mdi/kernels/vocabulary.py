@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdi.core.group import VOCABULARY_BLOCK
 from mdi.kernels.library import library
 
 LEAST_SCALE, LARGEST_SCALE = 1e-30, 1e30  # differences of logits times these are numbers, or minus infinity
@@ -30,17 +31,19 @@ def compute(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype == torch.float32 and library() is not None
 
 
-def peaks(logits: Tensor, temperatures: Sequence[float]) -> list[tuple[int, float]]:
-    """Of each row: the likeliest token, the first of equals, and the sum of e^((logit - highest) / temperature).
+def block_peaks(logits: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Of each block of each row: the highest logit, and the sum of e^((logit - highest) / temperature).
 
-    logits: float32 [rows, vocab_size]. temperatures: one for each row, above 0.
+    logits: float32 [rows, vocab_size]. temperatures: one for each row, above 0. Returns float64 [rows, blocks] each:
+    a block is `VOCABULARY_BLOCK` logits, or what is left of them.
     """
     logits = logits.contiguous()
     scales = (1 / torch.tensor(temperatures, dtype=torch.float64)).clamp(LEAST_SCALE, LARGEST_SCALE).float()
-    highest, sums = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.float64)
+    shape = len(logits), -(-logits.shape[1] // VOCABULARY_BLOCK)
+    highest, sums = torch.empty(shape), torch.empty(shape, dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (logits, scales, highest, sums))
     _kernels()[0](ctypes.byref(Peaks(*pointers, *logits.shape)))
-    return list(zip(highest.tolist(), sums.tolist(), strict=True))
+    return highest.double(), sums
 
 
 def highest(logits: Tensor, count: int) -> Tensor:

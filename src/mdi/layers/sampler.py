@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdi.core.batch import LogitAdjustment, Token, TokenSampling
 from mdi.kernels import vocabulary
+from mdi.layers.peaks import peaks
 
 FIRST_CANDIDATES = 1024
 """Likeliest tokens that are sorted first. The whole vocabulary is sorted only when the draw is not among them."""
@@ -29,35 +30,22 @@ def sample(logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Token, .
     Penalties, biases and token masks change what is drawn. The logprobs that are reported are the model's own.
     """
     rows = logits.float()
-    return tuple(map(_sample_row, rows, _peaks(rows, [1.0] * len(rows)), samplings))
+    return tuple(map(_sample_row, rows, peaks(rows, [1.0] * len(rows)), samplings))
 
 
 def _sample_row(logits: Tensor, peak: tuple[int, float], sampling: TokenSampling) -> Token:
     """logits: float32 [vocab_size]. peak: theirs, at temperature 1."""
-    likeliest, total = peak
+    highest, total = peak
     adjusted = _adjusted(logits, sampling)
     if sampling.temperature >= GREEDY_TEMPERATURE:
         picked = _draw(adjusted, sampling)
     elif adjusted is logits:
-        picked = likeliest
+        picked = highest
     else:
         picked = int(adjusted.cpu().numpy().argmax())  # ten times as fast as torch's
-    normaliser = float(logits[likeliest]) + math.log(total)
+    normaliser = float(logits[highest]) + math.log(total)
     top_logprobs = _top(logits, normaliser, sampling.top_logprobs) if sampling.top_logprobs else ()
     return Token(picked, float(logits[picked]) - normaliser, top_logprobs)
-
-
-def _peaks(logits: Tensor, temperatures: Sequence[float]) -> list[tuple[int, float]]:
-    """Of each row: the likeliest token, and the probability of all tokens as a multiple of its own.
-
-    A row's numbers do not depend on the others: torch would split a sum over several rows among threads otherwise.
-    """
-    if vocabulary.compute(logits):
-        return vocabulary.peaks(logits, temperatures)
-    likeliest = [int(row.argmax()) for row in logits]
-    each = zip(logits, likeliest, temperatures, strict=True)
-    sums = [float(_weights(row, row[token], temperature).sum()) for row, token, temperature in each]
-    return list(zip(likeliest, sums, strict=True))
 
 
 def uniform(sampling: TokenSampling) -> float:
@@ -116,7 +104,7 @@ def _adjusted(logits: Tensor, sampling: TokenSampling) -> Tensor:
 
 
 def _top(logits: Tensor, normaliser: float, count: int) -> tuple[tuple[int, float], ...]:
-    values, ids = _likeliest(logits, min(count, len(logits)))
+    values, ids = likeliest(logits, min(count, len(logits)))
     return tuple(zip(ids.tolist(), (values.double() - normaliser).tolist(), strict=True))
 
 
@@ -127,12 +115,11 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
     """
     vocab_size = len(logits)
     if 0 < sampling.top_k < vocab_size:
-        top, ids = _likeliest(logits, sampling.top_k)
-        weights = _weights(top, top[0], sampling.temperature)
-        return _pick(weights, ids, float(weights.sum()), sampling, complete=True)
-    [(_, total)] = _peaks(logits[None], [sampling.temperature])
+        top, ids = likeliest(logits, sampling.top_k)
+        return draw_among(top, ids, sampling)
+    [(_, total)] = peaks(logits[None], [sampling.temperature])
     if vocab_size > FIRST_CANDIDATES:
-        top, ids = _likeliest(logits, FIRST_CANDIDATES)
+        top, ids = likeliest(logits, FIRST_CANDIDATES)
         weights = _weights(top, top[0], sampling.temperature)
         picked = _pick(weights, ids, total, sampling, complete=len(top) < FIRST_CANDIDATES)
         if picked >= 0:
@@ -141,7 +128,13 @@ def _draw(logits: Tensor, sampling: TokenSampling) -> int:
     return _pick(_weights(top, top[0], sampling.temperature), ids, total, sampling, complete=True)
 
 
-def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def draw_among(logits: Tensor, ids: Tensor, sampling: TokenSampling) -> int:
+    """The drawn one of these tokens alone. logits: theirs, descending."""
+    weights = _weights(logits, logits[0], sampling.temperature)
+    return _pick(weights, ids, float(weights.sum()), sampling, complete=True)
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The highest logits and their ids, as a stable sort of all has them: equal ones in the order of their ids.
 
     Fewer than `count` where the others are minus infinity: forbidden.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm
 
 from mdi.core.errors import ConfigError
-from mdi.core.group import InputShards, LayerShards, Rank
+from mdi.core.group import VOCABULARY_BLOCK, InputShards, LayerShards, Rank
 from mdi.core.quantization import FORMATS, ModelQuantization
 from mdi.models.config import ModelConfig
 
@@ -21,6 +21,8 @@ Bounds = tuple[int, ...]
 
 WHOLE_STEPS = 32
 """Shards are whole multiples of so many where that is possible: of whole tiles (AMX), which are many times as fast."""
+
+LEAST_BLOCKS = 4  # a shard of the vocabulary has: with fewer, shards of whole blocks differ by too much
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,17 @@ def _run(used: Sequence[int]) -> int:
     raise AssertionError("runs of one head always divide")
 
 
+def whole_blocks(config: ModelConfig, n_shards: int) -> bool:
+    """Whether shards of the vocabulary are whole blocks: ranks then need not give away all their logits."""
+    return config.vocab_size >= LEAST_BLOCKS * VOCABULARY_BLOCK * n_shards
+
+
 def _vocabulary(config: ModelConfig, n_shards: int) -> Bounds:
-    return _bounds("vocabulary", config.vocab_size, n_shards, 1, WHOLE_STEPS)
+    size = config.vocab_size
+    if not whole_blocks(config, n_shards):
+        return _bounds("vocabulary", size, n_shards, 1, WHOLE_STEPS)
+    ends = (VOCABULARY_BLOCK * round(size * shard / n_shards / VOCABULARY_BLOCK) for shard in range(n_shards))
+    return (*ends, size)
 
 
 def _own(bounds: Bounds, rank: Rank) -> InputShards:

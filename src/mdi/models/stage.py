@@ -9,15 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mdi.core.batch import Batch, Deepstack, Result, Token, Visual
+from mdi.core.batch import Batch, Deepstack, Result, Token, TokenSampling, Visual
 from mdi.core.errors import LinkError
 from mdi.core.group import Group, Rank
 from mdi.core.tracing import BusyMeter, Recorder, SpanName
 from mdi.layers.attention import Layout
+from mdi.layers.candidates import Candidates, n_candidates
 from mdi.layers.kv_cache import KVCache
 from mdi.layers.rope import DecoderRope, Grid
 from mdi.layers.sampler import sample
-from mdi.models.shards import Shards, shard_step
+from mdi.models.shards import Shards, shard_step, vocabulary_rows, whole_blocks
 from mdi.models.weights import LoadedStage
 
 MAX_LOGIT_ROWS = 64  # logits at once: a vocabulary of 151,936 takes 0.6 MB a row
@@ -56,6 +57,8 @@ class Stage:
         rank = loaded.spec.rank or Rank(0, shards, shards)
         cut = Shards.of(config, rank.n_shards, shard_step(loaded.quantization))
         self._shards = cut.of_layers(config, rank) if rank.n_shards > 1 else None
+        self._whole_blocks = whole_blocks(config, rank.n_shards)
+        self._first_token = vocabulary_rows(config, rank).start
         self._decoder = loaded.decoder
         self._vision = loaded.vision
         self._rope = DecoderRope(config.head_dim, config.rope, device)
@@ -94,7 +97,7 @@ class Stage:
     def sample(self, batch: Batch, hidden: Tensor) -> Result | None:
         """Draws a token for each of the batch's samplings, from the output of `run`. Needs the head.
 
-        In a group rank 0 draws; the others compute their part of the logits, and None is returned.
+        In a group rank 0 draws; the others give it what it needs of their part of the logits, and None is returned.
         """
         started_s = time.perf_counter()
         with self.working("sample"):
@@ -102,12 +105,10 @@ class Stage:
             tokens = list[Token]()
             for first in range(0, len(rows), MAX_LOGIT_ROWS):
                 part = rows[first : first + MAX_LOGIT_ROWS]
-                logits = self._gathered_logits(hidden[part])
-                if logits is None:
-                    continue
-                finite[part] &= _finite_rows(logits)
-                sound = logits if finite.all() else logits.nan_to_num()
-                tokens += sample(sound, samplings[first : first + MAX_LOGIT_ROWS])
+                logits = self._decoder.logits(hidden[part])
+                drawn, sound = self._draw(logits, samplings[first : first + MAX_LOGIT_ROWS])
+                tokens += drawn
+                finite[part] &= sound
         self.step_s += time.perf_counter() - started_s
         return Result(batch.id, tuple(tokens), _overflowed(batch, finite)) if self._leads else None
 
@@ -115,13 +116,32 @@ class Stage:
     def _leads(self) -> bool:
         return self.spec.rank is None or self.spec.rank.leads
 
-    def _gathered_logits(self, hidden: Tensor) -> Tensor | None:
-        """Logits of all ranks' parts of the vocabulary; None where another rank has them."""
-        logits = self._decoder.logits(hidden)
-        if self.group is None:
-            return logits
-        gathered = self.group.gather(logits.cpu())
-        return None if gathered is None else gathered.to(self.device)
+    def _draw(self, logits: Tensor, samplings: Sequence[TokenSampling]) -> tuple[Sequence[Token], Tensor]:
+        """A token for each row, and whether its logits are finite. No token where rank 0 draws.
+
+        logits: [rows, own part of the vocabulary].
+        """
+        count = n_candidates(samplings) if self.group and self._whole_blocks else 0
+        if self.group and count:
+            return self._draw_from_candidates(self.group, logits, samplings, count)
+        if self.group:
+            parts = self.group.gather(logits.cpu())
+            if parts is None:
+                return (), _finite_rows(logits)
+            logits = torch.cat(parts, 1).to(self.device)
+        finite = _finite_rows(logits)
+        return sample(_made_finite(logits, finite), samplings), finite
+
+    def _draw_from_candidates(
+        self, group: Group, logits: Tensor, samplings: Sequence[TokenSampling], count: int
+    ) -> tuple[Sequence[Token], Tensor]:
+        finite = _finite_rows(logits)
+        own = Candidates.of(_made_finite(logits, finite), self._first_token, count, finite)
+        parts = group.gather(own.packed)
+        if parts is None:
+            return (), finite
+        candidates = Candidates.merged(parts, count)
+        return candidates.sample(samplings), candidates.finite[:, 0].bool().to(self.device)
 
     @contextmanager
     def working(self, name: SpanName, batch_id: int = -1, n_tokens: int = 0) -> Iterator[None]:
@@ -200,6 +220,11 @@ def _finite_rows(rows: Tensor) -> Tensor:
     if rows.sum(dtype=torch.float32).isfinite():
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     return rows.isfinite().all(-1)  # a sum of finite numbers may be infinite: then each is looked at
+
+
+def _made_finite(logits: Tensor, finite: Tensor) -> Tensor:
+    """The same logits where all are finite. finite: whether those of each row are."""
+    return logits if finite.all() else logits.nan_to_num()
 
 
 def _overflowed(batch: Batch, finite: Tensor) -> tuple[int, ...]:

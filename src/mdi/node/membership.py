@@ -7,6 +7,7 @@ from mdi.rpc import codec, node_pb2
 from mdi.rpc.group_join import GroupListener
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
 
 JOIN_TIMEOUT_S = 60.0  # until the starter has configured the ranks before this one, too
 
@@ -14,13 +15,26 @@ JOIN_TIMEOUT_S = 60.0  # until the starter has configured the ranks before this 
 class Membership:
     """Listens for the ranks before this one as soon as it is made. `close` may be called from any thread."""
 
-    def __init__(self, request: node_pb2.ConfigureRequest, rank: Rank, host: str, identity: Identity | None) -> None:
-        """rank: as this node's weights are cut. host: where it listens. Raises LinkError when no port can be bound."""
+    def __init__(
+        self,
+        request: node_pb2.ConfigureRequest,
+        rank: Rank,
+        place: tuple[str, int],
+        identity: Identity | None,
+        traffic: Traffic,
+    ) -> None:
+        """rank: as this node's weights are cut. place: host and port, as a `GroupListener` takes them.
+
+        traffic: counts the bytes of the links.
+
+        Raises LinkError when no port can be bound.
+        """
         self._members, self._shares = codec.decode_group(request.group, rank.n_shards)
         self._index, self._epoch, self._identity = request.rank, request.epoch, identity
+        self._traffic = traffic
         self._link: GroupLink | None = None
         self._closed = False
-        self._listener = GroupListener(identity, host)
+        self._listener = GroupListener(identity, *place)
 
     @property
     def port(self) -> int:
@@ -29,7 +43,9 @@ class Membership:
     def join(self) -> GroupLink:
         """Waits until all ranks are linked. Raises LinkError, naming one that is missing, or when it is closed."""
         group = self._index, self._members, self._shares
-        link = self._link = GroupLink.join(*group, self._listener, self._identity, self._epoch, JOIN_TIMEOUT_S)
+        link = self._link = GroupLink.join(
+            *group, self._listener, self._identity, self._epoch, JOIN_TIMEOUT_S, self._traffic
+        )
         if self._closed:
             link.close()
         return link

@@ -110,6 +110,7 @@ class NodeService(NodeServicer):
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
         self._traffic = Traffic()
+        self._group_traffic = Traffic()
         self._recorder = Recorder()
         self._worker = Worker()
         self._encoder = Encoder(self._recorder)
@@ -148,7 +149,10 @@ class NodeService(NodeServicer):
         status.pid = os.getpid()
         status.version, status.oldest_version = HERE.version, HERE.oldest
         status.free_bytes = free_bytes(torch.device(self._settings.device))
-        status.sent_bytes, status.received_bytes = self._traffic.sent_bytes, self._traffic.received_bytes
+        links, ranks = self._traffic, self._group_traffic
+        status.sent_bytes = links.sent_bytes + ranks.sent_bytes
+        status.received_bytes = links.received_bytes + ranks.received_bytes
+        status.group_received_bytes = ranks.received_bytes
         status.busy_share = (epoch.stage.busy if epoch else self._encoder.busy).share()
         if epoch:
             status.steps, status.step_s = epoch.stage.steps, epoch.stage.step_s
@@ -234,8 +238,7 @@ class NodeService(NodeServicer):
         own = request.group[request.rank]
         if (own.first_shard, own.last_shard) != (rank.first_shard, rank.last_shard):
             raise LinkError("has weights for another place in a group: run `mdi prepare` again")
-        host = self._settings.listen.rpartition(":")[0]
-        return Membership(request, rank, host, self._settings.identity)
+        return Membership(request, rank, self._settings.group_place, self._settings.identity, self._group_traffic)
 
     async def Batches(
         self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object
@@ -304,10 +307,10 @@ class NodeService(NodeServicer):
         )
 
     async def MeasureLink(self, request: node_pb2.MeasureLinkRequest, _context: object) -> node_pb2.MeasureLinkReply:
-        own, identity, host = self._settings.name, self._settings.identity, self._settings.listen.rpartition(":")[0]
+        own, identity, place = self._settings.name, self._settings.identity, self._settings.group_place
         try:
             if not request.address:
-                return node_pb2.MeasureLinkReply(port=listen(own, request.peer, host, identity))
+                return node_pb2.MeasureLinkReply(port=listen(own, request.peer, place, identity))
             listening = Member(request.peer, request.address, request.port)
             found = await asyncio.to_thread(measure_link, own, listening, identity)
         except LinkError as error:

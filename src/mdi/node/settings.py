@@ -39,6 +39,16 @@ class NodeSettings:
     role: str = ""
 
     @property
+    def group_place(self) -> tuple[str, int]:
+        """Where other ranks of its group connect to: host, and the port after its own, so that firewalls can allow it.
+
+        Port 0 is a free one.
+        """
+        host, _, port = self.listen.rpartition(":")
+        number = int(port or 0)
+        return host, number + 1 if 0 < number < 65535 else 0
+
+    @property
     def only_role(self) -> str:
         """The only role that the node takes; empty for a spare, which takes any."""
         return self.role or ("" if self.name.startswith("spare") else self.name)

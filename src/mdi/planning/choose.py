@@ -32,6 +32,9 @@ EXCHANGE_S = 20e-6
 HOP_S = 0.38e-3
 """Of a batch's way from one stage to the next, besides the link."""
 
+WORTHWHILE = 0.9
+"""A plan with fewer machines is spoken of where it takes at most this part of the time."""
+
 EVERY_SPLIT = 5
 """Up to so many nodes every way to group neighbours is tried; beyond, groups of equal size."""
 
@@ -179,6 +182,21 @@ class Choice:
             return ""
         closest = groups[0]
         return f"{self.name(closest)} would take {_ms(closest.token_s)} ms a token: {self._exchanges_text(closest)}"
+
+    def advice(self, used: Candidate) -> str:
+        """In a sentence, what fewer machines would bring. Empty where it is little.
+
+        used: the plan that is taken, with all machines.
+        """
+        if self.best.token_s > WORTHWHILE * used.token_s:
+            return ""
+        left_out = ", ".join(
+            name for place, name in enumerate(role_names(self.n_nodes)) if place not in self.best.nodes
+        )
+        return (
+            f"{self.name(self.best)} would take {_ms(self.best.token_s)} ms a token, all {self.n_nodes} nodes take "
+            f"{_ms(used.token_s)} ms: take {left_out} out of the pipeline, or make spares of them"
+        )
 
     def _exchanges_text(self, candidate: Candidate) -> str:
         each_s = candidate.exchange_s / candidate.exchanges

@@ -28,6 +28,7 @@ def explain(plan: Plan, config: ModelConfig, dtype: str, quantization: ModelQuan
             round(stage_summary(config, spec, dtype, quantization=quantization).step_share, 4),
             group,
             rank,
+            spec.rank,
         )
         for (name, spec), (group, rank) in zip(plan.roles.items(), [*places, (None, None)], strict=False)
     )

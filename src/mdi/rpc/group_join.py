@@ -77,19 +77,17 @@ class Hello:
 
 
 class GroupListener:
-    """A free port for the ranks before this one. identity: None where links are not encrypted.
+    """A port for the ranks before this one. identity: None where links are not encrypted.
 
     Raises LinkError when none can be bound.
     """
 
-    def __init__(self, identity: Identity | None, host: str) -> None:
-        """host: the address to bind; empty for all."""
+    def __init__(self, identity: Identity | None, host: str, port: int = 0) -> None:
+        """host: the address to bind; empty for all. port: is taken if it is free, else any; 0 is any."""
         self._context = server_context(identity) if identity else None
         host = host.strip("[]")
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            both = host == "::" and socket.has_dualstack_ipv6()
-            self._socket = socket.create_server((host, 0), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+            self._socket = _bound(host, port)
         except OSError as error:
             raise LinkError(f"no port can be opened on {host!r} for the group ({error.strerror or error})") from None
         self._socket.setblocking(False)
@@ -114,6 +112,19 @@ class GroupListener:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    bind = partial(socket.create_server, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    if port:
+        try:
+            return bind((host, port))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            log.warning("port %d cannot be opened for the group (%s): the system chooses another", port, reason)
+    return bind((host, 0))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from mdi.core.batch import Batch, TokenSampling
+from mdi.core.batch import Batch
 from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, LinkError
 from mdi.core.group import Rank
@@ -28,7 +27,6 @@ from mdi.rpc.traffic import Traffic
 
 SPIN_S = 100e-6  # longer than a rank waits for another within a step, as a rule; waking from sleep takes 10 to 50 us
 DONE = object()
-DRAWN = TokenSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, sample=0, position=0)
 
 
 class GroupLink:
@@ -60,14 +58,16 @@ class GroupLink:
         identity: Identity | None,
         epoch: int,
         timeout_s: float,
+        traffic: Traffic | None = None,
     ) -> GroupLink:
         """Connects this rank, members[index], with all others, and waits until all are there. Closes the listener.
 
-        shares: the rank of each member. listener: None for the first member, which nobody connects to. Raises
-        LinkError, naming a node, when one is missing after the timeout, or is not who it should be.
+        shares: the rank of each member. listener: None for the first member, which nobody connects to. traffic: counts
+        on; None begins at nothing. Raises LinkError, naming a node, when one is missing after the timeout, or is not
+        who it should be.
         """
         joined = join(index, members, listener, identity, epoch, timeout_s)
-        traffic = Traffic()
+        traffic = traffic or Traffic()
         peers = [Peer(members[one].id, shares[one], joined.connections[one], traffic) for one in joined.connections]
         return cls(shares[index], peers, traffic, spins=joined.has_core)
 
@@ -86,8 +86,7 @@ class GroupLink:
 
     def lead(self, batch: Batch, hidden: Tensor) -> None:
         """See `Group`."""
-        slices = (replace(part, samplings=(DRAWN,) * len(part.samplings)) for part in batch.slices)
-        header = codec.encode_header(replace(batch, slices=tuple(slices)), hidden)
+        header = codec.encode_header(batch.without_adjustments(), hidden)
         message = node_pb2.BatchPiece(batch_id=batch.id, header=header).SerializeToString()
         tensors = [tensor.cpu().contiguous() for tensor in codec.tensors(batch, hidden)]
         size_bytes = len(message) + sum(tensor.nbytes for tensor in tensors)
@@ -121,19 +120,19 @@ class GroupLink:
             else:
                 self._move()
 
-    def gather(self, logits: Tensor) -> Tensor | None:
+    def gather(self, columns: Tensor) -> list[Tensor] | None:
         """See `Group`."""
         with self._in_use:
             sequence = self._next()
             if not self.rank.leads:
                 leader = self._peers[0]
-                leader.put(Frame(Kind.LOGITS, 0, sequence, logits.nbytes).message(_bytes(logits)))
+                leader.put(Frame(Kind.COLUMNS, 0, sequence, columns.nbytes).message(_bytes(columns)))
                 self._finish()
                 return None
             arrived: dict[Peer, Tensor] = {}
-            self._readings = [(peer, self._read_logits(peer, sequence, logits, arrived)) for peer in self._peers]
+            self._readings = [(peer, self._read_columns(peer, sequence, columns, arrived)) for peer in self._peers]
             self._finish()
-        return torch.cat([logits, *(arrived[peer] for peer in self._peers)], dim=1)
+        return [columns, *(arrived[peer] for peer in self._peers)]
 
     def _next(self) -> int:
         self._sequence += 1
@@ -206,12 +205,13 @@ class GroupLink:
                 yield from peer.read(part)
             row += count
 
-    def _read_logits(self, peer: Peer, sequence: int, own: Tensor, arrived: dict[Peer, Tensor]) -> Reading[None]:
+    def _read_columns(self, peer: Peer, sequence: int, own: Tensor, arrived: dict[Peer, Tensor]) -> Reading[None]:
         """Shards have nearly the same number of columns: far more is an error, and never memory."""
-        frame = yield from peer.read_frame(Kind.LOGITS, sequence)
+        frame = yield from peer.read_frame(Kind.COLUMNS, sequence)
         n_columns, odd = divmod(frame.size_bytes, len(own) * own.itemsize)
-        if odd or n_columns * len(self.rank.shards) > 2 * (own.shape[1] + 64) * len(peer.rank.shards):
-            raise peer.out_of_step(f"{frame.size_bytes} bytes of logits for {len(own)} rows")
+        most = 2 * (own.shape[1] + 64) * max(1, len(peer.rank.shards) / len(self.rank.shards))
+        if odd or n_columns > most:
+            raise peer.out_of_step(f"{frame.size_bytes} bytes of columns for {len(own)} rows")
         columns = own.new_empty(len(own), n_columns)
         yield from peer.read(_bytes(columns))
         arrived[peer] = columns

@@ -24,12 +24,12 @@ WARM_UP = 10
 RANKS = Rank(0, 1, 2), Rank(1, 2, 2)
 
 
-def listen(own: str, peer: str, host: str, identity: Identity | None) -> int:
+def listen(own: str, peer: str, place: tuple[str, int], identity: Identity | None) -> int:
     """Opens a port for a node that measures, and answers it in a thread, once. Raises LinkError.
 
-    own, peer: ids of the two nodes. host: the address to bind.
+    own, peer: ids of the two nodes. place: host and port, as a `GroupListener` takes them.
     """
-    listener = GroupListener(identity, host)
+    listener = GroupListener(identity, *place)
 
     def answer() -> None:
         try:

@@ -28,18 +28,18 @@ Reading = Generator[None, None, T]
 
 
 class Kind(IntEnum):
-    """BATCH: from `lead`. PARTIALS: from `exchange`. LOGITS: from `gather`."""
+    """BATCH: from `lead`. PARTIALS: from `exchange`. COLUMNS: from `gather`."""
 
     BATCH = 1
     PARTIALS = 2
-    LOGITS = 3
+    COLUMNS = 3
 
 
 class Frame(NamedTuple):
     """What a frame's header says.
 
     sequence: counts the calls of all ranks. size_bytes: of the content. start: the first row of partial sums; the size
-    of the message that begins a batch; 0 for logits.
+    of the message that begins a batch; 0 for columns.
     """
 
     kind: int

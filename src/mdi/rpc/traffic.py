@@ -18,7 +18,7 @@ Parser = Callable[[bytes], Message]
 
 @dataclass
 class Traffic:
-    """Bytes sent and received so far. Written by one event loop, read by any thread."""
+    """Bytes sent and received so far. Written by one thread, read by any."""
 
     sent_bytes: int = 0
     received_bytes: int = 0

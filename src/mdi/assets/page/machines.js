@@ -90,12 +90,12 @@ export function Machines() {
     <${Figures} report=${report} />
     <${Events} />
     <ul class="nodes">
-      ${report.nodes.map((node) => html`<${Node} key=${key(node)} node=${node} plan=${report.plan} />`)}
+      ${report.nodes.map((node) => html`<${Node} key=${key(node)} node=${node} report=${report} />`)}
     </ul>
     <p class="quiet">Why this split: ${report.plan.reason}.</p>`;
 }
 
-/** A band of all layers; each node has its part of it. */
+/** A band of all layers; each stage has its part of it, and each of the stage's nodes its share of that. */
 export function Strip({ report }) {
   const replicas = new Map();
   for (const node of report.nodes) {
@@ -105,10 +105,14 @@ export function Strip({ report }) {
   return html`<div class="strip" role="img" aria-label=${spoken(report)}>
     ${[...replicas.values()].map(
       (nodes) => html`<div class="row">
-        ${nodes.map(
-          (node) => html`<div key=${key(node)} class=${`part ${tone(node)}`} style=${{ flexGrow: node.last_layer - node.first_layer }}>
-            <span>${layers(node)}</span>
-            <i style=${{ width: `${Math.round(node.busy_share * 100)}%` }}></i>
+        ${stages(nodes).map(
+          (ranks) => html`<div key=${key(ranks[0])} class="stage" style=${{ flexGrow: ranks[0].last_layer - ranks[0].first_layer }}>
+            ${ranks.map(
+              (node) => html`<div key=${key(node)} class=${`part ${tone(node)}`} style=${{ flexGrow: share(node) }}>
+                <span>${layers(node)}${node.shards && ` · ${percent(share(node))}`}</span>
+                <i style=${{ width: `${Math.round(node.busy_share * 100)}%` }}></i>
+              </div>`,
+            )}
           </div>`,
         )}
       </div>`,
@@ -116,9 +120,25 @@ export function Strip({ report }) {
   </div>`;
 }
 
+function stages(nodes) {
+  const found = new Map();
+  for (const node of nodes) found.set(node.group, [...(found.get(node.group) ?? []), node]);
+  return [...found.values()];
+}
+
 function spoken(report) {
-  const parts = report.nodes.filter((node) => node.last_layer).map((node) => `${node.name} ${layers(node)}, ${node.state}`);
-  return `Layers of the machines: ${parts.join("; ")}`;
+  const nodes = report.nodes.filter((node) => node.last_layer);
+  const parts = nodes.map((node) => [node.name, layers(node), node.shards && `${percent(share(node))} of them,`, node.state]);
+  return `Layers of the machines: ${parts.map((part) => part.filter(Boolean).join(" ")).join("; ")}`;
+}
+
+/** A node's part of its stage, which others of its group may share. */
+function share({ shards }) {
+  return shards ? (shards.last_shard - shards.first_shard) / shards.n_shards : 1;
+}
+
+function percent(part) {
+  return `${Math.round(part * 100)} %`;
 }
 
 function tone(node) {
@@ -136,7 +156,7 @@ function Figures({ report }) {
     ["tokens/s", state.tokensPerSecond.toFixed(state.tokensPerSecond < 10 ? 1 : 0)],
     ["running", report.requests.running],
     ["waiting", report.requests.waiting],
-    ["cache", `${Math.round(report.cache.used_share * 100)} %`],
+    ["cache", percent(report.cache.used_share)],
   ];
   if (report.recoveries) figures.push(["recoveries", report.recoveries]);
   return html`<dl class="figures">
@@ -144,16 +164,17 @@ function Figures({ report }) {
   </dl>`;
 }
 
-function Node({ node, plan }) {
-  const stage = plan.stages.find((each) => each.node === node.name);
+function Node({ node, report }) {
+  const stage = report.plan.stages.find((each) => each.node === node.name);
   const holds = stage?.holds.map((part) => ({ embedding: "embedding", vision: "vision", head: "LM head" })[part]) ?? [];
   const rate = state.rates.get(key(node)) ?? 0;
   const facts = [
     ["layers", [layers(node), ...holds].join(", ")],
+    ...(node.shards ? [["group", inGroup(node, report)]] : []),
     ["device", [node.device, node.kernels].filter(Boolean).join(" ")],
     ["dtype", dtype(node)],
     ["memory", `${Math.round(node.resident_bytes / 1e6).toLocaleString("en")} MB`],
-    ["busy", `${Math.round(node.busy_share * 100)} %`],
+    ["busy", percent(node.busy_share)],
     ["links", `${(rate / 1e6).toFixed(2)} MB/s`],
   ];
   if (node.round_trip_s !== null) facts.push(["round trip", `${(node.round_trip_s * 1000).toFixed(1)} ms`]);
@@ -163,6 +184,11 @@ function Node({ node, plan }) {
     ${node.error && html`<p class="error">${node.error}</p>`}
     <dl>${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
   </li>`;
+}
+
+function inGroup(node, report) {
+  const ranks = report.nodes.filter((other) => other.group === node.group && other.replica === node.replica);
+  return `rank ${node.rank} of ${ranks.length}, ${percent(share(node))}`;
 }
 
 function dtype(node) {

@@ -224,18 +224,18 @@ static int rotations_pass(void) {
 }
 
 static int vocabulary_passes(void) {
-    enum { LOGITS = 2 * 1500 + 5, VOCABULARIES = 3, COUNT = 900 };  // more than one block, and part of a vector
+    enum { BLOCKS = 3, LOGITS = BLOCKS * BLOCK - 67, VOCABULARIES = 3, COUNT = 900 };  // not whole vectors
     static float logits[VOCABULARIES * LOGITS];
     const float scales[VOCABULARIES] = {1, 20, 0.1f};
-    int64_t highest[VOCABULARIES], expected[VOCABULARIES];
-    double sums[VOCABULARIES], reference[VOCABULARIES];
+    float highest[VOCABULARIES * BLOCKS], expected[VOCABULARIES * BLOCKS];
+    double sums[VOCABULARIES * BLOCKS], reference[VOCABULARIES * BLOCKS];
     fill(logits, VOCABULARIES * LOGITS, FLOAT32, 14);
     Peaks peaks = {logits, scales, highest, sums, VOCABULARIES, LOGITS};
     KERNEL(peaks)(&peaks);
     peaks.highest = expected;
     peaks.sums = reference;
     SCALAR(peaks)(&peaks);
-    for (int i = 0; i < VOCABULARIES; i++)
+    for (int i = 0; i < VOCABULARIES * BLOCKS; i++)
         if (highest[i] != expected[i] || !(fabs(sums[i] - reference[i]) <= 1e-5 * reference[i])) return 0;
     int64_t ours[COUNT], theirs[COUNT];
     if (KERNEL(highest)(logits, LOGITS, COUNT, ours) != COUNT) return 0;

@@ -1,12 +1,10 @@
-// What drawing a token needs of all logits of a row. A row is computed by one thread, in a fixed order.
+// What drawing a token needs of all logits of a row. A block of it is computed by one thread, in a fixed order.
 #include "vocabulary.h"
 
 #include <stdlib.h>
 
 #include "pool.h"
 #include "vector.h"
-
-enum { BLOCK = 1024 };  // logits whose sum stands in float32
 
 static float highest_of(const float *logits, long size) {
     vfloat highest = vf_set1(-INFINITY);
@@ -15,19 +13,6 @@ static float highest_of(const float *logits, long size) {
     float found = vf_largest(highest);
     for (; i < size; i++) found = logits[i] > found ? logits[i] : found;
     return found;
-}
-
-// The index of the highest logit. Only the first block that has it is searched for it.
-static long index_of_highest(const float *logits, long size) {
-    long first = 0;
-    float highest = -INFINITY;
-    for (long block = 0; block < size; block += BLOCK) {
-        float found = highest_of(logits + block, size - block < BLOCK ? size - block : BLOCK);
-        if (found > highest) highest = found, first = block;
-    }
-    long index = first;
-    while (index < size - 1 && logits[index] != highest) index++;
-    return index;
 }
 
 static double sum_of_block(const float *logits, long size, float highest, float scale) {
@@ -45,21 +30,20 @@ static double sum_of_block(const float *logits, long size, float highest, float 
     return vf_sum(sums);
 }
 
-static void find_peak(const Peaks *peaks, long row) {
-    const float *logits = peaks->logits + row * peaks->size;
-    long index = index_of_highest(logits, peaks->size);
-    double sum = 0;
-    for (long block = 0; block < peaks->size; block += BLOCK) {
-        long size = peaks->size - block < BLOCK ? peaks->size - block : BLOCK;
-        sum += sum_of_block(logits + block, size, logits[index], peaks->scales[row]);
-    }
-    peaks->highest[row] = index;
-    peaks->sums[row] = sum;
+static void find_peak(const Peaks *peaks, long row, long block, long blocks) {
+    const float *logits = peaks->logits + row * peaks->size + block * BLOCK;
+    long size = peaks->size - block * BLOCK < BLOCK ? peaks->size - block * BLOCK : BLOCK;
+    float highest = highest_of(logits, size);
+    peaks->highest[row * blocks + block] = highest;
+    peaks->sums[row * blocks + block] =
+        highest == -INFINITY ? 0 : sum_of_block(logits, size, highest, peaks->scales[row]);
 }
 
 static void run_peaks(void *context, int thread, int n_threads) {
     const Peaks *peaks = context;
-    for (long row = thread; row < peaks->rows; row += n_threads) find_peak(peaks, row);
+    long blocks = (peaks->size + BLOCK - 1) / BLOCK, all = peaks->rows * blocks;
+    for (long i = all * thread / n_threads; i < all * (thread + 1) / n_threads; i++)
+        find_peak(peaks, i / blocks, i % blocks, blocks);
 }
 
 void KERNEL(peaks)(const Peaks *peaks) { mdi_parallel(run_peaks, (void *)peaks); }

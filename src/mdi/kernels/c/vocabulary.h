@@ -5,11 +5,13 @@
 
 #include "kernel.h"
 
-// logits: float32 [rows][size]. scales: [rows], positive. Of each row: the index of the highest logit, the first of
-// equals, and the sum of e^((logit - highest) * scale).
+enum { BLOCK = 1024 };  // logits that are summed together: VOCABULARY_BLOCK of core/group.py
+
+// logits: float32 [rows][size]. scales: [rows], positive. Of each block of a row: the highest logit, and the sum of
+// e^((logit - highest) * scale): no block's numbers depend on another one. highest, sums: [rows][blocks].
 typedef struct {
     const float *logits, *scales;
-    int64_t *highest;
+    float *highest;
     double *sums;
     int64_t rows, size;
 } Peaks;
