@@ -48,10 +48,28 @@ class OurEngine:
     def measured(self, streams: int, prompt_tokens: int, answer_tokens: int, seed: int) -> dict[str, float]:
         """Tokens a second of all streams together, and the median seconds to a first token."""
         run = measure(self._engine, Scenario(streams, prompt_tokens, None, answer_tokens), seed)
-        return {"decode_rate": run.decode_rate, "first_token_s": run.first_token_s}
+        return {"decode_rate": run.decode_rate, "first_token_s": run.first_token_s, "throughput": run.throughput}
+
+    def sampled(self, samples: int, prompt_tokens: int, answer_tokens: int, seed: int) -> dict[str, float]:
+        """Tokens a second of the samples of one prompt, from the request on: upstream's `n_samples`."""
+        params = SamplingParams(n=samples, temperature=1, seed=seed, max_tokens=answer_tokens, ignore_eos=True)
+        started_s = time.perf_counter()
+        completion = self._engine.submit(_prompt(prompt_tokens, seed), params).completion()
+        n_tokens = sum(len(sample.token_ids) for sample in completion.samples)
+        return {"throughput": n_tokens / (time.perf_counter() - started_s)}
+
+    def tokens(self, prompt_tokens: int, answer_tokens: int, seed: int) -> list[int]:
+        """A greedy answer."""
+        params = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
+        return list(self._engine.submit(_prompt(prompt_tokens, seed), params).completion().token_ids)
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _prompt(n_tokens: int, seed: int) -> list[dict[str, Any]]:
+    [prompt] = Scenario(1, n_tokens, None, 1).prompts(seed)
+    return prompt
 
 
 def photograph() -> bytes:
