@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from skimage import data
 
+from benchmarks import slow_links
 from benchmarks.serve_side import serve
 from mdi import Engine, SamplingParams
 from mdi.bench.measure import measure
@@ -21,11 +22,16 @@ SETTLED_S = 4  # until idle nodes have given memory back, and have said so
 
 
 class OurEngine:
-    """settings: those of `Engine`. cores: how many of the machine's this process and its nodes may use; all if None."""
+    """settings: those of `Engine`. cores: how many of the machine's this process and its nodes may use; all if None.
 
-    def __init__(self, path: str, settings: dict[str, Any], cores: int | None = None) -> None:
+    line: the file of a `slow_links.Line` between the ranks of a group; None for the machine's own speed.
+    """
+
+    def __init__(self, path: str, settings: dict[str, Any], cores: int | None = None, line: str | None = None) -> None:
         if cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        if line:
+            slow_links.use(Path(line))
         self._engine = Engine(path, **settings)
         self._config = open_source(Path(path)).model_config
 

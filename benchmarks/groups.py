@@ -40,6 +40,7 @@ SHORT_PROMPT = 32
 STREAMS = (1, 4)
 SAMPLES = 3
 TURNS = 5
+SEEDS = count()
 WORKS = ("tokens", "decode", "prefill", "samples")
 
 
@@ -154,10 +155,10 @@ def chosen_works(options: argparse.Namespace, name: str) -> list[Work]:
 def figures_of(work: Work, sides: dict[str, Side], name: str, n_ranks: int, n_turns: int) -> Iterator[Figure]:
     """Of each split, against one node. Prompts of all turns differ, and are in no cache."""
 
-    def call(side: Side, seeds: Iterator[int]) -> float:
-        return float(side.value(work.call, **work.arguments, seed=next(seeds))[work.value])
+    def call(side: Side) -> float:
+        return float(side.value(work.call, **work.arguments, seed=next(SEEDS))[work.value])
 
-    found = in_turns({name: partial(call, side, count()) for name, side in sides.items()}, n_turns)
+    found = in_turns({name: partial(call, side) for name, side in sides.items()}, n_turns)
     crowded = "; more ranks than cores" if n_ranks > len(os.sched_getaffinity(0)) else ""
     limit = f"one process with all cores {work.ratio(found, 'both'):.2f}{crowded}"
     for split in [split for split in sides if split not in ("one", "both")]:

@@ -31,8 +31,9 @@ SOAKED = ("lost requests: 0", "recovery time", "nothing")
             ("decode", "prefill", "image", "loading", "beyond the chunk"),
         ),
         (
-            "groups --shape tiny --formats bf16 --turns 1 --answer 8 --prompt 64 --folder FOLDER",
-            ("decode, streams: 4", "first of 64 tokens"),
+            "groups --shape tiny --formats bf16 --turns 1 --answer 8 --prompt 64 --works tokens prefill samples "
+            "--folder FOLDER",
+            ("8 of 8 are equal", "first of 64 tokens", "layers over 2 nodes"),
         ),
         ("media --runs 1", ("ratio",)),
         ("links --rounds 2 --json FILE", ("our link", "of the bare stream's rate")),
