@@ -17,6 +17,7 @@ from mdi import Engine, SamplingParams
 from mdi.bench.measure import measure
 from mdi.bench.scenario import Scenario
 from mdi.checkpoint.source import open_source
+from mdi.core.cores import LIMIT
 
 SETTLED_S = 4  # until idle nodes have given memory back, and have said so
 
@@ -24,12 +25,22 @@ SETTLED_S = 4  # until idle nodes have given memory back, and have said so
 class OurEngine:
     """settings: those of `Engine`. cores: how many of the machine's this process and its nodes may use; all if None.
 
-    line: the file of a `slow_links.Line` between the ranks of a group; None for the machine's own speed.
+    threads: of this process and of each of its nodes; as the engine chooses if None. line: the file of a
+    `slow_links.Line` between the ranks of a group; None for the machine's own speed.
     """
 
-    def __init__(self, path: str, settings: dict[str, Any], cores: int | None = None, line: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        settings: dict[str, Any],
+        cores: int | None = None,
+        threads: int | None = None,
+        line: str | None = None,
+    ) -> None:
         if cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        if threads:
+            os.environ[LIMIT] = str(threads)
         if line:
             slow_links.use(Path(line))
         self._engine = Engine(path, **settings)

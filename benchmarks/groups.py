@@ -96,8 +96,9 @@ def compared(path: Path, format_: Format, n_ranks: int, options: argparse.Namesp
     settings |= {"max_sequences": max(STREAMS), "encryption": True, **engine_settings(format_)}
     group = {"n_nodes": n_ranks, "tensor_parallel_size": n_ranks}
 
-    def side(cores: int | None = None, **more: Any) -> Side:
-        return Side("benchmarks.engine_side", path=str(path), settings=settings | more, cores=cores)
+    def side(cores: int | None = None, threads: int | None = None, **more: Any) -> Side:
+        limits = {"cores": cores, "threads": threads}
+        return Side("benchmarks.engine_side", path=str(path), settings=settings | more, **limits)
 
     if "tokens" in options.works:
         yield equality(partial(side, shards=n_ranks), partial(side, **group), format_.name, n_ranks, options.answer)
@@ -107,7 +108,7 @@ def compared(path: Path, format_: Format, n_ranks: int, options: argparse.Namesp
     with ExitStack() as stack:
         sides = {"one": side(cores=1), "both": side(), f"{n_ranks} ranks": side(**group)}
         if "samples" in options.works:
-            sides["layers over 2 nodes"] = side(n_nodes=2)
+            sides["layers over 2 nodes"] = side(n_nodes=2, threads=1)
         for opened in sides.values():
             stack.enter_context(opened)
         for work in works:

@@ -100,6 +100,7 @@ def compared(path: Path, format_: Format, line_file: Path, options: argparse.Nam
                     path=str(path),
                     settings=more | nodes,
                     cores=1 if split == "one" else None,
+                    threads=1,
                     line=str(line_file) if split == "group" else None,
                 )
             )
