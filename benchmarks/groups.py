@@ -92,13 +92,13 @@ def main() -> None:
 
 def compared(path: Path, format_: Format, n_ranks: int, options: argparse.Namespace) -> Iterator[Figure]:
     """All works in one type, on a group of so many ranks."""
-    settings: dict[str, Any] = {"dtype": "bfloat16", "sequence_length": max(options.prompt, SHORT_PROMPT) + 256}
+    longest = options.prompt if "prefill" in options.works else SHORT_PROMPT
+    settings: dict[str, Any] = {"dtype": "bfloat16", "sequence_length": longest + options.answer + 256}
     settings |= {"max_sequences": max(STREAMS), "encryption": True, **engine_settings(format_)}
     group = {"n_nodes": n_ranks, "tensor_parallel_size": n_ranks}
 
     def side(cores: int | None = None, threads: int | None = None, **more: Any) -> Side:
-        limits = {"cores": cores, "threads": threads}
-        return Side("benchmarks.engine_side", path=str(path), settings=settings | more, **limits)
+        return Side("benchmarks.engine_side", path=str(path), settings=settings | more, cores=cores, threads=threads)
 
     if "tokens" in options.works:
         yield equality(partial(side, shards=n_ranks), partial(side, **group), format_.name, n_ranks, options.answer)

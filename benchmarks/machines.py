@@ -52,7 +52,7 @@ class Pair:
     def link(self) -> LinkSpeed:
         """As nodes measure it, encrypted."""
         [port] = self._ask("listen", nodes=(1,))
-        [speed] = self._ask("connect", port, nodes=(0,))
+        speed: LinkSpeed = self._ask("connect", port, nodes=(0,))[0]
         return speed
 
     def _ask(self, name: str, *arguments: Any, nodes: tuple[int, ...] = (0, 1)) -> list[Any]:

@@ -74,6 +74,12 @@ class Line:
 class SlowLink(GroupLink):
     """A `GroupLink` over a line. Ranks are known by their first shards."""
 
+    _line: Line
+    _lead: int
+    _others: list[int]
+    _call: int  # the calls so far: all ranks make the same ones
+    _free_s: float  # when this rank's line is free
+
     @classmethod
     def join(
         cls,
