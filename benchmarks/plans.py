@@ -112,7 +112,7 @@ def compared(path: Path, format_: Format, line_file: Path, options: argparse.Nam
             for streams in STREAMS:
                 found = runs(here, streams, options.answer, options.turns)
                 target = TARGETS.get((options.shape, format_.name, setting.link.rtt_s))
-                yield from figures_of(_job(path, format_, streams), setting, found, target)
+                yield from figures_of(format_.name, _job(path, format_, streams), setting, found, target)
 
 
 def measured_settings(line: Line, line_file: Path, format_: Format, links_ms: list[float]) -> list[Setting]:
@@ -145,17 +145,17 @@ def runs(sides: Mapping[str, Side], streams: int, answer: int, n_turns: int) -> 
 
 
 def figures_of(
-    job: Job, setting: Setting, found: dict[str, list[dict[str, float]]], target: float | None
+    name: str, job: Job, setting: Setting, found: dict[str, list[dict[str, float]]], target: float | None
 ) -> Iterator[Figure]:
-    """Of each plan, for answers alone and for whole requests. target: of a group's answers."""
+    """Of each plan, for answers alone and for whole requests. name: of the type. target: of a group's answers."""
     for work, (value, prompt_tokens) in WORKS.items():
         rates = {split: [run[value] for run in of_side] for split, of_side in found.items()}
         for split in found:
             promised = predicted(replace(job, prompt_tokens=prompt_tokens), split, setting)
             part = median(rates[split]) / promised
             yield Figure(
-                f"{work}, streams: {job.streams}",
-                f"{split}; {setting.name}",
+                name,
+                f"{work}, streams: {job.streams}; {split}; {setting.name}",
                 f"{median(rates[split]):.2f} tokens/s",
                 f"{promised:.2f} predicted, {part:.2f} of it",
                 ratio(rates[split], rates["one"]),
