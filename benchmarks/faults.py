@@ -1,11 +1,11 @@
 """Random faults under running streams: nodes are killed and frozen, and every token is compared with undisturbed ones.
 
-    python -m benchmarks.faults                      # 100 faults, some minutes
+    python -m benchmarks.faults                      # 100 faults, 15 minutes
     python -m benchmarks.faults --faults 2 --seconds 60
     python -m benchmarks.faults --manual             # manual launcher, encrypted, one host a node; Linux, as root
     python -m benchmarks.faults --dtype float32      # the bundled model in another type than its own
     python -m benchmarks.faults --constrained        # every answer is a JSON array of a schema
-    python -m benchmarks.faults --groups 2,2         # two stages of two ranks; local nodes
+    python -m benchmarks.faults --groups 2,2 --faults 200    # two stages of two ranks; half an hour
 
 Faults: one node killed, two at once, one killed again while it comes back, another killed meanwhile, one frozen; with
 --manual also a cable that is cut for a while. There, a killed node is started again at once, as systemd does, and a
@@ -195,7 +195,7 @@ class HostNodes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=1800, help="no new fault after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new fault after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--manual", action="store_true", help="manual launcher, encrypted, one host a node")
     parser.add_argument("--dtype", help="what the bundled model computes in; its own is bfloat16")
@@ -218,7 +218,7 @@ def main() -> None:
             engine, requests, nodes, kinds, options.faults, options.seconds, random.Random(options.seed)
         )
     left += [f"process {child.pid}" for child in psutil.Process().children(recursive=True)]
-    report(count, recoveries, left)
+    report(count, recoveries, left, options.faults)
     sys.exit(bool(count.wrong or count.lost or left))
 
 
@@ -419,7 +419,7 @@ def left_behind(engine: Engine, descriptors: int, processes: int) -> list[str]:
     return left
 
 
-def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
+def report(count: Count, recoveries: list[Recovery], left: list[str], n_faults: int) -> None:
     table = Table(
         "fault",
         "times",
@@ -452,7 +452,7 @@ def report(count: Count, recoveries: list[Recovery], left: list[str]) -> None:
     if whole:
         console.print(f"from a fault on: median {statistics.median(whole):.2f} s, 95th {percentile95(whole):.2f} s")
     answers = count.right + len(count.wrong)
-    console.print(f"{len(recoveries)} faults, {answers} answers and {count.tokens} tokens compared")
+    console.print(f"{len(recoveries)} of {n_faults} faults, {answers} answers and {count.tokens} tokens compared")
     console.print(f"lost requests: {len(count.lost)} {count.lost[:3] if count.lost else ''}")
     console.print(f"wrong tokens: in {len(count.wrong)} answers {'; '.join(count.wrong[:10])}")
     console.print(f"left behind: {', '.join(left) or 'nothing'}")

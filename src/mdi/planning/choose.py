@@ -58,7 +58,8 @@ class Links:
 class Job:
     """What plans are compared for. dtype: of the stages. streams: that decode at once, for throughput.
 
-    cache_tokens, most_cache_bytes, cache_dtype, vision_node: as `make_plan` takes them.
+    prompt_tokens: for each token of an answer. cache_tokens, most_cache_bytes, cache_dtype, vision_node: as `make_plan`
+    takes them.
     """
 
     config: ModelConfig
@@ -66,6 +67,7 @@ class Job:
     quantization: ModelQuantization = UNQUANTIZED
     optimize: Goal = "latency"
     streams: int = 16
+    prompt_tokens: float = PROMPT_TOKENS
     cache_tokens: int = 0
     most_cache_bytes: float = math.inf
     cache_dtype: str | None = None
@@ -274,7 +276,7 @@ def _step(
     most = max(max(own * (len(specs) - 1), n_shards - own) for own in shards)
     layers, row_bytes = len(specs[0].layers), _row_bytes(job)
     exchange_s = EXCHANGE_S + _send_s(link, most * rows * row_bytes)
-    prompt_s = PROMPT_TOKENS * rows * most * row_bytes / link.bytes_per_s
+    prompt_s = job.prompt_tokens * rows * most * row_bytes / link.bytes_per_s
     gather_bytes = (1 - len(lead.shards) / n_shards) * rows * job.config.vocab_size * row_bytes / job.config.hidden_size
     lead_s = EXCHANGE_S + _send_s(link, rows * row_bytes)
     gather_s = EXCHANGE_S + _send_s(link, gather_bytes) if specs[0].head else 0.0
@@ -290,7 +292,7 @@ def _compute_s(job: Job, spec: StageSpec, machine: Machine, rows: int) -> float:
     parts = [(_ends(job, spec), 1), (_layer(job, spec, rows), len(spec.layers))]
     step_bytes = sum(count * part.step_bytes for part, count in parts)
     row_s = machine.prompt_token_s(sum(count * part.step_parameters for part, count in parts))
-    return max(machine.token_s(step_bytes), rows * row_s) + PROMPT_TOKENS * rows * row_s
+    return max(machine.token_s(step_bytes), rows * row_s) + job.prompt_tokens * rows * row_s
 
 
 def _ends(job: Job, spec: StageSpec) -> StageSummary:

@@ -17,6 +17,7 @@ from mdi.core.errors import LinkError
 from mdi.rpc.tls import VARIABLE, Identity
 
 LAST_LINES = 4000  # characters of the log that are kept
+MODULE = "mdi"  # that Python runs; benchmarks run one of their own
 DRAIN_S = 1.0  # for the last lines of a process that has ended
 
 
@@ -42,7 +43,8 @@ class NodeProcess:
         self._listen = f"[{listen}]" if ":" in listen else listen
         self._log = log
         self._tail = ""
-        command = [sys.executable, "-m", "mdi", "secondary", *options, "--listen", f"{self._listen}:0", "--with-parent"]
+        command = [sys.executable, "-m", MODULE, "secondary", *options]
+        command += ["--listen", f"{self._listen}:0", "--with-parent"]
         with _sent(identity) as pipes:
             self._process = subprocess.Popen(
                 [*command, *(f"--identity-pipe={pipe}" for pipe in pipes)],
