@@ -85,7 +85,7 @@ def _node(core: int, line: Path, identity: Identity, pipe: Connection) -> None:
     starter, finisher = NAMES
 
     def listen() -> int:
-        return measure_link.listen(finisher, starter, "127.0.0.1", identity)
+        return measure_link.listen(finisher, starter, ("127.0.0.1", 0), identity)
 
     def connect(port: int) -> LinkSpeed:
         return measure_link.measure_link(starter, Member(finisher, "127.0.0.1", port), identity)

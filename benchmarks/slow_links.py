@@ -31,6 +31,7 @@ from mdi.rpc import measure_link
 from mdi.rpc.group_join import GroupListener, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
+from mdi.rpc.traffic import Traffic
 
 VARIABLE = "MDI_BENCHMARK_LINE"
 RANKS, CALLS = 16, 64  # ranks are at most a call or two apart
@@ -90,8 +91,9 @@ class SlowLink(GroupLink):
         identity: Identity | None,
         epoch: int,
         timeout_s: float,
+        traffic: Traffic | None = None,
     ) -> SlowLink:
-        made = super().join(index, members, shares, listener, identity, epoch, timeout_s)
+        made = super().join(index, members, shares, listener, identity, epoch, timeout_s, traffic)
         assert isinstance(made, SlowLink)
         made._line = Line(Path(os.environ[VARIABLE]))
         made._others = [share.first_shard for share in shares if share != shares[index]]
@@ -117,12 +119,12 @@ class SlowLink(GroupLink):
         if rows.stop == n_rows:
             self._line.wait(self._others, self._call)
 
-    def gather(self, logits: Tensor) -> Tensor | None:
+    def gather(self, columns: Tensor) -> list[Tensor] | None:
         if not self.rank.leads:
-            self._send(logits.nbytes, n_peers=1)
-            return super().gather(logits)
+            self._send(columns.nbytes, n_peers=1)
+            return super().gather(columns)
         self._call += 1
-        gathered = super().gather(logits)
+        gathered = super().gather(columns)
         self._line.wait(self._others, self._call)
         return gathered
 
