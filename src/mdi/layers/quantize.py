@@ -70,12 +70,17 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> T
 
 
 def _floating(weight: QuantizedTensor, rows: slice) -> Tensor:
-    values, scales = weight.values[rows], weight.scales[rows].float()
-    if weight.quantization.bits == 8:
-        return (values.float().view(*scales.shape, -1) * scales[..., None]).flatten(1)
-    numbers = torch.stack((values & 15, values >> 4), dim=-1).view(len(values), scales.shape[1], -1).float()
-    zeros = 8 if weight.zeros is None else weight.zeros[rows].float()[..., None]
-    return ((numbers - zeros) * scales[..., None]).flatten(1)
+    values, scales = weight.values[rows], weight.scales[rows].float()[..., None]
+    if weight.quantization.bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=-1)
+    numbers = values.view(*scales.shape[:2], -1).float()
+    if weight.minimums is not None:
+        return (numbers * scales + weight.minimums[rows].float()[..., None]).flatten(1)
+    if weight.zeros is not None:
+        numbers -= weight.zeros[rows].float()[..., None]
+    elif weight.quantization.bits == 4:
+        numbers -= 8
+    return (numbers * scales).flatten(1)
 
 
 def _empty(quantization: Quantization, outputs: int, inputs: int) -> QuantizedTensor:
