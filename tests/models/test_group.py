@@ -112,13 +112,13 @@ class _Part:
         if made.minimums is not None:
             held["minimums"] = made.minimums
         if rows is not None:
-            held = {name: tensor[rows] for name, tensor in held.items()}
+            held = {field: tensor[rows] for field, tensor in held.items()}
         if columns is not None:
             per_byte, group = 8 // format_.bits, format_.group
-            for name_of, tensor in held.items():
-                step = per_byte if name_of == "values" else group
-                held[name_of] = tensor if step is None else tensor[:, columns[::step] // step]
-        part = replace(made, **{name_of: tensor.contiguous() for name_of, tensor in held.items()})
+            for field, tensor in held.items():
+                step = per_byte if field == "values" else group
+                held[field] = tensor if step is None else tensor[:, columns[::step] // step]
+        part = QuantizedTensor(format_, **{field: tensor.contiguous() for field, tensor in held.items()})
         assert part.shape == shape, name
         return part
 

@@ -113,7 +113,7 @@ def _scales(groups: Tensor, quantization: Quantization) -> Tensor:
 def _minimums(groups: Tensor, scales: Tensor, quantization: Quantization) -> Tensor:
     """What the value 0 stands for: [outputs, groups, 1]. The smallest number's value is 0 in 4 bits, -128 in 8."""
     low = groups.amin(2, keepdim=True)
-    return low if quantization.bits == 4 else low + 128 * scales
+    return low if quantization.bits == 4 else torch.add(low, scales, alpha=128)
 
 
 def _packed(scaled: Tensor, zero: int) -> Tensor:
