@@ -104,7 +104,7 @@ def _scales(groups: Tensor, quantization: Quantization) -> Tensor:
     """[outputs, groups, 1]"""
     high, low = groups.amax(2, keepdim=True), groups.amin(2, keepdim=True)
     if quantization.minimums:
-        return (high - low) / (2**quantization.bits - 1)
+        return (high - low) / (15 if quantization.bits == 4 else 255)
     if quantization.bits == 8:
         return torch.maximum(high, -low) / 127
     return torch.where(high >= -low, high, low) / -8
@@ -113,7 +113,7 @@ def _scales(groups: Tensor, quantization: Quantization) -> Tensor:
 def _minimums(groups: Tensor, scales: Tensor, quantization: Quantization) -> Tensor:
     """What the value 0 stands for: [outputs, groups, 1]. The smallest number's value is 0 in 4 bits, -128 in 8."""
     low = groups.amin(2, keepdim=True)
-    return low if quantization.bits == 4 else torch.add(low, scales, alpha=128)
+    return low if quantization.bits == 4 else low + 128 * scales
 
 
 def _packed(scaled: Tensor, zero: int) -> Tensor:
