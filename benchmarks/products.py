@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from mdi.core.quantization import INT4, INT8, QuantizedTensor
+from mdi.core.quantization import FORMATS, QuantizedTensor
+from mdi.core.tensors import TensorSpec
 from mdi.kernels.library import Library, library
 from mdi.kernels.packed import PackedWeight, product
 
 SHAPES = [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (151936, 1536)]  # outputs, inputs of Qwen2-VL-2B
 ROWS = [1, 2, 4, 6, 8, 16, 64, 512]
-KINDS = ["float32", "bfloat16", "float16", "int8", "int4"]
+KINDS = ["float32", "bfloat16", "float16", "int8", "int8-32", "int8-32-minimums", "int4", "int4-zeros", "int4-minimums"]
 WEIGHT_BYTES = 400 << 20  # of all copies: caches hold a tenth
 READ_BYTES = 512 << 20
 TURNS = 5
@@ -61,21 +62,28 @@ class Limits:
 
     def of_kind(self, kind: str) -> float:
         """Operations a second at which this kind of weight is multiplied."""
-        return {"int8": self.int8, "int4": self.int8, "bfloat16": self.bf16}.get(kind, self.floats)
+        return self.int8 if kind in FORMATS else self.bf16 if kind == "bfloat16" else self.floats
 
 
 def packed(kind: str, outputs: int, inputs: int) -> PackedWeight:
-    if kind == "int8":
-        values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        return PackedWeight.pack(QuantizedTensor(INT8, values, torch.ones(outputs, 1)))
-    if kind == "int4":
-        values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        scales = torch.ones(outputs, inputs // 32, dtype=torch.float16)
-        return PackedWeight.pack(QuantizedTensor(INT4, values, scales))
-    return PackedWeight.pack(torch.randn(outputs, inputs).to(getattr(torch, kind)))
+    if kind not in FORMATS:
+        return PackedWeight.pack(torch.randn(outputs, inputs).to(getattr(torch, kind)))
+    format_ = FORMATS[kind]
+    values = torch.randint(0, 256, (outputs, inputs * format_.bits // 8), dtype=torch.uint8)
+    scales = torch.ones(outputs, inputs // format_.group if format_.group else 1)
+    return PackedWeight.pack(
+        QuantizedTensor(
+            format_,
+            values if format_.bits == 4 else values.view(torch.int8),
+            scales,
+            torch.full_like(scales, 7, dtype=torch.uint8) if format_.zeros else None,
+            minimums=scales if format_.minimums else None,
+        )
+    )
 
 
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4.5}
+def weight_bytes(kind: str, outputs: int, inputs: int) -> int:
+    return TensorSpec((outputs, inputs), kind).size_bytes
 
 
 def turns(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
@@ -86,9 +94,9 @@ def turns(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
 def best_seconds(kind: str, shape: tuple[int, int], rows: list[int], limits: Limits, threads: int) -> dict[int, float]:
     """The time of one product by number of rows."""
     outputs, inputs = shape
-    copies = max(1, int(WEIGHT_BYTES / (outputs * inputs * BITS[kind] / 8)))
+    copies = max(1, WEIGHT_BYTES // weight_bytes(kind, outputs, inputs))
     weights = turns([packed(kind, outputs, inputs) for _ in range(copies)])
-    dtype = getattr(torch, kind) if kind not in ("int8", "int4") else torch.bfloat16
+    dtype = torch.bfloat16 if kind in FORMATS else getattr(torch, kind)
     best = dict.fromkeys(rows, float("inf"))
     for _ in range(TURNS):
         limits.measure(threads)
@@ -126,7 +134,8 @@ def main() -> None:
             peak = limits.of_kind(kind)
             print(f"{kind} {inputs}x{outputs}: read {limits.bytes / 1e9:.1f} GB/s, peak {peak / 1e9:.0f} Gop/s")
             for count, spent_s in best.items():
-                read, done = outputs * inputs * BITS[kind] / 8 / spent_s, 2 * count * outputs * inputs / spent_s
+                read = weight_bytes(kind, outputs, inputs) / spent_s
+                done = 2 * count * outputs * inputs / spent_s
                 print(
                     f"  {count:4d} rows {spent_s * 1e3:8.3f} ms  {read / 1e9:6.1f} ({read / limits.bytes:.2f})"
                     f"  {done / 1e9:7.1f} ({done / peak:.2f})",

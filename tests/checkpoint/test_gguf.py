@@ -24,7 +24,7 @@ from mdi.checkpoint.source import open_source
 from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.batch import Token
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import INT4, INT8, INT8_32, Quantization
+from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32, INT8_32_MINIMUMS, Quantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING
 
@@ -146,7 +146,13 @@ def test_the_files_of_one_gguf_are_written_once(small: Path) -> None:
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [258]}
 
 
-@pytest.mark.parametrize(("kind", "format_"), [("Q4_0", INT4), ("Q4_0", INT8_32), ("Q5_0", INT8_32), ("Q8_0", INT8_32)])
+@pytest.mark.parametrize(
+    ("kind", "format_"),
+    [
+        *(("Q4_0", INT4), ("Q4_0", INT8_32), ("Q5_0", INT8_32), ("Q8_0", INT8_32)),
+        *(("Q4_1", INT4_MINIMUMS), ("Q5_1", INT8_32_MINIMUMS)),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_numbers_and_scales_are_taken_as_they_are(
     family: str, kind: str, format_: Quantization, checkpoints: dict[str, Path], tmp_path: Path
@@ -158,7 +164,7 @@ def test_whole_numbers_and_scales_are_taken_as_they_are(
             assert torch.equal(dequantize(weights.quantized(name, format_)), source.tensor(name))
             assert source.quantized(name, INT8) is None
     assert weights.rounding.relative_error == 0
-    other = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "other.gguf", "Q4_1")))
+    other = open_source(gguf_folder(write_gguf(checkpoints[family], tmp_path / "other.gguf", "F16")))
     assert other.quantized(EMBEDDING, format_) is None
 
 
@@ -168,8 +174,8 @@ def test_whole_numbers_and_scales_are_taken_as_they_are(
         ("F32", "none"),
         ("BF16", "none"),
         ("Q4_0", "int4"),
-        ("Q4_1", "int8-32"),
-        ("Q5_1", "int8-32"),
+        ("Q4_1", "int4-minimums"),
+        ("Q5_1", "int8-32-minimums"),
         ("Q8_0", "int8-32"),
     ],
 )
@@ -230,6 +236,25 @@ def test_experts_of_k_quants_become_int8(kind: str, tmp_path: Path, caplog: pyte
     made = first_token(file, None)
     assert 0 < float(re.findall(r"are now int8-32: a relative error of ([\d.]+) %", caplog.text)[0]) < 1
     assert made.logprob == pytest.approx(first_token(file, "none").logprob, abs=0.05)
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+@pytest.mark.parametrize(("kind", "format_"), [("Q4_1", "int4-minimums"), ("Q5_1", "int8-32-minimums")])
+def test_numbers_with_minimums_answer_as_transformers_does_with_the_weights_that_they_stand_for(
+    kind: str, format_: str, n_nodes: int, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    file = write_gguf(checkpoints["llama"], tmp_path / "model.gguf", kind)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    with Engine(file, n_nodes=n_nodes, dtype="float32") as engine:
+        assert {str(node.quantization) for node in engine.nodes()} == {format_}
+        prompt = engine.tokenize([{"role": "user", "content": QUESTION}])
+        answer = engine.chat(QUESTION, GREEDY).samples[0].tokens
+    ids = [*prompt, *(token.id for token in answer)]
+    with torch.no_grad():
+        logprobs = oracle(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert logprobs.argmax(-1).tolist() == ids[len(prompt) :]
+    for token, expected in zip(answer, logprobs, strict=True):
+        assert token.logprob == pytest.approx(float(expected[token.id]), abs=0.03)
 
 
 def first_token(file: Path, quantization: str | None) -> Token:

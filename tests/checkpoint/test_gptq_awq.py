@@ -18,6 +18,7 @@ from torch import Tensor
 from mdi import Engine, SamplingParams
 from mdi.bench.verify import verify
 from mdi.checkpoint.calibration import CalibrationText
+from mdi.checkpoint.gguf_formats import EXACT
 from mdi.checkpoint.loader import chunk_weights
 from mdi.checkpoint.manifest import Manifest
 from mdi.checkpoint.prepare import prepare, prepared
@@ -26,7 +27,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import FORMATS, INT8, INT8_32, UNQUANTIZED, ModelQuantization
+from mdi.core.quantization import FORMATS, INT4, INT8, UNQUANTIZED, ModelQuantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING, LM_HEAD
 
@@ -303,4 +304,5 @@ def test_a_model_of_another_size_is_refused(packed: Callable[[Packer], Path]) ->
 
 
 def test_every_format_has_a_packer() -> None:
-    assert PACKERS.keys() == FORMATS.keys() - {INT8_32.name}  # which only GGUF files have
+    of_gguf_alone = EXACT.keys() - {INT4.name}
+    assert PACKERS.keys() == FORMATS.keys() - of_gguf_alone

@@ -23,7 +23,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.safetensors import SINGLE
 from mdi.checkpoint.source import Source, open_source
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import QUANTIZATIONS, ModelQuantization
+from mdi.core.quantization import INT4_MINIMUMS, QUANTIZATIONS, ModelQuantization
 from mdi.core.tensors import total_bytes
 from mdi.layers.quantize import dequantize, quantize
 from mdi.models.config import StageSpec
@@ -34,7 +34,7 @@ from mdi.planning.predict import stage_summary
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.5.mlp.down_proj.weight"
 FC1, PATCHES = "visual.blocks.0.mlp.fc1.weight", "visual.patch_embed.proj.weight"
 LAYERS, ALL = ModelQuantization(layers="int4"), ModelQuantization("int4", "int8", "int4")
-FORMATS = list(QUANTIZATIONS)
+FORMATS = [*QUANTIZATIONS, INT4_MINIMUMS.name]
 
 
 @pytest.fixture

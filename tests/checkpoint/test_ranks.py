@@ -266,9 +266,10 @@ def test_an_order_of_inputs_is_refused_with_its_remedy(bits: int, tmp_path: Path
     )
 
 
-def test_gguf_files_are_cut_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_1"])
+def test_gguf_files_are_cut_as_they_are(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source = open_source(gguf_folder(write_gguf(wide, tmp_path / "model.gguf", "Q8_0")))
+    source = open_source(gguf_folder(write_gguf(wide, tmp_path / "model.gguf", kind)))
     assert source.is_exact
     one_node = prepare(source, 1, quantization=source.quantization)
     assert_chunks_together_whole(source, prepare_group(source, (3, 1), quantization=source.quantization), one_node)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mdi.core.group import InputShards
 from mdi.core.quantization import FORMATS as NAMED
-from mdi.core.quantization import INT4, INT8, Quantization, QuantizedTensor
+from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32_MINIMUMS, Quantization, QuantizedTensor
 from mdi.kernels import build
 from mdi.kernels.library import Library, library
 from mdi.kernels.packed import Kernels, PackedWeight, partial_products, product
@@ -23,7 +23,9 @@ from mdi.kernels.packed import Kernels, PackedWeight, partial_products, product
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 WIDE_GROUPS = Quantization("int4 in groups of 128", 4, 128, 32)
-FORMATS = [*NAMED.values(), WIDE_GROUPS]
+WIDE_MINIMUMS = Quantization("int4 in groups of 128 with minimums", 4, 128, 32, minimums=True)
+FORMATS = [*NAMED.values(), WIDE_GROUPS, WIDE_MINIMUMS]
+SCALES = {8: torch.float32, 4: torch.float16}  # by bits
 SHAPES = [(16, 1), (1, 7), (37, 29), (70, 96), (40, 300), (130, 513)]  # outputs, inputs
 ROWS = 535  # more than are computed at once
 
@@ -85,27 +87,43 @@ def quantized(format_: Quantization, outputs: int, inputs: int) -> QuantizedTens
     """Random values over their whole range, the smallest and the largest in every row."""
     groups = inputs // format_.group if format_.group else 1
     generator = torch.Generator().manual_seed(0)
-    scales = torch.rand(outputs, groups, generator=generator) + 0.1
+    scales = (torch.rand(outputs, groups, generator=generator) + 0.1).to(SCALES[format_.bits])
     order = torch.randperm(inputs, generator=generator).int() if format_.ordered else None
+    largest = 2 ** (format_.bits - 1)
+    minimums = (largest * torch.randn(outputs, groups, generator=generator)).to(scales) if format_.minimums else None
     if format_.bits == 8:
         values = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
         values[:, :2] = torch.tensor([-128, 127])
-        return QuantizedTensor(format_, values, scales, order=order)
+        return QuantizedTensor(format_, values, scales, order=order, minimums=minimums)
     values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=generator)
     values[:, :32] = torch.tensor([0, 255]).repeat_interleave(16)
     zeros = torch.randint(0, 17, (outputs, groups), dtype=torch.uint8, generator=generator)  # 16: see quantized.py
-    return QuantizedTensor(format_, values, scales.half(), zeros if format_.zeros else None, order)
+    return QuantizedTensor(format_, values, scales, zeros if format_.zeros else None, order, minimums)
 
 
 def dequantized(weight: QuantizedTensor) -> Tensor:
     """float64 [outputs, inputs], the inputs as they are stored."""
     outputs, inputs = weight.shape
+
+    def of_inputs(numbers: Tensor) -> Tensor:
+        return numbers.double().repeat_interleave(inputs // numbers.shape[1], 1)
+
     values = weight.values.double()
     if weight.quantization.bits == 4:
         values = torch.stack([weight.values & 15, weight.values >> 4], 2).view(outputs, inputs).double()
-        zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros
-        values -= zeros.double().repeat_interleave(inputs // zeros.shape[1], 1)
-    return values * weight.scales.double().repeat_interleave(inputs // weight.scales.shape[1], 1)
+    if weight.minimums is not None:
+        return values * of_inputs(weight.scales) + of_inputs(weight.minimums)
+    if weight.quantization.bits == 4:
+        values -= 8 if weight.zeros is None else of_inputs(weight.zeros)
+    return values * of_inputs(weight.scales)
+
+
+def sizes(weight: QuantizedTensor) -> Tensor:
+    """Of what is added up for each number: with minimums that is more than the number, as they may take it away."""
+    if weight.minimums is None:
+        return dequantized(weight).abs()
+    without = dequantized(replace(weight, minimums=torch.zeros_like(weight.minimums)))
+    return without.abs() + (dequantized(weight) - without).abs()
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
@@ -149,7 +167,7 @@ def test_a_quantised_product_is_that_of_its_numbers(
     x[6, ::2], x[6, 1::2] = 1, -1
     x_rounded = rounded(x if weight.order is None else x[:, weight.order], format_.activation_group)
     exact = functional.linear(x_rounded, numbers, bias.double())
-    size = functional.linear(x_rounded.abs(), numbers.abs(), bias.double().abs())
+    size = functional.linear(x_rounded.abs(), sizes(weight), bias.double().abs())
     for rows in (0, 1, 2, 5, 13, 27):
         near(product(packed, x[:rows], bias=bias), exact[:rows], size[:rows], dtype)
 
@@ -192,7 +210,7 @@ def test_a_row_has_the_same_bits_in_every_batch(
             assert torch.equal(made, whole[part]), (n_threads, part)
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, INT8, INT4])
+@pytest.mark.parametrize("kind", [*FLOATS, INT8, INT8_32_MINIMUMS, INT4, INT4_MINIMUMS])
 @pytest.mark.parametrize("bounds", [(0, 128, 384), (0, 64, 192, 384)])
 def test_shards_are_products_of_their_own_that_are_rounded_and_added_in_order(
     kernels: Kernels, kind: torch.dtype | Quantization, bounds: tuple[int, ...]
@@ -219,8 +237,11 @@ def columns(weight: Tensor | QuantizedTensor, part: slice) -> Tensor | Quantized
         return weight[:, part]
     per_byte, group = 8 // weight.quantization.bits, weight.quantization.group
     values = weight.values[:, part.start // per_byte : part.stop // per_byte]
-    scales = weight.scales[:, part.start // group : part.stop // group] if group else weight.scales
-    return replace(weight, values=values, scales=scales)
+    if group is None:
+        return replace(weight, values=values)
+    groups = slice(part.start // group, part.stop // group)
+    minimums = None if weight.minimums is None else weight.minimums[:, groups]
+    return replace(weight, values=values, scales=weight.scales[:, groups], minimums=minimums)
 
 
 def test_shards_that_cut_a_group_are_refused(kernels: Kernels) -> None:
@@ -269,6 +290,15 @@ def test_what_is_no_usual_number_stays_what_it_is(kernels: Kernels, dtype: torch
 def test_a_weight_with_nan_is_refused(kernels: Kernels, dtype: torch.dtype) -> None:
     weight = random(20, 33, dtype=dtype)
     weight[19, 32] = torch.nan
+    with pytest.raises(ValueError, match="it has numbers that are NaN"):
+        PackedWeight.pack(weight, kernels=kernels)
+
+
+@pytest.mark.parametrize("format_", [INT8_32_MINIMUMS, INT4_MINIMUMS])
+def test_a_minimum_that_is_nan_is_refused(kernels: Kernels, format_: Quantization) -> None:
+    weight = quantized(format_, 20, 384)
+    assert weight.minimums is not None
+    weight.minimums[19, -1] = torch.nan
     with pytest.raises(ValueError, match="it has numbers that are NaN"):
         PackedWeight.pack(weight, kernels=kernels)
 

@@ -18,7 +18,7 @@ PROGRAM = """
 import ctypes, random, sys
 from pathlib import Path
 import torch
-from mdi.core.quantization import INT4, INT8, INT8_32
+from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32, INT8_32_MINIMUMS
 from mdi.kernels import attention, experts, norms, packed, vocabulary
 from mdi.kernels.experts import PackedExperts
 from mdi.kernels.library import Library
@@ -41,7 +41,8 @@ def weight(outputs, inputs, format_, dtype):
 
 
 def products():
-    format_, dtype = chance.choice([None, INT8, INT8_32, INT4]), chance.choice(FLOATS)
+    format_ = chance.choice([None, INT8, INT8_32, INT8_32_MINIMUMS, INT4, INT4_MINIMUMS])
+    dtype = chance.choice(FLOATS)
     inputs = chance.randint(1, 200) if format_ is None else chance.randint(1, 5) * 64
     outputs, rows = 2 * chance.randint(1, 70), chance.choice([1, 2, 3, 5, 7, 17, 33])
     packed = PackedWeight.pack(weight(outputs, inputs, format_, dtype), swiglu=chance.random() < 0.3)
@@ -105,7 +106,7 @@ def drawing():
 
 
 for kernel in (products, attending, attending_fully, normalising, mixing, drawing):
-    for _ in range(40):
+    for _ in range(60 if kernel is products else 40):
         assert kernel().isfinite().all(), kernel
 print("done")
 """

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import FORMATS, INT4, INT8, Quantization, QuantizedTensor
+from mdi.core.quantization import (
+    FORMATS,
+    INT4,
+    INT4_MINIMUMS,
+    INT8,
+    INT8_32_MINIMUMS,
+    Quantization,
+    QuantizedTensor,
+)
 from mdi.core.tensors import Unquantized
 from mdi.kernels.library import library
 from mdi.layers import linear
@@ -97,8 +105,8 @@ def test_a_weight_with_nan_is_refused_by_name(dtype: torch.dtype) -> None:
         load(loaded, {"q": 24, "k": 8}, 40)
 
 
-@pytest.mark.parametrize("format_", [INT8, INT4])
-def test_quantised_weights_are_joined(format_: Quantization) -> None:
+@pytest.mark.parametrize("format_", [INT8, INT8_32_MINIMUMS, INT4, INT4_MINIMUMS])
+def test_quantised_weights_are_joined(format_: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one of them is not quantised, because its width is no multiple of the group, say."""
     whole = {name: torch.randn(size, 64) for name, size in {"q.weight": 24, "k.weight": 8}.items()}
 
@@ -119,6 +127,9 @@ def test_quantised_weights_are_joined(format_: Quantization) -> None:
         exact = torch.cat([dequantize(quantize(w, format_)) if name in names else w for name, w in whole.items()])
         made = Linear.load(get, {"q": 24, "k": 8}, 64)(x)
         assert (made - x @ exact.T).norm() < 0.02 * (x @ exact.T).norm()
+        with monkeypatch.context() as without:
+            without.setattr(linear, "library", lambda: None)
+            assert torch.allclose(Linear.load(get, {"q": 24, "k": 8}, 64)(x), x @ exact.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("orders", [(0, 0), (0, 1)])

@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdi.core.quantization import INT4, INT8, QUANTIZATIONS, Quantization, QuantizedTensor
+from mdi.core.quantization import (
+    INT4,
+    INT4_MINIMUMS,
+    INT8,
+    INT8_32_MINIMUMS,
+    QUANTIZATIONS,
+    Quantization,
+    QuantizedTensor,
+)
 from mdi.layers import linear
 from mdi.layers.quantize import NotFiniteError, ScaleError, dequantize, quantize
 
-FORMATS = list(QUANTIZATIONS.values())
+FORMATS = [*QUANTIZATIONS.values(), INT8_32_MINIMUMS, INT4_MINIMUMS]
 
 
 def random_weight(*shape: int) -> Tensor:
@@ -56,6 +64,22 @@ def test_bytes_of_int4_hold_an_even_input_in_their_low_half_and_a_scale_for_each
     assert made.values[0, 31] == 8 | 0 << 4
     assert made.values[0, 2:31].tolist() == [8 | 8 << 4] * 29
     assert torch.equal(dequantize(made)[0, :2], torch.tensor([4.0, -2.0]))
+
+
+def test_with_minimums_the_smallest_and_the_largest_of_a_group_have_the_smallest_and_the_largest_value() -> None:
+    weight = torch.cat((torch.arange(1.0, 17.0).repeat(2), torch.full((32,), -0.75)))[None]
+    nibbles, bytes_ = quantize(weight, INT4_MINIMUMS), quantize(weight, INT8_32_MINIMUMS)
+    assert nibbles.values[0, :16].tolist() == [low | (low + 1) << 4 for low in range(0, 16, 2)] * 2
+    assert bytes_.values[0, :32].tolist() == list(range(-128, 128, 17)) * 2
+    for made in (nibbles, bytes_):
+        assert made.minimums is not None
+        assert made.minimums.dtype == made.scales.dtype
+        assert torch.allclose(dequantize(made), weight, atol=1e-6)
+
+
+def test_minimums_that_float16_cannot_describe_are_refused() -> None:
+    with pytest.raises(ScaleError, match="minimums that float16"):
+        quantize(random_weight(4, 64) - 1e5, INT4_MINIMUMS)
 
 
 @pytest.mark.parametrize("quantization", FORMATS, ids=str)

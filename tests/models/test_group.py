@@ -35,7 +35,7 @@ from mdi.models.weights import LoadedStage, format_of, load_stage
 CPU = torch.device("cpu")
 LENGTH = 700
 SAMPLING = TokenSampling(temperature=0.9, top_k=0, top_p=0.9, min_p=0.0, seed=3, sample=0, position=5, top_logprobs=20)
-FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "int4-minimums")
 """Types that models are computed in; quantised ones with bfloat16 activations."""
 
 
@@ -108,12 +108,17 @@ class _Part:
             return self(name, shape)
         made = quantize(whole.to(self.dtype), format_)
         rows, columns = self._part(name)
-        values, scales = (held if rows is None else held[rows] for held in (made.values, made.scales))
+        held = {"values": made.values, "scales": made.scales}
+        if made.minimums is not None:
+            held["minimums"] = made.minimums
+        if rows is not None:
+            held = {field: tensor[rows] for field, tensor in held.items()}
         if columns is not None:
             per_byte, group = 8 // format_.bits, format_.group
-            values = values[:, columns[::per_byte] // per_byte]
-            scales = scales if group is None else scales[:, columns[::group] // group]
-        part = replace(made, values=values.contiguous(), scales=scales.contiguous())
+            for field, tensor in held.items():
+                step = per_byte if field == "values" else group
+                held[field] = tensor if step is None else tensor[:, columns[::step] // step]
+        part = QuantizedTensor(format_, **{field: tensor.contiguous() for field, tensor in held.items()})
         assert part.shape == shape, name
         return part
 

@@ -27,7 +27,7 @@ from mdi.checkpoint.gguf_tower import TOWERS, processor_files
 from mdi.checkpoint.json_file import read_json
 from mdi.checkpoint.new_folder import new_folder
 from mdi.core.errors import CheckpointError
-from mdi.core.quantization import INT4, ModelQuantization, Quantization, QuantizedTensor
+from mdi.core.quantization import INT4_MINIMUMS, ModelQuantization, Quantization, QuantizedTensor
 from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, EXPERTS, LAYERS, LM_HEAD
@@ -117,8 +117,8 @@ class GgufSource:
 
     @property
     def has_int4(self) -> bool:
-        """Whether some of its matrices are int4 as they are."""
-        return any(part.kind in EXACT[INT4.name] for parts in self._tensors.values() for part in parts)
+        """Whether some of its matrices have 4 bits as they are."""
+        return any(part.kind in EXACT[INT4_MINIMUMS.name] for parts in self._tensors.values() for part in parts)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
@@ -142,11 +142,10 @@ class GgufSource:
             parts = [as_stored(part, quantization) for part in self._stored(name)]
             if not all(parts):
                 return None
-            values, scales = (
-                self._in_our_order(name, torch.cat([getattr(part, field) for part in parts]))
-                for field in ("values", "scales")
-            )
-            return QuantizedTensor(quantization, values, scales)
+            fields = ("values", "scales", "minimums") if quantization.minimums else ("values", "scales")
+            joined = {field: torch.cat([getattr(part, field) for part in parts]) for field in fields}
+            ordered = {field: self._in_our_order(name, tensor) for field, tensor in joined.items()}
+            return QuantizedTensor(quantization, **ordered)
 
     def _stored(self, name: str) -> list[GgufTensor]:
         try:

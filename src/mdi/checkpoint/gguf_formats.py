@@ -1,7 +1,7 @@
 """The quantised types of GGUF files in our formats: those whose integers and scales are taken as they are.
 
-Layouts: `block_q4_0`, `block_q5_0`, `block_q8_0` in llama.cpp, ggml/src/ggml-common.h. All have a float16 scale for 32
-inputs, and whole numbers around zero.
+Layouts: `block_q4_0`, `block_q4_1`, `block_q5_0`, `block_q5_1`, `block_q8_0` in llama.cpp, ggml/src/ggml-common.h. All
+have a float16 scale for 32 inputs; then whole numbers around zero, or a float16 minimum and whole numbers from zero on.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ import torch
 from torch import Tensor
 
 from mdi.checkpoint.gguf_file import GgufTensor
-from mdi.core.quantization import INT4, INT8_32, Quantization, QuantizedTensor
+from mdi.core.errors import CheckpointError
+from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8_32, INT8_32_MINIMUMS, Quantization, QuantizedTensor
 from mdi.layers.quantize import pack4
 
 GROUP = 32
 FLOATS = ("F32", "F16", "BF16", "F64")
-EXACT = {INT4.name: ("Q4_0",), INT8_32.name: ("Q8_0", "Q5_0", "Q4_0")}
-"""The types that each format holds without rounding."""
+ZEROS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
+WITH_MINIMUMS = ("Q4_1", "Q5_1")
+EXACT = {
+    INT4.name: ("Q4_0",),
+    INT4_MINIMUMS.name: ("Q4_0", "Q4_1"),
+    INT8_32.name: ("Q4_0", "Q5_0", "Q8_0"),
+    INT8_32_MINIMUMS.name: ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+}
+"""The types that each format holds without rounding, from the smallest format on."""
 
 
 def nearest_format(tensors: Sequence[GgufTensor]) -> str | None:
     """The smallest format that holds what these matrices are stored as: None where they are floating-point numbers.
 
-    Q4_0 is int4. Other types become int8 in groups of 32: with their own integers, or rounded to the nearest.
+    Where none does, it is int8 in groups of 32: other types are rounded to it.
     """
     kinds = {tensor.kind for tensor in tensors}.difference(FLOATS)
     if not kinds:
         return None
-    return INT4.name if kinds.issubset(EXACT[INT4.name]) else INT8_32.name
+    return next((name for name, held in EXACT.items() if kinds.issubset(held)), INT8_32.name)
 
 
 def has_one_format(tensors: Sequence[GgufTensor]) -> bool:
@@ -45,12 +53,28 @@ def as_stored(tensor: GgufTensor, quantization: Quantization) -> QuantizedTensor
         return None
     outputs, inputs = tensor.shape
     blocks = torch.from_numpy(np.array(tensor.rows)).view(outputs, inputs // GROUP, -1)
-    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
-    numbers = _numbers(blocks[..., 2:], tensor.kind).reshape(outputs, inputs)
-    if quantization == INT4:
-        return QuantizedTensor(INT4, pack4(numbers.contiguous()), scales.contiguous())
-    zero = {"Q8_0": 0, "Q5_0": 16, "Q4_0": 8}[tensor.kind]
-    return QuantizedTensor(INT8_32, (numbers.to(torch.int16) - zero).to(torch.int8), scales.float())
+    scales, rest = _float16(blocks)
+    minimums, rest = _float16(rest) if tensor.kind in WITH_MINIMUMS else (None, rest)
+    numbers = _numbers(rest, tensor.kind).reshape(outputs, inputs)
+    zero = ZEROS.get(tensor.kind, 0)
+    if quantization.bits == 4:
+        values = pack4(numbers.contiguous())
+    else:
+        values, scales = (numbers.to(torch.int16) - zero).to(torch.int8), scales.float()
+    if not quantization.minimums:
+        return QuantizedTensor(quantization, values, scales)
+    if minimums is None:
+        minimums = scales * -zero if quantization.bits == 4 else torch.zeros_like(scales)
+    if not minimums.isfinite().all():
+        raise CheckpointError(
+            f"the tensor {tensor.name} has minimums that are no float16 numbers: download or convert the model again"
+        )
+    return QuantizedTensor(quantization, values, scales, minimums=minimums.to(scales.dtype))
+
+
+def _float16(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The number that each block begins with, [outputs, groups], and what follows it."""
+    return blocks[..., :2].contiguous().view(torch.float16)[..., 0].contiguous(), blocks[..., 2:]
 
 
 def _numbers(bytes_: Tensor, kind: str) -> Tensor:
@@ -59,7 +83,7 @@ def _numbers(bytes_: Tensor, kind: str) -> Tensor:
         return bytes_.view(torch.int8)
     nibbles = bytes_[..., -GROUP // 2 :]  # number i in the low half of byte i, number 16 + i in its high half
     numbers = torch.cat((nibbles & 15, nibbles >> 4), -1)
-    if kind == "Q4_0":
+    if kind in ("Q4_0", "Q4_1"):
         return numbers
     bits = bytes_[..., :4].repeat_interleave(8, -1) >> (torch.arange(GROUP, dtype=torch.uint8) % 8)
     return numbers | (bits & 1) << 4

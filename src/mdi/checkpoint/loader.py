@@ -24,7 +24,7 @@ from mdi.core.dtypes import parse_dtype
 from mdi.core.errors import CheckpointError, ConfigError
 from mdi.core.progress import Progress, counter
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, QuantizedTensor
-from mdi.core.tensors import Specs, order_name, scale_name, stored_specs, total_bytes, zero_name
+from mdi.core.tensors import Specs, minimum_name, order_name, scale_name, stored_specs, total_bytes, zero_name
 from mdi.layers.linear import PackedLinear
 from mdi.layers.quantize import dequantize
 from mdi.models.config import ModelConfig, StageSpec
@@ -152,7 +152,8 @@ class _Chunk:
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor:
         zeros = self.tensor(zero_name(name)) if quantization.zeros else None
         order = self.tensor(order_name(name)) if quantization.ordered else None
-        return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)), zeros, order)
+        minimums = self.tensor(minimum_name(name)) if quantization.minimums else None
+        return QuantizedTensor(quantization, self.tensor(name), self.tensor(scale_name(name)), zeros, order, minimums)
 
 
 def _loaded(config: ModelConfig, spec: StageSpec, get: _Load, quantization: ModelQuantization) -> LoadedStage:

@@ -18,7 +18,8 @@ class Quantization:
 
     bits: of a weight. group: inputs of one output that share a scale; None is all of them.
     activation_group: inputs that share a scale when activations are quantised to int8, row by row.
-    zeros: groups have zeros of their own. ordered: inputs are stored in another order than they come in.
+    zeros: groups have zeros of their own. ordered: inputs are stored in another order than they come in. minimums:
+    groups have minimums, which are added to their scaled values.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Quantization:
     activation_group: int
     zeros: bool = False
     ordered: bool = False
+    minimums: bool = False
 
     @property
     def rounding(self) -> Quantization:
@@ -48,7 +50,12 @@ INT8_GROUPS_ORDERED = Quantization("int8-groups-ordered", 8, 64, 64, ordered=Tru
 INT4_ZEROS = Quantization("int4-zeros", 4, 32, 32, zeros=True)
 INT4_ORDERED = Quantization("int4-ordered", 4, 32, 32, ordered=True)
 INT4_ZEROS_ORDERED = Quantization("int4-zeros-ordered", 4, 32, 32, zeros=True, ordered=True)
-_FOUND = (INT8_GROUPS, INT8_GROUPS_ORDERED, INT4_ZEROS, INT4_ORDERED, INT4_ZEROS_ORDERED)
+INT8_32_MINIMUMS = Quantization("int8-32-minimums", 8, 32, 32, minimums=True)
+INT4_MINIMUMS = Quantization("int4-minimums", 4, 32, 32, minimums=True)
+_FOUND = (
+    *(INT8_GROUPS, INT8_GROUPS_ORDERED, INT8_32_MINIMUMS),
+    *(INT4_ZEROS, INT4_ORDERED, INT4_ZEROS_ORDERED, INT4_MINIMUMS),
+)
 
 FORMATS = QUANTIZATIONS | {format_.name: format_ for format_ in _FOUND}
 """Those, and the ones that quantised checkpoints have."""
@@ -56,12 +63,13 @@ FORMATS = QUANTIZATIONS | {format_.name: format_ for format_ in _FOUND}
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A quantised matrix [outputs, inputs]: weight = (value - zero) * scale.
+    """A quantised matrix [outputs, inputs]: weight = (value - zero) * scale, or value * scale + minimum.
 
     values: int8 [outputs, inputs]; for 4 bits uint8 [outputs, inputs / 2], input 2i in the low half of byte i.
     scales: [outputs, groups], float32 for 8 bits, float16 for 4.
-    zeros: uint8 [outputs, groups] for 4 bits, up to 16; None is 8 everywhere for 4 bits, and 0 for 8 bits.
+    zeros: uint8 [outputs, groups] for 4 bits, up to 16; None is 8 everywhere for 4 bits without minimums, else 0.
     order: int32 [inputs]: which input of the product each stored one is; None where they are as they come.
+    minimums: like scales; None is 0 everywhere. Such a matrix has no zeros.
     """
 
     quantization: Quantization
@@ -69,6 +77,7 @@ class QuantizedTensor:
     scales: Tensor
     zeros: Tensor | None = None
     order: Tensor | None = None
+    minimums: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,13 +88,13 @@ class QuantizedTensor:
     @property
     def parts(self) -> list[Tensor]:
         """What a file holds, in order."""
-        parts = (self.values, self.scales, self.zeros, self.order)
+        parts = (self.values, self.scales, self.zeros, self.order, self.minimums)
         return [part for part in parts if part is not None]
 
     def to(self, device: torch.device) -> QuantizedTensor:
         """The same on a device."""
-        zeros, order = (None if part is None else part.to(device) for part in (self.zeros, self.order))
-        return QuantizedTensor(self.quantization, self.values.to(device), self.scales.to(device), zeros, order)
+        others = (None if part is None else part.to(device) for part in (self.zeros, self.order, self.minimums))
+        return QuantizedTensor(self.quantization, self.values.to(device), self.scales.to(device), *others)
 
 
 class UnknownFormatError(ConfigError):

@@ -72,16 +72,24 @@ def order_name(weight: str) -> str:
     return f"{weight}_order"
 
 
+def minimum_name(weight: str) -> str:
+    """The name of the minimums of a quantised matrix."""
+    return f"{weight}_minimum"
+
+
 def _quantized_parts(name: str, shape: tuple[int, ...], quantization: Quantization) -> Specs:
     """What `QuantizedTensor` describes, for a matrix whose inputs are all dimensions but the first."""
     outputs, inputs = shape[0], prod(shape[1:])
     values = TensorSpec((outputs, inputs * quantization.bits // 8), "I8" if quantization.bits == 8 else "U8")
     groups = (outputs, inputs // quantization.group if quantization.group else 1)
-    parts = {name: values, scale_name(name): TensorSpec(groups, "float32" if quantization.bits == 8 else "float16")}
+    scales = TensorSpec(groups, "float32" if quantization.bits == 8 else "float16")
+    parts = {name: values, scale_name(name): scales}
     if quantization.zeros:
         parts[zero_name(name)] = TensorSpec(groups, "U8")
     if quantization.ordered:
         parts[order_name(name)] = TensorSpec((inputs,), "I32")
+    if quantization.minimums:
+        parts[minimum_name(name)] = scales
     return parts
 
 

@@ -50,7 +50,7 @@ class Kernels:
     @staticmethod
     def of(loaded: Library) -> Kernels:
         flags: tuple[type[Any], ...] = (c_long, c_long, c_int, c_int, c_int, c_int)
-        pointers: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, c_void_p, ctypes.POINTER(c_int))
+        pointers: tuple[type[Any], ...] = (*(c_void_p,) * 5, ctypes.POINTER(c_int))
         operands: tuple[type[Any], ...] = (c_void_p, c_void_p, c_void_p, c_long, c_int, c_void_p, c_void_p)
         return Kernels(
             loaded.kernel("pack", *flags, *pointers, result=c_void_p),
@@ -109,23 +109,30 @@ class PackedWeight:
 
 
 def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tuple[Tensor | None, ...]]:
-    """(kind, activation group, whether scales are per group), (values, scales, zeros, order) as kernels take them."""
+    """(kind, activation group, whether scales are per group), arrays of the weight, as kernels take them."""
     if isinstance(weight, Tensor):
-        return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None, None)
+        return (FLOATS[weight.dtype], 0, False), (weight.contiguous(), None, None, None, None)
     quantization, (outputs, inputs) = weight.quantization, weight.shape
     group = quantization.activation_group
     if inputs % group or (quantization.group or group) % group:
         raise ValueError(f"its {inputs} inputs are no multiple of the group of {max(group, quantization.group or 0)}")
-    kind, scales, zeros = INT_KINDS[quantization.bits], weight.scales, weight.zeros
-    assert quantization.bits == 4 or zeros is None, "int8 has no zeros"
-    if quantization.group and quantization.group > group:  # a scale for every group of activations
-        repeats = quantization.group // group
-        scales = scales.repeat_interleave(repeats, 1)
-        zeros = None if zeros is None else zeros.repeat_interleave(repeats, 1).contiguous()
-    assert not quantization.group or scales.shape == (outputs, inputs // group)
-    scales = scales.to(torch.float16 if quantization.bits == 4 else torch.float32).contiguous()
-    arrays = weight.values.contiguous(), scales, zeros, _order(weight)
-    return (kind, group, quantization.group is not None), arrays
+    assert quantization.bits == 4 or weight.zeros is None, "int8 has no zeros"
+    assert quantization.group or weight.minimums is None, "only groups have minimums"
+    repeats = quantization.group // group if quantization.group else 1  # a scale for every group of activations
+    dtype = torch.float16 if quantization.bits == 4 else torch.float32
+    scales = _of_groups(weight.scales, repeats, dtype)
+    zeros, minimums = _of_groups(weight.zeros, repeats, torch.uint8), _of_groups(weight.minimums, repeats, dtype)
+    groups = inputs // group if quantization.group else 1
+    assert all(part is None or part.shape == (outputs, groups) for part in (scales, zeros, minimums))
+    arrays = weight.values.contiguous(), scales, zeros, minimums, _order(weight)
+    return (INT_KINDS[quantization.bits], group, quantization.group is not None), arrays
+
+
+def _of_groups(numbers: Tensor | None, repeats: int, dtype: torch.dtype) -> Tensor | None:
+    """One for each group of activations."""
+    if numbers is None:
+        return None
+    return (numbers.repeat_interleave(repeats, 1) if repeats > 1 else numbers).to(dtype).contiguous()
 
 
 def _order(weight: QuantizedTensor) -> Tensor | None:

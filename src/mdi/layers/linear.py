@@ -147,12 +147,14 @@ def _joined(weights: Sequence[Tensor | QuantizedTensor], dtype: torch.dtype) -> 
     if len(quantized) < len(weights) or not all(_alike(quantized[0], weight) for weight in quantized[1:]):
         return _stacked([_dense(weight, dtype) for weight in weights])
     zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
+    minimums = [weight.minimums for weight in quantized if weight.minimums is not None]
     return QuantizedTensor(
         quantized[0].quantization,
         _stacked([weight.values for weight in quantized]),
         _stacked([weight.scales for weight in quantized]),
         _stacked(zeros) if zeros else None,
         quantized[0].order,
+        _stacked(minimums) if minimums else None,
     )
 
 

@@ -44,9 +44,10 @@ class Part:
     def of_quantized(self, matrix: QuantizedTensor) -> QuantizedTensor:
         """The same integers and scales: columns are whole groups."""
         inputs = matrix.shape[1]
-        zeros = None if matrix.zeros is None else self._scaled(matrix.zeros, inputs)
         values, scales = self._scaled(matrix.values, inputs), self._scaled(matrix.scales, inputs)
-        return QuantizedTensor(matrix.quantization, values, scales, zeros, matrix.order)
+        offsets = (matrix.zeros, matrix.minimums)
+        zeros, minimums = (None if part is None else self._scaled(part, inputs) for part in offsets)
+        return QuantizedTensor(matrix.quantization, values, scales, zeros, matrix.order, minimums)
 
     def _scaled(self, tensor: Tensor, inputs: int) -> Tensor:
         """Of one with fewer numbers than inputs: those of the columns. One number for all inputs is of every part."""

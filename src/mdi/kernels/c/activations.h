@@ -90,10 +90,11 @@ static float quantize_group(const float *x, int group, int8_t *values, int32_t s
     return usual ? scale : NAN;
 }
 
-// What the integer sum of a group begins with, so that it ends as that of signed weights.
+// What the integer sum of a group begins with, so that it ends as that of signed weights; for those with offsets the sum
+// of the values, see `first_dot`.
 INLINE int32_t first_sum(const Weight *weight, const int32_t sums[2]) {
+    if (weight->offsets) return sums[0] + sums[1];
     if (weight->kind == INT8) return -WEIGHT_OFFSET * (sums[0] + sums[1]);
-    if (weight->has_zeros) return sums[0] + sums[1];
     if (SMALL_IN_HALVES) return (int32_t)((uint32_t)(-8 * sums[1]) << 16 | ((uint32_t)(-8 * sums[0]) & 0xffff));
     return -8 * (sums[0] + sums[1]);
 }

@@ -24,14 +24,19 @@ INLINE vint broadcast(const int8_t *four) {
 // Compilers keep loaded activations for the next vector of weights, and then have no registers for the sums.
 INLINE void load_anew(void) { __asm__ volatile("" : : : "memory"); }
 
-// Adds a group's integer sum, scaled by its activations' scale and its weights'.
-INLINE vfloat add_group8(int group_scales, vfloat total, vfloat x_scale, vfloat scale, vfloat sum) {
-    return group_scales ? vf_fma(vf_mul(total, x_scale), scale, sum) : vf_fma(total, x_scale, sum);
+// What a group's integer sum begins with. x_sum: as `first_sum` leaves it.
+INLINE int32_t first_dot(int kind, int offsets, int32_t x_sum) {
+    if (!offsets) return x_sum;
+    return kind == INT8 ? -WEIGHT_OFFSET * x_sum : 0;
 }
 
-INLINE vfloat add_group4(int has_zeros, vfloat total, vfloat x_scale, int32_t x_sum, vfloat zero, vfloat scale, vfloat sum) {
-    if (has_zeros) total = vf_sub(total, vf_mul(zero, vf_set1((float)x_sum)));  // exact: below 2^24
-    return vf_fma(vf_mul(total, x_scale), scale, sum);
+// Adds a group's integer sum, scaled by its activations' scale and its weights', and what offsets add to it.
+INLINE vfloat add_group(int group_scales, int offsets, vfloat total, float x_scale, int32_t x_sum, vfloat offset,
+                        vfloat scale, vfloat sum) {
+    if (!group_scales) return vf_fma(total, vf_set1(x_scale), sum);
+    if (offsets == ZEROS) total = vf_sub(total, vf_mul(offset, vf_set1((float)x_sum)));  // exact: below 2^24
+    sum = vf_fma(vf_mul(total, vf_set1(x_scale)), scale, sum);
+    return offsets == MINIMUMS ? vf_fma(offset, vf_set1(x_scale * (float)x_sum), sum) : sum;
 }
 
 #if defined(HAS_ROW_PAIRS)
@@ -61,20 +66,23 @@ INLINE void add_row_pairs(int rows, Tile x, const char *w, long inputs, vint dot
 }
 #endif
 
-INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char *w, long jump, long groups, int group,
-                      float *sums) {
+INLINE void int8_tile(const Weight *weight, int rows, int panels, Tile x, const char *w, long jump, long groups, float *sums) {
+    int group = weight->group, group_scales = weight->group_scales, offsets = weight->offsets;
     int vectors = panels * PANEL_VECTORS;
-    vfloat sum[INT_ROWS][2 * PANEL_VECTORS], scales[2 * PANEL_VECTORS];
+    long head = head8_size(weight);
+    vfloat sum[INT_ROWS][2 * PANEL_VECTORS], scales[2 * PANEL_VECTORS], minimums[2 * PANEL_VECTORS];
     vint dot[INT_ROWS][2 * PANEL_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(sums_of(sums, r, v));
     for (long g = 0; g < groups; g++, x.scales += x.stride, x.sums += x.stride) {
-        if (group_scales) {
-            UNROLL for (int v = 0; v < vectors; v++) scales[v] = vf_load((const float *)weights_of(w, jump, 4 * PANEL, v));
-            w += 4 * PANEL;
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const float *from = (const float *)weights_of(w, jump, 4 * PANEL, v);
+            scales[v] = group_scales ? vf_load(from) : vf_zero();
+            minimums[v] = offsets ? vf_load(from + PANEL) : vf_zero();
         }
+        w += head;
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(x.sums[r]);
+            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(first_dot(INT8, offsets, x.sums[r]));
         const char *end = w + group * PANEL;
         if (HAS_ROW_PAIRS && rows % 2 == 0 && panels == 1 && group % 8 == 0) {
             add_row_pairs(rows, x, w, group, dot);
@@ -89,27 +97,30 @@ INLINE void int8_tile(int group_scales, int rows, int panels, Tile x, const char
             x.values += 4 * x.stride;
             w += 4 * PANEL;
         } while (w < end);
-        UNROLL for (int r = 0; r < rows; r++) {
-            vfloat scale = vf_set1(x.scales[r]);
+        UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++) {
                 vfloat total = vi_to_float(dot[r][v]);
-                sum[r][v] = add_group8(group_scales, total, scale, scales[v], sum[r][v]);
+                sum[r][v] = add_group(group_scales, offsets, total, x.scales[r], x.sums[r], minimums[v], scales[v], sum[r][v]);
             }
-        }
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) vf_store(sums_of(sums, r, v), sum[r][v]);
 }
 
-// Unpacked, a group of an int4 panel has [PANEL] float32 scales and zeros, and [8][PANEL][4] bytes.
+INLINE vfloat load_offsets4(int offsets, const char *from) {
+    if (offsets == ZEROS) return vf_load_uint8((const uint8_t *)from);
+    return offsets == MINIMUMS ? vf_load_f16((const uint16_t *)from) : vf_zero();
+}
+
+// Unpacked, a group of an int4 panel has [PANEL] float32 scales and offsets, and [8][PANEL][4] bytes.
 enum { UNPACKED4 = PANEL * (4 + 4 + GROUP4) };
 
-INLINE void unpack4(const char *w, int has_zeros, long groups, char *to) {
-    for (long g = 0; g < groups; g++, w += group4_size(has_zeros), to += UNPACKED4) {
-        const char *bytes = w + PANEL * (2 + has_zeros);
+INLINE void unpack4(const char *w, int offsets, long groups, char *to) {
+    for (long g = 0; g < groups; g++, w += group4_size(offsets), to += UNPACKED4) {
+        const char *bytes = w + head4_size(offsets);
         for (int n = 0; n < PANEL; n += LANES) {
             vf_store((float *)to + n, vf_load_f16((const uint16_t *)w + n));
-            vf_store((float *)to + PANEL + n, has_zeros ? vf_load_uint8((const uint8_t *)w + 2 * PANEL + n) : vf_zero());
+            vf_store((float *)to + PANEL + n, load_offsets4(offsets, w + 2 * PANEL + n * offset4_size(offsets)));
             for (int step = 0; step < 4; step++) {
                 vint both = vi_load(bytes + step * 4 * PANEL + 4 * n);
                 vi_store(to + 8 * PANEL + 2 * step * 4 * PANEL + 4 * n, vi_low_nibbles(both));
@@ -120,10 +131,10 @@ INLINE void unpack4(const char *w, int has_zeros, long groups, char *to) {
 }
 
 // unpacked: as `unpack4` leaves it.
-INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x, const char *w, long jump, long groups,
+INLINE void int4_tile(int unpacked, int offsets, int rows, int panels, Tile x, const char *w, long jump, long groups,
                       float *sums) {
     int vectors = panels * PANEL_VECTORS;
-    long head = unpacked ? 8 * PANEL : PANEL * (2 + has_zeros), size = unpacked ? UNPACKED4 : group4_size(has_zeros);
+    long head = unpacked ? 8 * PANEL : head4_size(offsets), size = unpacked ? UNPACKED4 : group4_size(offsets);
     vfloat sum[INT_ROWS][2 * PANEL_VECTORS];
     vint dot[INT_ROWS][2 * PANEL_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
@@ -131,7 +142,7 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
     for (long g = 0; g < groups; g++, x.scales += x.stride, x.sums += x.stride, x.values += GROUP4 * x.stride, w += size) {
         if (!unpacked && rows <= FETCH_ROWS) fetch_ahead(w, jump, panels, size);
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(has_zeros ? 0 : x.sums[r]);
+            UNROLL for (int v = 0; v < vectors; v++) dot[r][v] = vi_set1(first_dot(INT4, offsets, x.sums[r]));
         int pairs = HAS_ROW_PAIRS && unpacked && rows % 2 == 0 && panels == 1;
         if (pairs) add_row_pairs(rows, x, w + head, GROUP4, dot);
         for (int step = 0; !pairs && step < (unpacked ? 8 : 4); step++)
@@ -148,12 +159,13 @@ INLINE void int4_tile(int unpacked, int has_zeros, int rows, int panels, Tile x,
             }
         UNROLL for (int v = 0; v < vectors; v++) {
             const char *from = weights_of(w, jump, unpacked ? 4 * PANEL : 2 * PANEL, v);
-            vfloat scale = unpacked ? vf_load((const float *)from) : vf_load_f16((const uint16_t *)from), zero = vf_zero();
-            if (has_zeros && unpacked) zero = vf_load((const float *)(from + 4 * PANEL));
-            if (has_zeros && !unpacked) zero = vf_load_uint8((const uint8_t *)weights_of(w + 2 * PANEL, jump, PANEL, v));
+            vfloat scale = unpacked ? vf_load((const float *)from) : vf_load_f16((const uint16_t *)from), offset = vf_zero();
+            if (offsets && unpacked) offset = vf_load((const float *)(from + 4 * PANEL));
+            if (offsets && !unpacked)
+                offset = load_offsets4(offsets, weights_of(w + 2 * PANEL, jump, PANEL * offset4_size(offsets), v));
             UNROLL for (int r = 0; r < rows; r++) {
                 vfloat total = vi_to_float(vi_small_total(dot[r][v]));
-                sum[r][v] = add_group4(has_zeros, total, vf_set1(x.scales[r]), x.sums[r], zero, scale, sum[r][v]);
+                sum[r][v] = add_group(1, offsets, total, x.scales[r], x.sums[r], offset, scale, sum[r][v]);
             }
         }
     }
@@ -165,9 +177,9 @@ typedef enum { WHOLE_BYTES, NIBBLES, UNPACKED } Layout;
 
 INLINE void int_tile(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups, const Weight *weight,
                      float *sums) {
-    if (layout == WHOLE_BYTES) int8_tile(weight->group_scales, rows, panels, x, w, jump, groups, weight->group, sums);
-    if (layout == NIBBLES) int4_tile(0, weight->has_zeros, rows, panels, x, w, jump, groups, sums);
-    if (layout == UNPACKED) int4_tile(1, weight->has_zeros, rows, panels, x, w, jump, groups, sums);
+    if (layout == WHOLE_BYTES) int8_tile(weight, rows, panels, x, w, jump, groups, sums);
+    if (layout == NIBBLES) int4_tile(0, weight->offsets, rows, panels, x, w, jump, groups, sums);
+    if (layout == UNPACKED) int4_tile(1, weight->offsets, rows, panels, x, w, jump, groups, sums);
 }
 
 INLINE void int_tile_of(Layout layout, int rows, int panels, Tile x, const char *w, long jump, long groups,
@@ -204,7 +216,7 @@ INLINE void int_tiles(const Work *work, Layout layout, int panels, const char *w
 static void multiply_int8(const Work *work, int panels, const char *panel, long jump, long first, long rows,
                           long begin, long end) {
     int group = work->weight->group;
-    long size = (work->weight->group_scales ? 4 * PANEL : 0) + group * PANEL;
+    long size = group8_size(work->weight);
     long block = rows <= INT_ROWS ? end - begin : BLOCK8 / group * group;
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + block < end ? k + block : end;
@@ -214,8 +226,8 @@ static void multiply_int8(const Work *work, int panels, const char *panel, long 
 
 static void multiply_int4(const Work *work, int panels, const char *panel, long jump, long first, long rows,
                           long begin, long end) {
-    int has_zeros = work->weight->has_zeros;
-    long size = group4_size(has_zeros);
+    int offsets = work->weight->offsets;
+    long size = group4_size(offsets);
     if (rows <= DIRECT_ROWS4) {
         const char *w = panel + begin / GROUP4 * size;
         int_tiles(work, NIBBLES, panels, w, jump, first, rows, begin, end);
@@ -223,7 +235,7 @@ static void multiply_int4(const Work *work, int panels, const char *panel, long 
     }
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK4 < end ? k + BLOCK4 : end;
-        unpack4(panel + k / GROUP4 * size, has_zeros, (stop - k) / GROUP4, work->block);
+        unpack4(panel + k / GROUP4 * size, offsets, (stop - k) / GROUP4, work->block);
         int_tiles(work, UNPACKED, 1, work->block, 0, first, rows, k, stop);
     }
 }

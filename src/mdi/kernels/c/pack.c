@@ -10,13 +10,14 @@ typedef struct {
     const char *values;
     const void *scales;
     const uint8_t *zeros;
+    const void *minimums;
     int has_nan;
 } Packing;
 
 static size_t panel_size(const Weight *weight) {
     long inputs = weight->inputs;
-    if (weight->kind == INT8) return (size_t)inputs * PANEL + (weight->group_scales ? (size_t)inputs / weight->group * 4 * PANEL : 0);
-    if (weight->kind == INT4) return (size_t)(inputs / GROUP4 * group4_size(weight->has_zeros));
+    if (weight->kind == INT8) return (size_t)(inputs / weight->group * group8_size(weight));
+    if (weight->kind == INT4) return (size_t)(inputs / GROUP4 * group4_size(weight->offsets));
     if (weight->kind == FLOAT32) return (size_t)inputs * PANEL * 4;
     if (weight->kind == FLOAT16) return (size_t)inputs * PANEL * 2;
     return (size_t)(inputs + 1) / 2 * PANEL * 4;
@@ -58,7 +59,7 @@ INLINE int pack_halves(const Weight *weight, const uint16_t *from, int n, uint16
 static int pack_int8(const Packing *packing, long row, long panel, int n) {
     const Weight *weight = packing->weight;
     const int8_t *from = (const int8_t *)packing->values + row * weight->inputs;
-    const float *scales = packing->scales;
+    const float *scales = packing->scales, *minimums = packing->minimums;
     char *to = weight->panels + (size_t)panel * weight->panel_size;
     int has_nan = 0;
     if (!weight->group_scales) {
@@ -67,10 +68,14 @@ static int pack_int8(const Packing *packing, long row, long panel, int n) {
     }
     for (long k = 0; k < weight->inputs; k += weight->group, to += weight->group * PANEL) {
         if (weight->group_scales) {
-            float scale = scales[(row * weight->inputs + k) / weight->group];
-            ((float *)to)[n] = scale;
-            has_nan |= scale != scale;
-            to += 4 * PANEL;
+            long group = (row * weight->inputs + k) / weight->group;
+            ((float *)to)[n] = scales[group];
+            has_nan |= scales[group] != scales[group];
+            if (minimums) {
+                ((float *)to)[PANEL + n] = minimums[group];
+                has_nan |= minimums[group] != minimums[group];
+            }
+            to += head8_size(weight);
         }
         for (int i = 0; i < weight->group; i++)
             to[i / 4 * 4 * PANEL + 4 * n + i % 4] = (char)(from[k + i] + WEIGHT_OFFSET);
@@ -83,13 +88,18 @@ static int pack_int4(const Packing *packing, long row, long panel, int n) {
     long groups = weight->inputs / GROUP4;
     const uint8_t *from = (const uint8_t *)packing->values + row * weight->inputs / 2;
     const uint16_t *scales = (const uint16_t *)packing->scales + row * groups;
+    const uint16_t *minimums = packing->minimums ? (const uint16_t *)packing->minimums + row * groups : NULL;
     char *to = weight->panels + (size_t)panel * weight->panel_size;
     int has_nan = 0;
-    for (long g = 0; g < groups; g++, from += GROUP4 / 2, to += group4_size(weight->has_zeros)) {
+    for (long g = 0; g < groups; g++, from += GROUP4 / 2, to += group4_size(weight->offsets)) {
         ((uint16_t *)to)[n] = scales[g];
         has_nan |= is_nan(scales[g], FLOAT16);
-        if (weight->has_zeros) to[2 * PANEL + n] = (char)packing->zeros[row * groups + g];
-        char *bytes = to + PANEL * (2 + weight->has_zeros);
+        if (packing->zeros) to[2 * PANEL + n] = (char)packing->zeros[row * groups + g];
+        if (minimums) {
+            ((uint16_t *)to)[PANEL + n] = minimums[g];
+            has_nan |= is_nan(minimums[g], FLOAT16);
+        }
+        char *bytes = to + head4_size(weight->offsets);
         for (int i = 0; i < GROUP4 / 2; i++) {
             int k = i / 4 * 8 + i % 4;  // and k + 4
             int low = from[k / 2] >> 4 * (k % 2) & 15, high = from[(k + 4) / 2] >> 4 * (k % 2) & 15;
@@ -125,11 +135,12 @@ static void pack_part(void *context, int thread, int n_threads) {
 }
 
 Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
-                     const void *scales, const uint8_t *zeros, const int32_t *order, int *has_nan) {
+                     const void *scales, const uint8_t *zeros, const void *minimums, const int32_t *order, int *has_nan) {
     Weight *weight = calloc(1, sizeof *weight);
     if (!weight) return NULL;
     *weight = (Weight){.outputs = outputs, .inputs = inputs, .kind = kind, .group = group, .swiglu = swiglu,
-                       .group_scales = group_scales, .has_zeros = zeros != NULL};
+                       .group_scales = group_scales,
+                       .offsets = minimums ? MINIMUMS : zeros ? ZEROS : NO_OFFSETS};
     long in_panel = swiglu ? PANEL / 2 : PANEL, columns = swiglu ? outputs / 2 : outputs;
     weight->n_panels = (columns + in_panel - 1) / in_panel;
     weight->panel_size = panel_size(weight);
@@ -141,7 +152,7 @@ Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu,
         return NULL;
     }
     if (order) memcpy(weight->order, order, (size_t)inputs * sizeof *order);
-    Packing packing = {.weight = weight, .values = values, .scales = scales, .zeros = zeros};
+    Packing packing = {.weight = weight, .values = values, .scales = scales, .zeros = zeros, .minimums = minimums};
     mdi_parallel(pack_part, &packing);
     *has_nan = packing.has_nan;
     return weight;

@@ -6,8 +6,9 @@
 //   FLOAT32    [inputs][PANEL] float32
 //   FLOAT16    [inputs][PANEL] float16
 //   BFLOAT16   [inputs / 2][PANEL][2] bfloat16
-//   INT8       groups of: [PANEL] float32 scales, where they are per group, then [group / 4][PANEL][4] int8
-//   INT4       groups of 32 inputs: [PANEL] float16 scales, [PANEL] uint8 zeros where there are any,
+//   INT8       groups of: [PANEL] float32 scales, where they are per group, [PANEL] float32 minimums, where there are any,
+//              then [group / 4][PANEL][4] int8
+//   INT4       groups of 32 inputs: [PANEL] float16 scales, [PANEL] uint8 zeros or float16 minimums, where there are any,
 //              [4][PANEL][4] bytes: byte i of step s has input 8 s + i in its low half and 8 s + 4 + i in its high half
 //
 // Inputs of a quantised weight may be stored in another order than activations come in: these are gathered.
@@ -20,6 +21,7 @@
 #include "kernel.h"
 
 enum { INT8 = 3, INT4 = 4 };  // kinds of weights, beside the dtypes of vector.h
+enum { NO_OFFSETS = 0, ZEROS = 1, MINIMUMS = 2 };  // of groups: (value - zero) * scale, or value * scale + minimum
 enum { NONE = 0, GELU = 1, QUICK_GELU = 2, TANH_GELU = 3 };
 
 typedef struct {
@@ -28,7 +30,7 @@ typedef struct {
     int group;          // inputs that share an activation scale; 0 for float weights
     int swiglu;         // gate and up are interleaved
     int group_scales;   // int8: scales per group, not per output
-    int has_zeros;      // int4
+    int offsets;        // of groups: int4 may have zeros; int4, and int8 with scales per group, minimums
     long n_panels;
     size_t panel_size;  // bytes
     char *panels;
@@ -57,10 +59,10 @@ typedef struct {
     char *scratch;
 } Product;
 
-// Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; scales, zeros and order: see QuantizedTensor.
-// Returns NULL where memory is short; *has_nan is set where a float value or a scale is NaN.
+// Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; the rest: see QuantizedTensor.
+// Returns NULL where memory is short; *has_nan is set where a float value, a scale or a minimum is NaN.
 Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
-                     const void *scales, const uint8_t *zeros, const int32_t *order, int *has_nan);
+                     const void *scales, const uint8_t *zeros, const void *minimums, const int32_t *order, int *has_nan);
 void KERNEL(discard)(Weight *weight);
 
 // Bytes of scratch memory that a product needs in a pool of so many threads.

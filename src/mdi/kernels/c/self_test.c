@@ -9,7 +9,9 @@
 #include "vector.h"
 #include "vocabulary.h"
 
-Weight *SCALAR(pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const int32_t *, int *);
+typedef Weight *Pack(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const void *, const int32_t *,
+                     int *);
+Pack SCALAR(pack);
 void SCALAR(discard)(Weight *);
 int SCALAR(product)(const Weight *, const void *, void *, long, int, const float *, const void *, int, const Shards *, int64_t);
 int SCALAR(mixture)(const Experts *, const void *, void *, const void *, long, int, const Shards *, int64_t);
@@ -46,7 +48,7 @@ static int alike(const void *a, const void *b, long count, int dtype) {
 }
 
 typedef struct {
-    int kind, group, group_scales, has_zeros, ordered, swiglu, activation;
+    int kind, group, group_scales, offsets, ordered, swiglu, activation;
 } Kind;
 
 // Whether both products are alike, and every row has the same bits alone.
@@ -69,7 +71,7 @@ static int product_passes(const Kind *kind, const Weight *ours, const Weight *th
 
 static int weight_passes(const Kind *kind) {
     static float values[OUTPUTS * INPUTS];
-    float scales[OUTPUTS * INPUTS / 32];
+    float scales[OUTPUTS * INPUTS / 32], minimums[OUTPUTS * INPUTS / 32];
     uint8_t zeros[OUTPUTS * INPUTS / 32];
     int32_t order[INPUTS];
     int quantized = kind->kind == INT8 || kind->kind == INT4, has_nan = 0, passes = 0;
@@ -77,15 +79,17 @@ static int weight_passes(const Kind *kind) {
     for (long i = 0; i < OUTPUTS * INPUTS / 32; i++) {
         float scale = (float)(1 + i % 5) * (kind->kind == INT8 ? 1e-3f : 2e-2f);
         store_as(scales, i, scale, kind->kind == INT4 ? FLOAT16 : FLOAT32);
+        store_as(minimums, i, (float)(i % 7 - 4) * scale, kind->kind == INT4 ? FLOAT16 : FLOAT32);
         zeros[i] = (uint8_t)(i % 16);
     }
     for (int i = 0; i < INPUTS; i++) order[i] = INPUTS - 1 - i;
-    const uint8_t *given = kind->has_zeros ? zeros : NULL;
+    const uint8_t *own_zeros = kind->offsets == ZEROS ? zeros : NULL;
+    const float *own_minimums = kind->offsets == MINIMUMS ? minimums : NULL;
     const int32_t *places = kind->ordered ? order : NULL;
     Weight *ours = KERNEL(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
-                                scales, given, places, &has_nan);
+                                scales, own_zeros, own_minimums, places, &has_nan);
     Weight *theirs = SCALAR(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
-                                  scales, given, places, &has_nan);
+                                  scales, own_zeros, own_minimums, places, &has_nan);
     if (ours && theirs)
         passes = product_passes(kind, ours, theirs, FLOAT32) && product_passes(kind, ours, theirs, BFLOAT16);
     if (ours) KERNEL(discard)(ours);
@@ -102,7 +106,9 @@ static int products_pass(void) {
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
         {.kind = INT8, .group = 32, .group_scales = 1},
         {.kind = INT4, .group = 32, .swiglu = 1},
-        {.kind = INT4, .group = 32, .has_zeros = 1},
+        {.kind = INT8, .group = 32, .group_scales = 1, .offsets = MINIMUMS},
+        {.kind = INT4, .group = 32, .offsets = ZEROS},
+        {.kind = INT4, .group = 32, .offsets = MINIMUMS},
         {.kind = INT4, .group = 32, .ordered = 1},
     };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -116,18 +122,16 @@ typedef struct {
     Weight *router, *gate_up[EXPERTS], *down[EXPERTS];
 } Mixed;
 
-typedef Weight *(*Pack)(long, long, int, int, int, int, const void *, const void *, const uint8_t *, const int32_t *, int *);
-
 // The same weights for any instruction set. Returns whether there is memory.
-static int pack_experts(Mixed *mixed, Pack pack) {
+static int pack_experts(Mixed *mixed, Pack *pack) {
     static float values[2 * INNER * INPUTS];
     int has_nan, packed = 1;
     fill(values, EXPERTS * INPUTS, FLOAT32, 15);
-    packed &= (mixed->router = pack(EXPERTS, INPUTS, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
+    packed &= (mixed->router = pack(EXPERTS, INPUTS, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, NULL, &has_nan)) != NULL;
     for (uint32_t i = 0; i < EXPERTS; i++) {
         fill(values, 2 * INNER * INPUTS, FLOAT32, 16 + i);
-        packed &= (mixed->gate_up[i] = pack(2 * INNER, INPUTS, FLOAT32, 0, 1, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
-        packed &= (mixed->down[i] = pack(INPUTS, INNER, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, &has_nan)) != NULL;
+        packed &= (mixed->gate_up[i] = pack(2 * INNER, INPUTS, FLOAT32, 0, 1, 0, values, NULL, NULL, NULL, NULL, &has_nan)) != NULL;
+        packed &= (mixed->down[i] = pack(INPUTS, INNER, FLOAT32, 0, 0, 0, values, NULL, NULL, NULL, NULL, &has_nan)) != NULL;
     }
     return packed;
 }

@@ -82,7 +82,7 @@ static void multiply_bf16_tiles(const Work *work, const char *panel, long first,
 }
 
 // 16 rows by 16 outputs, group by group. w: the group's first step; scales: of its weights; both `size` bytes apart.
-INLINE void int_tile_16(int kind, int group, int group_scales, int has_zeros, Tile x, const char *w, const char *scales,
+INLINE void int_tile_16(int kind, int group, int group_scales, int offsets, Tile x, const char *w, const char *scales,
                         long size, long groups, float *sums) {
     int32_t dots[2][TILE_HEIGHT * LANES] __attribute__((aligned(64)));
     vfloat sum[TILE_HEIGHT];
@@ -95,21 +95,19 @@ INLINE void int_tile_16(int kind, int group, int group_scales, int has_zeros, Ti
         tile_dot_int8(0, 4, 6);
         tile_store(0, dot, TILE_BYTES);
         vfloat scale = group_scales ? vf_load((const float *)scales) : vf_zero();
-        vfloat zero = has_zeros ? vf_load((const float *)scales + PANEL) : vf_zero();
+        vfloat offset = offsets ? vf_load((const float *)scales + PANEL) : vf_zero();
         UNROLL for (int r = 0; r < TILE_HEIGHT; r++) {
             vint total = vi_load(dot + r * LANES);
-            if (!has_zeros) total = vi_add(total, vi_set1(x.sums[r]));
-            vfloat value = vi_to_float(total), by = vf_set1(x.scales[r]);
-            sum[r] = kind == INT8 ? add_group8(group_scales, value, by, scale, sum[r])
-                                  : add_group4(has_zeros, value, by, x.sums[r], zero, scale, sum[r]);
+            if (kind == INT8 || !offsets) total = vi_add(total, vi_set1(first_dot(kind, offsets, x.sums[r])));
+            sum[r] = add_group(group_scales, offsets, vi_to_float(total), x.scales[r], x.sums[r], offset, scale, sum[r]);
         }
     }
     UNROLL for (int r = 0; r < TILE_HEIGHT; r++) vf_store(sums + r * PANEL, sum[r]);
 }
 
-// All rows with the groups of a panel at w, each of `size` bytes: scales and zeros, where there are any, then `head`
-// bytes behind the group's beginning its steps.
-INLINE void int_tiles_16(const Work *work, int kind, int group_scales, int has_zeros, const char *w, long head, long size,
+// All rows with the groups of a panel at w, each of `size` bytes: scales and offsets in float32, where there are any,
+// then `head` bytes behind the group's beginning its steps.
+INLINE void int_tiles_16(const Work *work, int kind, int group_scales, int offsets, const char *w, long head, long size,
                          long first, long rows, long begin, long end) {
     int group = work->weight->group;
     long all = work->x.inputs / group, groups = (end - begin) / group;
@@ -119,28 +117,31 @@ INLINE void int_tiles_16(const Work *work, int kind, int group_scales, int has_z
             const int8_t *values = work->x.values + row * work->x.inputs + begin * count;
             Tile x = {values, work->x.scales + at, work->x.sums + at, count};
             float *sums = work->sums + (row - first) * PANEL + n;
-            int_tile_16(kind, group, group_scales, has_zeros, x, w + head + 4 * n, w + 4 * n, size, groups, sums);
+            int_tile_16(kind, group, group_scales, offsets, x, w + head + 4 * n, w + 4 * n, size, groups, sums);
         }
 }
 
 static void multiply_int8_tiles(const Work *work, const char *panel, long first, long rows, long begin, long end) {
-    int by_group = work->weight->group_scales, group = work->weight->group;
-    long head = by_group ? 4 * PANEL : 0, size = head + group * PANEL;
+    int by_group = work->weight->group_scales, offsets = work->weight->offsets, group = work->weight->group;
+    long head = head8_size(work->weight), size = group8_size(work->weight);
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK8 < end ? k + BLOCK8 : end;
         const char *w = panel + k / group * size;
-        if (by_group) int_tiles_16(work, INT8, 1, 0, w, head, size, first, rows, k, stop);
-        else int_tiles_16(work, INT8, 0, 0, w, head, size, first, rows, k, stop);
+        if (offsets) int_tiles_16(work, INT8, 1, MINIMUMS, w, head, size, first, rows, k, stop);
+        else if (by_group) int_tiles_16(work, INT8, 1, NO_OFFSETS, w, head, size, first, rows, k, stop);
+        else int_tiles_16(work, INT8, 0, NO_OFFSETS, w, head, size, first, rows, k, stop);
     }
 }
 
 static void multiply_int4_tiles(const Work *work, const char *panel, long first, long rows, long begin, long end) {
-    int has_zeros = work->weight->has_zeros;
+    int offsets = work->weight->offsets;
+    long head = 8 * PANEL;
     for (long stop, k = begin; k < end; k = stop) {
         stop = k + BLOCK4 < end ? k + BLOCK4 : end;
-        unpack4(panel + k / GROUP4 * group4_size(has_zeros), has_zeros, (stop - k) / GROUP4, work->block);
-        if (has_zeros) int_tiles_16(work, INT4, 1, 1, work->block, 8 * PANEL, UNPACKED4, first, rows, k, stop);
-        else int_tiles_16(work, INT4, 1, 0, work->block, 8 * PANEL, UNPACKED4, first, rows, k, stop);
+        unpack4(panel + k / GROUP4 * group4_size(offsets), offsets, (stop - k) / GROUP4, work->block);
+        if (offsets == ZEROS) int_tiles_16(work, INT4, 1, ZEROS, work->block, head, UNPACKED4, first, rows, k, stop);
+        else if (offsets) int_tiles_16(work, INT4, 1, MINIMUMS, work->block, head, UNPACKED4, first, rows, k, stop);
+        else int_tiles_16(work, INT4, 1, NO_OFFSETS, work->block, head, UNPACKED4, first, rows, k, stop);
     }
 }
 

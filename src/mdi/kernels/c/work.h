@@ -22,7 +22,7 @@ typedef struct {
     float *floats;   // [inputs][rows], for float weights; in pairs [inputs / 2][rows][2] bfloat16; on tiles [inputs / 32][rows][32]
     int8_t *values;  // [inputs / 4][rows][4], for quantised ones: x = value * scale; on tiles [groups][rows][group]
     float *scales;   // [groups][rows]
-    int32_t *sums;   // [groups][rows]: of the values; for weights without zeros, what a sum of the group begins with
+    int32_t *sums;   // [groups][rows]: of the values; for weights without offsets, what a sum of the group begins with
 } Activations;
 
 typedef struct {
@@ -35,8 +35,16 @@ typedef struct {
 } Work;
 
 enum { STEP_BYTES = 64 };  // of a row, that are multiplied at once on tiles
-enum { GROUP4 = 32 };  // inputs of a group of an int4 weight, and the bytes that it takes in a panel:
-INLINE long group4_size(int has_zeros) { return PANEL * (2 + has_zeros + GROUP4 / 2); }
+enum { GROUP4 = 32 };  // inputs of a group of an int4 weight
+
+// Bytes in a panel: of an int4 offset, of what stands before a group's values, and of a group.
+INLINE long offset4_size(int offsets) { return offsets == ZEROS ? 1 : offsets == MINIMUMS ? 2 : 0; }
+INLINE long head4_size(int offsets) { return PANEL * (2 + offset4_size(offsets)); }
+INLINE long group4_size(int offsets) { return head4_size(offsets) + PANEL * GROUP4 / 2; }
+INLINE long head8_size(const Weight *weight) {
+    return weight->group_scales ? 4 * PANEL * (weight->offsets == MINIMUMS ? 2 : 1) : 0;
+}
+INLINE long group8_size(const Weight *weight) { return head8_size(weight) + (long)weight->group * PANEL; }
 
 INLINE int tile_rows(const Activations *x, long rows, long first) {
     return rows - first < x->tile_rows ? (int)(rows - first) : x->tile_rows;
