@@ -265,13 +265,15 @@ class SmallExchange:
     def run(self, sequence: int, spin_s: float) -> list[Peer]:
         """Sends, and receives what comes while it spins. Returns the peers whose frames are still to be read.
 
-        None of them is waited for while something is left to be written.
+        All of them, where something is left to be written.
         """
         HEADER.pack_into(self._message, 0, PARTIALS, 0, sequence, len(self._own))
         self._content[:] = self._own
+        sent = True
         for peer in self._peers:
-            if not peer.send(self._message):
-                spin_s = 0.0
+            sent = peer.send(self._message) and sent
+        if not sent:
+            return [*self._peers]
         late = []
         for peer, frame, content, target in self._arrivals:
             n_bytes = peer.receive(frame) if peer.spin(spin_s) else None
