@@ -8,7 +8,7 @@ Each rank is a process on loopback; two ranks have a core each where there are t
 over the same connections, in blocks, so that what else the machine does meets both alike: look at the ratio.
 
 An exchange lasts from when the last rank begins it until the last one has it. "In a step" each rank reads 14 MB of
-memory before each, as a step of the 2B in int4 reads weights: they drive code and data out of the caches. Where ranks
+memory before each, as a step of the 2B in int4 reads weights: exchanges then take several times as long. Where ranks
 begin more than 1 ms apart, other work had taken a core, and the exchange does not count.
 """
 

@@ -248,8 +248,8 @@ class GroupLink:
 class SmallExchange:
     """Exchanges of one tensor whose frames are small, as a step of decoding has them: twice a layer.
 
-    Weights that are read between two of them drive code and data out of the caches, and then the time is that of
-    touching things again. So all that can be is prepared, few functions are called, and a frame is one write, one read.
+    Weights are read between two of them, after which all code takes several times as long, as from cold caches. So all
+    that can be is prepared, few functions are called, and a frame is one write and one read.
     """
 
     def __init__(self, partials: Tensor, rows: slice, rank: Rank, peers: Sequence[Peer]) -> None:
