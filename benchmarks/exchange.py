@@ -1,17 +1,23 @@
 """What an exchange of partial sums costs between the ranks of a group, against bare sockets that spin.
 
-    python -m benchmarks.exchange                 # 2, 3 and 4 ranks, encrypted and plain, spinning and not
+    python -m benchmarks.exchange                 # 2, 3 and 4 ranks, encrypted and plain, spinning and not; in a step
     python -m benchmarks.exchange --rounds 200    # the short mode
     python -m benchmarks.exchange --json FILE
 
 Each rank is a process on loopback; two ranks have a core each where there are two. Bare and real exchanges alternate
 over the same connections, in blocks, so that what else the machine does meets both alike: look at the ratio.
+
+An exchange lasts from when the last rank begins it until the last one has it. "In a step" each rank reads 14 MB of
+memory before each, as a step of the 2B in int4 reads weights: exchanges then take several times as long. Where ranks
+begin more than 1 ms apart, other work had taken a core, and the exchange does not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import mmap
 import multiprocessing
 import os
 import socket
@@ -19,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -36,6 +43,9 @@ from mdi.rpc.tls import Identity
 NAMES = ("starter", "secondary0", "secondary1", "finisher")
 SIZES = {"6 kB": 3072, "48 kB": 24_576, "6 MB": 3_072_000}  # numbers of bfloat16 that a rank sends to each other one
 BLOCKS = 10
+IN_STEP = {"6 kB": 3072}
+WEIGHT_BYTES, WEIGHT_PARTS = 14_000_000, 8  # read before an exchange; so many in turn, more than most caches hold
+APART_S = 1e-3
 LARGE_BYTES = 1_000_000  # of such messages a hundredth as many, and no bare ones, which would block both sides
 
 
@@ -46,11 +56,16 @@ class Case:
     n_ranks: int
     encrypted: bool
     spins: bool
+    in_step: bool = False
+
+
+Times = list[tuple[float, float]]
+"""When a rank began each exchange, and when it had it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of an exchange, as rank 0 measured them. bare_s: the median of the bare sockets; of two ranks only."""
+    """Seconds of an exchange. bare_s: the median of the bare sockets; of two ranks only. counted: a part of all."""
 
     case: Case
     size: str
@@ -58,6 +73,7 @@ class Row:
     median_s: float
     slow_s: float
     bare_s: float | None
+    counted: float
 
 
 CASES = [
@@ -71,6 +87,7 @@ CASES = [
         (4, True, False),
     )
 ]
+CASES += [Case(2, True, True, in_step=True), Case(2, False, True, in_step=True)]
 
 
 def main() -> None:
@@ -97,14 +114,34 @@ def measure(case: Case, rounds: int) -> list[Row]:
     members = [Member(name, "127.0.0.1", pipe.recv()) for name, pipe in zip(NAMES, pipes, strict=False)]
     for pipe in pipes:
         pipe.send(members)
-    rows: list[Row] = pipes[0].recv()
+    of_ranks: list[dict[str, list[Times]]] = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join()
-    return rows
+    return [row_of(case, size, [of_rank[size] for of_rank in of_ranks]) for size in of_ranks[0]]
+
+
+def row_of(case: Case, size: str, of_ranks: list[list[Times]]) -> Row:
+    """of_ranks: the times of each way, of each rank."""
+    apart_s = APART_S if case.in_step else math.inf
+    ways = [together([times[way] for times in of_ranks], apart_s) for way in range(len(of_ranks[0]))]
+    ours = ways[0]
+    bare_s = statistics.median(ways[1]) if len(ways) > 1 else None
+    counted = len(ours) / len(of_ranks[0][0])
+    return Row(case, size, 2 * SIZES[size], statistics.median(ours), ours[len(ours) * 99 // 100], bare_s, counted)
+
+
+def together(of_ranks: list[Times], apart_s: float) -> list[float]:
+    """Seconds of the exchanges that ranks began together, in order. The clock is the machine's: ranks share it."""
+    seconds = []
+    for times in zip(*of_ranks, strict=True):
+        began, ended = zip(*times, strict=True)
+        if max(began) - min(began) < apart_s:
+            seconds.append(max(ended) - max(began))
+    return sorted(seconds) or [math.nan]
 
 
 def run_rank(case: Case, index: int, identity: Identity | None, pipe: Connection, rounds: int) -> None:
-    """One rank, in its own process. Rank 0 reports."""
+    """One rank, in its own process."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= case.n_ranks:
@@ -115,14 +152,14 @@ def run_rank(case: Case, index: int, identity: Identity | None, pipe: Connection
     shares = [Rank(number, number + 1, case.n_ranks) for number in range(case.n_ranks)]
     link = GroupLink.join(index, members, shares, listener, identity, 1, 30.0)
     link._spin_s = SPIN_S if case.spins else 0.0
-    rows = [measure_size(link, case, size, n_values, rounds) for size, n_values in SIZES.items()]
-    if index == 0:
-        pipe.send(rows)
+    sizes, before = (IN_STEP, Weights().read) if case.in_step else (SIZES, lambda: None)
+    pipe.send({size: measure_size(link, case, n_values, rounds, before) for size, n_values in sizes.items()})
     link.exchange(torch.zeros(case.n_ranks, 1, 1), slice(0, 1))  # all are done
     link.close()
 
 
-def measure_size(link: GroupLink, case: Case, size: str, n_values: int, rounds: int) -> Row:
+def measure_size(link: GroupLink, case: Case, n_values: int, rounds: int, before: Callable[[], None]) -> list[Times]:
+    """Of our exchanges, and of bare ones. before: called before each."""
     partials = torch.zeros(case.n_ranks, 1, n_values, dtype=torch.bfloat16)
     n_bytes = 2 * n_values
     count = max(1, (rounds if n_bytes < LARGE_BYTES else rounds // 100) // BLOCKS)
@@ -133,17 +170,29 @@ def measure_size(link: GroupLink, case: Case, size: str, n_values: int, rounds: 
     ways: list[Callable[[], None]] = [exchange]
     if case.n_ranks == 2 and n_bytes < LARGE_BYTES:
         ways.append(BareExchange(link._peers[0]._connection, n_bytes))
-    seconds: list[list[float]] = [[] for _ in ways]
+    of_ways: list[Times] = [[] for _ in ways]
     for block in range(BLOCKS + 1):
-        for way, found in zip(ways, seconds, strict=True):
+        for way, times in zip(ways, of_ways, strict=True):
             for _ in range(count):
+                before()
                 began_s = time.perf_counter()
                 way()
                 if block:  # the first one warms up
-                    found.append(time.perf_counter() - began_s)
-    ours = sorted(seconds[0])
-    bare_s = statistics.median(seconds[1]) if len(ways) > 1 else None
-    return Row(case, size, n_bytes, statistics.median(ours), ours[len(ours) * 99 // 100], bare_s)
+                    times.append((began_s, time.perf_counter()))
+    return of_ways
+
+
+class Weights:
+    """Memory in huge pages, as weights lie in them, of which the next part is read in turn."""
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, WEIGHT_PARTS * WEIGHT_BYTES)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._parts = cycle(torch.frombuffer(memory, dtype=torch.int64).fill_(1).chunk(WEIGHT_PARTS))
+
+    def read(self) -> None:
+        next(self._parts).max()
 
 
 class BareExchange:
@@ -173,13 +222,16 @@ class BareExchange:
 
 def report(rows: list[Row]) -> None:
     console = Console(width=120)
-    table = Table("ranks", "TLS", "spins", "message", "median, ms", "99 of 100, ms", "bare, ms", "to bare", "GB/s")
+    table = Table(
+        "ranks", "TLS", "spins", "in a step", "message", "median, ms", "99 of 100, ms", "bare, ms", "to bare", "GB/s"
+    )
     table.title = "an exchange between ranks on loopback"
     for row in rows:
         table.add_row(
             str(row.case.n_ranks),
             "yes" if row.case.encrypted else "no",
             "yes" if row.case.spins else "no",
+            f"yes, {row.counted:.0%} counted" if row.case.in_step else "no",
             row.size,
             f"{row.median_s * 1e3:.3f}",
             f"{row.slow_s * 1e3:.3f}",

@@ -102,12 +102,72 @@ def test_every_rank_gets_the_partial_sums_of_all(bounds: tuple[tuple[int, int], 
                 assert torch.equal(found, whole)
 
 
-def test_rows_may_go_in_pieces_of_which_each_rank_has_its_own(security: Authority | None) -> None:
-    whole = partials_of(4, 100, torch.bfloat16)
+@pytest.mark.parametrize("width", [3, 96])  # frames that are small, and not
+def test_rows_may_go_in_pieces_of_which_each_rank_has_its_own(width: int, security: Authority | None) -> None:
+    whole = partials_of(4, 100, torch.bfloat16, width)
     ends = {0: (), 2: (1, 99), 3: (30, 60)}  # by the first shard of a rank
     with group(ranks(*SHARES[3]), security) as links:
         for found in on_all(links, lambda link: exchanged(link, whole, *ends[link.rank.first_shard])):
             assert torch.equal(found, whole)
+
+
+def test_one_tensor_is_exchanged_again_and_again(security: Authority | None) -> None:
+    """As layers do, with other numbers each time; in pieces, too."""
+    torch.manual_seed(2)
+    wholes = torch.randn(6, 4, 3, 96)
+
+    def exchange(link: GroupLink) -> Tensor:
+        own, partials, found = slice(link.rank.first_shard, link.rank.last_shard), torch.empty(4, 3, 96), []
+        for number, whole in enumerate(wholes):
+            partials.fill_(float("nan"))
+            partials[own] = whole[own]
+            for rows in (slice(0, 1), slice(1, 3)) if number in (0, 3) else (slice(0, 3),):
+                link.exchange(partials, rows)
+            found.append(partials.clone())
+        return torch.stack(found)
+
+    with group(ranks(*SHARES[3]), security) as links:
+        for found in on_all(links, exchange):
+            assert torch.equal(found, wholes)
+
+
+def test_a_rank_that_does_not_read_for_a_while_gets_all(security: Authority | None) -> None:
+    """Small frames that the connection does not take at once."""
+    n_times, partials = 100, torch.zeros(4, 1, 1800)  # frames of 14 kB
+    with group(ranks(*SHARES[2]), security) as [link, other], ThreadPoolExecutor() as pool:
+        peer, connection = link._peers[0], other._peers[0]._connection
+        peer._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+        taken, send = list[bool](), peer.send
+        peer.send = lambda data: taken.append(send(data)) or taken[-1]  # type: ignore[method-assign, func-returns-value]
+
+        def exchanges() -> None:
+            for number in range(n_times):
+                partials[:2] = number
+                link.exchange(partials, slice(0, 1))
+                assert (partials[2:] == -number).all()
+
+        waiting = pool.submit(exchanges)
+        connection.setblocking(True)
+        for number in range(n_times):
+            frame = Frame(Kind.PARTIALS, 0, number + 1, partials.nbytes // 2)
+            connection.sendall(HEADER.pack(*frame) + torch.full_like(partials[:2], -number).numpy().tobytes())
+        while False not in taken:
+            assert not waiting.done()
+            time.sleep(0.001)
+        for number in range(n_times):
+            assert Frame(*HEADER.unpack(received(connection, HEADER.size))).sequence == number + 1
+            content = torch.frombuffer(bytearray(received(connection, partials.nbytes // 2)), dtype=torch.float32)
+            assert (content == number).all()
+        waiting.result(10)
+
+
+def received(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data))
+        assert more
+        data += more
+    return data
 
 
 def test_megabytes_both_ways_at_once_block_nobody(security: Authority | None) -> None:
@@ -390,6 +450,20 @@ def test_a_rank_out_of_step_is_an_error_and_not_nonsense(frame: Frame, expected:
         with pytest.raises(LinkError, match=f"node starter is out of step with its group: {expected}") as error:
             link.exchange(torch.zeros(4, 3, 8), slice(0, 3))
         assert error.value.node == "starter"
+
+
+@pytest.mark.parametrize("first", [10, HEADER.size, 100])
+def test_a_small_frame_may_come_in_parts(first: int) -> None:
+    own, others = torch.ones(2, 3, 8), torch.full((2, 3, 8), 2.0)
+    frame = HEADER.pack(Kind.PARTIALS, 0, 1, others.nbytes) + others.numpy().tobytes()
+    with forger() as (link, raw), ThreadPoolExecutor() as pool:
+        partials = torch.cat([torch.zeros_like(others), own])
+        raw.sendall(frame[:first])
+        waiting = pool.submit(link.exchange, partials, slice(0, 3))
+        assert received(raw, len(frame))[HEADER.size :] == own.numpy().tobytes()
+        raw.sendall(frame[first:])
+        waiting.result(10)
+        assert torch.equal(partials, torch.cat([others, own]))
 
 
 def a_header(**changes: object) -> bytes:

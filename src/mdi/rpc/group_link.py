@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from google.protobuf.message import DecodeError
@@ -21,12 +22,13 @@ from mdi.core.group import Rank
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import MAX_MESSAGE_BYTES
 from mdi.rpc.group_join import GroupListener, Member, join
-from mdi.rpc.peer import Frame, Kind, Peer, Reading
+from mdi.rpc.peer import HEADER, JOINED_BYTES, Frame, Kind, Peer, Reading
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic
 
 SPIN_S = 100e-6  # longer than a rank waits for another within a step, as a rule; waking from sleep takes 10 to 50 us
 DONE = object()
+PARTIALS = int(Kind.PARTIALS)
 
 
 class GroupLink:
@@ -44,6 +46,7 @@ class GroupLink:
         self._spin_s = SPIN_S if spins else 0.0
         self._sequence = 0
         self._readings: list[tuple[Peer, Reading[None]]] = []
+        self._small: SmallExchange | None = None
         self._error: LinkError | None = None
         self._in_use = threading.Lock()
         self._wakes, self._wake = socket.socketpair()
@@ -105,20 +108,41 @@ class GroupLink:
 
     def exchange(self, partials: Tensor, rows: slice) -> None:
         """See `Group`."""
-        _, n_rows, n_outputs = partials.shape
-        data, row_bytes, own = _bytes(partials), n_outputs * partials.itemsize, self.rank
         with self._in_use:
-            if rows.start == 0:
-                sequence = self._next()
-                readings = (self._read_partials(peer, sequence, data, n_rows, row_bytes) for peer in self._peers)
-                self._readings = list(zip(self._peers, readings, strict=True))
-            parts = _parts(data, own, n_rows, row_bytes, rows.start, rows.stop)
-            size_bytes = len(own.shards) * (rows.stop - rows.start) * row_bytes
-            self._put(Frame(Kind.PARTIALS, rows.start, self._sequence, size_bytes).message(*parts))
-            if rows.stop == n_rows:
-                self._finish()
+            small = self._small
+            if small and small.partials is partials and small.rows == rows:
+                self._exchange_small(small)
+            elif _is_small(partials, rows, self.rank, self._peers):
+                self._small = SmallExchange(partials, rows, self.rank, self._peers)
+                self._exchange_small(self._small)
             else:
-                self._move()
+                self._exchange_rows(partials, rows)
+
+    def _exchange_small(self, small: SmallExchange) -> None:
+        sequence = self._next()
+        try:
+            if self._error:
+                raise self._error
+            late = small.run(sequence, self._spin_s)
+        except LinkError as error:
+            self._fail(error)
+        if late:
+            self._readings = [(peer, self._read_partials(peer, sequence, small.partials)) for peer in late]
+            self._finish()
+
+    def _exchange_rows(self, partials: Tensor, rows: slice) -> None:
+        _, n_rows, n_outputs = partials.shape
+        row_bytes, own = n_outputs * partials.itemsize, self.rank
+        if rows.start == 0:
+            sequence = self._next()
+            self._readings = [(peer, self._read_partials(peer, sequence, partials)) for peer in self._peers]
+        parts = _parts(_bytes(partials), own, n_rows, row_bytes, rows.start, rows.stop)
+        size_bytes = len(own.shards) * (rows.stop - rows.start) * row_bytes
+        self._put(Frame(Kind.PARTIALS, rows.start, self._sequence, size_bytes).message(*parts))
+        if rows.stop == n_rows:
+            self._finish()
+        else:
+            self._move()
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
         """See `Group`."""
@@ -158,8 +182,11 @@ class GroupLink:
                 peer.write()
             self._readings = [(peer, reading) for peer, reading in self._readings if next(reading, DONE) is not DONE]
         except LinkError as error:
-            self._error = self._error or error
-            raise self._error from None
+            self._fail(error)
+
+    def _fail(self, error: LinkError) -> NoReturn:
+        self._error = self._error or error
+        raise self._error from None
 
     def _wait(self) -> None:
         """Until there is something to write or to read, or `close` was called."""
@@ -193,8 +220,9 @@ class GroupLink:
         arrived.append(codec.decode_batch(piece.batch_id, piece.header, data.view(dtype)))
 
     @staticmethod
-    def _read_partials(peer: Peer, sequence: int, data: memoryview, n_rows: int, row_bytes: int) -> Reading[None]:
-        row = 0
+    def _read_partials(peer: Peer, sequence: int, partials: Tensor) -> Reading[None]:
+        _, n_rows, n_outputs = partials.shape
+        data, row_bytes, row = _bytes(partials), n_outputs * partials.itemsize, 0
         while row < n_rows:
             frame = yield from peer.read_frame(Kind.PARTIALS, sequence)
             count, odd = divmod(frame.size_bytes, len(peer.rank.shards) * row_bytes)
@@ -215,6 +243,75 @@ class GroupLink:
         columns = own.new_empty(len(own), n_columns)
         yield from peer.read(_bytes(columns))
         arrived[peer] = columns
+
+
+class SmallExchange:
+    """Exchanges of one tensor whose frames are small, as a step of decoding has them: twice a layer.
+
+    Weights are read between two of them, after which all code takes several times as long, as from cold caches. So all
+    that can be is prepared, few functions are called, and a frame is one write and one read.
+    """
+
+    def __init__(self, partials: Tensor, rows: slice, rank: Rank, peers: Sequence[Peer]) -> None:
+        """rows: all."""
+        self.partials = partials
+        self.rows = rows
+        self._peers = peers
+        self._own = _whole_part(partials, rank)
+        self._message = memoryview(bytearray(HEADER.size + len(self._own)))
+        self._content = self._message[HEADER.size :]
+        self._arrivals = [_Arrival.of(peer, _whole_part(partials, peer.rank)) for peer in peers]
+
+    def run(self, sequence: int, spin_s: float) -> list[Peer]:
+        """Sends, and receives what comes while it spins. Returns the peers whose frames are still to be read.
+
+        All of them, where something is left to be written.
+        """
+        HEADER.pack_into(self._message, 0, PARTIALS, 0, sequence, len(self._own))
+        self._content[:] = self._own
+        sent = True
+        for peer in self._peers:
+            sent = peer.send(self._message) and sent
+        if not sent:
+            return [*self._peers]
+        late = []
+        for peer, frame, content, target in self._arrivals:
+            n_bytes = peer.receive(frame) if peer.spin(spin_s) else None
+            if n_bytes == len(frame) and HEADER.unpack_from(frame) == (PARTIALS, 0, sequence, len(target)):
+                target[:] = content
+                continue
+            if n_bytes:
+                peer.unread(frame[:n_bytes])
+            late.append(peer)
+        return late
+
+
+class _Arrival(NamedTuple):
+    """The frame of a peer, its content, and where that belongs."""
+
+    peer: Peer
+    frame: memoryview
+    content: memoryview
+    target: memoryview
+
+    @classmethod
+    def of(cls, peer: Peer, target: memoryview) -> _Arrival:
+        frame = memoryview(bytearray(HEADER.size + len(target)))
+        return cls(peer, frame, frame[HEADER.size :], target)
+
+
+def _is_small(partials: Tensor, rows: slice, rank: Rank, peers: Sequence[Peer]) -> bool:
+    """Whether these are all rows, and every rank's frame is small."""
+    _, n_rows, n_outputs = partials.shape
+    most = max(len(rank.shards), *(len(peer.rank.shards) for peer in peers))
+    is_whole = rows.start == 0 and rows.stop == n_rows
+    return is_whole and most * n_rows * n_outputs * partials.itemsize <= JOINED_BYTES
+
+
+def _whole_part(partials: Tensor, rank: Rank) -> memoryview:
+    """All rows of a rank's shards."""
+    _, n_rows, n_outputs = partials.shape
+    return _parts(_bytes(partials), rank, n_rows, n_outputs * partials.itemsize, 0, n_rows)[0]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -55,17 +55,19 @@ def _measure(index: int, members: list[Member], listener: GroupListener | None, 
     too_long = threading.Timer(TIMEOUT_S, link.close, [reason])
     too_long.start()
     try:
-        small_s = [_exchange_s(link, SMALL_VALUES) for _ in range(SMALL_TIMES)]
-        large_s = [_exchange_s(link, LARGE_VALUES) for _ in range(LARGE_TIMES)]
+        small_s = _exchanges_s(link, SMALL_VALUES, SMALL_TIMES)
+        large_s = _exchanges_s(link, LARGE_VALUES, LARGE_TIMES)
     finally:
         too_long.cancel()
         link.close()
     return LinkSpeed(2 * statistics.median(small_s[WARM_UP:]), 2 * LARGE_VALUES / min(large_s[1:]))
 
 
-def _exchange_s(link: GroupLink, n_values: int) -> float:
-    """Seconds of an exchange: half a round trip, as both send at the same time."""
-    partials = torch.zeros(2, 1, n_values, dtype=torch.bfloat16)
-    began_s = time.perf_counter()
-    link.exchange(partials, slice(0, 1))
-    return time.perf_counter() - began_s
+def _exchanges_s(link: GroupLink, n_values: int, times: int) -> list[float]:
+    """Seconds of each exchange: half a round trip, as both send at the same time."""
+    partials, seconds = torch.zeros(2, 1, n_values, dtype=torch.bfloat16), []
+    for _ in range(times):
+        began_s = time.perf_counter()
+        link.exchange(partials, slice(0, 1))
+        seconds.append(time.perf_counter() - began_s)
+    return seconds

@@ -5,14 +5,16 @@ A frame is a header of 24 bytes and its content. It may go as one write with wha
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from enum import IntEnum
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from mdi.core.errors import LinkError
 from mdi.core.group import Rank
@@ -65,6 +67,14 @@ class Peer:
         self._traffic = traffic
         self._outgoing = deque[memoryview]()
         self._header = memoryview(bytearray(HEADER.size))
+        self._early = memoryview(b"")
+        readable = select.poll()
+        readable.register(connection, select.POLLIN)
+        self._readable = readable.poll
+        self._send: Callable[[memoryview], int] = connection.send
+        self._receive: Callable[[int, memoryview], int] = lambda size, target: connection.recv_into(target, size)
+        if isinstance(connection, ssl.SSLSocket):  # what `send` and `recv_into` call; these never go on in plain text
+            self._send, self._receive = connection.write, cast("Any", connection.read)
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -81,27 +91,63 @@ class Peer:
     def write(self) -> None:
         """Writes as much as the connection takes."""
         outgoing = self._outgoing
-        while outgoing:
-            n_bytes = self._try(self._connection.send, outgoing[0])
-            if n_bytes is None:
-                return
-            self._traffic.sent_bytes += n_bytes
-            if n_bytes < len(outgoing[0]):
-                outgoing[0] = outgoing[0][n_bytes:]
-            else:
-                outgoing.popleft()
+        while outgoing and self.send(outgoing.popleft()):
+            pass
+
+    def send(self, data: memoryview) -> bool:
+        """Writes one piece, before all that was put. Returns False, and puts the rest, if that is not taken at once."""
+        try:
+            n_bytes = self._send(data)
+        except WOULD_BLOCK:
+            n_bytes = 0
+        except OSError as error:
+            raise self._broken(error) from None
+        self._traffic.sent_bytes += n_bytes
+        if n_bytes == len(data):
+            return True
+        self._outgoing.appendleft(data[n_bytes:])
+        return False
+
+    def spin(self, spin_s: float) -> bool:
+        """Waits without sleep until there is something to read. Returns False if nothing comes in that time."""
+        if self._readable(0):
+            return True
+        until_s = time.perf_counter() + spin_s
+        while time.perf_counter() < until_s:
+            if self._readable(0):
+                return True
+        return False
+
+    def receive(self, target: memoryview) -> int | None:
+        """Reads the next bytes that are there, into the front of `target`. Returns how many, or None."""
+        if self._early:
+            n_bytes = min(len(target), len(self._early))
+            target[:n_bytes] = self._early[:n_bytes]
+            self._early = self._early[n_bytes:]
+            return n_bytes
+        try:
+            n_bytes = self._receive(len(target), target)
+        except WOULD_BLOCK:
+            return None
+        except OSError as error:
+            raise self._broken(error) from None
+        if not n_bytes:
+            raise LinkError(f"node {self.node} ended its connection to the group", self.node)
+        self._traffic.received_bytes += n_bytes
+        return n_bytes
+
+    def unread(self, data: memoryview) -> None:
+        """Gives back what `receive` has just read: it is read again. It must stay as it is until then."""
+        self._early = data
 
     def read(self, target: memoryview) -> Reading[None]:
         """Fills `target` with the next bytes."""
         while target:
-            n_bytes = self._try(self._connection.recv_into, target)
+            n_bytes = self.receive(target)
             if n_bytes is None:
                 yield
-                continue
-            if not n_bytes:
-                raise LinkError(f"node {self.node} ended its connection to the group", self.node)
-            self._traffic.received_bytes += n_bytes
-            target = target[n_bytes:]
+            else:
+                target = target[n_bytes:]
 
     def read_frame(self, kind: Kind, sequence: int) -> Reading[Frame]:
         """The next header. Raises LinkError for one that is not of this call."""
@@ -124,11 +170,5 @@ class Peer:
     def close(self) -> None:
         self._connection.close()
 
-    def _try(self, operation: Callable[[memoryview], int], data: memoryview) -> int | None:
-        """How many bytes were moved; None where it would block."""
-        try:
-            return operation(data)
-        except WOULD_BLOCK:
-            return None
-        except OSError as error:
-            raise LinkError(f"the connection to node {self.node} broke ({error})", self.node) from None
+    def _broken(self, error: OSError) -> LinkError:
+        return LinkError(f"the connection to node {self.node} broke ({error})", self.node)
