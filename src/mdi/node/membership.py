@@ -20,11 +20,12 @@ class Membership:
         self._index, self._epoch, self._identity = request.rank, request.epoch, identity
         self._link: GroupLink | None = None
         self._closed = False
-        self._listener = GroupListener(identity, host)
+        self._listener = GroupListener(identity, host) if request.rank else None  # nobody connects to the first
 
     @property
     def port(self) -> int:
-        return self._listener.port
+        """Where it listens; 0 where it does not."""
+        return self._listener.port if self._listener else 0
 
     def join(self) -> GroupLink:
         """Waits until all ranks are linked. Raises LinkError, naming one that is missing, or when it is closed."""
@@ -37,6 +38,7 @@ class Membership:
     def close(self) -> None:
         """Ends the links, and whoever waits for them."""
         self._closed = True
-        self._listener.close()
+        if self._listener:
+            self._listener.close()
         if self._link:
             self._link.close()

@@ -21,7 +21,7 @@ class Protocol:
         return cls(version, oldest or version)
 
 
-HERE = Protocol(version=13, oldest=10)
+HERE = Protocol(version=14, oldest=10)
 
 
 def disagreement(node: Protocol, server: Protocol) -> str:
