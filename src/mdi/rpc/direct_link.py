@@ -79,7 +79,8 @@ class DirectSender:
         connection.setblocking(False)
         if first:
             connection.send(first)
-        threading.Thread(target=self._run, name="mdi-send", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="mdi-send", daemon=True)
+        self._thread.start()
 
     def send(self, message: Message) -> None:
         """Sends a message, in order, without waiting for the network. Does nothing once the connection broke."""
@@ -95,10 +96,11 @@ class DirectSender:
         self._break(reason)
 
     def close(self) -> None:
-        """Ends the connection. Safe to call twice."""
+        """Ends the connection, and the thread. Safe to call twice."""
         self._over = True
         with suppress(OSError):  # the thread has ended
             self._wake.send(b"\0")
+        self._thread.join()
 
     def _write(self) -> str:
         """Writes what the connection takes; why it broke, if it did."""
@@ -143,8 +145,8 @@ class DirectSender:
 class DirectReceiver(Generic[M]):
     """The receiving side of a link: a thread that gives each message to `take`.
 
-    kind: of the messages. ended: called when the connection has ended, not after `close`; with the error where a message
-    could not be read or taken. traffic: counts what arrives. first: what is written before anything is read.
+    kind: of the messages. ended: called when the connection has ended, not after `close`; with the error of a message
+    that could not be read or taken. traffic: counts what arrives. first: what is written before anything is read.
     """
 
     def __init__(
@@ -163,13 +165,15 @@ class DirectReceiver(Generic[M]):
         self._over = False
         _keep_alive(connection)
         connection.setblocking(True)
-        threading.Thread(target=self._run, name="mdi-receive", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="mdi-receive", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Ends the connection; what was read before may still be taken. Safe to call twice."""
+        """Ends the connection, and the thread. Safe to call twice."""
         self._over = True
         with suppress(OSError):  # not `SSLSocket.shutdown`, which goes on without encryption
             socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+        self._thread.join()
 
     def _run(self) -> None:
         failure: LinkError | None = None
