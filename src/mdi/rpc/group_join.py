@@ -106,6 +106,7 @@ class GroupListener:
 
     def __init__(self, identity: Identity | None, host: str) -> None:
         """host: the address to bind; empty for all."""
+        self.closed = False
         self._context = server_context(identity) if identity else None
         host = host.strip("[]")
         try:
@@ -133,6 +134,7 @@ class GroupListener:
 
     def close(self) -> None:
         """Ends a `join` that accepts, too. Safe to call twice."""
+        self.closed = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -210,7 +212,7 @@ class Greetings:
         try:
             connection, where = self._listener.accept()
         except OSError as error:
-            if self._listener.fileno() < 0:
+            if self._listener.closed:
                 raise LinkError("the listener was closed") from None
             log.warning("a connection was lost before it was checked (%s)", error)
             return
