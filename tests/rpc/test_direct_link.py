@@ -56,7 +56,8 @@ class Node:
         self.arrived.put(piece)
 
     def _send(self, connection: socket.socket, answer: bytes) -> None:
-        self.results = DirectSender(connection, self.traffic, lambda _: None, answer)
+        self.results = DirectSender(connection, self.traffic, lambda _: None)
+        self.results.write(answer)
 
     def close(self) -> None:
         self.listener.close()

@@ -70,7 +70,8 @@ class Epoch:
             DirectReceiver(connection, node_pb2.BatchPiece, arrivals.add, arrivals.ended, traffic, answer)
 
         def take_results(connection: socket.socket, answer: bytes) -> None:
-            self.direct = DirectSender(connection, traffic, lambda _: None, answer)  # the starter notices the end
+            self.direct = DirectSender(connection, traffic, lambda _: None)  # the starter notices the end
+            self.direct.write(answer)  # now that results go this way
 
         callers: dict[Purpose, tuple[str, Take]] = {Purpose.BATCHES: (self.previous_node, take_batches)}
         if self.stage.spec.head:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BufferedReader
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
 
@@ -61,13 +61,10 @@ class DirectSender:
     """The sending side of a link: `send` in one thread, `close` in any.
 
     `send` writes what the connection takes at once. A thread writes what is left, and notices that the connection
-    broke. lost: called with the reason when it did; not after `close`. traffic: counts what is sent. first: what is
-    written before any message.
+    broke. lost: called with the reason when it did; not after `close`. traffic: counts what is sent.
     """
 
-    def __init__(
-        self, connection: socket.socket, traffic: Traffic, lost: Callable[[str], None], first: bytes = b""
-    ) -> None:
+    def __init__(self, connection: socket.socket, traffic: Traffic, lost: Callable[[str], None]) -> None:
         self._connection = connection
         self._traffic = traffic
         self._lost = lost
@@ -77,19 +74,21 @@ class DirectSender:
         self._wakes, self._wake = socket.socketpair()
         _keep_alive(connection)
         connection.setblocking(False)
-        if first:
-            connection.send(first)
         self._thread = threading.Thread(target=self._run, name="mdi-send", daemon=True)
         self._thread.start()
 
     def send(self, message: Message) -> None:
         """Sends a message, in order, without waiting for the network. Does nothing once the connection broke."""
         data = message.SerializeToString()
+        self._traffic.count_sent(len(data))
+        self.write(SIZE.pack(len(data)) + data)
+
+    def write(self, data: bytes) -> None:
+        """The same for bytes as they are: an answer that comes before all messages."""
         with self._writing:
             if self._over:
                 return
-            self._traffic.count_sent(len(data))
-            self._unsent.append(memoryview(SIZE.pack(len(data)) + data))
+            self._unsent.append(memoryview(data))
             reason = self._write() if len(self._unsent) == 1 else ""
             if self._unsent:
                 self._wake.send(b"\0")
@@ -180,7 +179,7 @@ class DirectReceiver(Generic[M]):
         try:
             if self._first:
                 self._connection.sendall(self._first)
-            with self._connection.makefile("rb", BUFFER_BYTES) as stream:
+            with cast(BufferedReader, self._connection.makefile("rb", BUFFER_BYTES)) as stream:
                 while (message := self._next(stream)) is not None:
                     self._take(message)
         except OSError:  # it broke, or was closed
