@@ -47,7 +47,7 @@ M = TypeVar("M", bound=Message)
 SIZE = struct.Struct("<I")
 BUFFER_BYTES = 2**16
 CONNECT_S = 1.0  # the kernel answers; so a port that a firewall closes costs no more
-GREET_S = 10.0  # the process answers, which may be busy
+GREET_S = 5.0  # the process answers, which may be busy
 KEEPALIVE_S = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # ends a connection that leads nowhere
 
 
