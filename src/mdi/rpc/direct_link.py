@@ -210,7 +210,7 @@ class DirectReceiver(Generic[M]):
 
 
 class DirectListener:
-    """Where a node waits for those who send to it, or are sent to, for as long as an epoch lasts.
+    """Where a node waits for those who send to it, or are sent to, until all are there or it is closed.
 
     callers: for each purpose, the id of the node that comes, once, and what takes its connection. Raises LinkError when
     no port can be opened.
@@ -235,7 +235,7 @@ class DirectListener:
     def _run(self) -> None:
         greetings = Greetings(self._listener, self._welcome)
         with suppress(LinkError):  # the listener was closed
-            while True:
+            while self._callers:
                 greetings.wait()
         greetings.end()
 
