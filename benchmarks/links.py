@@ -181,7 +181,7 @@ class Arrival:
 
     def __init__(self, loaded: LoadedStage, **_sizes: int) -> None:
         self.spec = loaded.spec
-        self.busy = BusyMeter()
+        self.busy, self.steps, self.step_s = BusyMeter(), 0, 0.0
 
     def run(self, _batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         self._arrived_s = time.monotonic()

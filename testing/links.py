@@ -127,6 +127,8 @@ def refused(address: str, peer: str, identity: Identity | None) -> grpc.StatusCo
 class RecordingProxy:
     """A TCP proxy on a free port of loopback that records every byte. address, port: where it listens.
 
+    Like a router that forwards one port: at its host nothing else is reached, so all goes over gRPC.
+
     bytes_per_s: the rate at which it passes on what clients send, all connections together; None for no limit.
     """
 
@@ -134,9 +136,9 @@ class RecordingProxy:
         self._bytes_per_s = bytes_per_s
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.2", 0))
         self.port = int(self._listener.getsockname()[1])
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"127.0.0.2:{self.port}"
         self._lock = threading.Lock()
         self._slow = threading.Lock()  # held while the line to the node is in use
         self._flowing = threading.Event()

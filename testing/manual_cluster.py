@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mdi.checkpoint.manifest import chunk_file
 from mdi.cli.app import app
+from mdi.rpc.sockets import host_and_port
 from testing.links import RecordingProxy, free_port
 from testing.processes import ENVIRONMENT, Process
 
@@ -152,11 +153,12 @@ class ManualCluster:
         return () if self.places[name].address == LOOPBACK else ("--insecure",)
 
     def _config(self) -> dict[str, Any]:
-        ports = {name: place.port for name, place in self.places.items()}
-        ports |= {name: link.port for name, link in self.links.items()}
-        entries = {
-            name: {"addr": place.address, "communication": {"port": ports[name]}} for name, place in self.places.items()
-        }
+        places = {name: f"{place.address}:{place.port}" for name, place in self.places.items()}
+        places |= {name: link.address for name, link in self.links.items()}
+        entries = {}
+        for name, place in places.items():
+            host, port = host_and_port(place)
+            entries[name] = {"addr": host, "communication": {"port": port}}
         vision = {"vision": entries["vision"]} if "vision" in entries else {}
         spares = [entry for name, entry in entries.items() if name.startswith("spare")]
         stages = [entries[name] for name in self.stages]

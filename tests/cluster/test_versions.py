@@ -89,3 +89,11 @@ def test_a_node_says_so_to_a_server_that_does_not_ask(
         )
     for reply in (offered, configured):
         assert str(getattr(reply, "error", "")).endswith(f"upgrade mdi on the {upgraded}'s machine")
+
+
+def test_ranks_of_a_group_are_all_of_one_version(settings: NodeSettings) -> None:
+    group = [node_pb2.GroupMember(), node_pb2.GroupMember()]
+    request = node_pb2.ConfigureRequest(version=NEXT, oldest_version=HERE.oldest, epoch=1, group=group)
+    with node_here(settings) as address:
+        [reply] = call_node(address, "finisher", None, "Configure", request)
+    assert "upgrade mdi on the node's machine" in str(getattr(reply, "error", ""))

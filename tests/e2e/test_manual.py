@@ -119,7 +119,7 @@ def test_the_link_between_two_nodes_says_why_it_broke(
     finisher.wait_for_line("listens")
     proxy = RecordingProxy(f"127.0.0.1:{encrypted.places['finisher'].port}")
     config = json.loads(encrypted.config.read_text())
-    config["nodes"]["secondary"][1]["communication"]["port"] = proxy.port
+    config["nodes"]["secondary"][1] |= {"addr": "127.0.0.2", "communication": {"port": proxy.port}}
     encrypted.config.write_text(json.dumps(config))
     with serving(checkpoint, *encrypted.starter_options, environment=ENCRYPTED) as (_process, url):
         assert httpx.get(f"{url}/health/ready", timeout=30).status_code == 200

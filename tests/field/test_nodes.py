@@ -160,7 +160,7 @@ def distant(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[[float |
             folder = prepare(open_source(tiny_checkpoint), 3)
             names = ("secondary0", "finisher")
             here = [
-                undo.enter_context(node_here(NodeSettings(name, folder / chunk_file(name), listen="")))
+                undo.enter_context(node_here(NodeSettings(name, folder / chunk_file(name), listen="127.0.0.1:0")))
                 for name in names
             ]
             proxy = undo.enter_context(closing(RecordingProxy(here[1], bytes_per_s)))

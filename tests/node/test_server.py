@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -18,7 +18,7 @@ from unittest.mock import patch
 import grpc
 import pytest
 import torch
-from testing.links import call_node
+from testing.links import RecordingProxy, call_node
 from testing.local_link import LocalLink
 from testing.nodes import node_here
 from testing.own_link import OwnLink
@@ -123,6 +123,30 @@ def masked(batch: Batch, generator: torch.Generator, *, temperature: float) -> B
 
     slices = tuple(replace(part, samplings=(sampling(part.slot, part.end),)) for part in batch.slices)
     return replace(batch, slices=slices)
+
+
+def test_direct_links_are_used_where_they_can_be_made_and_grpc_elsewhere(
+    chunks: list[Path], launcher: LocalLauncher
+) -> None:
+    first, tokens = stage_of(chunks[0]), []
+    batch = next(batches(1))
+    hidden = first.run(batch, first.embed(torch.arange(40)))
+    assert isinstance(hidden, torch.Tensor)
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(closing(RecordingProxy(node.address))) for node in launcher.nodes]
+        hidden_away = [
+            NodeAddress(node.name, proxy.address) for node, proxy in zip(launcher.nodes, proxies, strict=True)
+        ]
+        for epoch, nodes in enumerate((launcher.nodes, hidden_away), start=1):
+            inbox = Inbox()
+            link = stack.enter_context(closing(OwnLink(nodes, settings_of(chunks, first_epoch=epoch), inbox.put)))
+            assert link._epoch
+            assert bool(link._epoch.direct) == bool(link._epoch._results) == (epoch == 1)
+            link.send(batch, hidden)
+            result = inbox.get(timeout=30)
+            assert isinstance(result, Result)
+            tokens.append(result.tokens)
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
@@ -416,7 +440,7 @@ def configured(chunks: list[Path], authority: Authority) -> Iterator[str]:
     )
     with node_here(settings) as address:
         deadline = time.monotonic() + 30
-        while call_node(address, "finisher", starter, "Configure", request) != [node_pb2.ConfigureReply()]:
+        while call_node(address, "finisher", starter, "Configure", request)[0].error:  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
         yield address
 

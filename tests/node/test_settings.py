@@ -17,4 +17,4 @@ from mdi.node.settings import NodeSettings
     ],
 )
 def test_a_group_meets_at_the_port_after_the_nodes_own(listen: str, expected: tuple[str, int]) -> None:
-    assert NodeSettings("secondary0", None, listen).group_place == expected
+    assert NodeSettings("secondary0", None, listen).link_place == expected

@@ -312,7 +312,7 @@ def test_who_does_not_belong_to_the_group_is_refused_and_keeps_nobody_waiting(
             link.close()
         waiting.result(30).close()
     assert expected in caplog.text
-    assert bool(expected) == ("refused a connection to the group from 127.0.0.1:" in caplog.text)
+    assert bool(expected) == ("refused a connection from 127.0.0.1:" in caplog.text)
 
 
 def refusal(join: Callable[[], GroupLink]) -> str:
@@ -369,12 +369,12 @@ def test_a_listener_that_is_closed_ends_the_wait() -> None:
             garbage.sendall(b"x" * 64)
             assert garbage.recv(1) == b""
         listener.close()
-        with pytest.raises(LinkError, match="the group was closed"):
+        with pytest.raises(LinkError, match="the listener was closed"):
             waiting.result(30)
 
 
 def test_a_port_that_cannot_be_bound_is_an_error() -> None:
-    with pytest.raises(LinkError, match=r"no port can be opened on '192\.0\.2\.1' for the group"):
+    with pytest.raises(LinkError, match=r"no port can be opened on '192\.0\.2\.1' for links"):
         GroupListener(None, "192.0.2.1")
 
 
@@ -383,7 +383,7 @@ def test_a_port_that_is_asked_for_is_taken_if_it_is_free(caplog: pytest.LogCaptu
         wanted = other.port
         with GroupListener(None, "127.0.0.1", wanted) as listener:
             assert listener.port not in (0, wanted)
-        assert f"port {wanted} cannot be opened for the group (Address already in use)" in caplog.text
+        assert f"port {wanted} cannot be opened for links (Address already in use)" in caplog.text
     with GroupListener(None, "127.0.0.1", wanted) as listener:
         assert listener.port == wanted
 

@@ -6,11 +6,13 @@ Knows addresses, no processes: it reports that a node is lost, and is given all 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -28,11 +30,11 @@ from mdi.core.tracing import Span
 from mdi.models.stage import Stage
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import HEARTBEAT_S, MISSED_BEATS
+from mdi.rpc.direct_link import DirectReceiver, DirectSender, connect
+from mdi.rpc.group_join import Member, Purpose
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.sockets import host_and_port
-from mdi.rpc.tls import Identity
-from mdi.rpc.traffic import Traffic
-from mdi.rpc.version import HERE
+from mdi.rpc.version import HERE, IN_GROUP
 
 T = TypeVar("T")
 LOADING_POLL_S = 0.05
@@ -109,7 +111,10 @@ class GrpcLink:
             for masks in codec.encode_masks(batch, epoch.number):
                 self._monitor.loop.post(epoch.masks.put_nowait, masks)
             for piece in codec.encode_batch(batch, hidden, epoch.number):
-                self._monitor.loop.post(epoch.outbox.put_nowait, piece)
+                if epoch.direct:
+                    epoch.direct.send(piece)
+                else:
+                    self._monitor.loop.post(epoch.outbox.put_nowait, piece)
 
     def named(self, error: LinkError) -> LinkError:
         """The same error with a node's role where it has its id."""
@@ -155,13 +160,7 @@ class GrpcLink:
             raise LinkError("the link was closed")
         self._heartbeats = [await self._monitor.watch(node) for node in self._nodes]
         epoch = self._epoch = LinkEpoch(
-            self._number,
-            self._nodes,
-            self._heartbeats,
-            self._settings,
-            self._deliver,
-            self._monitor.identity,
-            self._monitor.group_traffic,
+            self._number, self._nodes, self._heartbeats, self._settings, self._deliver, self._monitor
         )
         try:
             await epoch.open(self._progress, deadline)
@@ -193,22 +192,24 @@ class LinkEpoch:
         heartbeats: Sequence[Heartbeat],
         settings: PipelineSettings,
         deliver: Deliver,
-        identity: Identity | None,
-        group_traffic: Traffic,
+        monitor: Monitor,
     ) -> None:
         self.number = number
         self.group: GroupLink | None = None  # to the ranks of the first stage
+        self.direct: DirectSender | None = None  # in place of `outbox`
+        self._results: DirectReceiver[node_pb2.BatchResult] | None = None
+        self._monitor = monitor
+        self._delivering = threading.Lock()  # held while a result is delivered
         self.outbox: asyncio.Queue[node_pb2.BatchPiece] = asyncio.Queue()
         self.masks: asyncio.Queue[node_pb2.BatchMasks] = asyncio.Queue()
         self._nodes = nodes
         self._heartbeats = heartbeats
         self._settings = settings
         self._deliver = deliver
-        self._identity = identity
-        self._group_traffic = group_traffic
+        self._identity, self._group_traffic = monitor.identity, monitor.group_traffic
         self._ranks = settings.ranks or (None,) * (len(nodes) + 1)
         self._wires = Wires.of(self._ranks)
-        self._ports: dict[int, int] = {}  # of nodes in groups, by their place in the pipeline
+        self._ports: dict[int, int] = {}  # where nodes listen for links, by their place in the pipeline
         self._over = False  # lost or closed: nothing more is delivered
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -221,6 +222,8 @@ class LinkEpoch:
             await self._configure(index)
         if len(self._wires.stages[0]) > 1:
             self.group = await asyncio.to_thread(self._join)
+        if self._wires.head:
+            await asyncio.to_thread(self._link)
         streams = [self._send(), self._send_masks(), self._receive()] if self._wires.head else []
         work = [*streams, *(self._watch(index) for index in places)]
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
@@ -232,9 +235,11 @@ class LinkEpoch:
 
     async def close(self) -> None:
         """Ends the streams; nothing is delivered afterwards."""
-        self._over = True
-        if self.group:
-            self.group.close()
+        with self._delivering:
+            self._over = True
+        for link in (self.group, self.direct, self._results):
+            if link:
+                link.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -244,9 +249,10 @@ class LinkEpoch:
         following, before = self._wires.next(place), self._wires.previous(place)
         after = self._node(following) if following else NodeAddress("", "")
         stage = self._wires.stage(place)
+        here = IN_GROUP if len(stage) > 1 else HERE
         request = node_pb2.ConfigureRequest(
-            version=HERE.version,
-            oldest_version=HERE.oldest,
+            version=here.version,
+            oldest_version=here.oldest,
             epoch=self.number,
             manifest_digest=settings.manifest_digest,
             n_slots=settings.n_slots,
@@ -255,6 +261,7 @@ class LinkEpoch:
             shards=settings.shards,
             next_address=after.address,
             next_node=after.id,
+            next_port=self._ports[following] if following else 0,
             previous_node="" if before is None else self._id(before),
             group=self._members(stage) if len(stage) > 1 else (),
             rank=place - stage.start,
@@ -263,7 +270,7 @@ class LinkEpoch:
             reply = await self._heartbeats[index].client.configure(request)
         except LinkError as error:
             raise LinkError(f"node {name} {error}", name) from None
-        self._ports[place] = reply.group_port
+        self._ports[place] = reply.link_port
         await self._heartbeats[index].poll()
 
     def _node(self, place: int) -> NodeAddress:
@@ -302,6 +309,20 @@ class LinkEpoch:
         except LinkError as error:
             raise named(error, self._nodes) from None
 
+    def _link(self) -> None:
+        """Links the starter directly to the node behind it, and to the node with the head, where that can be."""
+        traffic = self._monitor.traffic
+        if connection := self._connect(Purpose.BATCHES, self._second):
+            self.direct = DirectSender(connection, traffic, partial(self._lose_direct, self._second))
+        if connection := self._connect(Purpose.RESULTS, self._head):
+            ended, result = partial(self._lose_direct, self._head), node_pb2.BatchResult
+            self._results = DirectReceiver(connection, result, self._take_result, ended, traffic)
+
+    def _connect(self, purpose: Purpose, index: int) -> socket.socket | None:
+        node = self._nodes[index]
+        listening = Member(node.id, host_and_port(node.address)[0], self._ports[index + 1])
+        return connect(purpose, "starter", listening, self._identity, self.number)
+
     @property
     def _second(self) -> int:
         """The index of the node that leads the second stage."""
@@ -328,11 +349,24 @@ class LinkEpoch:
         ended = LinkError("it ended the stream of results")
         try:
             async for message in self._heartbeats[self._head].client.results(self.number):
-                if message.epoch == self.number and not self._over:
-                    self._deliver(codec.decode_result(message))
+                self._take_result(message)
         except LinkError as error:
             ended = error
         self._lose_link(self._nodes[self._head].name, ended)
+
+    def _take_result(self, message: node_pb2.BatchResult) -> None:
+        with self._delivering:
+            if message.epoch == self.number and not self._over:
+                self._deliver(codec.decode_result(message))
+
+    def _lose_direct(self, index: int, reason: str | LinkError | None) -> None:
+        """Reports that a direct link ended, and why, where that can be found. For the threads of links."""
+        if not self._over:
+            self._monitor.loop.begin(self._diagnose(index, str(reason or "the connection ended")))
+
+    async def _diagnose(self, index: int, reason: str) -> None:
+        name = self._nodes[index].name
+        self._lose_link(name, await self._heartbeats[index].client.diagnosed(LinkError(reason, name)))
 
     async def _watch(self, index: int) -> None:
         """Notices that a node is silent, was started anew, or has lost the node after it."""
@@ -358,8 +392,9 @@ class LinkEpoch:
         self._lose(LinkError(f"the link to node {name} broke: {reason}", name))
 
     def _lose(self, error: LinkError) -> None:
-        if not self._over:
-            self._over = True
+        with self._delivering:
+            first, self._over = not self._over, True
+        if first:
             self._deliver(error)
 
 

@@ -36,9 +36,9 @@ class LoopThread:
         self._loop.call_soon_threadsafe(callback, *arguments)
 
     def close(self) -> None:
-        """Cancels what still runs there and ends the thread. Safe to call twice."""
+        """Cancels what still runs there and ends its threads. Safe to call twice."""
         if self._thread.is_alive():
-            self.call(_cancel_others())
+            self.call(_end_others())
             self.post(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -48,8 +48,9 @@ class LoopThread:
         self._loop.run_forever()
 
 
-async def _cancel_others() -> None:
+async def _end_others() -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()

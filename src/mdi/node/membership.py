@@ -34,11 +34,13 @@ class Membership:
         self._traffic = traffic
         self._link: GroupLink | None = None
         self._closed = False
-        self._listener = GroupListener(identity, *place)
+        # nobody connects to the first
+        self._listener = GroupListener(identity, *place) if request.rank else None
 
     @property
     def port(self) -> int:
-        return self._listener.port
+        """Where it listens; 0 where it does not."""
+        return self._listener.port if self._listener else 0
 
     def join(self) -> GroupLink:
         """Waits until all ranks are linked. Raises LinkError, naming one that is missing, or when it is closed."""
@@ -53,6 +55,7 @@ class Membership:
     def close(self) -> None:
         """Ends the links, and whoever waits for them."""
         self._closed = True
-        self._listener.close()
+        if self._listener:
+            self._listener.close()
         if self._link:
             self._link.close()

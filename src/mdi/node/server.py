@@ -25,7 +25,7 @@ from mdi.node.encode import Encoder, collect_rows
 from mdi.node.lifecycle import Lifecycle
 from mdi.node.membership import Membership
 from mdi.node.settings import NodeSettings
-from mdi.node.worker import Epoch, Worker
+from mdi.node.worker import Arrivals, Epoch, Worker
 from mdi.planning.hardware import measure_hardware
 from mdi.planning.memory import free_bytes
 from mdi.rpc import codec, node_pb2
@@ -36,7 +36,7 @@ from mdi.rpc.measure_link import listen, measure_link
 from mdi.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from mdi.rpc.tls import VARIABLE, Identity
 from mdi.rpc.traffic import Traffic, TrafficInterceptor
-from mdi.rpc.version import HERE, Protocol, disagreement
+from mdi.rpc.version import HERE, IN_GROUP, Protocol, disagreement
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ class NodeService(NodeServicer):
         self._group_traffic = Traffic()
         self._recorder = Recorder()
         self._worker = Worker()
+        self._configuring = asyncio.Lock()
         self._encoder = Encoder(self._recorder)
         self._lifecycle = Lifecycle(settings, drop=self._worker.end_epoch)
 
@@ -193,7 +194,12 @@ class NodeService(NodeServicer):
             yield node_pb2.EmbeddingsPiece(error=str(error))
 
     async def Configure(self, request: node_pb2.ConfigureRequest, _context: object) -> node_pb2.ConfigureReply:
-        if error := disagreement(HERE, Protocol.of(request.version, request.oldest_version)):
+        async with self._configuring:  # a call that was given up may still go on
+            return await self._configure(request)
+
+    async def _configure(self, request: node_pb2.ConfigureRequest) -> node_pb2.ConfigureReply:
+        here, oldest = (IN_GROUP, request.version) if request.group else (HERE, request.oldest_version)
+        if error := disagreement(here, Protocol.of(request.version, oldest)):
             return node_pb2.ConfigureReply(error=error)
         loaded = self._lifecycle.loaded
         if loaded is None:
@@ -218,15 +224,28 @@ class NodeService(NodeServicer):
             return node_pb2.ConfigureReply(error=str(error))
         epoch = Epoch(request.epoch, stage, self._lifecycle.role or self._settings.name, request.previous_node)
         try:
-            membership = epoch.membership = self._membership(request, loaded)
+            port = await self._link(epoch, request, loaded)
         except LinkError as error:
+            await epoch.close()
             return node_pb2.ConfigureReply(error=str(error))
-        if request.next_address:
-            epoch.open(request.next_address, request.next_node, self._settings.identity, self._traffic)
+        except asyncio.CancelledError:
+            await epoch.close()
+            raise
         self._worker.epoch = epoch
-        if membership:
-            self._worker.put(epoch, membership)
-        return node_pb2.ConfigureReply(group_port=membership.port if membership else 0)
+        if epoch.membership:
+            self._worker.put(epoch, epoch.membership)
+        return node_pb2.ConfigureReply(link_port=port)
+
+    async def _link(self, epoch: Epoch, request: node_pb2.ConfigureRequest, loaded: LoadedStage) -> int:
+        """Begins an epoch's links to other nodes; the port where this one listens for them. Raises LinkError."""
+        settings, traffic, port = self._settings, self._traffic, 0
+        if membership := self._membership(request, loaded):
+            epoch.membership, port = membership, membership.port
+        if request.previous_node:
+            port = epoch.listen(settings, traffic, Arrivals(self._worker, epoch, loaded))
+        if request.next_address:
+            await epoch.open(settings, traffic, request)
+        return port
 
     def _membership(self, request: node_pb2.ConfigureRequest, loaded: LoadedStage) -> Membership | None:
         """Raises LinkError for a place in a group that is not that of this node's weights."""
@@ -238,7 +257,7 @@ class NodeService(NodeServicer):
         own = request.group[request.rank]
         if (own.first_shard, own.last_shard) != (rank.first_shard, rank.last_shard):
             raise LinkError("has weights for another place in a group: run `mdi prepare` again")
-        return Membership(request, rank, self._settings.group_place, self._settings.identity, self._group_traffic)
+        return Membership(request, rank, self._settings.link_place, self._settings.identity, self._group_traffic)
 
     async def Batches(
         self, pieces: AsyncIterator[node_pb2.BatchPiece], _context: object
@@ -259,17 +278,12 @@ class NodeService(NodeServicer):
     async def _take_batches(
         self, epoch: Epoch, loaded: LoadedStage, pieces: AsyncIterator[node_pb2.BatchPiece]
     ) -> None:
-        decoder = codec.BatchDecoder(loaded.config.hidden_size, loaded.dtype)
+        arrivals = Arrivals(self._worker, epoch, loaded)
         try:
             async for piece in codec.parsed(pieces):
-                if piece.epoch != epoch.number:
-                    continue
-                if piece.HasField("failure"):
-                    self._worker.put(epoch, piece.failure)
-                elif (work := decoder.add(piece)) is not None:
-                    self._worker.put(epoch, work)
+                arrivals.add(piece)
         except LinkError as error:
-            self._worker.put(epoch, epoch.failure(error))
+            arrivals.ended(error)
 
     async def TokenMasks(
         self, messages: AsyncIterator[node_pb2.BatchMasks], _context: object
@@ -307,7 +321,7 @@ class NodeService(NodeServicer):
         )
 
     async def MeasureLink(self, request: node_pb2.MeasureLinkRequest, _context: object) -> node_pb2.MeasureLinkReply:
-        own, identity, place = self._settings.name, self._settings.identity, self._settings.group_place
+        own, identity, place = self._settings.name, self._settings.identity, self._settings.link_place
         try:
             if not request.address:
                 return node_pb2.MeasureLinkReply(port=listen(own, request.peer, place, identity))

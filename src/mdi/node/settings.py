@@ -39,8 +39,8 @@ class NodeSettings:
     role: str = ""
 
     @property
-    def group_place(self) -> tuple[str, int]:
-        """Where other ranks of its group connect to: host, and the port after its own, so that firewalls can allow it.
+    def link_place(self) -> tuple[str, int]:
+        """Where other nodes link to it beside gRPC: host, and the port after its own, so that firewalls can allow it.
 
         Port 0 is a free one.
         """

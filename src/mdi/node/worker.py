@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import socket
 import threading
 
 import grpc
@@ -15,12 +16,16 @@ from mdi.core.allocator import next_item
 from mdi.core.batch import Batch
 from mdi.core.errors import LinkError, MDIError
 from mdi.models.stage import Stage
+from mdi.models.weights import LoadedStage
 from mdi.node.masks import MaskInbox
 from mdi.node.membership import Membership
+from mdi.node.settings import NodeSettings
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import CHANNEL_OPTIONS, KEEPALIVE_OPTIONS, open_channel, spoken
 from mdi.rpc.diagnose import diagnose
-from mdi.rpc.tls import Identity
+from mdi.rpc.direct_link import DirectListener, DirectReceiver, DirectSender, Take, connect
+from mdi.rpc.group_join import Member, Purpose
+from mdi.rpc.sockets import host_and_port
 from mdi.rpc.traffic import Traffic, node_stub
 
 log = logging.getLogger(__name__)
@@ -49,21 +54,54 @@ class Epoch:
         self._channel: grpc.aio.Channel | None = None
         self._sender: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._diagnosing: asyncio.Task[None] | None = None
         self.membership: Membership | None = None  # in a group
+        self._listener: DirectListener | None = None
+        self.direct: DirectSender | None = None  # in place of `outgoing`
 
-    def open(self, next_address: str, next_node: str, identity: Identity | None, traffic: Traffic) -> None:
-        """Starts to send `outgoing` to the next node."""
-        self._next = next_address, next_node, identity
+    def listen(self, settings: NodeSettings, traffic: Traffic, arrivals: Arrivals) -> int:
+        """Opens a port for direct links from the node before, and from the starter where this node has the head.
+
+        Raises LinkError when it cannot be opened.
+        """
+
+        def take_batches(connection: socket.socket, answer: bytes) -> None:
+            # until the node before ends the connection, as it does with the stream
+            DirectReceiver(connection, node_pb2.BatchPiece, arrivals.add, arrivals.ended, traffic, answer)
+
+        def take_results(connection: socket.socket, answer: bytes) -> None:
+            self.direct = DirectSender(connection, traffic, lambda _: None)  # the starter notices the end
+            self.direct.write(answer)  # now that results go this way
+
+        callers: dict[Purpose, tuple[str, Take]] = {Purpose.BATCHES: (self.previous_node, take_batches)}
+        if self.stage.spec.head:
+            callers[Purpose.RESULTS] = "starter", take_results
+        self._listener = DirectListener(settings.name, settings.link_place, settings.identity, self.number, callers)
+        return self._listener.port
+
+    async def open(self, settings: NodeSettings, traffic: Traffic, request: node_pb2.ConfigureRequest) -> None:
+        """Starts to send to the next node: directly, or `outgoing` where that cannot be."""
+        self._loop = asyncio.get_running_loop()
+        self._next = request.next_address, request.next_node, settings.identity
         self._channel = open_channel(*self._next, (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
         call = node_stub(self._channel, traffic).Batches()
         self._sender = asyncio.create_task(self._send(call))
         self._watcher = asyncio.create_task(self._watch(call))
+        following = Member(request.next_node, host_and_port(request.next_address)[0], request.next_port)
+        own, identity = settings.name, settings.identity
+        connection = await asyncio.to_thread(connect, Purpose.BATCHES, own, following, identity, self.number)
+        if connection:
+            self.direct = DirectSender(connection, traffic, self._lose_next_soon)
 
     async def close(self) -> None:
-        """Ends the stream to the next node, or the reading of `outgoing`."""
+        """Ends the links to other nodes, or the reading of `outgoing`."""
         self._closing = True
         if self.membership:
             self.membership.close()
+        if self._listener:
+            self._listener.close()
+        if self.direct:
+            self.direct.close()
         self.masks.close()
         self.outgoing.put_nowait(None)
         if self._sender and self._channel:
@@ -144,13 +182,45 @@ class Epoch:
             reason = error.details() or error.code().name.lower()
         except LinkError as error:
             reason = str(error)
-        if self._closing:
-            return
-        self.next_lost, self.next_error = True, reason
+        self._lose_next(reason)
+
+    def _lose_next_soon(self, reason: str) -> None:
+        """The same as `_lose_next`, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._lose_next, reason)
+
+    def _lose_next(self, reason: str) -> None:
+        if not (self._closing or self.next_lost):
+            self.next_lost, self.next_error = True, reason
+            self._diagnosing = asyncio.create_task(self._diagnose(reason))
+
+    async def _diagnose(self, reason: str) -> None:
         address, name, _ = self._next
         found = await asyncio.to_thread(diagnose, *self._next)
         log.error("the link to node %s at %s broke: %s", name, address, found or f"{reason}; the node answers, though")
         self.next_error = found or reason
+
+
+class Arrivals:
+    """Batches of one epoch, on their way to the compute thread: from pieces, by whatever way these come."""
+
+    def __init__(self, worker: Worker, epoch: Epoch, loaded: LoadedStage) -> None:
+        self._worker, self._epoch = worker, epoch
+        self._decoder = codec.BatchDecoder(loaded.config.hidden_size, loaded.dtype)
+
+    def add(self, piece: node_pb2.BatchPiece) -> None:
+        """Raises LinkError for a piece that does not fit."""
+        if piece.epoch != self._epoch.number:
+            return
+        if piece.HasField("failure"):
+            self._worker.put(self._epoch, piece.failure)
+        elif (work := self._decoder.add(piece)) is not None:
+            self._worker.put(self._epoch, work)
+
+    def ended(self, error: LinkError | None) -> None:
+        """Passes on why no more can be read. None: the node before ended it."""
+        if error:
+            self._worker.put(self._epoch, self._epoch.failure(error))
 
 
 class Worker:
@@ -194,6 +264,9 @@ class Worker:
         epoch, work = item
         if epoch is self.epoch:
             for message in epoch.outcome(work):
+                if epoch.direct:
+                    epoch.direct.send(message)
+                    continue
                 with contextlib.suppress(RuntimeError):  # the event loop has ended, and the process ends
                     self._loop.call_soon_threadsafe(epoch.outgoing.put_nowait, message)
         return True

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,7 @@ from mdi.rpc.tls import Identity
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAGIC = b"mdi rank"
+MAGIC = b"mdi "
 HELLO = struct.Struct("<8sQHH64s16s128s")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 BACKLOG = 16
@@ -47,6 +48,14 @@ class Member:
     port: int = 0
 
 
+class Purpose(Enum):
+    """What a connection is for, as its first bytes say. RANK: a group. BATCHES, RESULTS: see `rpc.direct_link`."""
+
+    RANK = b"mdi rank"
+    BATCHES = b"mdi hops"
+    RESULTS = b"mdi ends"
+
+
 @dataclass(frozen=True)
 class Hello:
     """The first message of both sides. machine: one for each machine. cores: those that the node may use, as bits."""
@@ -57,23 +66,36 @@ class Hello:
     node: str
     machine: bytes
     cores: int
+    purpose: Purpose = Purpose.RANK
 
     @classmethod
-    def own(cls, epoch: int, index: int, n_ranks: int, node: str) -> Hello:
-        return cls(epoch, index, n_ranks, node, _machine(), _own_cores())
+    def own(cls, epoch: int, index: int, n_ranks: int, node: str, purpose: Purpose = Purpose.RANK) -> Hello:
+        return cls(epoch, index, n_ranks, node, _machine(), _own_cores(), purpose)
 
     def encode(self) -> bytes:
         cores = self.cores.to_bytes(128, "little")
-        return HELLO.pack(MAGIC, self.epoch, self.index, self.n_ranks, self.node.encode(), self.machine, cores)
+        place = self.epoch, self.index, self.n_ranks
+        return HELLO.pack(self.purpose.value, *place, self.node.encode(), self.machine, cores)
 
     @classmethod
     def decode(cls, data: bytes) -> Hello:
         """Raises LinkError for anything else."""
         magic, epoch, index, n_ranks, node, machine, cores = HELLO.unpack(data)
-        if magic != MAGIC:
-            raise LinkError("it is no rank of a group")
+        if magic not in [purpose.value for purpose in Purpose]:
+            raise LinkError("it is no node of a cluster")
         name = node.rstrip(b"\0").decode(errors="replace")
-        return cls(epoch, index, n_ranks, name, machine, int.from_bytes(cores, "little"))
+        return cls(epoch, index, n_ranks, name, machine, int.from_bytes(cores, "little"), Purpose(magic))
+
+    def check(self, other: Hello, connection: socket.socket, index: int, node: str) -> None:
+        """Raises LinkError unless the other side is that rank and node, by its certificate, too, in this epoch."""
+        _check_name(connection, node)
+        if other.purpose is not self.purpose:
+            raise LinkError(f"it comes for {other.purpose.name.lower()}, not for {self.purpose.name.lower()}")
+        if other.epoch != self.epoch:
+            raise LinkError(f"it is in epoch {other.epoch}, not in {self.epoch}")
+        found, expected = (other.index, other.n_ranks, other.node), (index, self.n_ranks, node)
+        if found != expected:
+            raise LinkError("it is rank {} of {}, node {}, not rank {} of {}, node {}".format(*found, *expected))
 
 
 class GroupListener:
@@ -84,12 +106,13 @@ class GroupListener:
 
     def __init__(self, identity: Identity | None, host: str, port: int = 0) -> None:
         """host: the address to bind; empty for all. port: is taken if it is free, else any; 0 is any."""
+        self.closed = False
         self._context = server_context(identity) if identity else None
         host = host.strip("[]")
         try:
             self._socket = _bound(host, port)
         except OSError as error:
-            raise LinkError(f"no port can be opened on {host!r} for the group ({error.strerror or error})") from None
+            raise LinkError(f"no port can be opened on {host!r} for links ({error.strerror or error})") from None
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
 
@@ -109,6 +132,7 @@ class GroupListener:
 
     def close(self) -> None:
         """Ends a `join` that accepts, too. Safe to call twice."""
+        self.closed = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -123,7 +147,7 @@ def _bound(host: str, port: int) -> socket.socket:
             return bind((host, port))
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-            log.warning("port %d cannot be opened for the group (%s): the system chooses another", port, reason)
+            log.warning("port %d cannot be opened for links (%s): the system chooses another", port, reason)
     return bind((host, 0))
 
 
@@ -137,11 +161,73 @@ class Joined:
 
 @dataclass(eq=False)
 class Greeting:
-    """A connection that is not checked yet. asked: the index that this side connects to; None for one that came."""
+    """A connection that is not checked yet. asked: this side connects; False for one that came."""
 
-    steps: Steps[tuple[socket.socket, Hello]]
+    steps: Steps[None]
     where: str
-    asked: int | None = None
+    asked: bool = False
+
+
+class Greetings:
+    """Handshakes side by side, in one thread. Whoever came and does not belong here is refused and logged.
+
+    welcome: checks a connection that came, and keeps it.
+    """
+
+    def __init__(self, listener: GroupListener | None, welcome: Callable[[socket.socket], Steps[None]]) -> None:
+        self._listener = listener
+        self._welcome = welcome
+        self._selector = selectors.PollSelector()  # epoll forgets a listener that another thread closes
+        self._greetings = set[Greeting]()
+        if listener:
+            self._selector.register(listener, READ)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Goes on with those that can; False when there was none until the timeout.
+
+        Raises LinkError when the listener was closed, and what the steps raise for a connection that was asked for.
+        """
+        events = self._selector.select(timeout_s)
+        for key, _ in events:
+            if key.data is None:
+                self._accept()
+            else:
+                self._selector.unregister(key.fileobj)
+                self.go_on(key.data)
+        return bool(events)
+
+    def go_on(self, greeting: Greeting) -> None:
+        """As far as it goes now."""
+        self._greetings.add(greeting)
+        try:
+            self._selector.register(*next(greeting.steps), greeting)
+            return
+        except StopIteration:
+            pass
+        except (OSError, LinkError) as error:
+            if greeting.asked:
+                raise
+            log.warning("refused a connection from %s: %s", greeting.where, reason_of(error))
+        self._greetings.discard(greeting)
+
+    def end(self) -> None:
+        """Closes what is not checked yet, and the listener."""
+        for greeting in self._greetings:
+            greeting.steps.close()
+        self._selector.close()
+        if self._listener:
+            self._listener.close()
+
+    def _accept(self) -> None:
+        assert self._listener
+        try:
+            connection, where = self._listener.accept()
+        except OSError as error:
+            if self._listener.closed:
+                raise LinkError("the listener was closed") from None
+            log.warning("a connection was lost before it was checked (%s)", error)
+            return
+        self.go_on(Greeting(self._welcome(connection), where))
 
 
 def join(
@@ -184,35 +270,21 @@ class Joining:
         self.own = Hello.own(epoch, index, len(members), members[index].id)
         self.joined: dict[int, tuple[socket.socket, Hello]] = {}
         self._members = members
-        self._listener = listener
+        self._port = listener.port if listener else 0
         self._context = client_context(identity) if identity else None
-        self._selector = selectors.PollSelector()  # epoll forgets a listener that another thread closes
-        self._greetings = set[Greeting]()
+        self._greetings = Greetings(listener, self._welcome)
 
     def run(self, deadline_s: float) -> None:
         """Until all are joined. Raises LinkError."""
-        if self._listener:
-            self._selector.register(self._listener, READ)
         for index in range(self.own.index + 1, len(self._members)):
-            self._go_on(Greeting(self._connect(index), _place(self._members[index]), index))
+            self._greetings.go_on(Greeting(self._connect(index), place_of(self._members[index]), asked=True))
         while missing := [index for index in range(len(self._members)) if not self._is_here(index)]:
-            events = self._selector.select(max(0.0, deadline_s - time.monotonic()))
-            if not events and time.monotonic() >= deadline_s:
+            if not self._greetings.wait(max(0.0, deadline_s - time.monotonic())) and time.monotonic() >= deadline_s:
                 raise self._timeout(missing[0])
-            for key, _ in events:
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._selector.unregister(key.fileobj)
-                    self._go_on(key.data)
 
     def end(self) -> None:
         """Closes what is open besides the joined connections."""
-        for greeting in self._greetings:
-            greeting.steps.close()
-        self._selector.close()
-        if self._listener:
-            self._listener.close()
+        self._greetings.end()
 
     def _is_here(self, index: int) -> bool:
         return index == self.own.index or index in self.joined
@@ -220,88 +292,86 @@ class Joining:
     def _timeout(self, index: int) -> LinkError:
         member = self._members[index]
         if index < self.own.index:
-            reason = f"did not connect to {self.own.node}: can its machine open port {self._port()} here?"
+            reason = f"did not connect to {self.own.node}: can its machine open port {self._port} here?"
         else:
-            reason = f"does not answer at {_place(member)}: is that port open in its firewall?"
+            reason = f"does not answer at {place_of(member)}: is that port open in its firewall?"
         return LinkError(f"node {member.id} {reason}", member.id)
 
-    def _port(self) -> int:
-        return self._listener.port if self._listener else 0
-
-    def _accept(self) -> None:
-        assert self._listener
-        try:
-            connection, where = self._listener.accept()
-        except OSError as error:
-            if self._listener.fileno() < 0:
-                raise LinkError("the group was closed") from None
-            log.warning("a connection to the group was lost (%s)", error)
-            return
-        self._go_on(Greeting(self._welcome(connection), where))
-
-    def _go_on(self, greeting: Greeting) -> None:
-        """As far as it goes now."""
-        self._greetings.add(greeting)
-        try:
-            self._selector.register(*next(greeting.steps), greeting)
-            return
-        except StopIteration as done:
-            connection, hello = done.value
-            self.joined[hello.index] = connection, hello
-        except (OSError, LinkError) as error:
-            if greeting.asked is not None:
-                member = self._members[greeting.asked]
-                raise LinkError(f"node {member.id} at {greeting.where}: {_reason(error)}", member.id) from None
-            log.warning("refused a connection to the group from %s: %s", greeting.where, _reason(error))
-        self._greetings.discard(greeting)
-
-    def _connect(self, index: int) -> Steps[tuple[socket.socket, Hello]]:
-        """To a rank after this one, which answers when it has checked this one."""
+    def _connect(self, index: int) -> Steps[None]:
+        """To a rank after this one, which answers when it has checked this one. Raises LinkError, naming its node."""
         member = self._members[index]
-        plain = yield from _connected(member.address, member.port)
-        connection = _prepared(plain, self._context, server_side=False)
         try:
-            yield from _handshake(connection)
-            self._check_name(connection, index)
-            connection.send(self.own.encode())
-            hello = yield from _hello(connection)
-            self._check(hello, index)
-        except BaseException:
-            connection.close()
-            raise
-        return connection, hello
+            self.joined[index] = yield from introduced(member, self._context, self.own, index)
+        except (OSError, LinkError) as error:
+            raise LinkError(f"node {member.id} at {place_of(member)}: {reason_of(error)}", member.id) from None
 
-    def _welcome(self, connection: socket.socket) -> Steps[tuple[socket.socket, Hello]]:
+    def _welcome(self, connection: socket.socket) -> Steps[None]:
         """A rank before this one."""
         try:
-            yield from _handshake(connection)
-            hello = yield from _hello(connection)
+            hello = yield from hello_from(connection)
             if not hello.index < self.own.index:
                 raise LinkError(f"rank {hello.index} does not connect to rank {self.own.index}")
-            self._check_name(connection, hello.index)
-            self._check(hello, hello.index)
+            self.own.check(hello, connection, hello.index, self._members[hello.index].id)
             if hello.index in self.joined:
                 raise LinkError(f"rank {hello.index}, node {hello.node}, is here already")
             connection.send(self.own.encode())
         except BaseException:
             connection.close()
             raise
-        return connection, hello
+        self.joined[hello.index] = connection, hello
 
-    def _check_name(self, connection: socket.socket, index: int) -> None:
-        """By the certificate, where there are any."""
-        if isinstance(connection, ssl.SSLSocket):
-            names, expected = peer_names(connection), self._members[index].id
-            if names != [expected]:
-                raise LinkError(f"it has the certificate of {' and '.join(names) or 'no node'}, not of {expected}")
 
-    def _check(self, hello: Hello, index: int) -> None:
-        if hello.epoch != self.own.epoch:
-            raise LinkError(f"it is in epoch {hello.epoch}, not in {self.own.epoch}")
-        found = hello.index, hello.n_ranks, hello.node
-        expected = index, self.own.n_ranks, self._members[index].id
-        if found != expected:
-            raise LinkError("it is rank {} of {}, node {}, not rank {} of {}, node {}".format(*found, *expected))
+def introduced(
+    member: Member, context: ssl.SSLContext | None, own: Hello, index: int
+) -> Steps[tuple[socket.socket, Hello]]:
+    """A connection to a member's listener, once each side has checked the other. Raises OSError or LinkError."""
+    plain = yield from _connected(member.address, member.port)
+    connection = _prepared(plain, context, server_side=False)
+    try:
+        yield from _handshake(connection)
+        _check_name(connection, member.id)
+        connection.send(own.encode())
+        hello = yield from hello_from(connection)
+        own.check(hello, connection, index, member.id)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, hello
+
+
+def hello_from(connection: socket.socket) -> Steps[Hello]:
+    """The first message of the other side, after the handshake. Raises OSError or LinkError."""
+    yield from _handshake(connection)
+    data = b""
+    while len(data) < HELLO.size:
+        more = yield from _when_ready(connection, partial(connection.recv, HELLO.size - len(data)))
+        if not more:
+            raise LinkError("it ended the connection: its log has the reason")
+        data += more
+        if not data.startswith(MAGIC[: len(data)]):
+            break
+    return Hello.decode(data.ljust(HELLO.size, b"\0"))
+
+
+def reason_of(error: Exception) -> str:
+    """Why a connection was not made."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return f"no encrypted connection with a certificate of this cluster ({error.reason or error})"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def place_of(member: Member) -> str:
+    return f"{member.address}:{member.port}"
+
+
+def _check_name(connection: socket.socket, expected: str) -> None:
+    """By the certificate, where there are any."""
+    if isinstance(connection, ssl.SSLSocket):
+        names = peer_names(connection)
+        if names != [expected]:
+            raise LinkError(f"it has the certificate of {' and '.join(names) or 'no node'}, not of {expected}")
 
 
 def _connected(host: str, port: int) -> Steps[socket.socket]:
@@ -339,18 +409,6 @@ def _handshake(connection: socket.socket) -> Steps[None]:
         yield from _when_ready(connection, connection.do_handshake)
 
 
-def _hello(connection: socket.socket) -> Steps[Hello]:
-    data = b""
-    while len(data) < HELLO.size:
-        more = yield from _when_ready(connection, partial(connection.recv, HELLO.size - len(data)))
-        if not more:
-            raise LinkError("it ended the connection: its log has the reason")
-        data += more
-        if not data.startswith(MAGIC[: len(data)]):
-            break
-    return Hello.decode(data.ljust(HELLO.size, b"\0"))
-
-
 def _when_ready(connection: socket.socket, operation: Callable[[], T]) -> Steps[T]:
     while True:
         try:
@@ -359,18 +417,6 @@ def _when_ready(connection: socket.socket, operation: Callable[[], T]) -> Steps[
             yield connection, READ
         except ssl.SSLWantWriteError:
             yield connection, WRITE
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not accepted ({error.verify_message})"
-    if isinstance(error, ssl.SSLError):
-        return f"no encrypted connection with a certificate of this cluster ({error.reason or error})"
-    return str(getattr(error, "strerror", None) or error)
-
-
-def _place(member: Member) -> str:
-    return f"{member.address}:{member.port}"
 
 
 def _machine() -> bytes:

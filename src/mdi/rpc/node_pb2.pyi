@@ -214,7 +214,7 @@ class GroupMember(_message.Message):
     def __init__(self, node: _Optional[str] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., first_shard: _Optional[int] = ..., last_shard: _Optional[int] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards", "oldest_version", "group", "rank")
+    __slots__ = ("version", "epoch", "manifest_digest", "n_slots", "sequence_length", "next_address", "next_node", "previous_node", "kv_cache_dtype", "shards", "oldest_version", "group", "rank", "next_port")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +228,7 @@ class ConfigureRequest(_message.Message):
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PORT_FIELD_NUMBER: _ClassVar[int]
     version: int
     epoch: int
     manifest_digest: str
@@ -241,15 +242,16 @@ class ConfigureRequest(_message.Message):
     oldest_version: int
     group: _containers.RepeatedCompositeFieldContainer[GroupMember]
     rank: int
-    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ..., oldest_version: _Optional[int] = ..., group: _Optional[_Iterable[_Union[GroupMember, _Mapping]]] = ..., rank: _Optional[int] = ...) -> None: ...
+    next_port: int
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., n_slots: _Optional[int] = ..., sequence_length: _Optional[int] = ..., next_address: _Optional[str] = ..., next_node: _Optional[str] = ..., previous_node: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., shards: _Optional[int] = ..., oldest_version: _Optional[int] = ..., group: _Optional[_Iterable[_Union[GroupMember, _Mapping]]] = ..., rank: _Optional[int] = ..., next_port: _Optional[int] = ...) -> None: ...
 
 class ConfigureReply(_message.Message):
-    __slots__ = ("error", "group_port")
+    __slots__ = ("error", "link_port")
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    GROUP_PORT_FIELD_NUMBER: _ClassVar[int]
+    LINK_PORT_FIELD_NUMBER: _ClassVar[int]
     error: str
-    group_port: int
-    def __init__(self, error: _Optional[str] = ..., group_port: _Optional[int] = ...) -> None: ...
+    link_port: int
+    def __init__(self, error: _Optional[str] = ..., link_port: _Optional[int] = ...) -> None: ...
 
 class BatchesReply(_message.Message):
     __slots__ = ("error",)

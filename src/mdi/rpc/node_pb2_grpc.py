@@ -128,7 +128,8 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Batches(self, request_iterator, context):
-        """Batches from the node before. The call lasts as long as the epoch. Replies: see BatchesReply.
+        """Batches from the node before, unless they come by a direct link. The call lasts as long as the epoch. Replies: see
+        BatchesReply.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,7 +143,7 @@ class NodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Results(self, request, context):
-        """Results of an epoch, from the node with the head to the starter.
+        """Results of an epoch, from the node with the head to the starter, unless they go by a direct link.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -18,17 +19,26 @@ Parser = Callable[[bytes], Message]
 
 @dataclass
 class Traffic:
-    """Bytes sent and received so far. Written by one thread, read by any."""
+    """Bytes sent and received so far. For any thread."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count_sent(self, n_bytes: int) -> None:
+        with self._counting:
+            self.sent_bytes += n_bytes
+
+    def count_received(self, n_bytes: int) -> None:
+        with self._counting:
+            self.received_bytes += n_bytes
 
     def counting_serializer(self, serialize: Serializer) -> Serializer:
         """The same serializer; what it makes counts as sent."""
 
         def counted(message: Message) -> bytes:
             data = serialize(message)
-            self.sent_bytes += len(data)
+            self.count_sent(len(data))
             return data
 
         return counted
@@ -37,7 +47,7 @@ class Traffic:
         """The same parser; what it parses counts as received."""
 
         def counted(data: bytes) -> Message:
-            self.received_bytes += len(data)
+            self.count_received(len(data))
             return parse(data)
 
         return counted

@@ -22,6 +22,7 @@ class Protocol:
 
 
 HERE = Protocol(version=14, oldest=10)
+IN_GROUP = Protocol(HERE.version, HERE.version)  # ranks of a group compute in lockstep: all speak the same
 
 
 def disagreement(node: Protocol, server: Protocol) -> str:
