@@ -59,8 +59,9 @@ class Tab:
         return self
 
     def ask(self, text: str) -> None:
-        self.page.get_by_role("textbox", name="Message", exact=True).fill(text)
-        self.page.keyboard.press("Enter")
+        message = self.page.get_by_role("textbox", name="Message", exact=True)
+        message.fill(text)
+        message.press("Enter")  # there, also where a dialog that closes gives the focus back just now
         self.page.locator(".message.user", has_text=text).last.wait_for()
 
     def answer(self, timeout_s: float = 60) -> str:
