@@ -35,7 +35,7 @@ from rich.table import Table
 
 from mdi.core.group import Rank
 from mdi.rpc.authority import Authority
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import LinkListener, Member
 from mdi.rpc.group_link import SPIN_S, GroupLink
 from mdi.rpc.peer import WOULD_BLOCK
 from mdi.rpc.tls import Identity
@@ -146,7 +146,7 @@ def run_rank(case: Case, index: int, identity: Identity | None, pipe: Connection
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= case.n_ranks:
         os.sched_setaffinity(0, {cores[index]})
-    listener = GroupListener(identity, "127.0.0.1") if index else None
+    listener = LinkListener(identity, "127.0.0.1") if index else None
     pipe.send(listener.port if listener else 0)
     members: list[Member] = pipe.recv()
     shares = [Rank(number, number + 1, case.n_ranks) for number in range(case.n_ranks)]

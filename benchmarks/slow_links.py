@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,10 +29,8 @@ from mdi.core.group import Rank
 from mdi.node import membership
 from mdi.planning.hardware import LinkSpeed
 from mdi.rpc import measure_link
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import Member
 from mdi.rpc.group_link import GroupLink
-from mdi.rpc.tls import Identity
-from mdi.rpc.traffic import Traffic
 
 VARIABLE = "MDI_BENCHMARK_LINE"
 RANKS, CALLS = 16, 64  # ranks are at most a call or two apart
@@ -82,18 +81,8 @@ class SlowLink(GroupLink):
     _free_s: float  # when this rank's line is free
 
     @classmethod
-    def join(
-        cls,
-        index: int,
-        members: Sequence[Member],
-        shares: Sequence[Rank],
-        listener: GroupListener | None,
-        identity: Identity | None,
-        epoch: int,
-        timeout_s: float,
-        traffic: Traffic | None = None,
-    ) -> SlowLink:
-        made = super().join(index, members, shares, listener, identity, epoch, timeout_s, traffic)
+    def join(cls, index: int, members: Sequence[Member], shares: Sequence[Rank], *rest: Any, **named: Any) -> SlowLink:
+        made = super().join(index, members, shares, *rest, **named)
         assert isinstance(made, SlowLink)
         made._line = Line(Path(os.environ[VARIABLE]))
         made._others = [share.first_shard for share in shares if share != shares[index]]

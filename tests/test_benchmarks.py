@@ -23,7 +23,7 @@ from mdi.checkpoint.random_weights import write_random_checkpoint
 from mdi.checkpoint.source import open_source
 from mdi.core.group import Rank
 from mdi.planning.hardware import LinkSpeed
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import LinkListener, Member
 
 WHY_NO_HOSTS = why_not()
 SOAKED = ("lost requests: 0", "recovery time", "nothing")
@@ -104,7 +104,7 @@ def test_slow_links_give_what_was_sent_and_not_before_it_can_be_there(
     monkeypatch.setenv(slow_links.VARIABLE, str(file))
     slow_links.Line(file).speed = LinkSpeed(rtt_s=0.06, bytes_per_s=1e6)
     shares = (Rank(0, 2, 3), Rank(2, 3, 3))
-    listener = GroupListener(None, "127.0.0.1")
+    listener = LinkListener(None, "127.0.0.1")
     members = [Member("starter"), Member("finisher", "127.0.0.1", listener.port)]
     whole = torch.arange(3 * 3 * 1500, dtype=torch.float32).view(3, 3, 1500).to(torch.bfloat16)
 

@@ -19,7 +19,7 @@ from mdi.node.settings import NodeSettings
 from mdi.planning.hardware import LinkSpeed
 from mdi.rpc import measure_link as measuring
 from mdi.rpc.authority import Authority
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import LinkListener, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
 
@@ -81,7 +81,7 @@ def test_a_node_that_cannot_be_connected_to_is_named(nodes: list[NodeAddress], s
 def test_a_link_that_is_too_slow_to_be_measured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side joins, and then says nothing."""
     monkeypatch.setattr(measuring, "TIMEOUT_S", 0.2)
-    listener = GroupListener(None, "127.0.0.1")
+    listener = LinkListener(None, "127.0.0.1")
     members = [Member("starter"), Member("finisher", "127.0.0.1", listener.port)]
     with ThreadPoolExecutor() as pool:
         silent = pool.submit(GroupLink.join, 1, members, measuring.RANKS, listener, None, 0, 20.0)

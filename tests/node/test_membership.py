@@ -18,7 +18,7 @@ from mdi.models.stage import Stage
 from mdi.node.membership import Membership
 from mdi.node.worker import Epoch
 from mdi.rpc import node_pb2
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import LinkListener, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.traffic import Traffic
 
@@ -60,7 +60,7 @@ def membership(members: Sequence[Member]) -> Membership:
 
 
 def test_a_rank_that_lost_another_is_not_taken_for_lost_itself() -> None:
-    with GroupListener(None, HOST) as last_listener, ThreadPoolExecutor() as pool:
+    with LinkListener(None, HOST) as last_listener, ThreadPoolExecutor() as pool:
         last = Member("secondary1", HOST, last_listener.port)
         second = membership([Member("starter"), Member("secondary0"), last])
         members = [Member("starter"), Member("secondary0", HOST, second.port), last]

@@ -25,7 +25,7 @@ from mdi.core.errors import LinkError
 from mdi.core.group import Rank
 from mdi.rpc import node_pb2
 from mdi.rpc.authority import Authority
-from mdi.rpc.group_join import HELLO, GroupListener, Hello, Member
+from mdi.rpc.group_join import HELLO, Hello, LinkListener, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.peer import HEADER, Frame, Kind
 from mdi.rpc.tls import Identity
@@ -51,7 +51,7 @@ def on_all(items: Iterable[S], call: Callable[[S], T]) -> list[T]:
 def group(shares: Sequence[Rank], authority: Authority | None) -> Iterator[list[GroupLink]]:
     """The ranks of a group in this process."""
     identities = [authority.issue(name) if authority else None for name in NAMES[: len(shares)]]
-    listeners = [GroupListener(identity, "127.0.0.1") if number else None for number, identity in enumerate(identities)]
+    listeners = [LinkListener(identity, "127.0.0.1") if number else None for number, identity in enumerate(identities)]
     members = members_of(listeners)
 
     def join(index: int) -> GroupLink:
@@ -65,7 +65,7 @@ def group(shares: Sequence[Rank], authority: Authority | None) -> Iterator[list[
             link.close()
 
 
-def members_of(listeners: Sequence[GroupListener | None]) -> list[Member]:
+def members_of(listeners: Sequence[LinkListener | None]) -> list[Member]:
     return [
         Member(name, "127.0.0.1", listener.port if listener else 0)
         for name, listener in zip(NAMES, listeners, strict=False)
@@ -255,7 +255,7 @@ def joining(
     identities: Sequence[Identity | None], *, epoch: int = EPOCH, timeout_s: float = TIMEOUT_S
 ) -> Iterator[tuple[list[Member], Future[GroupLink]]]:
     """The last rank of a group waits for the others; gives the members and what becomes of it."""
-    listeners = [None] * (len(identities) - 1) + [GroupListener(identities[-1], "127.0.0.1")]
+    listeners = [None] * (len(identities) - 1) + [LinkListener(identities[-1], "127.0.0.1")]
     members, last = members_of(listeners), len(listeners) - 1
     shares = ranks(*SHARES[len(listeners)])
     with ThreadPoolExecutor() as pool:
@@ -361,7 +361,7 @@ def test_a_rank_that_is_missing_is_named(authority: Authority) -> None:
 
 
 def test_a_listener_that_is_closed_ends_the_wait() -> None:
-    listener = GroupListener(None, "127.0.0.1")
+    listener = LinkListener(None, "127.0.0.1")
     members = [Member("starter"), Member("finisher")]
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(GroupLink.join, 1, members, ranks(*SHARES[2]), listener, None, EPOCH, 60.0)
@@ -375,16 +375,16 @@ def test_a_listener_that_is_closed_ends_the_wait() -> None:
 
 def test_a_port_that_cannot_be_bound_is_an_error() -> None:
     with pytest.raises(LinkError, match=r"no port can be opened on '192\.0\.2\.1' for links"):
-        GroupListener(None, "192.0.2.1")
+        LinkListener(None, "192.0.2.1")
 
 
 def test_a_port_that_is_asked_for_is_taken_if_it_is_free(caplog: pytest.LogCaptureFixture) -> None:
-    with GroupListener(None, "127.0.0.1") as other:
+    with LinkListener(None, "127.0.0.1") as other:
         wanted = other.port
-        with GroupListener(None, "127.0.0.1", wanted) as listener:
+        with LinkListener(None, "127.0.0.1", wanted) as listener:
             assert listener.port not in (0, wanted)
         assert f"port {wanted} cannot be opened for links (Address already in use)" in caplog.text
-    with GroupListener(None, "127.0.0.1", wanted) as listener:
+    with LinkListener(None, "127.0.0.1", wanted) as listener:
         assert listener.port == wanted
 
 
@@ -524,11 +524,11 @@ import sys, torch
 from mdi.core.errors import LinkError
 from mdi.core.group import Rank
 from mdi.rpc import node_pb2
-from mdi.rpc.group_join import HELLO, GroupListener, Hello, Member
+from mdi.rpc.group_join import HELLO, LinkListener, Hello, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
 identity = Identity.receive(0)
-listener = GroupListener(identity, "127.0.0.1")
+listener = LinkListener(identity, "127.0.0.1")
 print(listener.port, flush=True)
 shares = [Rank(0, 2, 4), Rank(2, 4, 4)]
 link = GroupLink.join(1, [Member("starter"), Member("finisher")], shares, listener, identity, 7, 30.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mdi.core.group import Rank
 from mdi.rpc import codec, node_pb2
-from mdi.rpc.group_join import GroupListener
+from mdi.rpc.group_join import LinkListener
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic
@@ -23,7 +23,7 @@ class Membership:
         identity: Identity | None,
         traffic: Traffic,
     ) -> None:
-        """rank: as this node's weights are cut. place: host and port, as a `GroupListener` takes them.
+        """rank: as this node's weights are cut. place: host and port, as a `LinkListener` takes them.
 
         traffic: counts the bytes of the links.
 
@@ -35,7 +35,7 @@ class Membership:
         self._link: GroupLink | None = None
         self._closed = False
         # nobody connects to the first
-        self._listener = GroupListener(identity, *place) if request.rank else None
+        self._listener = LinkListener(identity, *place) if request.rank else None
 
     @property
     def port(self) -> int:

@@ -26,8 +26,8 @@ from mdi.rpc.channel import MAX_MESSAGE_BYTES
 from mdi.rpc.group_join import (
     WRITE,
     Greetings,
-    GroupListener,
     Hello,
+    LinkListener,
     Member,
     Purpose,
     Steps,
@@ -224,10 +224,10 @@ class DirectListener:
         epoch: int,
         callers: Mapping[Purpose, tuple[str, Take]],
     ) -> None:
-        """own: this node's id. place: host and port, as a `GroupListener` takes them."""
+        """own: this node's id. place: host and port, as a `LinkListener` takes them."""
         self._own, self._epoch = own, epoch
         self._callers = dict(callers)
-        self._listener = GroupListener(identity, *place)
+        self._listener = LinkListener(identity, *place)
         threading.Thread(target=self._run, name="mdi-listen", daemon=True).start()
 
     @property

@@ -1,7 +1,8 @@
 """How the ranks of a group are connected: every pair once, and each side checks who the other is.
 
 The rank with the lower index connects to the other, so the first one, the starter, never listens. Both sides then send
-a hello. Whoever does not belong here is refused and logged, and keeps nobody waiting.
+a hello. Whoever does not belong here is refused and logged, and keeps nobody waiting. Direct links, see
+`rpc/direct_link.py`, begin with the same hellos.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Steps = Generator[tuple[socket.socket, int], None, T]
 
 @dataclass(frozen=True)
 class Member:
-    """A node of a group: its id, and where its `GroupListener` is. The first member has none."""
+    """A node of a group: its id, and where its `LinkListener` is. The first member has none."""
 
     id: str
     address: str = ""
@@ -98,8 +99,8 @@ class Hello:
             raise LinkError("it is rank {} of {}, node {}, not rank {} of {}, node {}".format(*found, *expected))
 
 
-class GroupListener:
-    """A port for the ranks before this one. identity: None where links are not encrypted.
+class LinkListener:
+    """A port for nodes that connect to this one beside gRPC. identity: None where links are not encrypted.
 
     Raises LinkError when none can be bound.
     """
@@ -116,7 +117,7 @@ class GroupListener:
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
 
-    def __enter__(self) -> GroupListener:
+    def __enter__(self) -> LinkListener:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,7 +175,7 @@ class Greetings:
     welcome: checks a connection that came, and keeps it.
     """
 
-    def __init__(self, listener: GroupListener | None, welcome: Callable[[socket.socket], Steps[None]]) -> None:
+    def __init__(self, listener: LinkListener | None, welcome: Callable[[socket.socket], Steps[None]]) -> None:
         self._listener = listener
         self._welcome = welcome
         self._selector = selectors.PollSelector()  # epoll forgets a listener that another thread closes
@@ -233,7 +234,7 @@ class Greetings:
 def join(
     index: int,
     members: Sequence[Member],
-    listener: GroupListener | None,
+    listener: LinkListener | None,
     identity: Identity | None,
     epoch: int,
     timeout_s: float,
@@ -263,7 +264,7 @@ class Joining:
         self,
         index: int,
         members: Sequence[Member],
-        listener: GroupListener | None,
+        listener: LinkListener | None,
         identity: Identity | None,
         epoch: int,
     ) -> None:

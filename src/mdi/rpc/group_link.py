@@ -21,7 +21,7 @@ from mdi.core.errors import CheckpointError, LinkError
 from mdi.core.group import Rank
 from mdi.rpc import codec, node_pb2
 from mdi.rpc.channel import MAX_MESSAGE_BYTES
-from mdi.rpc.group_join import GroupListener, Member, join
+from mdi.rpc.group_join import LinkListener, Member, join
 from mdi.rpc.peer import HEADER, JOINED_BYTES, Frame, Kind, Peer, Reading
 from mdi.rpc.tls import Identity
 from mdi.rpc.traffic import Traffic
@@ -57,7 +57,7 @@ class GroupLink:
         index: int,
         members: Sequence[Member],
         shares: Sequence[Rank],
-        listener: GroupListener | None,
+        listener: LinkListener | None,
         identity: Identity | None,
         epoch: int,
         timeout_s: float,

@@ -12,7 +12,7 @@ import torch
 from mdi.core.errors import LinkError
 from mdi.core.group import Rank
 from mdi.planning.hardware import LinkSpeed
-from mdi.rpc.group_join import GroupListener, Member
+from mdi.rpc.group_join import LinkListener, Member
 from mdi.rpc.group_link import GroupLink
 from mdi.rpc.tls import Identity
 
@@ -27,9 +27,9 @@ RANKS = Rank(0, 1, 2), Rank(1, 2, 2)
 def listen(own: str, peer: str, place: tuple[str, int], identity: Identity | None) -> int:
     """Opens a port for a node that measures, and answers it in a thread, once. Raises LinkError.
 
-    own, peer: ids of the two nodes. place: host and port, as a `GroupListener` takes them.
+    own, peer: ids of the two nodes. place: host and port, as a `LinkListener` takes them.
     """
-    listener = GroupListener(identity, *place)
+    listener = LinkListener(identity, *place)
 
     def answer() -> None:
         try:
@@ -49,7 +49,7 @@ def measure_link(own: str, listening: Member, identity: Identity | None) -> Link
     return _measure(0, [Member(own), listening], None, identity)
 
 
-def _measure(index: int, members: list[Member], listener: GroupListener | None, identity: Identity | None) -> LinkSpeed:
+def _measure(index: int, members: list[Member], listener: LinkListener | None, identity: Identity | None) -> LinkSpeed:
     link = GroupLink.join(index, members, RANKS, listener, identity, 0, TIMEOUT_S)
     reason = f"the link is too slow to be measured: 5 MiB take more than {TIMEOUT_S:.0f} s"
     too_long = threading.Timer(TIMEOUT_S, link.close, [reason])
