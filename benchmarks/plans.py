@@ -168,7 +168,7 @@ def predicted(job: Job, split: str, setting: Setting) -> float:
     takes_turns = split == "one" or (split == "layers" and job.streams == 1)
     machines = [setting.speeds.alone if takes_turns else setting.speeds.together] * (1 if split == "one" else 2)
     plan = job.plan(machines, (2,) if split == "group" else (1,) * len(machines))
-    return 1 / predict(job, plan, range(len(machines)), machines, Links({(0, 1): setting.measured})).token_s
+    return 1 / predict(job, plan, machines, Links({(0, 1): setting.measured})).token_s
 
 
 def _job(path: Path, format_: Format, streams: int) -> Job:

@@ -43,6 +43,7 @@ class ManualCluster:
     the vision tower "vision", all others are stages in this order.
     chunks: the folder with the nodes' chunks. Without it, nodes start without weights and keep those that they receive
     in `cache(name)`.
+    planned: the plan may group nodes, and leave some out; without it each has a stage.
     slow_bytes_per_s: the starter reaches each node through one of `links`, which passes so many bytes a second.
     """
 
@@ -53,6 +54,7 @@ class ManualCluster:
         *,
         chunks: Path | None = None,
         encrypted: bool = False,
+        planned: bool = False,
         slow_bytes_per_s: float | None = None,
     ) -> None:
         self.places = dict(places)
@@ -60,6 +62,7 @@ class ManualCluster:
         self.environment = {**ENVIRONMENT, "ENABLE_ENCRYPTION": str(int(encrypted))}
         self.links: dict[str, RecordingProxy] = {}
         self._folder = folder
+        self._planned = planned
         self._chunks = chunks
         self._running: dict[str, Process] = {}
         self._lines: dict[str, list[list[str]]] = {}
@@ -155,12 +158,14 @@ class ManualCluster:
     def _config(self) -> dict[str, Any]:
         places = {name: f"{place.address}:{place.port}" for name, place in self.places.items()}
         places |= {name: link.address for name, link in self.links.items()}
-        entries = {}
+        entries = dict[str, dict[str, Any]]()
         for name, place in places.items():
             host, port = host_and_port(place)
             entries[name] = {"addr": host, "communication": {"port": port}}
         vision = {"vision": entries["vision"]} if "vision" in entries else {}
         spares = [entry for name, entry in entries.items() if name.startswith("spare")]
+        for group, name in enumerate(["starter", *self.stages] * (not self._planned)):
+            entries[name]["group"] = group
         stages = [entries[name] for name in self.stages]
         return {"starter": entries["starter"], "secondary": stages, "spare": spares, **vision}
 

@@ -18,7 +18,18 @@ def edit_manifest(folder: Path, **entries: object) -> None:
     (folder / FILE_NAME).write_text(json.dumps({**content, **entries}))
 
 
-@pytest.mark.parametrize("entries", [{"colour": "red"}, {"version": 1}, {"dtype": "float16"}, {"chunks": []}])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"colour": "red"},
+        {"version": 1},
+        {"dtype": "float16"},
+        {"chunks": []},
+        {"left_out": [0]},
+        {"left_out": [2]},
+        {"left_out": [3, 1]},
+    ],
+)
 def test_a_manifest_that_was_changed_is_refused(entries: dict[str, object], source: Source) -> None:
     folder = prepare(source, 2)
     edit_manifest(folder, **entries)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from testing.checkpoints import tiny_config
 from testing.manual_cluster import NODES, ManualCluster, on_loopback
+from testing.waiting import wait_for
 from typer.testing import CliRunner
 
 from mdi import Engine, SamplingParams
@@ -22,6 +24,7 @@ from mdi.planning import hardware
 from mdi.planning.hardware import FILE_NAME, measure_hardware
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 PLENTY_GB = 1000.0
 
 
@@ -42,6 +45,16 @@ def limit(nodes: ManualCluster, **memory_gb: float) -> None:
     for index, name in enumerate(NODES):
         document["nodes"]["secondary"][index]["memory_gb"] = memory_gb.get(name, PLENTY_GB)
     nodes.config.write_text(json.dumps(document))
+
+
+def measured_before(nodes: ManualCluster, **bytes_per_s: float) -> None:
+    """Leaves measurements where nodes keep theirs."""
+    for name, speed in bytes_per_s.items():
+        hardware._write(nodes.cache(name), {hardware._key("cpu", "float32"): (speed, 1e12)})
+
+
+def shown(engine: Engine) -> list[tuple[str, str, str, str]]:
+    return [(node.name, node.role, node.node, node.state) for node in engine.nodes()]
 
 
 def speeds(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
@@ -91,6 +104,54 @@ def test_a_plan_is_made_for_the_machines_there_are(
     assert sum(split) == 8
     for name in NODES:
         assert (nodes.cache(name) / FILE_NAME).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_slow_machine_is_left_out_and_takes_a_lost_nodes_place(
+    encrypted: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine(checkpoint, dtype="float32", sequence_length=512) as alone:
+        undisturbed = alone.chat("Hello", LONG).token_ids
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    speeds(monkeypatch, 1e6)
+    options: dict[str, Any] = {"dtype": "float32", "sequence_length": 512, "max_sequences": 2, "encryption": encrypted}
+    with ManualCluster(tmp_path, on_loopback(*NODES), encrypted=encrypted, planned=True) as nodes:
+        measured_before(nodes, secondary0=1e3, finisher=1e6)
+        processes = nodes.start_all()
+        options |= {"nodes_config": nodes.config, "certs": nodes.certs("starter"), "wait_s": 100, "spare_after_s": 0.5}
+        together = [("starter", "starter", "starter", "ready"), ("finisher", "finisher", "finisher", "ready")]
+        for _ in range(2):  # measured, and from the chunks that there are then
+            with Engine(checkpoint, **options) as engine:
+                assert "secondary0: left out, as a spare" in caplog.text
+                caplog.clear()
+                wait_for(lambda: len(engine.nodes()) == 3)
+                assert shown(engine)[:2] == together
+                assert shown(engine)[2][:3] == ("secondary0", "spare", "secondary0")
+                assert engine.chat("Hello", LONG).token_ids == undisturbed
+        with Engine(checkpoint, **options) as engine:
+            stream = engine.submit("Hello", LONG)
+            wait_for(lambda: stream.completion_tokens > 20)
+            processes["finisher"].popen.kill()
+            assert stream.completion().token_ids == undisturbed
+            assert shown(engine) == [together[0], ("finisher", "finisher", "secondary0", "ready")]
+
+
+@pytest.mark.slow
+def test_a_starter_that_is_much_faster_than_the_others_is_alone_and_they_wait(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    speeds(monkeypatch, 1e9)
+    with ManualCluster(tmp_path, on_loopback(*NODES), planned=True) as nodes:
+        measured_before(nodes, secondary0=1e3, finisher=1e3)
+        nodes.start_all()
+        manual = ManualNodes(nodes.config, wait_s=100)
+        for _ in range(2):
+            with Engine(checkpoint, manual=manual, dtype="float32", sequence_length=64) as engine:
+                wait_for(lambda: [one[1] for one in shown(engine)] == ["starter", "spare", "spare"])
+                wait_for(lambda: {one[3] for one in shown(engine)[1:]} == {"waiting"})
+                assert engine.chat("Hello", GREEDY).token_ids
 
 
 def test_what_fits_nowhere_is_refused_before_anything_is_written(

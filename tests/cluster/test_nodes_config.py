@@ -104,6 +104,9 @@ def test_what_a_node_computes_with_is_read() -> None:
     assert (last.dtype, last.threads, last.memory_gb) == ("bfloat16", 4, 3.5)
     assert config.layers == (1, 3, 2)
     assert [spare.name for spare in config.spares] == ["spare0"]
+    fewer = config.without([1])
+    assert [node.name for node in fewer.pipeline] == [config.node(1).name]
+    assert [spare.name for spare in fewer.spares] == ["spare0", config.node(0).name]
     config.check_layers(6)
     with pytest.raises(ConfigError, match=r"nodes\.\*\.layers add up to 1 \+ 3 \+ 2 = 6, but the model has 28"):
         config.check_layers(28)

@@ -89,7 +89,7 @@ def test_a_node_loads_its_own_chunk(live: Callable[..., None], chunks: list[Path
         with pytest.raises(LinkError, match="does not have these weights"):
             lifecycle.holding("another")
 
-    live(life, chunk=chunks[2])
+    live(life, chunk=chunks[2], role="finisher")
 
 
 def test_a_node_without_a_chunk_receives_it_and_has_it_the_next_time(
@@ -201,22 +201,22 @@ def test_a_node_whose_own_chunk_is_damaged_has_failed_and_says_why(
     assert calls.failed == 1
 
 
-def test_only_a_spare_takes_another_role(live: Callable[..., None], manifest: Manifest) -> None:
+def test_a_node_takes_any_role_unless_it_was_started_for_one(live: Callable[..., None], manifest: Manifest) -> None:
     async def of_a_finisher(lifecycle: Lifecycle) -> None:
         with pytest.raises(CheckpointError, match="is finisher, and cannot be secondary0"):
             await lifecycle.offer(manifest, "secondary0")
 
-    async def of_a_spare(lifecycle: Lifecycle) -> None:
+    async def of_another(lifecycle: Lifecycle) -> None:
         assert lifecycle.status().role == ""
         with pytest.raises(CheckpointError, match="cannot be captain"):
             await lifecycle.offer(manifest, "captain")
         for role in ("secondary0", "finisher"):
             assert (await lifecycle.offer(manifest, role)).wanted
             status = lifecycle.status()
-            assert (status.role, status.node) == (role, "spare3")
+            assert (status.role, status.node) == (role, "secondary3")
 
-    live(of_a_finisher)
-    live(of_a_spare, name="spare3")
+    live(of_a_finisher, role="finisher")
+    live(of_another, name="secondary3")
 
 
 def test_a_node_with_its_own_chunk_and_one_of_another_dtype_take_no_offer(

@@ -259,6 +259,17 @@ def test_more_stages_than_layers_are_refused_and_more_nodes_are_not() -> None:
         make_plan(small, 4, groups=(1, 1, 2))
 
 
+def test_machines_that_are_left_out_have_no_role_and_the_others_keep_theirs() -> None:
+    plan = replace(make_plan(FULL_SIZE, 3), left_out=(1, 4))
+    assert plan.n_machines == 5
+    assert plan.places == (0, 2, 3)
+    assert list(plan.roles) == ["starter", "secondary1", "secondary2"]
+    assert plan.unused == ("secondary0", "finisher")
+    for left_out in ((0,), (4,), (2, 1), (1, 1)):
+        with pytest.raises(ConfigError, match="can leave out machines that there are, but the starter"):
+            replace(make_plan(FULL_SIZE, 3), left_out=left_out)
+
+
 def test_roles_run_from_starter_to_finisher() -> None:
     assert role_names(1) == ("starter",)
     assert role_names(2) == ("starter", "finisher")

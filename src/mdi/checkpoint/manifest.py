@@ -60,7 +60,7 @@ class CalibrationEntry(BaseModel):
 class Manifest(BaseModel):
     """The contents of a folder of chunks. config, source: the checkpoint's config.json, and its files.
 
-    calibration: None where all weights are rounded to the nearest.
+    calibration: None where all weights are rounded to the nearest. left_out: as `Plan` has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,12 +74,13 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     source: tuple[SourceFile, ...]
     chunks: tuple[ChunkEntry, ...]
+    left_out: tuple[int, ...] = ()
 
     @property
     def plan(self) -> Plan:
         specs = {chunk.role: chunk.spec for chunk in self.chunks}
         vision = specs.pop(VISION, None)
-        return Plan(tuple(specs.values()), vision)
+        return Plan(tuple(specs.values()), vision, self.left_out)
 
     @property
     def digest(self) -> str:
@@ -120,12 +121,14 @@ class Manifest(BaseModel):
         """A manifest from its JSON. Raises CheckpointError when it is no manifest, or contradicts itself."""
         try:
             manifest = cls.model_validate_json(text)
-            expected = plan_hash(read_config(manifest.config), manifest.plan, manifest.dtype, manifest.quantization)
+            plan = manifest.plan
+            expected = plan_hash(read_config(manifest.config), plan, manifest.dtype, manifest.quantization)
+            named = [chunk.role for chunk in manifest.chunks] == list(plan.roles)
         except UnknownFormatError as error:
             raise CheckpointError(f"is of another version ({error})") from None
         except (ValidationError, ConfigError, CheckpointError):
-            expected = None
-        if expected is None or expected != manifest.plan_hash:
+            expected, named = None, False
+        if not named or expected != manifest.plan_hash:
             raise CheckpointError("is damaged or of another version")
         return manifest
 

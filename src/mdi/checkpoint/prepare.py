@@ -162,7 +162,10 @@ def _is_rounded(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class _Kind:
-    """The kind of chunks that is wanted. dtype, quantization, layers, groups: any if None. shards: any if 1."""
+    """The kind of chunks that is wanted. n_nodes: with machines that a plan leaves out.
+
+    dtype, quantization, layers, groups: any if None. shards: any if 1.
+    """
 
     n_nodes: int
     vision_node: bool
@@ -175,7 +178,7 @@ class _Kind:
     def fits(self, manifest: Manifest) -> bool:
         plan = manifest.plan
         return (
-            (plan.n_nodes, plan.vision is not None) == (self.n_nodes, self.vision_node)
+            (plan.n_machines, plan.vision is not None) == (self.n_nodes, self.vision_node)
             and self.dtype in (None, manifest.dtype)
             and (self.quantization is None or self.quantization.parts == manifest.quantization.parts)
             and self.layers in (None, plan.layers)
@@ -353,6 +356,7 @@ def _write_all(folder: Path, contents: _Contents, fingerprint: Fingerprint, prog
             config=source.config,
             source=fingerprint.record(),
             chunks=tuple(chain.from_iterable(written)),
+            left_out=contents.plan.left_out,
         )
         if fingerprint.changed():
             raise CheckpointError(f"{str(source.path)!r} was changed while its chunks were written: start again")

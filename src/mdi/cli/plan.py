@@ -62,7 +62,7 @@ def plan(
     from mdi.planning.cache import CacheNode, cache_budget, planned_bytes, planned_tokens
     from mdi.planning.choose import Job, Links, choose
     from mdi.planning.hardware import Machine
-    from mdi.planning.plan import VISION, role_names
+    from mdi.planning.plan import role_names
     from mdi.planning.predict import stage_summary
 
     source = checkpoint.open(model)
@@ -101,12 +101,10 @@ def plan(
         shards=split.shards,
     )
     choice = None if layers or groups or not machines else choose(job, machines, links)
-    places = choice.best.nodes if choice else tuple(range(n_nodes))
     if choice:
-        made, machines = choice.best.plan, [machines[place] for place in places]
+        made, machines = choice.best.plan, [machines[place] for place in choice.best.plan.places]
     else:
         made = job.plan(machines or [Machine()] * n_nodes, groups or (1,) * n_nodes, layers)
-    names = [role_names(n_nodes)[place] for place in places] + [VISION] * vision_node
     log_unquantized(config, quantization)
     sizes = [stage_summary(config, spec, dtype, quantization=quantization).size_bytes for spec in made.stages]
     rooms = [machine.memory_bytes for machine in machines] or [math.inf] * n_nodes
@@ -114,12 +112,12 @@ def plan(
         CacheNode(
             name, len(spec.layers), room - size, n_kv_heads=Parts.of(config, spec, quantization).config.n_kv_heads
         )
-        for name, spec, room, size in zip(names, made.stages, rooms, sizes, strict=False)  # a vision node has no layers
+        for name, spec, room, size in zip(made.roles, made.stages, rooms, sizes, strict=False)  # vision has no layers
     ]
     budget = cache_budget(config, cache, dtype, nodes_left)
     rows = [
         (name, spec, stage_summary(config, spec, dtype, budget.tokens, quantization, kv_cache_dtype))
-        for name, spec in zip(names, made.roles.values(), strict=True)
+        for name, spec in made.roles.items()
     ]
     if as_json:
         say(json.dumps(_report(rows, made, choice), indent=2))
@@ -135,10 +133,10 @@ def plan(
         if node.unknown:
             out.print(f"{name} was not measured, and is taken to be as fast as this machine: {node.unknown}")
     if choice:
-        _print_choice(choice, links)
+        _print_choice(choice, links, n_nodes)
 
 
-def _print_choice(choice: Choice, links: Links) -> None:
+def _print_choice(choice: Choice, links: Links, n_nodes: int) -> None:
     """The plan that is predicted to be fastest, those that come next, and why."""
     table = UncutTable("plan", "a token", "why", narrow=True)
     for candidate in (choice.best, *choice.runners_up):
@@ -146,7 +144,7 @@ def _print_choice(choice: Choice, links: Links) -> None:
     out.print(table)
     if choice.declined:
         out.print(choice.declined)
-    n_pairs = math.comb(choice.n_nodes, 2)
+    n_pairs = math.comb(n_nodes, 2)
     if n_pairs > len(links.known):
         which = f"{n_pairs - len(links.known)} of {n_pairs} links" if links.known else "The links between nodes"
         out.print(f"{which} could not be measured, and are taken to have round trips of 0.2 ms, and 1 Gb/s.")

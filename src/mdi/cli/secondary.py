@@ -79,7 +79,7 @@ class NodeOptions:
             cache=Cache.open(self.cache_folder) if config or self.role else None,
             hands_over=bool(config and config.spares),
             progress=None if self.with_parent else BytesProgress(),
-            role="" if self.spare is not None else node.name,
+            role="" if config and not self.chunk and not self.vision else node.name,
         )
 
     def _identity(self, node: NodeConfig) -> Identity:

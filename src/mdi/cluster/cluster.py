@@ -51,7 +51,7 @@ from mdi.models.weights import LoadedStage
 from mdi.planning.cache import CacheBudget, cache_budget, planned_bytes, planned_tokens
 from mdi.planning.choose import Goal, Job, choose
 from mdi.planning.explain import ALONE, CHOSEN, EVEN, FOUND, GIVEN, GROUPED, explain
-from mdi.planning.plan import VISION, Plan, make_plan
+from mdi.planning.plan import Plan, make_plan
 from mdi.rpc.authority import AUTHORITY_DAYS, Authority
 from mdi.rpc.node_pb2 import NodeStatus as LoadedStatus
 from mdi.rpc.tls import Identity
@@ -157,11 +157,12 @@ class Cluster:
 
     def _placed(self, node: NodeStatus, index: int) -> NodeStatus:
         """The same with its place. index: among all, the pipeline's first."""
-        node = replace(node, quantization=self._loaded.quantization, role=_role(node))
+        node = replace(node, quantization=self._loaded.quantization)
         if index >= self.n_nodes:
-            return node
+            return replace(node, role="spare" if node.spare else "vision")
+        role: NodeRole = "starter" if index == 0 else "finisher" if index == self.n_nodes - 1 else "secondary"
         group, rank = self._place(index)
-        return replace(node, group=group, rank=rank, shards=self._ranks[index])
+        return replace(node, role=role, group=group, rank=rank, shards=self._ranks[index])
 
     @property
     def n_stages(self) -> int:
@@ -193,12 +194,11 @@ class Cluster:
     def _explained(self, model: ModelConfig) -> PlanStatus:
         dtype, quantization = dtype_name(self._loaded.dtype), self._loaded.quantization
         plan = self._chunks.manifest.plan if self._chunks else make_plan(model, 1)
-        even = plan.layers == make_plan(model, self.n_nodes, groups=plan.groups, shards=plan.n_shards).layers
-        return explain(plan, model, dtype, quantization, self._reason(even))
+        return explain(plan, model, dtype, quantization, self._reason(plan, model))
 
-    def _reason(self, even: bool) -> str:
-        """Why the layers are split as they are. even: as for machines that are alike."""
-        if self.n_nodes == 1:
+    def _reason(self, plan: Plan, model: ModelConfig) -> str:
+        """Why the layers are split as they are."""
+        if plan.n_machines == 1:
             return ALONE
         if self._layers:
             return GIVEN
@@ -206,7 +206,8 @@ class Cluster:
             return GROUPED
         if self._measured:
             return CHOSEN
-        return EVEN if even and self._nodes is None else FOUND
+        alike = make_plan(model, self.n_nodes, groups=plan.groups, shards=plan.n_shards)
+        return EVEN if plan.layers == alike.layers and self._nodes is None else FOUND
 
     @property
     def _ranks(self) -> tuple[Rank | None, ...]:
@@ -278,6 +279,7 @@ class Cluster:
             measure=(lambda: self._measured_plan(source)) if self._nodes else None,
             progress=self._progress,
         )
+        self._leave_out(chunks.manifest.plan)
         launcher = self._launcher = self._make_launcher(source.model_config, chunks, monitor, authority)
         launcher.start()
         if address := self._vision_address:
@@ -286,6 +288,17 @@ class Cluster:
             width, timeout_s = vision.embedding_width, cluster.recovery.recovery_timeout_s
             self.encoder = RemoteEncoder(address, monitor, chunks, width, timeout_s)
         return load_chunk(chunks.file("starter"), device=self._device, progress=self._starter_progress())
+
+    def _leave_out(self, plan: Plan) -> None:
+        """Machines that the plan gives nothing wait as spares."""
+        self.n_nodes = plan.n_nodes
+        if self._nodes and plan.left_out:
+            self._nodes = self._nodes.without(plan.left_out)
+            log.warning(
+                "%s: left out, as a spare, because the others are predicted to be faster alone; `layers` or `group` in "
+                "the nodes-config uses all nodes",
+                ", ".join(plan.unused),
+            )
 
     def _connect(self) -> None:
         """Links the nodes, which have loaded. From here on the supervisor brings them back."""
@@ -365,18 +378,8 @@ class Cluster:
         )
         if self._layers or self._groups:
             return job.plan(machines, self._groups or (1,) * self.n_nodes, self._layers)
-        used = choose(job, machines, links, use_all=True).best
-        if advice := choose(job, machines, links).advice(used):
-            log.warning("%s", advice)
-        return used.plan
+        return choose(job, machines, links).best.plan
 
     def _starter_progress(self) -> Progress | None:
         progress = self._progress
         return (lambda _what, done, total: progress("starter", done, total)) if progress else None
-
-
-def _role(node: NodeStatus) -> NodeRole:
-    if node.spare and node.name == node.spare:
-        return "spare"
-    known: dict[str, NodeRole] = {"starter": "starter", "finisher": "finisher", VISION: "vision"}
-    return known.get(node.name, "secondary")

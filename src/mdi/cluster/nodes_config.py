@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -130,6 +130,12 @@ class NodesConfig:
         """Layers of each stage, the starter's first; None when they are left to the plan."""
         counts = tuple(stage[0].layers for stage in self.stages if stage[0].layers is not None)
         return counts or None
+
+    def without(self, places: Collection[int]) -> NodesConfig:
+        """The same where these nodes, by their places in the pipeline, are spares; the starter is 0, and stays."""
+        kept = tuple(node for place, node in enumerate(self.pipeline, start=1) if place not in places)
+        left_out = tuple(node for place, node in enumerate(self.pipeline, start=1) if place in places)
+        return replace(self, pipeline=kept, spares=(*self.spares, *left_out))
 
     def check_layers(self, n_layers: int) -> None:
         """Raises ConfigError unless the layers, where given, are those of a model of `n_layers`."""

@@ -40,7 +40,7 @@ class Lifecycle:
 
     def __init__(self, settings: NodeSettings, drop: Callable[[], Awaitable[None]]) -> None:
         self.node = settings.name
-        self.role = settings.only_role
+        self.role = settings.role
         self.loaded: LoadedStage | None = None
         self.manifest_digest = ""
         self.error = ""
@@ -156,7 +156,7 @@ class Lifecycle:
     def _place(self, manifest: Manifest, role: str) -> StoredChunk:
         """Where the role's chunk is kept. Raises CheckpointError when this node cannot take it."""
         settings = self._settings
-        if not NODE_NAME.fullmatch(role) or settings.only_role not in ("", role):
+        if not NODE_NAME.fullmatch(role) or settings.role not in ("", role):
             raise CheckpointError(f"is {self.node}, and cannot be {role}")
         if self._store is None:
             raise CheckpointError("was started for its own chunk alone: start it with --nodes-config")

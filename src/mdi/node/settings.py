@@ -14,7 +14,7 @@ from mdi.rpc.tls import Identity
 class NodeSettings:
     """The settings of one node.
 
-    name: its own name, as in its certificate. role: the only one that it takes, if that is not its name. chunk: the
+    name: its own name, as in its certificate. role: the only one that it takes; empty where it takes any. chunk: the
     file that it loads; None waits until the starter offers one. listen: host:port; port 0 picks a free one. dtype:
     what the chunk must be in; None takes any. threads: to compute with; None leaves the number to torch. with_parent: a
     parent process reads errors from Status, so the node stays when its chunk cannot be loaded. insecure: addresses of
@@ -47,8 +47,3 @@ class NodeSettings:
         host, _, port = self.listen.rpartition(":")
         number = int(port or 0)
         return host, number + 1 if 0 < number < 65535 else 0
-
-    @property
-    def only_role(self) -> str:
-        """The only role that the node takes; empty for a spare, which takes any."""
-        return self.role or ("" if self.name.startswith("spare") else self.name)

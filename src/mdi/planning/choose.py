@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Literal
@@ -18,7 +18,7 @@ from mdi.core.tensors import TensorSpec
 from mdi.models.config import ModelConfig, StageSpec
 from mdi.planning.groups import MOST_RANKS
 from mdi.planning.hardware import LinkSpeed, Machine
-from mdi.planning.plan import Plan, make_plan, role_names
+from mdi.planning.plan import Plan, make_plan
 from mdi.planning.predict import PROMPT_TOKENS, StageSummary, layer_summary, stage_summary
 
 Goal = Literal["latency", "throughput"]
@@ -32,8 +32,8 @@ EXCHANGE_S = 20e-6
 HOP_S = 0.38e-3
 """Of a batch's way from one stage to the next, besides the link."""
 
-WORTHWHILE = 0.9
-"""A plan with fewer machines is spoken of where it takes at most this part of the time."""
+WORTHWHILE = 0.8
+"""Machines are left out where that takes at most this part of the time: predictions are off by up to a fifth."""
 
 EVERY_SPLIT = 5
 """Up to so many nodes every way to group neighbours is tried; beyond, groups of equal size."""
@@ -110,16 +110,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its predicted time. nodes: the places of its machines among all. hop_s: of all hops of one batch.
+    """A plan and its predicted time. hop_s: of all hops of one batch.
 
     token_s: seconds for each token of an answer: of one stream, or of all streams together.
     """
 
-    nodes: tuple[int, ...]
     plan: Plan
     steps: tuple[Step, ...]
     hop_s: float
     token_s: float
+
+    @property
+    def rank_s(self) -> float:
+        """What plans are ordered by: machines are left out for a gain that predictions can tell, and not for less."""
+        return self.token_s if not self.plan.left_out else self.token_s / WORTHWHILE
 
     @property
     def exchanges(self) -> int:
@@ -140,10 +144,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """All plans that fit, the fastest first. n_nodes: machines that there are. optimize: what they are compared by."""
+    """All plans that fit, the best first. optimize: what they are compared by."""
 
     candidates: tuple[Candidate, ...]
-    n_nodes: int
     optimize: Goal = "latency"
 
     @property
@@ -156,10 +159,9 @@ class Choice:
 
     def name(self, candidate: Candidate) -> str:
         """In words: what is split how, and over what."""
-        groups, names = candidate.plan.groups, role_names(self.n_nodes)
-        left_out = [name for index, name in enumerate(names) if index not in candidate.nodes]
+        groups, left_out = candidate.plan.groups, candidate.plan.unused
         if candidate.plan.n_nodes == 1:
-            return f"{names[candidate.nodes[0]]} alone"
+            return "starter alone"
         without = f" without {', '.join(left_out)}" if left_out else ""
         if not candidate.grouped:
             return f"layers over {len(groups)} nodes{without}"
@@ -185,21 +187,6 @@ class Choice:
         closest = groups[0]
         return f"{self.name(closest)} would take {_ms(closest.token_s)} ms a token: {self._exchanges_text(closest)}"
 
-    def advice(self, used: Candidate) -> str:
-        """In a sentence, what fewer machines would bring. Empty where it is little.
-
-        used: the plan that is taken, with all machines.
-        """
-        if self.best.token_s > WORTHWHILE * used.token_s:
-            return ""
-        left_out = ", ".join(
-            name for place, name in enumerate(role_names(self.n_nodes)) if place not in self.best.nodes
-        )
-        return (
-            f"{self.name(self.best)} would take {_ms(self.best.token_s)} ms a token, all {self.n_nodes} nodes take "
-            f"{_ms(used.token_s)} ms: take {left_out} out of the pipeline, or make spares of them"
-        )
-
     def _exchanges_text(self, candidate: Candidate) -> str:
         each_s = candidate.exchange_s / candidate.exchanges
         text = f"{candidate.exchanges} exchanges of {_ms(each_s)} ms"
@@ -216,33 +203,34 @@ class Choice:
         return ungrouped[0].compute_s if ungrouped else math.inf
 
 
-def choose(job: Job, machines: Sequence[Machine], links: Links, *, use_all: bool = False) -> Choice:
-    """The plans for these machines, the fastest first. machines: in pipeline order, the starter's first.
+def choose(job: Job, machines: Sequence[Machine], links: Links) -> Choice:
+    """The plans for these machines, the best first. machines: in pipeline order, the starter's first.
 
-    use_all: no machine is left out. Raises ConfigError where none fits, with what is missing.
+    Raises ConfigError where none fits, with what is missing.
     """
     candidates, refusal = list[Candidate](), ConfigError("a plan needs a machine")
-    for nodes in [tuple(range(len(machines)))] if use_all else _selections(machines):
-        for groups in _groupings(len(nodes)):
+    for left_out in _left_out(machines):
+        used = [machine for place, machine in enumerate(machines) if place not in left_out]
+        for groups in _groupings(len(used)):
             try:
-                plan = job.plan([machines[node] for node in nodes], groups)
+                plan = replace(job.plan(used, groups), left_out=left_out)
             except ConfigError as error:
                 refusal = error if not candidates and max(groups) == 1 else refusal
                 continue
-            candidates.append(predict(job, plan, nodes, machines, links))
+            candidates.append(predict(job, plan, machines, links))
     if not candidates:
         raise refusal
-    return Choice(tuple(sorted(candidates, key=attrgetter("token_s"))), len(machines), job.optimize)
+    return Choice(tuple(sorted(candidates, key=attrgetter("rank_s"))), job.optimize)
 
 
-def predict(job: Job, plan: Plan, nodes: Sequence[int], machines: Sequence[Machine], links: Links) -> Candidate:
-    """The time of a plan whose nodes are these of the machines.
+def predict(job: Job, plan: Plan, machines: Sequence[Machine], links: Links) -> Candidate:
+    """The time of a plan for these machines.
 
     One stream passes all stages, one after the other. Of many streams each stage has a batch at a time, as many batches
     as there are stages; the slowest stage gives the time, or the way of one batch through all, if that is longer.
     """
     rows = 1 if job.optimize == "latency" else max(1, job.streams // len(plan.groups))
-    bounds = list(pairwise([0, *accumulate(plan.groups)]))
+    nodes, bounds = plan.places, list(pairwise([0, *accumulate(plan.groups)]))
     steps = tuple(
         _step(job, plan.stages[first:last], nodes[first:last], machines, links, rows) for first, last in bounds
     )
@@ -254,7 +242,7 @@ def predict(job: Job, plan: Plan, nodes: Sequence[int], machines: Sequence[Machi
     if job.optimize == "throughput":
         n_batches = min(len(steps), job.streams)
         round_s = max(round_s, n_batches * max(step.total_s for step in steps)) / (rows * n_batches)
-    return Candidate(tuple(nodes), plan, steps, hop_s, round_s)
+    return Candidate(plan, steps, hop_s, round_s)
 
 
 def _step(
@@ -313,11 +301,11 @@ def _send_s(link: LinkSpeed, n_bytes: float) -> float:
     return link.rtt_s / 2 + n_bytes / link.bytes_per_s
 
 
-def _selections(machines: Sequence[Machine]) -> Iterator[tuple[int, ...]]:
-    """All machines, then without the slowest, without the two slowest, and so on. The starter stays."""
-    others = sorted(range(1, len(machines)), key=lambda node: -machines[node].bytes_per_s)
-    for count in range(len(others), -1, -1):
-        yield (0, *sorted(others[:count]))
+def _left_out(machines: Sequence[Machine]) -> Iterator[tuple[int, ...]]:
+    """No machine, then the slowest, the two slowest, and so on. The starter stays."""
+    others = sorted(range(1, len(machines)), key=lambda place: machines[place].bytes_per_s)
+    for count in range(len(machines)):
+        yield tuple(sorted(others[:count]))
 
 
 def _groupings(n_nodes: int) -> Iterator[tuple[int, ...]]:

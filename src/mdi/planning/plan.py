@@ -32,15 +32,19 @@ class Plan:
     stages: one for each node. Neighbours with the same layers are the ranks of one group: each has some shards of them,
     and of the head, and together they have all, in order.
     vision: the vision tower alone, on a node beside the pipeline; None where the starter has it.
+    left_out: machines that get nothing, by their places among all, because the others are faster without them.
     Raises ConfigError for other stages.
     """
 
     stages: tuple[StageSpec, ...]
     vision: StageSpec | None = None
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError("a plan needs a stage")
+        if list(self.left_out) != sorted(set(self.left_out) & set(range(1, self.n_machines))):
+            raise ConfigError("a plan can leave out machines that there are, but the starter")
         groups, first = self._grouped, 0
         for index, group in enumerate(groups):
             _check_ranks(group, self.n_shards)
@@ -55,6 +59,22 @@ class Plan:
     @property
     def n_nodes(self) -> int:
         return len(self.stages)
+
+    @property
+    def n_machines(self) -> int:
+        """The nodes, and the machines left out."""
+        return self.n_nodes + len(self.left_out)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of the nodes among all machines."""
+        return tuple(place for place in range(self.n_machines) if place not in self.left_out)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What machines that are left out would be called."""
+        names = role_names(self.n_machines)
+        return tuple(names[place] for place in self.left_out)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -83,8 +103,9 @@ class Plan:
 
     @property
     def roles(self) -> dict[str, StageSpec]:
-        """The stage of each role, in pipeline order. A vision node comes last."""
-        roles = dict(zip(role_names(self.n_nodes), self.stages, strict=True))
+        """The stage of each role, in pipeline order. A vision node comes last. Machines are named as if all had one."""
+        names = role_names(self.n_machines)
+        roles = {names[place]: stage for place, stage in zip(self.places, self.stages, strict=True)}
         return roles | ({VISION: self.vision} if self.vision else {})
 
 

@@ -21,7 +21,7 @@ class Protocol:
         return cls(version, oldest or version)
 
 
-HERE = Protocol(version=14, oldest=10)
+HERE = Protocol(version=15, oldest=15)
 IN_GROUP = Protocol(HERE.version, HERE.version)  # ranks of a group compute in lockstep: all speak the same
 
 

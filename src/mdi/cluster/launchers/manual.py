@@ -92,7 +92,7 @@ class ManualLauncher:
         homes = {node.name: addresses(node, monitor.identity) for node in (*config.pipeline, *vision)}
         self._homes = {name: home for name, (home, *_) in homes.items()}
         self._other_homes = {name: others for name, (_, *others) in homes.items()}
-        self._spares = [NodeAddress("", node.address, node.name) for node in config.spares]
+        self._spares = [replace(name, role="") for node in config.spares for name in addresses(node, monitor.identity)]
         self._places = dict(self._homes)  # where each node is: at home, or a spare in its place
         self._claimed: set[str] = set()  # spares that are being made ready
         self._manual = manual
@@ -117,6 +117,7 @@ class ManualLauncher:
         """Raises LinkError, with what is wrong with each, when some nodes do not answer in time."""
         self._wait(list(self._homes), self._manual.wait_s, timeout_s=None)
         if self._spares:
+            self._monitor.loop.call(self._watch_spares())
             self._replacing = [self._monitor.loop.begin(self._replace_when_leaving(name)) for name in self._homes]
 
     def dead(self) -> set[str]:
@@ -130,9 +131,14 @@ class ManualLauncher:
             raise LinkError(str(error), next(iter(names))) from None
 
     def spares(self) -> list[NodeStatus]:
-        """What was last heard of those without a place."""
-        free = [(spare, self._monitor.heartbeat(spare)) for spare in self._spares if self._is_free(spare)]
-        return [heartbeat.shown(spare.name) for spare, heartbeat in free if heartbeat]
+        """What was last heard of those without a place, each under the name that it answers to."""
+        shown = dict[str, NodeStatus]()
+        for spare in filter(self._is_free, self._spares):
+            if heartbeat := self._monitor.heartbeat(spare):
+                status = replace(heartbeat.shown(spare.id), spare=spare.id)
+                if spare.address not in shown or status.state != "lost":
+                    shown[spare.address] = status
+        return list(shown.values())
 
     def close(self) -> None:
         """Ends a wait. The nodes go on, for the next starter."""
@@ -244,7 +250,7 @@ class ManualLauncher:
                 await self._monitor.forget(home)
 
     def _is_free(self, spare: NodeAddress) -> bool:
-        return all(place.id != spare.id for place in self._places.values())
+        return all(place.address != spare.address for place in self._places.values())
 
     def _last(self, place: NodeAddress) -> node_pb2.NodeStatus | None:
         """The answer to the last heartbeat."""
@@ -261,6 +267,10 @@ class ManualLauncher:
 
     async def _release(self, place: NodeAddress) -> None:
         await (await self._monitor.watch(place)).client.release()
+
+    async def _watch_spares(self) -> None:
+        for spare in self._spares:
+            await self._monitor.watch(spare)
 
     async def _show(self, spare: NodeAddress, search: _Search) -> None:
         heartbeat = await self._monitor.watch(spare)
