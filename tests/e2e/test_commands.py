@@ -89,8 +89,9 @@ def test_prepare_and_plan_agree(checkpoint: Path) -> None:
         assert re.search(rf"{role}\W+{re.escape(layers)}", shown.stdout)
 
 
-def test_verify_finds_no_difference_to_transformers(checkpoint: Path, picture: Path) -> None:
-    report = mdi("verify", checkpoint, "What is this?", "--image", picture, "--n-nodes", "2", "--max-tokens", "6")
+@pytest.mark.parametrize("split", [("--n-nodes", "2"), ("--shards", "2")])
+def test_verify_finds_no_difference_to_transformers(split: tuple[str, str], checkpoint: Path, picture: Path) -> None:
+    report = mdi("verify", checkpoint, "What is this?", "--image", picture, *split, "--max-tokens", "6")
     assert report.returncode == 0, report.stderr + report.stdout
     assert "all 6 greedy tokens are equal" in report.stdout
     assert "greedy answer: '" in report.stdout

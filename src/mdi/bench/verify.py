@@ -23,6 +23,7 @@ from mdi.checkpoint.source import Source
 from mdi.core.batch import Batch, Slice, TokenSampling, Visual
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.kernels.threads import set_threads
+from mdi.models.shards import Shards
 from mdi.models.stage import Stage, deepstack_of
 from mdi.models.weights import LoadedStage
 from mdi.planning.plan import make_plan
@@ -69,12 +70,15 @@ def verify(
     dtype: str,
     quantization: ModelQuantization = UNQUANTIZED,
     n_nodes: int = 1,
+    shards: int = 1,
     max_tokens: int = 16,
 ) -> Report:
     """Runs both and compares. Memory: both models at once, in `dtype`.
 
-    A quantised model is compared with the numbers that its weights stand for, in float32.
+    A quantised model is compared with the numbers that its weights stand for, in float32. shards: of every weight, as
+    groups share them: a group has the bits of one node with as many. Raises ConfigError for more than the model has.
     """
+    Shards.of(source.model_config, shards)
     with torch.inference_mode():
         loaded, theirs = _loaded(source, dtype, quantization, n_nodes)
         their_ids, their_logits = theirs.read(messages)
@@ -82,7 +86,7 @@ def verify(
         tokenizer = Tokenizer(source.path)
         prompt = _prompt(source, tokenizer, messages, max_tokens)
         set_threads(None, "cpu")
-        our_logits, ours = _through_stages(loaded, prompt, end_ids(source), max_tokens)
+        our_logits, ours = _through_stages(loaded, shards, prompt, end_ids(source), max_tokens)
     same_prompt, text = list(prompt.token_ids) == their_ids, tokenizer.decode(ours)
     if not same_prompt:
         return Report(False, (), float("inf"), 0.0, ours, their_answer, text)
@@ -123,11 +127,11 @@ def _prompt(source: Source, tokenizer: Tokenizer, messages: Sequence[dict[str, A
 
 
 def _through_stages(
-    loaded: Sequence[LoadedStage], prompt: Prompt, ends: Container[int], max_tokens: int
+    loaded: Sequence[LoadedStage], shards: int, prompt: Prompt, ends: Container[int], max_tokens: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Logits of the prompt, float32 [tokens, vocab_size], and the greedy answer."""
     length = len(prompt.token_ids)
-    stages = [Stage(stage, n_slots=1, sequence_length=length + max_tokens) for stage in loaded]
+    stages = [Stage(stage, n_slots=1, sequence_length=length + max_tokens, shards=shards) for stage in loaded]
     visuals = _encode_media(stages[0], prompt)
     hidden = stages[0].embed(torch.tensor(prompt.token_ids), visuals)
     deepstack = deepstack_of(visuals, hidden.shape[1])
