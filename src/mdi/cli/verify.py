@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from mdi.cli.ask import user_message
-from mdi.cli.options import DEFAULTS, CheckpointOptions, Images, Model, NNodes, QuantizationOptions, Shards, Videos, grouped
+from mdi.cli.options import (
+    DEFAULTS,
+    CheckpointOptions,
+    Images,
+    Model,
+    NNodes,
+    QuantizationOptions,
+    Shards,
+    Videos,
+    grouped,
+)
 from mdi.cli.screen import out
 from mdi.core.quantization import UNQUANTIZED, ModelQuantization
 from mdi.core.tables import UncutTable
