@@ -56,15 +56,17 @@ class NodeOptions:
     insecure: Insecure = False
     log_format: LogFormatOption = LogFormat.TEXT
 
+    def place(self) -> NodeConfig:
+        """The nodes-config's entry of this node, or one for its chunk. Raises ConfigError where options name none."""
+        return _place(self._config(), self.index, self.spare, self.vision, self.role, self.chunk)
+
     def settings(self) -> NodeSettings:
         """Raises ConfigError for options that contradict each other, the nodes-config or the certificates."""
         from mdi.checkpoint.cache import Cache
-        from mdi.cluster.nodes_config import NodesConfig
         from mdi.node.settings import NodeSettings
         from mdi.rpc.tls import encryption_enabled
 
-        config = NodesConfig.read(self.nodes_config) if self.nodes_config else None
-        node = _place(config, self.index, self.spare, self.vision, self.role, self.chunk)
+        config, node = self._config(), self.place()
         identity = self._identity(node) if encryption_enabled() else None
         return NodeSettings(
             identity.name if identity else node.name,
@@ -81,6 +83,11 @@ class NodeOptions:
             progress=None if self.with_parent else BytesProgress(),
             role="" if config and not self.chunk and not self.vision else node.name,
         )
+
+    def _config(self) -> NodesConfig | None:
+        from mdi.cluster.nodes_config import NodesConfig
+
+        return NodesConfig.read(self.nodes_config) if self.nodes_config else None
 
     def _identity(self, node: NodeConfig) -> Identity:
         from mdi.rpc.tls import Identity

@@ -130,7 +130,8 @@ def _node(given: Mapping[str, Any], words: list[str]) -> _Task:
     from mdi.rpc.channel import is_loopback
     from mdi.rpc.tls import VARIABLE
 
-    settings = NodeOptions(**given).settings()
+    options = NodeOptions(**given)
+    settings = options.settings()
     host, _, port = settings.listen.rpartition(":")
     if settings.identity is None and not settings.insecure and not is_loopback(host):
         raise ConfigError(
@@ -141,7 +142,7 @@ def _node(given: Mapping[str, Any], words: list[str]) -> _Task:
     if given["cache_folder"] and settings.cache:
         settings.cache.check()
         writable = [settings.cache.folder.absolute()]
-    node = settings.role or settings.name
+    node = options.place().name
     return _Task(f"mdi-{node}", f"MDI-LLM node {node}", words, writable, LEAVE_S, 0 < int(port) < 1024)
 
 
