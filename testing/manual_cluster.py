@@ -164,8 +164,9 @@ class ManualCluster:
             entries[name] = {"addr": host, "communication": {"port": port}}
         vision = {"vision": entries["vision"]} if "vision" in entries else {}
         spares = [entry for name, entry in entries.items() if name.startswith("spare")]
-        for group, name in enumerate(["starter", *self.stages] * (not self._planned)):
-            entries[name]["group"] = group
+        if not self._planned:
+            for group, name in enumerate(["starter", *self.stages]):
+                entries[name]["group"] = group
         stages = [entries[name] for name in self.stages]
         return {"starter": entries["starter"], "secondary": stages, "spare": spares, **vision}
 

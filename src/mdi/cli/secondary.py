@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,9 +57,10 @@ class NodeOptions:
     insecure: Insecure = False
     log_format: LogFormatOption = LogFormat.TEXT
 
+    @cached_property
     def place(self) -> NodeConfig:
         """The nodes-config's entry of this node, or one for its chunk. Raises ConfigError where options name none."""
-        return _place(self._config(), self.index, self.spare, self.vision, self.role, self.chunk)
+        return _place(self._config, self.index, self.spare, self.vision, self.role, self.chunk)
 
     def settings(self) -> NodeSettings:
         """Raises ConfigError for options that contradict each other, the nodes-config or the certificates."""
@@ -66,7 +68,7 @@ class NodeOptions:
         from mdi.node.settings import NodeSettings
         from mdi.rpc.tls import encryption_enabled
 
-        config, node = self._config(), self.place()
+        config, node = self._config, self.place
         identity = self._identity(node) if encryption_enabled() else None
         return NodeSettings(
             identity.name if identity else node.name,
@@ -84,6 +86,7 @@ class NodeOptions:
             role="" if config and not self.chunk and not self.vision else node.name,
         )
 
+    @cached_property
     def _config(self) -> NodesConfig | None:
         from mdi.cluster.nodes_config import NodesConfig
 

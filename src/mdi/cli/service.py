@@ -142,7 +142,7 @@ def _node(given: Mapping[str, Any], words: list[str]) -> _Task:
     if given["cache_folder"] and settings.cache:
         settings.cache.check()
         writable = [settings.cache.folder.absolute()]
-    node = options.place().name
+    node = options.place.name
     return _Task(f"mdi-{node}", f"MDI-LLM node {node}", words, writable, LEAVE_S, 0 < int(port) < 1024)
 
 
