@@ -53,8 +53,8 @@ def plan(
 ) -> None:
     """Show what would go to which node, and what each would hold, before anything is loaded.
 
-    With --nodes-config, the machines of running nodes are measured, and the plan that is predicted to be fastest is
-    shown, with the two that come next, unless layers or groups are given.
+    With --nodes-config, the machines of running nodes are measured, and the best plan by the times that are predicted
+    is shown, with the two that come next, unless layers or groups are given.
     """
     from mdi.cluster.nodes_config import NodesConfig
     from mdi.models.parts import Parts
@@ -137,7 +137,7 @@ def plan(
 
 
 def _print_choice(choice: Choice, links: Links, n_nodes: int) -> None:
-    """The plan that is predicted to be fastest, those that come next, and why."""
+    """The best plan, those that come next, and why."""
     table = UncutTable("plan", "a token", "why", narrow=True)
     for candidate in (choice.best, *choice.runners_up):
         table.add_row(choice.name(candidate), f"{_brief(candidate.token_s * 1e3)} ms", choice.reason(candidate))

@@ -1,4 +1,4 @@
-"""The choice among one node, a layer split, groups, and fewer machines: the plan that is predicted to be fastest.
+"""The choice among one node, a layer split, groups, and fewer machines, by predicted times.
 
 Pure arithmetic on measured machines and links. Predictions are for comparing plans; see `Step` for what they count.
 """
@@ -33,7 +33,7 @@ HOP_S = 0.25e-3
 """Of a batch's way from one stage to the next, besides the link."""
 
 WORTHWHILE = 0.8
-"""Machines are left out where that takes at most this part of the time: predictions are off by up to a fifth."""
+"""Machines are left out where that takes at most this part of the time: one stream's is predicted to about a fifth."""
 
 EVERY_SPLIT = 5
 """Up to so many nodes every way to group neighbours is tried; beyond, groups of equal size."""
@@ -121,7 +121,7 @@ class Candidate:
     token_s: float
 
     @property
-    def rank_s(self) -> float:
+    def weighed_s(self) -> float:
         """What plans are ordered by: machines are left out for a gain that predictions can tell, and not for less."""
         return self.token_s if not self.plan.left_out else self.token_s / WORTHWHILE
 
@@ -170,7 +170,9 @@ class Choice:
         return f"stages of {', '.join(map(str, groups))} nodes{without}"
 
     def reason(self, candidate: Candidate) -> str:
-        """What makes it as fast as it is."""
+        """What makes it as fast as it is, or why it is not chosen though it is faster."""
+        if candidate.token_s < self.best.token_s:
+            return f"faster by less than a fifth: not enough to leave {', '.join(candidate.plan.unused)} out"
         if candidate.grouped:
             return self._exchanges_text(candidate)
         if candidate.plan.n_nodes == 1:
@@ -185,7 +187,7 @@ class Choice:
         if self.best.grouped or not groups:
             return ""
         closest = groups[0]
-        return f"{self.name(closest)} would take {_ms(closest.token_s)} ms a token: {self._exchanges_text(closest)}"
+        return f"{self.name(closest)} would take {_ms(closest.token_s)} ms a token: {self.reason(closest)}"
 
     def _exchanges_text(self, candidate: Candidate) -> str:
         each_s = candidate.exchange_s / candidate.exchanges
@@ -220,7 +222,7 @@ def choose(job: Job, machines: Sequence[Machine], links: Links) -> Choice:
             candidates.append(predict(job, plan, machines, links))
     if not candidates:
         raise refusal
-    return Choice(tuple(sorted(candidates, key=attrgetter("rank_s"))), job.optimize)
+    return Choice(tuple(sorted(candidates, key=attrgetter("weighed_s"))), job.optimize)
 
 
 def predict(job: Job, plan: Plan, machines: Sequence[Machine], links: Links) -> Candidate:

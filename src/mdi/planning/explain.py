@@ -12,7 +12,7 @@ ALONE = "one node has the whole model"
 EVEN = "each node reads as equal a part of the weights as whole layers allow: the machines are taken to be alike"
 GIVEN = "the layers of each node were given (--layers, or layers in the nodes-config)"
 GROUPED = "the nodes of each stage were given (--groups, --tensor-parallel-size, or group in the nodes-config)"
-CHOSEN = "the machines were measured, and this is the plan that is predicted to be fastest"
+CHOSEN = "the machines were measured, and this is the best plan by the times that are predicted"
 FOUND = "the chunks that were prepared earlier are split so: mdi prepare makes new ones"
 
 
