@@ -230,10 +230,11 @@ def test_an_interrupted_one_is_not_taken_for_a_checkpoint(cache: Cache) -> None:
 
 
 def test_room_is_checked_before_anything_is_written(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setenv("MDI_CACHE_GB", "16")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**12))
     with pytest.raises(CheckpointError, match=r"16\.6 GB do not fit .*MDI_CACHE_GB"):
         random_checkpoint("qwen2-vl-7b")
-    usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 10**10, 10**9))
     with pytest.raises(CheckpointError, match=r"disk .* is full \(4\.4 GB are missing, 1\.0 GB are free\): make room"):
         random_checkpoint("qwen2-vl-2b")
