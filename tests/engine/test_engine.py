@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from testing.checkpoints import tiny_config, tiny_text_config
 from testing.processes import node_processes
@@ -370,3 +371,19 @@ def test_loading_and_answering_need_no_compiler(tiny_checkpoint: Path, tmp_path:
     )
     command = [sys.executable, "-c", script, str(tiny_checkpoint), str(tmp_path / "photograph")]
     assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_a_program_that_ends_without_closing_its_engine_ends_without_a_crash(tiny_checkpoint: Path) -> None:
+    """While an answer is being written. Nodes end, too."""
+    script = (
+        "import sys\n"
+        "from mdi import Engine, SamplingParams\n"
+        "engine = Engine(sys.argv[1], n_nodes=2)\n"
+        "stream = engine.submit('Hello', SamplingParams(max_tokens=400, ignore_eos=True))\n"
+        "next(iter(stream))\n"
+        "print(engine.nodes()[1].pid)\n"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not psutil.pid_exists(int(done.stdout))

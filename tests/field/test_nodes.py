@@ -51,6 +51,24 @@ end_with_parent()
 print("watches", flush=True)
 ctypes.PyDLL(None).sleep(100)
 """
+COMPUTES_TO_THE_END = """
+import sys, threading, time
+import torch
+from mdi.cli.app import app
+from mdi.node import server
+
+def compute():
+    matrix = torch.randn(64, 64)
+    while True:
+        torch.softmax(matrix @ matrix, -1)
+
+def serve_node(settings):
+    threading.Thread(target=compute, daemon=True).start()
+    time.sleep(0.3)
+
+server.serve_node = serve_node
+app(["secondary", "--role", "finisher"])
+"""
 
 
 @pytest.fixture
@@ -104,6 +122,13 @@ def test_links_trust_their_own_authority_whatever_the_environment_names(
 
     with fake_node(authority.issue("finisher")) as address:
         assert asyncio.run(ask(address)) == "finisher"
+
+
+def test_a_node_that_is_told_to_end_while_it_computes_ends_without_a_crash() -> None:
+    """Threads that Python ends with itself cannot leave torch's code: the process was aborted, now and then."""
+    environment = {**ENVIRONMENT, "ENABLE_ENCRYPTION": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPUTES_TO_THE_END], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +116,8 @@ def secondary(options: NodeOptions) -> None:
     from mdi.node.server import serve_node
 
     serve_node(options.settings())
+    sys.stdout.flush()
+    os._exit(0)  # a thread that still loads or computes would crash while Python ends; there is nothing to save
 
 
 def _place(

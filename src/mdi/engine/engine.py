@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -108,6 +109,7 @@ class Engine:
         self._loop = self._start_loop(config)
         grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)
         self._preparation = Preparation(grammars, self._start, self._end)
+        atexit.register(self.close)  # threads that still compute crash the process while Python ends
 
     def submit(
         self,
@@ -239,6 +241,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        atexit.unregister(self.close)
         self._preparation.close()
         self._loop.close()
         self._cluster.close()
