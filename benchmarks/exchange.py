@@ -154,7 +154,7 @@ def run_rank(case: Case, index: int, identity: Identity | None, pipe: Connection
     link._spin_s = SPIN_S if case.spins else 0.0
     sizes, before = (IN_STEP, Weights().read) if case.in_step else (SIZES, lambda: None)
     pipe.send({size: measure_size(link, case, n_values, rounds, before) for size, n_values in sizes.items()})
-    link.exchange(torch.zeros(case.n_ranks, 1, 1), slice(0, 1))  # all are done
+    link.exchange(torch.zeros(case.n_ranks, 1, 1))  # all are done
     link.close()
 
 
@@ -165,7 +165,7 @@ def measure_size(link: GroupLink, case: Case, n_values: int, rounds: int, before
     count = max(1, (rounds if n_bytes < LARGE_BYTES else rounds // 100) // BLOCKS)
 
     def exchange() -> None:
-        link.exchange(partials, slice(0, 1))
+        link.exchange(partials)
 
     ways: list[Callable[[], None]] = [exchange]
     if case.n_ranks == 2 and n_bytes < LARGE_BYTES:

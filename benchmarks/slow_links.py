@@ -33,7 +33,7 @@ from mdi.rpc.group_join import Member
 from mdi.rpc.group_link import GroupLink
 
 VARIABLE = "MDI_BENCHMARK_LINE"
-RANKS, CALLS = 16, 64  # ranks are at most a call or two apart
+RANKS, CALLS = 16, 256  # ranks are at most two tensors apart, in pieces
 NUMBERS = 2 + RANKS * CALLS
 SLEEP_S = 100e-6  # before the end of a longer wait: sleep ends late
 FRAME_BYTES = 120  # of frame, TLS record, TCP and IP, around what is sent
@@ -78,6 +78,7 @@ class SlowLink(GroupLink):
     _lead: int
     _others: list[int]
     _call: int  # the calls so far: all ranks make the same ones
+    _pieces: dict[int, dict[int, int]]  # the call that sent it, by where the tensor is, and the piece's last row
     _free_s: float  # when this rank's line is free
 
     @classmethod
@@ -87,11 +88,11 @@ class SlowLink(GroupLink):
         made._line = Line(Path(os.environ[VARIABLE]))
         made._others = [share.first_shard for share in shares if share != shares[index]]
         made._lead = shares[0].first_shard
-        made._call, made._free_s = 0, 0.0
+        made._call, made._free_s, made._pieces = 0, 0.0, {}
         return made
 
     def lead(self, batch: Batch, hidden: Tensor) -> None:
-        self._send(hidden.nbytes + BATCH_BYTES)
+        self._note(hidden.nbytes + BATCH_BYTES)
         super().lead(batch, hidden)
 
     def follow(self) -> tuple[Batch, Tensor]:
@@ -100,27 +101,40 @@ class SlowLink(GroupLink):
         self._line.wait([self._lead], self._call)
         return arrived
 
-    def exchange(self, partials: Tensor, rows: slice) -> None:
+    def exchange(self, partials: Tensor) -> None:
+        self._note(self._part_bytes(partials, slice(0, partials.shape[1])))
+        super().exchange(partials)
+        self._line.wait(self._others, self._call)
+
+    def send(self, partials: Tensor, rows: slice) -> None:
+        self._note(self._part_bytes(partials, rows))
+        if rows.start == 0:
+            self._pieces[partials.data_ptr()] = {}
+        self._pieces[partials.data_ptr()][rows.stop] = self._call
+        super().send(partials, rows)
+
+    def receive(self, partials: Tensor, last_row: int) -> None:
+        super().receive(partials, last_row)
+        calls = self._pieces[partials.data_ptr()]
+        self._line.wait(self._others, calls[min(last for last in calls if last >= last_row)])
+
+    def _part_bytes(self, partials: Tensor, rows: slice) -> int:
         n_shards, n_rows, _ = partials.shape
-        part_bytes = partials.nbytes * len(self.rank.shards) // n_shards * (rows.stop - rows.start) // n_rows
-        self._send(part_bytes, goes_on=rows.start > 0)
-        super().exchange(partials, rows)
-        if rows.stop == n_rows:
-            self._line.wait(self._others, self._call)
+        return partials.nbytes * len(self.rank.shards) // n_shards * (rows.stop - rows.start) // n_rows
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
         if not self.rank.leads:
-            self._send(columns.nbytes, n_peers=1)
+            self._note(columns.nbytes, n_peers=1)
             return super().gather(columns)
         self._call += 1
         gathered = super().gather(columns)
         self._line.wait(self._others, self._call)
         return gathered
 
-    def _send(self, n_bytes: int, *, goes_on: bool = False, n_peers: int | None = None) -> None:
-        """Notes when all peers have what is sent now. goes_on: it belongs to the call before."""
+    def _note(self, n_bytes: int, n_peers: int | None = None) -> None:
+        """Notes when all peers have what is sent now."""
         speed = self._line.speed
-        self._call += not goes_on
+        self._call += 1
         sent_bytes = (n_bytes + FRAME_BYTES) * (n_peers or len(self._others))
         passing_s = sent_bytes / speed.bytes_per_s if speed.bytes_per_s else 0.0
         self._free_s = max(time.monotonic(), self._free_s) + passing_s

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import permutations
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mdi.core.group import Rank
 from mdi.kernels.threads import compute_threads, set_threads
 
 T = TypeVar("T")
+Way = SimpleQueue[Any]
 TIMEOUT_S = 20.0
 
 
@@ -32,8 +33,8 @@ def run_ranks(ranks: Sequence[Rank], work: Callable[[ThreadGroup], T]) -> list[T
 
     Raises the first rank's error where one fails; the others get a LinkError then.
     """
-    meeting = Meeting(len(ranks))
-    groups = [ThreadGroup(rank, index, meeting) for index, rank in enumerate(ranks)]
+    ways = {pair: Way() for pair in permutations(range(len(ranks)), 2)}
+    groups = [ThreadGroup(rank, index, ways) for index, rank in enumerate(ranks)]
 
     def run(group: ThreadGroup) -> T:
         try:
@@ -59,86 +60,83 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
-@dataclass
-class Meeting:
-    """Where the ranks of a group meet. given: by each rank, what the others take."""
-
-    n_ranks: int
-    barrier: threading.Barrier = field(init=False)
-    given: list[list[tuple[slice, Tensor]]] = field(init=False)
-    batch: tuple[Batch, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.n_ranks, timeout=TIMEOUT_S)
-        self.given = [[] for _ in range(self.n_ranks)]
-
-    def wait(self) -> None:
-        try:
-            self.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise LinkError("a rank of the group is lost") from None
-
-
 class ThreadGroup:
     """`Group` of one rank. What it hands over is copied at once. recorded: the sums of all ranks, if it is a list.
 
     gathered_columns: of all ranks, so far.
     """
 
-    def __init__(self, rank: Rank, index: int, meeting: Meeting) -> None:
+    def __init__(self, rank: Rank, index: int, ways: Mapping[tuple[int, int], Way]) -> None:
+        """ways: from each rank to each other one, by their indices."""
         self.rank = rank
         self.recorded: list[Tensor] | None = None
         self.gathered_columns = 0
-        self._index = index
-        self._meeting = meeting
+        self._leads = index == 0
+        self._to = {end: way for (start, end), way in ways.items() if start == index}
+        self._from = {start: way for (start, end), way in ways.items() if end == index}
+        self._sent_rows: dict[int, int] = {}  # by where a tensor is
+        self._received_rows: dict[int, dict[int, int]] = {}
 
     def lead(self, batch: Batch, hidden: Tensor) -> None:
-        assert self._index == 0
-        self._meeting.batch = batch, hidden
-        self._meeting.wait()
-        self._meeting.wait()
+        assert self._leads
+        self._give((batch, hidden.clone()))
 
     def follow(self) -> tuple[Batch, Tensor]:
-        assert self._index > 0
-        self._meeting.wait()
-        assert self._meeting.batch
-        batch, hidden = self._meeting.batch
-        hidden = hidden.clone()
-        self._meeting.wait()
+        assert not self._leads
+        batch, hidden = _taken(self._from[0])
         return batch.without_adjustments(), hidden
 
-    def exchange(self, partials: Tensor, rows: slice) -> None:
-        given, own = self._meeting.given[self._index], self.rank.shards
+    def exchange(self, partials: Tensor) -> None:
+        n_rows = partials.shape[1]
+        self.send(partials, slice(0, n_rows))
+        self.receive(partials, n_rows)
+
+    def send(self, partials: Tensor, rows: slice) -> None:
+        place, own = partials.data_ptr(), slice(self.rank.first_shard, self.rank.last_shard)
         assert partials.is_contiguous()
         assert len(partials) == self.rank.n_shards
-        assert rows.start == (given[-1][0].stop if given else 0) < rows.stop
-        given.append((rows, partials[own.start : own.stop, rows].clone()))
-        if rows.stop < partials.shape[1]:
-            return
-        first = 0
-        for pieces in self._shared():
-            for piece, sums in pieces:
-                if first != own.start:
-                    partials[first : first + len(sums), piece] = sums
-            first += len(pieces[0][1])
-        if self.recorded is not None:
-            self.recorded.append(partials.clone())
-        self._done()
+        if rows.start == 0:
+            assert place not in self._received_rows
+            self._received_rows[place] = dict.fromkeys(self._from, 0)
+        else:
+            assert rows.start == self._sent_rows[place]
+        self._sent_rows[place] = rows.stop
+        self._give((own, rows, partials[own, rows].clone()))
+
+    def receive(self, partials: Tensor, last_row: int) -> None:
+        place, n_rows = partials.data_ptr(), partials.shape[1]
+        assert self._sent_rows[place] == n_rows
+        received = self._received_rows[place]
+        for start, way in self._from.items():
+            while received[start] < last_row:
+                shards, rows, sums = _taken(way)
+                assert rows.start == received[start]
+                partials[shards, rows] = sums
+                received[start] = rows.stop
+        if last_row == n_rows:
+            del self._received_rows[place]
+            if self.recorded is not None:
+                self.recorded.append(partials.clone())
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
-        self._meeting.given[self._index].append((slice(len(columns)), columns.clone()))
-        parts = [pieces[0][1] for pieces in self._shared()]
+        if not self._leads:
+            self._to[0].put(columns.clone())
+            return None
+        parts = [columns, *(_taken(way) for way in self._from.values())]
         self.gathered_columns += sum(part.shape[1] for part in parts)
-        self._done()
-        return parts if self._index == 0 else None
+        return parts
 
     def close(self) -> None:
-        self._meeting.barrier.abort()
+        self._give(None)
 
-    def _shared(self) -> list[list[tuple[slice, Tensor]]]:
-        self._meeting.wait()
-        return [list(pieces) for pieces in self._meeting.given]
+    def _give(self, what: Any) -> None:
+        for way in self._to.values():
+            way.put(what)
 
-    def _done(self) -> None:
-        self._meeting.wait()
-        self._meeting.given[self._index].clear()
+
+def _taken(way: Way) -> Any:
+    """Raises LinkError when the other rank is gone."""
+    taken = way.get(timeout=TIMEOUT_S)
+    if taken is None:
+        raise LinkError("a rank of the group is lost")
+    return taken

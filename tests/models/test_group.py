@@ -356,8 +356,9 @@ class Replayed:
 
     def __init__(self, rank: Rank, recorded: Sequence[Tensor], lost_in: int = -1) -> None:
         self.rank = rank
-        self.exchanges = 0
         self._recorded = recorded
+        self._exchanges = 0
+        self._places: dict[int, int] = {}  # the exchange of a tensor, by where it is
         self._lost_in = lost_in
 
     def lead(self, batch: Batch, hidden: Tensor) -> None:
@@ -366,15 +367,24 @@ class Replayed:
     def follow(self) -> tuple[Batch, Tensor]:
         raise NotImplementedError
 
-    def exchange(self, partials: Tensor, rows: slice) -> None:
-        if self.exchanges == self._lost_in:
+    def exchange(self, partials: Tensor) -> None:
+        self.send(partials, slice(0, partials.shape[1]))
+        self.receive(partials, partials.shape[1])
+
+    def send(self, partials: Tensor, rows: slice) -> None:
+        if rows.start == 0:
+            self._places[partials.data_ptr()] = self._exchanges
+            self._exchanges += 1
+        if self._exchanges > self._lost_in >= 0:
             raise LinkError("secondary0 is gone")
-        if rows.stop < partials.shape[1]:
-            return
-        sums, own = self._recorded[self.exchanges], slice(self.rank.first_shard, self.rank.last_shard)
-        assert torch.equal(partials[own], sums[own])
-        partials.copy_(sums)
-        self.exchanges += 1
+
+    def receive(self, partials: Tensor, last_row: int) -> None:
+        sums, own = (
+            self._recorded[self._places[partials.data_ptr()]],
+            slice(self.rank.first_shard, self.rank.last_shard),
+        )
+        assert torch.equal(partials[own, :last_row], sums[own, :last_row])
+        partials[:, :last_row] = sums[:, :last_row]
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
         raise NotImplementedError

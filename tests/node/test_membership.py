@@ -38,8 +38,9 @@ class ExchangingStage:
     def run(self, _batch: Batch, hidden: Tensor) -> Tensor:
         assert self.group
         partials = torch.zeros(3, 2, 8)
-        self.group.exchange(partials, slice(0, 1))
-        self.group.exchange(partials, slice(1, 2))
+        self.group.send(partials, slice(0, 1))
+        self.group.send(partials, slice(1, 2))
+        self.group.receive(partials, 2)
         return hidden
 
 

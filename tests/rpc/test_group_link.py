@@ -88,7 +88,9 @@ def exchanged(link: GroupLink, whole: Tensor, *ends: int) -> Tensor:
     partials = torch.full_like(whole, float("nan"))
     for start, end in pairwise((0, *ends, whole.shape[1])):
         partials[own, start:end] = whole[own, start:end]
-        link.exchange(partials, slice(start, end))
+        link.send(partials, slice(start, end))
+    for end in (*ends, whole.shape[1]):
+        link.receive(partials, end)
     return partials
 
 
@@ -121,14 +123,44 @@ def test_one_tensor_is_exchanged_again_and_again(security: Authority | None) -> 
         for number, whole in enumerate(wholes):
             partials.fill_(float("nan"))
             partials[own] = whole[own]
-            for rows in (slice(0, 1), slice(1, 3)) if number in (0, 3) else (slice(0, 3),):
-                link.exchange(partials, rows)
+            if number in (0, 3):
+                link.send(partials, slice(0, 1))
+                link.send(partials, slice(1, 3))
+                link.receive(partials, 3)
+            else:
+                link.exchange(partials)
             found.append(partials.clone())
         return torch.stack(found)
 
     with group(ranks(*SHARES[3]), security) as links:
         for found in on_all(links, exchange):
             assert torch.equal(found, wholes)
+
+
+def test_rows_of_the_next_tensor_may_be_sent_before_all_of_this_one_are_there(security: Authority | None) -> None:
+    """As layers do with many rows: two tensors in turn, more bytes than a connection takes at once."""
+    torch.manual_seed(3)
+    wholes, ends = torch.randn(5, 4, 40, 9000), (0, 16, 32, 40)
+    pieces = [slice(*pair) for pair in pairwise(ends)]
+
+    def exchanges(link: GroupLink) -> Tensor:
+        own, found = slice(link.rank.first_shard, link.rank.last_shard), []
+        before, tensor = torch.empty(0), torch.empty(2, *wholes.shape[1:])
+        for number, whole in enumerate(wholes):
+            partials = tensor[number % 2]
+            for rows in pieces:
+                if number:
+                    link.receive(before, rows.stop)
+                    found.append(before[:, rows].clone())
+                partials[own, rows] = whole[own, rows]
+                link.send(partials, rows)
+            before = partials
+        link.receive(before, 40)
+        return torch.cat([*found, before], 1)
+
+    with group(ranks(*SHARES[3]), security) as links:
+        for found in on_all(links, exchanges):
+            assert torch.equal(found, torch.cat(list(wholes), 1))
 
 
 def test_a_rank_that_does_not_read_for_a_while_gets_all(security: Authority | None) -> None:
@@ -143,7 +175,7 @@ def test_a_rank_that_does_not_read_for_a_while_gets_all(security: Authority | No
         def exchanges() -> None:
             for number in range(n_times):
                 partials[:2] = number
-                link.exchange(partials, slice(0, 1))
+                link.exchange(partials)
                 assert (partials[2:] == -number).all()
 
         waiting = pool.submit(exchanges)
@@ -395,7 +427,7 @@ def test_closing_wakes_the_thread_that_waits(waits: str, security: Authority | N
         link = leader if waits == "gather" else follower
         calls: dict[str, Callable[[], object]] = {
             "follow": link.follow,
-            "exchange": lambda: link.exchange(partials, slice(0, 1)),
+            "exchange": lambda: link.exchange(partials),
             "gather": lambda: link.gather(partials[0]),
         }
         waiting = pool.submit(calls[waits])
@@ -404,15 +436,15 @@ def test_closing_wakes_the_thread_that_waits(waits: str, security: Authority | N
         with pytest.raises(LinkError, match="node finisher was lost"):
             waiting.result(10)
         with pytest.raises(LinkError, match="node finisher was lost"):
-            link.exchange(partials, slice(0, 1))
+            link.exchange(partials)
 
 
 def test_the_others_learn_that_a_rank_is_gone(security: Authority | None) -> None:
     """In the middle of an exchange in pieces."""
     with group(ranks(*SHARES[3]), security) as links, ThreadPoolExecutor() as pool:
         partials = torch.zeros(4, 10, 8)
-        links[1].exchange(partials.clone(), slice(0, 4))
-        waiting = [pool.submit(link.exchange, partials.clone(), slice(0, 10)) for link in (links[0], links[2])]
+        links[1].send(partials.clone(), slice(0, 4))
+        waiting = [pool.submit(link.exchange, partials.clone()) for link in (links[0], links[2])]
         links[1].close()
         for one in waiting:
             with pytest.raises(LinkError, match="node secondary0") as error:
@@ -448,7 +480,7 @@ def test_a_rank_out_of_step_is_an_error_and_not_nonsense(frame: Frame, expected:
     with forger() as (link, raw):
         raw.sendall(HEADER.pack(*frame) + bytes(64))
         with pytest.raises(LinkError, match=f"node starter is out of step with its group: {expected}") as error:
-            link.exchange(torch.zeros(4, 3, 8), slice(0, 3))
+            link.exchange(torch.zeros(4, 3, 8))
         assert error.value.node == "starter"
 
 
@@ -459,7 +491,7 @@ def test_a_small_frame_may_come_in_parts(first: int) -> None:
     with forger() as (link, raw), ThreadPoolExecutor() as pool:
         partials = torch.cat([torch.zeros_like(others), own])
         raw.sendall(frame[:first])
-        waiting = pool.submit(link.exchange, partials, slice(0, 3))
+        waiting = pool.submit(link.exchange, partials)
         assert received(raw, len(frame))[HEADER.size :] == own.numpy().tobytes()
         raw.sendall(frame[first:])
         waiting.result(10)
@@ -534,7 +566,7 @@ shares = [Rank(0, 2, 4), Rank(2, 4, 4)]
 link = GroupLink.join(1, [Member("starter"), Member("finisher")], shares, listener, identity, 7, 30.0)
 for number in range(200):
     partials = torch.full((4, 2, 64), float(number), dtype=torch.bfloat16)
-    link.exchange(partials, slice(0, 2))
+    link.exchange(partials)
     assert bool((partials[:2] == -number).all()), number
 link.follow()
 """
@@ -550,9 +582,9 @@ def test_ranks_in_two_processes_one_of_which_is_killed(authority: Authority) -> 
         link = join_first(members, authority.issue("starter"), timeout_s=30.0)
         for number in range(200):
             partials = torch.full((4, 2, 64), -float(number), dtype=torch.bfloat16)
-            link.exchange(partials, slice(0, 2))
+            link.exchange(partials)
             assert bool((partials[2:] == number).all())
         process.kill()
         with pytest.raises(LinkError, match="node finisher"):
-            link.exchange(torch.zeros(4, 2, 64), slice(0, 2))
+            link.exchange(torch.zeros(4, 2, 64))
         link.close()

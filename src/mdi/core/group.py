@@ -92,12 +92,24 @@ class Group(Protocol):
         Samplings with adjustments and masks come as `FROM_ALL_LOGITS`: only rank 0 needs those.
         """
 
-    def exchange(self, partials: Tensor, rows: slice) -> None:
-        """Sends rows of the partial sums that this rank computed; with the last rows, receives those of the others.
+    def exchange(self, partials: Tensor) -> None:
+        """Sends the partial sums that this rank computed, and receives those of the others.
 
         partials: [n_shards, rows, outputs] in the stage's dtype, contiguous, on the CPU: this rank's shards are filled
-        in, and the others' are written. rows: the next ones: in order, each once. What is sent may be read until this
-        returns for the last rows.
+        in, and the others' are written.
+        """
+
+    def send(self, partials: Tensor, rows: slice) -> None:
+        """Sends some rows of `exchange`, and does not wait: they may be read until the others' have been received.
+
+        rows: the next ones: in order, each once. Of a tensor that was received, the same rows may be sent again. The
+        rows of another tensor may be sent before all of this one have been received.
+        """
+
+    def receive(self, partials: Tensor, last_row: int) -> None:
+        """Waits until the others' rows [0, last_row) are there, of a tensor whose rows are all sent.
+
+        With the last rows of all that was sent it returns when the own ones have been written, too.
         """
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:

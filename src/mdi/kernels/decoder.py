@@ -52,7 +52,8 @@ class Layer(ctypes.Structure):
     )
 
 
-EXCHANGE = CFUNCTYPE(c_int, c_int64, c_int64)
+EXCHANGE = CFUNCTYPE(c_int, c_int64, c_int64, c_int64, c_int64)
+SEND, RECEIVE = 0, 1
 NO_MEMORY = 1
 
 
@@ -145,7 +146,8 @@ class _PartialSums:
     def __init__(self, group: Group, hidden: Tensor) -> None:
         self.error: BaseException | None = None
         self._group = group
-        self._partials = hidden.new_empty(group.rank.n_shards, *hidden.shape)
+        self._partials = hidden.new_empty(2, group.rank.n_shards, *hidden.shape)
+        self._parts = list(self._partials)
         self._exchange = EXCHANGE(self.exchange)
 
     def add_to(self, step: Step) -> None:
@@ -153,10 +155,15 @@ class _PartialSums:
         step.first_shard, step.n_shards = self._group.rank.first_shard, self._group.rank.n_shards
         step.exchange = self._exchange
 
-    def exchange(self, first_row: int, last_row: int) -> int:
+    def exchange(self, what: int, which: int, first_row: int, last_row: int) -> int:
         """Returns 0, or 1 where it failed."""
         try:
-            self._group.exchange(self._partials, slice(first_row, last_row))
+            if what == SEND:
+                self._group.send(self._parts[which], slice(first_row, last_row))
+            elif what == RECEIVE:
+                self._group.receive(self._parts[which], last_row)
+            else:
+                self._group.exchange(self._parts[0])
         except BaseException as error:
             self.error = error
             return 1

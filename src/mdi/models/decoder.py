@@ -229,7 +229,7 @@ def _add_product(
     first = group.rank.first_shard
     partials = torch.empty(group.rank.n_shards, *residual.shape, dtype=residual.dtype)
     partials[first : first + shards.count] = own
-    group.exchange(partials, slice(0, len(residual)))
+    group.exchange(partials)
     return add_partials(residual, partials.to(residual.device))
 
 

@@ -8,7 +8,9 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -45,7 +47,8 @@ class GroupLink:
         self._peers = peers
         self._spin_s = SPIN_S if spins else 0.0
         self._sequence = 0
-        self._readings: list[tuple[Peer, Reading[None]]] = []
+        self._readings: dict[Peer, deque[Reading[None]]] = {peer: deque() for peer in peers}
+        self._awaited: list[_Sums] = []
         self._small: SmallExchange | None = None
         self._error: LinkError | None = None
         self._in_use = threading.Lock()
@@ -102,21 +105,32 @@ class GroupLink:
         """See `Group`."""
         with self._in_use:
             arrived: list[tuple[Batch, Tensor]] = []
-            self._readings = [(self._peers[0], self._read_batch(self._peers[0], self._next(), arrived))]
+            self._readings[self._peers[0]].append(self._read_batch(self._peers[0], self._next(), arrived))
             self._finish()
         return arrived[0]
 
-    def exchange(self, partials: Tensor, rows: slice) -> None:
+    def exchange(self, partials: Tensor) -> None:
         """See `Group`."""
         with self._in_use:
             small = self._small
-            if small and small.partials is partials and small.rows == rows:
+            if small and small.partials is partials:
                 self._exchange_small(small)
-            elif _is_small(partials, rows, self.rank, self._peers):
-                self._small = SmallExchange(partials, rows, self.rank, self._peers)
+            elif _is_small(partials, self.rank, self._peers):
+                self._small = SmallExchange(partials, self.rank, self._peers)
                 self._exchange_small(self._small)
             else:
-                self._exchange_rows(partials, rows)
+                self._send(partials, slice(0, partials.shape[1]))
+                self._receive(partials, partials.shape[1])
+
+    def send(self, partials: Tensor, rows: slice) -> None:
+        """See `Group`."""
+        with self._in_use:
+            self._send(partials, rows)
+
+    def receive(self, partials: Tensor, last_row: int) -> None:
+        """See `Group`."""
+        with self._in_use:
+            self._receive(partials, last_row)
 
     def _exchange_small(self, small: SmallExchange) -> None:
         sequence = self._next()
@@ -127,22 +141,36 @@ class GroupLink:
         except LinkError as error:
             self._fail(error)
         if late:
-            self._readings = [(peer, self._read_partials(peer, sequence, small.partials)) for peer in late]
+            sums = _Sums(small.partials, sequence)
+            for peer in late:
+                self._readings[peer].append(self._read_partials(peer, sums))
             self._finish()
 
-    def _exchange_rows(self, partials: Tensor, rows: slice) -> None:
+    def _send(self, partials: Tensor, rows: slice) -> None:
         _, n_rows, n_outputs = partials.shape
         row_bytes, own = n_outputs * partials.itemsize, self.rank
         if rows.start == 0:
-            sequence = self._next()
-            self._readings = [(peer, self._read_partials(peer, sequence, partials)) for peer in self._peers]
+            self._await(_Sums(partials, self._next()))
         parts = _parts(_bytes(partials), own, n_rows, row_bytes, rows.start, rows.stop)
         size_bytes = len(own.shards) * (rows.stop - rows.start) * row_bytes
         self._put(Frame(Kind.PARTIALS, rows.start, self._sequence, size_bytes).message(*parts))
-        if rows.stop == n_rows:
-            self._finish()
-        else:
+        self._move()
+
+    def _await(self, sums: _Sums) -> None:
+        self._awaited.append(sums)
+        for peer in self._peers:
+            sums.rows[peer] = 0
+            self._readings[peer].append(self._read_partials(peer, sums))
+
+    def _receive(self, partials: Tensor, last_row: int) -> None:
+        sums = next(sums for sums in self._awaited if sums.partials is partials)
+        while min(sums.rows.values()) < last_row:
+            self._wait()
             self._move()
+        if last_row == partials.shape[1]:
+            self._awaited.remove(sums)
+        if not self._awaited:
+            self._finish()
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
         """See `Group`."""
@@ -154,7 +182,8 @@ class GroupLink:
                 self._finish()
                 return None
             arrived: dict[Peer, Tensor] = {}
-            self._readings = [(peer, self._read_columns(peer, sequence, columns, arrived)) for peer in self._peers]
+            for peer in self._peers:
+                self._readings[peer].append(self._read_columns(peer, sequence, columns, arrived))
             self._finish()
         return [columns, *(arrived[peer] for peer in self._peers)]
 
@@ -169,7 +198,7 @@ class GroupLink:
     def _finish(self) -> None:
         """Until all is written and read."""
         self._move()
-        while self._readings or any(peer.writes for peer in self._peers):
+        while any(self._readings.values()) or any(peer.writes for peer in self._peers):
             self._wait()
             self._move()
 
@@ -178,9 +207,10 @@ class GroupLink:
         try:
             if self._error:
                 raise self._error
-            for peer in self._peers:
+            for peer, readings in self._readings.items():
                 peer.write()
-            self._readings = [(peer, reading) for peer, reading in self._readings if next(reading, DONE) is not DONE]
+                while readings and next(readings[0], DONE) is DONE:
+                    readings.popleft()
         except LinkError as error:
             self._fail(error)
 
@@ -192,9 +222,8 @@ class GroupLink:
         """Until there is something to write or to read, or `close` was called."""
         poll = select.poll()
         poll.register(self._wakes, select.POLLIN)
-        reads = {peer for peer, _ in self._readings}
-        for peer in self._peers:
-            poll.register(peer, select.POLLIN * (peer in reads) | select.POLLOUT * peer.writes)
+        for peer, readings in self._readings.items():
+            poll.register(peer, select.POLLIN * bool(readings) | select.POLLOUT * peer.writes)
         until_s = time.perf_counter() + self._spin_s
         while not poll.poll(0):
             if time.perf_counter() >= until_s:
@@ -220,11 +249,12 @@ class GroupLink:
         arrived.append(codec.decode_batch(piece.batch_id, piece.header, data.view(dtype)))
 
     @staticmethod
-    def _read_partials(peer: Peer, sequence: int, partials: Tensor) -> Reading[None]:
+    def _read_partials(peer: Peer, sums: _Sums) -> Reading[None]:
+        partials = sums.partials
         _, n_rows, n_outputs = partials.shape
         data, row_bytes, row = _bytes(partials), n_outputs * partials.itemsize, 0
         while row < n_rows:
-            frame = yield from peer.read_frame(Kind.PARTIALS, sequence)
+            frame = yield from peer.read_frame(Kind.PARTIALS, sums.sequence)
             count, odd = divmod(frame.size_bytes, len(peer.rank.shards) * row_bytes)
             if odd or frame.start != row or not 0 < count <= n_rows - row:
                 what = f"{frame.size_bytes} bytes of partial sums from row {frame.start} on"
@@ -232,6 +262,7 @@ class GroupLink:
             for part in _parts(data, peer.rank, n_rows, row_bytes, row, row + count):
                 yield from peer.read(part)
             row += count
+            sums.rows[peer] = row
 
     def _read_columns(self, peer: Peer, sequence: int, own: Tensor, arrived: dict[Peer, Tensor]) -> Reading[None]:
         """Shards have nearly the same number of columns: far more is an error, and never memory."""
@@ -245,6 +276,15 @@ class GroupLink:
         arrived[peer] = columns
 
 
+@dataclass(eq=False)
+class _Sums:
+    """Partial sums that come from other ranks. rows: of each, how many are there, from the first on."""
+
+    partials: Tensor
+    sequence: int
+    rows: dict[Peer, int] = field(default_factory=dict)
+
+
 class SmallExchange:
     """Exchanges of one tensor whose frames are small, as a step of decoding has them: twice a layer.
 
@@ -252,10 +292,8 @@ class SmallExchange:
     that can be is prepared, few functions are called, and a frame is one write and one read.
     """
 
-    def __init__(self, partials: Tensor, rows: slice, rank: Rank, peers: Sequence[Peer]) -> None:
-        """rows: all."""
+    def __init__(self, partials: Tensor, rank: Rank, peers: Sequence[Peer]) -> None:
         self.partials = partials
-        self.rows = rows
         self._peers = peers
         self._own = _whole_part(partials, rank)
         self._message = memoryview(bytearray(HEADER.size + len(self._own)))
@@ -300,12 +338,10 @@ class _Arrival(NamedTuple):
         return cls(peer, frame, frame[HEADER.size :], target)
 
 
-def _is_small(partials: Tensor, rows: slice, rank: Rank, peers: Sequence[Peer]) -> bool:
-    """Whether these are all rows, and every rank's frame is small."""
-    _, n_rows, n_outputs = partials.shape
+def _is_small(partials: Tensor, rank: Rank, peers: Sequence[Peer]) -> bool:
+    """Whether every rank's frame is small."""
     most = max(len(rank.shards), *(len(peer.rank.shards) for peer in peers))
-    is_whole = rows.start == 0 and rows.stop == n_rows
-    return is_whole and most * n_rows * n_outputs * partials.itemsize <= JOINED_BYTES
+    return most * partials[0].nbytes <= JOINED_BYTES
 
 
 def _whole_part(partials: Tensor, rank: Rank) -> memoryview:

@@ -4,7 +4,8 @@
 //          -> norm -> gate, up (SwiGLU) -> down + hidden, or a mixture of experts + hidden
 //
 // Where a group of ranks computes the stage, each adds up its own shards of what residuals are added to, and the calling
-// thread exchanges these sums with the other ranks; all then add them in the same order.
+// thread exchanges these sums with the other ranks; all then add them in the same order. Many rows go in pieces: while
+// their sums are on the way, others are computed, of this product and of the next ones up to attention.
 //
 // Each step is the part of a kernel that is also called by itself, so the bits are the same either way.
 #include "decoder.h"
@@ -25,95 +26,117 @@ typedef struct {
     int *failed;                            // what an exchange returned; written by one thread before a barrier
 } Region;
 
-enum { PIECE_ROWS = 288 };  // whose sums are sent while the next ones are computed; weights are read once for so many
+typedef struct {
+    long first, last;
+} Rows;
 
-static void normalise(const Region *region, const float *weight, int thread, int n_threads) {
+// Of a group's step: while their sums are on the way, the next ones are computed. Products read weights once for so many.
+enum { PIECE_ROWS = 288 };
+
+static Rows all_rows(const Step *step) { return (Rows){0, step->rows}; }
+static int in_pieces(const Step *step) { return step->exchange && step->rows > PIECE_ROWS; }
+
+// The piece after this one; the first, after none. A step that exchanges nothing has one.
+static int next_piece(const Step *step, Rows *rows) {
+    long most = in_pieces(step) ? PIECE_ROWS : step->rows, left = step->rows - rows->last;
+    *rows = (Rows){rows->last, rows->last + (left < most ? left : most)};
+    return left > 0;
+}
+
+static char *row_of(const Step *step, void *rows, long row, long numbers) {
+    return (char *)rows + row * numbers * dtype_bytes(step->dtype);
+}
+
+static void normalise(const Region *region, Rows rows, const float *weight, int thread, int n_threads) {
     const Step *step = region->step;
-    Norm norm = {.x = step->hidden, .out = region->normed, .weight = weight, .rows = step->rows,
-                 .size = step->hidden_size, .eps = step->eps, .dtype = step->dtype};
+    long size = step->hidden_size;
+    Norm norm = {.x = row_of(step, step->hidden, rows.first, size), .out = row_of(step, region->normed, rows.first, size),
+                 .weight = weight, .rows = rows.last - rows.first, .size = size, .eps = step->eps, .dtype = step->dtype};
     KERNEL(rms_norm_part)(&norm, thread, n_threads);
     mdi_barrier();
 }
 
-static Product product_of(const Region *region, const Weight *weight, const void *x, void *out) {
-    return (Product){.weight = weight, .x = x, .out = out, .rows = region->step->rows, .dtype = region->step->dtype,
+static Product product_of(const Region *region, Rows rows, const Weight *weight, void *x, void *out) {
+    const Step *step = region->step;
+    long outputs = weight->swiglu ? weight->outputs / 2 : weight->outputs;
+    return (Product){.weight = weight, .x = row_of(step, x, rows.first, weight->inputs),
+                     .out = row_of(step, out, rows.first, outputs), .rows = rows.last - rows.first, .dtype = step->dtype,
                      .scratch = region->scratch};
 }
 
-static void multiply(const Region *region, const Weight *weight, const void *x, void *out, const float *bias, int thread,
-                     int n_threads) {
-    Product product = product_of(region, weight, x, out);
+static void multiply(const Region *region, Rows rows, const Weight *weight, void *x, void *out, const float *bias,
+                     int thread, int n_threads) {
+    Product product = product_of(region, rows, weight, x, out);
     product.bias = bias;
     KERNEL(product_part)(&product, thread, n_threads);
     mdi_barrier();
 }
 
-// Residual and all shards' sums, in order, rounded once: of LANES numbers at a time, a thread's part of all rows.
-INLINE void add_partials_as(const Step *step, long begin, long end, int dtype) {
+// Residual and all shards' sums, in order, rounded once: of LANES numbers at a time, a thread's part of the rows.
+INLINE void add_partials_as(const Step *step, const char *partials, long begin, long end, int dtype) {
     long size = step->rows * step->hidden_size;
     for (long at = begin; at < end; at += LANES) {
         int lanes = end - at < LANES ? (int)(end - at) : LANES;
-        vfloat total = vf_load_few_as(step->partials, at, lanes, dtype);
+        vfloat total = vf_load_few_as(partials, at, lanes, dtype);
         for (long shard = 1; shard < step->n_shards; shard++)
-            total = vf_add(total, vf_load_few_as(step->partials, shard * size + at, lanes, dtype));
+            total = vf_add(total, vf_load_few_as(partials, shard * size + at, lanes, dtype));
         vf_store_few_as(step->hidden, at, vf_add(total, vf_load_few_as(step->hidden, at, lanes, dtype)), lanes, dtype);
     }
 }
 
-static void add_partials(const Step *step, int thread, int n_threads) {
-    long size = step->rows * step->hidden_size, vectors = (size + LANES - 1) / LANES;
+static void add_partials(const Step *step, const char *partials, Rows rows, int thread, int n_threads) {
+    long base = rows.first * step->hidden_size, size = (rows.last - rows.first) * step->hidden_size;
+    long vectors = (size + LANES - 1) / LANES;
     long begin = vectors * thread / n_threads * LANES, end = vectors * (thread + 1) / n_threads * LANES;
     if (end > size) end = size;
-    if (step->dtype == FLOAT32) add_partials_as(step, begin, end, FLOAT32);
-    if (step->dtype == BFLOAT16) add_partials_as(step, begin, end, BFLOAT16);
-    if (step->dtype == FLOAT16) add_partials_as(step, begin, end, FLOAT16);
+    begin += base, end += base;
+    if (step->dtype == FLOAT32) add_partials_as(step, partials, begin, end, FLOAT32);
+    if (step->dtype == BFLOAT16) add_partials_as(step, partials, begin, end, BFLOAT16);
+    if (step->dtype == FLOAT16) add_partials_as(step, partials, begin, end, FLOAT16);
 }
 
-// Where this rank's sums of some rows begin.
-static char *own_partials(const Step *step, long row) {
-    long at = (step->first_shard * step->rows + row) * step->hidden_size;
-    return (char *)step->partials + at * dtype_bytes(step->dtype);
+// Sums of one product, [n_shards][rows][hidden_size]. Where all rows are exchanged at once, all products have the same.
+static char *partials_of(const Step *step, int which) {
+    return row_of(step, step->partials, in_pieces(step) ? which * step->n_shards * step->rows : 0, step->hidden_size);
 }
 
-// After what all threads have written of rows [first, last).
-static void exchange(const Region *region, long first, long last, int thread) {
+static char *own_partials(const Step *step, int which) {
+    return row_of(step, partials_of(step, which), step->first_shard * step->rows, step->hidden_size);
+}
+
+static void exchange(const Region *region, int what, int which, Rows rows) {
+    if (!*region->failed) *region->failed = region->step->exchange(what, which, rows.first, rows.last);
+}
+
+// What all threads have written of these rows.
+static void send(const Region *region, int which, Rows rows, int thread) {
     mdi_barrier();
-    if (thread == 0 && !*region->failed) *region->failed = region->step->exchange(first, last);
+    if (thread == 0) exchange(region, in_pieces(region->step) ? SEND : SEND_AND_RECEIVE, which, rows);
 }
 
-// After the last rows. Returns whether there is something to go on with.
-static int exchanged(const Region *region, int thread, int n_threads) {
+// Adds all ranks' sums of these rows. Returns whether there is something to go on with.
+static int receive(const Region *region, int which, Rows rows, int thread, int n_threads) {
+    const Step *step = region->step;
+    if (!step->exchange) return 1;
+    if (thread == 0 && in_pieces(step)) exchange(region, RECEIVE, which, rows);
     mdi_barrier();
     if (*region->failed) return 0;
-    add_partials(region->step, thread, n_threads);
+    add_partials(step, partials_of(step, which), rows, thread, n_threads);
     mdi_barrier();
     return 1;
 }
 
-static int add_products_of_ranks(const Region *region, Product product, int thread, int n_threads) {
+// To hidden states, or to what is sent to the other ranks: `receive` adds it.
+static void add_product(const Region *region, int which, Rows rows, const Weight *weight, void *x, const Shards *shards,
+                        int thread, int n_threads) {
     const Step *step = region->step;
-    const char *x = product.x;
-    long row_size = product.weight->inputs * dtype_bytes(step->dtype);
-    product.shard_stride = step->rows * step->hidden_size;
-    for (long first = 0, last; first < step->rows; first = last) {
-        last = first + PIECE_ROWS < step->rows ? first + PIECE_ROWS : step->rows;
-        product.x = x + first * row_size, product.out = own_partials(step, first), product.rows = last - first;
-        KERNEL(product_part)(&product, thread, n_threads);
-        exchange(region, first, last, thread);
-    }
-    return exchanged(region, thread, n_threads);
-}
-
-// Returns whether there is something to go on with.
-static int add_product(const Region *region, const Weight *weight, const void *x, const Shards *shards, int thread,
-                       int n_threads) {
-    Product product = product_of(region, weight, x, region->step->hidden);
+    Product product = product_of(region, rows, weight, x, step->exchange ? own_partials(step, which) : step->hidden);
     product.shards = shards;
-    if (region->step->exchange) return add_products_of_ranks(region, product, thread, n_threads);
-    product.residual = region->step->hidden;
+    if (step->exchange) product.shard_stride = step->rows * step->hidden_size;
+    else product.residual = product.out;
     KERNEL(product_part)(&product, thread, n_threads);
-    mdi_barrier();
-    return 1;
+    if (step->exchange) send(region, which, rows, thread);
+    else mdi_barrier();
 }
 
 static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
@@ -151,40 +174,54 @@ static Mixture mixture_of(const Region *region, const Experts *experts) {
     Mixture mixture = {.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
                        .rows = step->rows, .dtype = step->dtype, .shards = step->expert_down, .scratch = region->scratch};
     if (!step->exchange) return mixture;
-    mixture.out = own_partials(step, 0);
+    mixture.out = own_partials(step, INNER);
     mixture.shard_stride = step->rows * step->hidden_size;
     return mixture;
 }
 
-static int mix(const Region *region, const Experts *experts, int thread, int n_threads) {
+// Experts read their weights once for all rows.
+static void mix(const Region *region, const Experts *experts, int thread, int n_threads) {
     Mixture mixture = mixture_of(region, experts);
     KERNEL(mixture_part)(&mixture, thread, n_threads);
-    if (!region->step->exchange) {
-        mdi_barrier();
-        return 1;
+    if (region->step->exchange) send(region, INNER, all_rows(region->step), thread);
+    else mdi_barrier();
+}
+
+static int add_attention(const Region *region, const Layer *layer, int thread, int n_threads) {
+    const Step *step = region->step;
+    for (Rows rows = {0}; next_piece(step, &rows);) {
+        if (layer > step->layers && !receive(region, INNER, rows, thread, n_threads)) return 0;
+        normalise(region, rows, layer->input_norm, thread, n_threads);
+        multiply(region, rows, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
     }
-    exchange(region, 0, region->step->rows, thread);
-    return exchanged(region, thread, n_threads);
+    rotate(region, layer, thread, n_threads);
+    attend(region, layer, thread, n_threads);
+    for (Rows rows = {0}; next_piece(step, &rows);)
+        add_product(region, ATTENTION, rows, layer->out, region->attended, step->out, thread, n_threads);
+    return 1;
 }
 
 static int add_mlp(const Region *region, const Layer *layer, int thread, int n_threads) {
-    if (layer->experts) return mix(region, layer->experts, thread, n_threads);
-    multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
-    return add_product(region, layer->down, region->inner, region->step->down, thread, n_threads);
+    const Step *step = region->step;
+    for (Rows rows = {0}; next_piece(step, &rows);) {
+        if (!receive(region, ATTENTION, rows, thread, n_threads)) return 0;
+        normalise(region, rows, layer->mlp_norm, thread, n_threads);
+        if (layer->experts) continue;
+        multiply(region, rows, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
+        add_product(region, INNER, rows, layer->down, region->inner, step->down, thread, n_threads);
+    }
+    if (layer->experts) mix(region, layer->experts, thread, n_threads);
+    return 1;
 }
 
 static void decoder_part(void *context, int thread, int n_threads) {
     const Region *region = context;
     const Step *step = region->step;
     for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
-        normalise(region, layer->input_norm, thread, n_threads);
-        multiply(region, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
-        rotate(region, layer, thread, n_threads);
-        attend(region, layer, thread, n_threads);
-        if (!add_product(region, layer->out, region->attended, step->out, thread, n_threads)) return;
-        normalise(region, layer->mlp_norm, thread, n_threads);
+        if (!add_attention(region, layer, thread, n_threads)) return;
         if (!add_mlp(region, layer, thread, n_threads)) return;
     }
+    receive(region, INNER, all_rows(step), thread, n_threads);
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -196,7 +233,7 @@ static size_t scratch_size(const Region *region) {
     for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
         const Weight *weights[] = {layer->qkv, layer->out, layer->gate_up, layer->down};
         for (int i = 0; i < (layer->experts ? 2 : 4); i++) {
-            Product product = product_of(region, weights[i], NULL, NULL);
+            Product product = {.weight = weights[i], .rows = step->rows, .dtype = step->dtype};
             if (i == 1) product.shards = step->out;
             if (i == 3) product.shards = step->down;
             size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));

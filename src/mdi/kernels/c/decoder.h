@@ -25,15 +25,17 @@ typedef struct {
     float eps;
     int32_t dtype, cache_dtype;
     const Shards *out, *down, *expert_down;  // of the inputs of these products; NULL where there is one
-    // A rank of a group, which has the shards from first_shard on, writes their sums here, [n_shards][rows][hidden_size] of
-    // dtype; else NULL. The calling thread exchanges some rows of them, in order: with the last ones the others' are there.
-    // What is not 0 ends the call.
+    // A rank of a group, which has the shards from first_shard on, writes their sums here, else NULL: those of attention
+    // and of MLPs, [2][n_shards][rows][hidden_size] of dtype. The calling thread sends rows of them, in order, and receives
+    // the others' before it needs them; few rows are exchanged at once, all in the first part. What is not 0 ends the call.
     void *partials;
     int64_t first_shard, n_shards;
-    int (*exchange)(int64_t first_row, int64_t last_row);
+    int (*exchange)(int64_t what, int64_t which, int64_t first_row, int64_t last_row);
 } Step;
 
 enum { NO_MEMORY = 1, NOT_EXCHANGED = 2 };
+enum { SEND, RECEIVE, SEND_AND_RECEIVE };  // what
+enum { ATTENTION, INNER };                 // which: of attention; of an MLP or of experts
 
 // Runs the layers over a batch and writes its keys and values. Returns 0, or why it could not.
 int KERNEL(decoder)(const Step *step);
