@@ -119,8 +119,7 @@ class SlowLink(GroupLink):
         self._line.wait(self._others, calls[min(last for last in calls if last >= last_row)])
 
     def _part_bytes(self, partials: Tensor, rows: slice) -> int:
-        n_shards, n_rows, _ = partials.shape
-        return partials.nbytes * len(self.rank.shards) // n_shards * (rows.stop - rows.start) // n_rows
+        return partials[0, rows].nbytes * len(self.rank.shards)
 
     def gather(self, columns: Tensor) -> list[Tensor] | None:
         if not self.rank.leads:

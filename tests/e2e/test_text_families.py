@@ -75,7 +75,7 @@ def test_answers_are_those_of_transformers(checkpoint: Path, expected: list[int]
     assert list(answer.token_ids) == expected
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_quantised_model_answers_the_same_on_one_node_and_on_three(checkpoint: Path, quantization: str) -> None:
     answers = []
     for n_nodes in (1, 3):

@@ -201,8 +201,9 @@ def test_mrope_without_sections_is_transformers_default_or_refused(
     assert our_answer(path, picture) == Oracle(path).answer(QUESTION, picture)
 
 
-@pytest.mark.parametrize("form", ["flat", "nested"])
-@pytest.mark.parametrize("n_nodes", [1, 2])
+@pytest.mark.parametrize(
+    ("form", "n_nodes"), [("flat", 1), ("nested", 1), ("flat", 2), pytest.param("nested", 2, marks=pytest.mark.slow)]
+)
 def test_a_stored_head_wins_over_the_flag_for_tied_embeddings(form: str, n_nodes: int, vision_model: Path) -> None:
     """A5: also in the chunks of several nodes."""
     if form == "nested":

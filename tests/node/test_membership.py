@@ -75,7 +75,7 @@ def test_a_rank_that_lost_another_is_not_taken_for_lost_itself() -> None:
         first.lead(BATCH, torch.zeros(1, 8))
         assert outcome.result(TIMEOUT_S) == []
         assert (epoch.next_lost, epoch.lost_node) == (True, "secondary1")
-        waiting = pool.submit(first.exchange, torch.zeros(3, 2, 8), slice(0, 2))
+        waiting = pool.submit(first.exchange, torch.zeros(3, 2, 8))
         with pytest.raises(TimeoutError):  # and no LinkError that names secondary0
             waiting.result(0.2)
         first.close("the epoch ends")

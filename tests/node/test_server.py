@@ -272,7 +272,7 @@ def test_batches_of_an_old_epoch_are_dropped(chunks: list[Path], launcher: Local
     link.close()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: list[Path], victim: int) -> None:
     inbox, deaths = Inbox(), Inbox()
     four_nodes = prepare(open_source(chunks[0].parents[2]), 4)
@@ -296,7 +296,7 @@ def test_a_killed_node_is_noticed_on_the_links_and_by_who_started_it(chunks: lis
         launcher.close()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_frozen_node_is_noticed(chunks: list[Path], launcher: LocalLauncher, victim: int) -> None:
     inbox = Inbox()
     link = OwnLink(launcher.nodes, settings_of(chunks), inbox.put)
