@@ -187,7 +187,7 @@ def test_swiglu_is_fused(kernels: Kernels, dtype: torch.dtype) -> None:
         weight, x, bias = random(2 * inner, inputs, dtype=dtype), random(9, inputs, dtype=dtype), random(2 * inner)
         gate, up = functional.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=1)
         exact = functional.silu(gate) * up
-        made = product(PackedWeight.pack(weight, swiglu=True, kernels=kernels), x, bias=bias)
+        made = product(PackedWeight.pack(weight, gate="silu", kernels=kernels), x, bias=bias)
         assert (made.double() - exact).abs().max() <= (EPSILON[dtype] + 1e-5) * exact.abs().max()
 
 

@@ -64,7 +64,7 @@ def test_one_native_call_has_the_bits_of_one_call_a_kernel(
     rotation = DecoderRope(config.head_dim, config.rope, CPU)(text_positions(0, 9))
     layout = Layout.of(slices, CPU)
     cut = Shards.of(config, shards).of_layers(config, Rank(0, shards, shards)) if shards > 1 else None
-    together = decoder.forward(hidden, rotation, one, layout, shards=cut)
+    together = decoder.forward(hidden, [rotation], one, layout, shards=cut)
     decoder._native = None
-    assert torch.equal(decoder.forward(hidden, rotation, other, layout, shards=cut), together)
+    assert torch.equal(decoder.forward(hidden, [rotation], other, layout, shards=cut), together)
     assert all(map(torch.equal, one.layers + one.scales, other.layers + other.scales))

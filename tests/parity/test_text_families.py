@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -52,6 +54,8 @@ LLAMA3 = {
 }
 EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA = {"head_dim": 32, "sliding_window": 11, "pad_token_id": None, "max_position_embeddings": 512}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -99,6 +103,25 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2Config,
         Qwen2ForCausalLM,
         {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7}},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GEMMA | {"layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+    ),
+    "gemma3 as the larger ones": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GEMMA
+        | {
+            "query_pre_attn_scalar": 24,
+            "num_key_value_heads": 1,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
     ),
     "qwen2 with a window": (
         Qwen2Config,

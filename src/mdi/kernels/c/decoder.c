@@ -1,7 +1,9 @@
 // A stage's decoder layers over a packed batch, in one parallel region: threads meet at barriers and are never woken up.
 //
 //   hidden -> norm -> q, k, v -> rotation, cache -> attention -> out + hidden
-//          -> norm -> gate, up (SwiGLU) -> down + hidden, or a mixture of experts + hidden
+//          -> norm -> gate, up (SwiGLU, GeGLU) -> down + hidden, or a mixture of experts + hidden
+//
+// Where a layer has norms of what is added to hidden, that is summed up and rounded by itself, then normalised and added.
 //
 // Where a group of ranks computes the stage, each adds up its own shards of what residuals are added to, and the calling
 // thread exchanges these sums with the other ranks; all then add them in the same order.
@@ -20,6 +22,7 @@
 typedef struct {
     const Step *step;
     void *normed, *qkv, *attended, *inner;  // [rows][..] of the step's dtype
+    void *summed;                           // [rows][hidden_size]: what is normalised before it is added to hidden
     char *scratch;                          // of products and attention
     atomic_long *claimed;                   // [n_layers]
     int *failed;                            // what an exchange returned; written by one thread before a barrier
@@ -30,6 +33,16 @@ enum { PIECE_ROWS = 288 };  // whose sums are sent while the next ones are compu
 static void normalise(const Region *region, const float *weight, int thread, int n_threads) {
     const Step *step = region->step;
     Norm norm = {.x = step->hidden, .out = region->normed, .weight = weight, .rows = step->rows,
+                 .size = step->hidden_size, .eps = step->eps, .dtype = step->dtype};
+    KERNEL(rms_norm_part)(&norm, thread, n_threads);
+    mdi_barrier();
+}
+
+// hidden + norm of what is summed up; without a norm hidden has it already.
+static void add_normalised(const Region *region, const float *weight, int thread, int n_threads) {
+    const Step *step = region->step;
+    if (!weight) return;
+    Norm norm = {.x = region->summed, .out = step->hidden, .weight = weight, .residual = step->hidden, .rows = step->rows,
                  .size = step->hidden_size, .eps = step->eps, .dtype = step->dtype};
     KERNEL(rms_norm_part)(&norm, thread, n_threads);
     mdi_barrier();
@@ -48,25 +61,33 @@ static void multiply(const Region *region, const Weight *weight, const void *x, 
     mdi_barrier();
 }
 
-// Residual and all shards' sums, in order, rounded once: of LANES numbers at a time, a thread's part of all rows.
-INLINE void add_partials_as(const Step *step, long begin, long end, int dtype) {
+// All shards' sums, in order, and the residual, rounded once: of LANES numbers at a time, a thread's part of all rows.
+INLINE void add_partials_as(const Step *step, const void *residual, void *out, long begin, long end, int dtype) {
     long size = step->rows * step->hidden_size;
     for (long at = begin; at < end; at += LANES) {
         int lanes = end - at < LANES ? (int)(end - at) : LANES;
         vfloat total = vf_load_few_as(step->partials, at, lanes, dtype);
         for (long shard = 1; shard < step->n_shards; shard++)
             total = vf_add(total, vf_load_few_as(step->partials, shard * size + at, lanes, dtype));
-        vf_store_few_as(step->hidden, at, vf_add(total, vf_load_few_as(step->hidden, at, lanes, dtype)), lanes, dtype);
+        if (residual) total = vf_add(total, vf_load_few_as(residual, at, lanes, dtype));
+        vf_store_few_as(out, at, total, lanes, dtype);
     }
 }
 
-static void add_partials(const Step *step, int thread, int n_threads) {
+// Sums without a norm of their own go to hidden, the residual included.
+static void *sum_of(const Region *region, const float *post_norm) { return post_norm ? region->summed : region->step->hidden; }
+static void *residual_of(const Region *region, const float *post_norm) { return post_norm ? NULL : region->step->hidden; }
+
+static void add_partials(const Region *region, const float *post_norm, int thread, int n_threads) {
+    const Step *step = region->step;
+    const void *residual = residual_of(region, post_norm);
+    void *out = sum_of(region, post_norm);
     long size = step->rows * step->hidden_size, vectors = (size + LANES - 1) / LANES;
     long begin = vectors * thread / n_threads * LANES, end = vectors * (thread + 1) / n_threads * LANES;
     if (end > size) end = size;
-    if (step->dtype == FLOAT32) add_partials_as(step, begin, end, FLOAT32);
-    if (step->dtype == BFLOAT16) add_partials_as(step, begin, end, BFLOAT16);
-    if (step->dtype == FLOAT16) add_partials_as(step, begin, end, FLOAT16);
+    if (step->dtype == FLOAT32) add_partials_as(step, residual, out, begin, end, FLOAT32);
+    if (step->dtype == BFLOAT16) add_partials_as(step, residual, out, begin, end, BFLOAT16);
+    if (step->dtype == FLOAT16) add_partials_as(step, residual, out, begin, end, FLOAT16);
 }
 
 // Where this rank's sums of some rows begin.
@@ -82,15 +103,15 @@ static void exchange(const Region *region, long first, long last, int thread) {
 }
 
 // After the last rows. Returns whether there is something to go on with.
-static int exchanged(const Region *region, int thread, int n_threads) {
+static int exchanged(const Region *region, const float *post_norm, int thread, int n_threads) {
     mdi_barrier();
     if (*region->failed) return 0;
-    add_partials(region->step, thread, n_threads);
+    add_partials(region, post_norm, thread, n_threads);
     mdi_barrier();
     return 1;
 }
 
-static int add_products_of_ranks(const Region *region, Product product, int thread, int n_threads) {
+static int sum_products_of_ranks(const Region *region, Product product, const float *post_norm, int thread, int n_threads) {
     const Step *step = region->step;
     const char *x = product.x;
     long row_size = product.weight->inputs * dtype_bytes(step->dtype);
@@ -101,16 +122,16 @@ static int add_products_of_ranks(const Region *region, Product product, int thre
         KERNEL(product_part)(&product, thread, n_threads);
         exchange(region, first, last, thread);
     }
-    return exchanged(region, thread, n_threads);
+    return exchanged(region, post_norm, thread, n_threads);
 }
 
 // Returns whether there is something to go on with.
-static int add_product(const Region *region, const Weight *weight, const void *x, const Shards *shards, int thread,
-                       int n_threads) {
-    Product product = product_of(region, weight, x, region->step->hidden);
+static int sum_product(const Region *region, const Weight *weight, const void *x, const Shards *shards,
+                       const float *post_norm, int thread, int n_threads) {
+    Product product = product_of(region, weight, x, sum_of(region, post_norm));
     product.shards = shards;
-    if (region->step->exchange) return add_products_of_ranks(region, product, thread, n_threads);
-    product.residual = region->step->hidden;
+    if (region->step->exchange) return sum_products_of_ranks(region, product, post_norm, thread, n_threads);
+    product.residual = residual_of(region, post_norm);
     KERNEL(product_part)(&product, thread, n_threads);
     mdi_barrier();
     return 1;
@@ -118,7 +139,7 @@ static int add_product(const Region *region, const Weight *weight, const void *x
 
 static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
     const Step *step = region->step;
-    Rotary rotary = {.heads = region->qkv, .cos = layer->rotates ? step->cos : NULL, .sin = step->sin,
+    Rotary rotary = {.heads = region->qkv, .cos = layer->cos, .sin = layer->sin,
                      .q_norm = layer->q_norm, .k_norm = layer->k_norm, .cache = layer->cache, .scales = layer->scales, .runs = step->runs,
                      .n_runs = step->n_runs, .rows = step->rows, .slot_rows = step->slot_rows, .n_heads = step->heads,
                      .kv_heads = step->kv_heads, .head_dim = step->head_dim, .eps = step->eps, .dtype = step->dtype,
@@ -146,31 +167,32 @@ static void attend(const Region *region, const Layer *layer, int thread, int n_t
     mdi_barrier();
 }
 
-static Mixture mixture_of(const Region *region, const Experts *experts) {
+static Mixture mixture_of(const Region *region, const Layer *layer) {
     const Step *step = region->step;
-    Mixture mixture = {.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
-                       .rows = step->rows, .dtype = step->dtype, .shards = step->expert_down, .scratch = region->scratch};
+    const float *post_norm = layer->mlp_post_norm;
+    Mixture mixture = {.experts = layer->experts, .x = region->normed, .residual = residual_of(region, post_norm),
+                       .out = sum_of(region, post_norm), .rows = step->rows, .dtype = step->dtype, .shards = step->expert_down, .scratch = region->scratch};
     if (!step->exchange) return mixture;
     mixture.out = own_partials(step, 0);
     mixture.shard_stride = step->rows * step->hidden_size;
     return mixture;
 }
 
-static int mix(const Region *region, const Experts *experts, int thread, int n_threads) {
-    Mixture mixture = mixture_of(region, experts);
+static int mix(const Region *region, const Layer *layer, int thread, int n_threads) {
+    Mixture mixture = mixture_of(region, layer);
     KERNEL(mixture_part)(&mixture, thread, n_threads);
     if (!region->step->exchange) {
         mdi_barrier();
         return 1;
     }
     exchange(region, 0, region->step->rows, thread);
-    return exchanged(region, thread, n_threads);
+    return exchanged(region, layer->mlp_post_norm, thread, n_threads);
 }
 
-static int add_mlp(const Region *region, const Layer *layer, int thread, int n_threads) {
-    if (layer->experts) return mix(region, layer->experts, thread, n_threads);
+static int sum_mlp(const Region *region, const Layer *layer, int thread, int n_threads) {
+    if (layer->experts) return mix(region, layer, thread, n_threads);
     multiply(region, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
-    return add_product(region, layer->down, region->inner, region->step->down, thread, n_threads);
+    return sum_product(region, layer->down, region->inner, region->step->down, layer->mlp_post_norm, thread, n_threads);
 }
 
 static void decoder_part(void *context, int thread, int n_threads) {
@@ -181,9 +203,12 @@ static void decoder_part(void *context, int thread, int n_threads) {
         multiply(region, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
         rotate(region, layer, thread, n_threads);
         attend(region, layer, thread, n_threads);
-        if (!add_product(region, layer->out, region->attended, step->out, thread, n_threads)) return;
+        const float *post_norm = layer->attention_post_norm;
+        if (!sum_product(region, layer->out, region->attended, step->out, post_norm, thread, n_threads)) return;
+        add_normalised(region, post_norm, thread, n_threads);
         normalise(region, layer->mlp_norm, thread, n_threads);
-        if (!add_mlp(region, layer, thread, n_threads)) return;
+        if (!sum_mlp(region, layer, thread, n_threads)) return;
+        add_normalised(region, layer->mlp_post_norm, thread, n_threads);
     }
 }
 
@@ -202,7 +227,7 @@ static size_t scratch_size(const Region *region) {
             size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));
         }
         if (!layer->experts) continue;
-        Mixture mixture = mixture_of(region, layer->experts);
+        Mixture mixture = mixture_of(region, layer);
         size = larger(size, KERNEL(mixture_scratch)(&mixture, mdi_threads()));
     }
     return size;
@@ -216,6 +241,13 @@ static long inner_width(const Step *step) {
     return widest;
 }
 
+// Whether some layer has norms of what is added to hidden.
+static int has_post_norms(const Step *step) {
+    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++)
+        if (layer->attention_post_norm || layer->mlp_post_norm) return 1;
+    return 0;
+}
+
 static size_t row_bytes(const Step *step, long numbers) {
     return (step->rows * numbers * dtype_bytes(step->dtype) + 63) & ~(size_t)63;
 }
@@ -225,8 +257,9 @@ int KERNEL(decoder)(const Step *step) {
     Region region = {.step = step};
     size_t normed = row_bytes(step, step->hidden_size), attended = row_bytes(step, step->heads * step->head_dim);
     size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, inner_width(step));
+    size_t summed = has_post_norms(step) ? normed : 0;
     size_t counters = (step->n_layers * sizeof(atomic_long) + 63) & ~(size_t)63;
-    char *memory = mdi_scratch(counters + normed + qkv + attended + inner + scratch_size(&region));
+    char *memory = mdi_scratch(counters + normed + qkv + attended + inner + summed + scratch_size(&region));
     if (!memory) return NO_MEMORY;
     int failed = 0;
     region.failed = &failed;
@@ -236,7 +269,8 @@ int KERNEL(decoder)(const Step *step) {
     region.qkv = memory += normed;
     region.attended = memory += qkv;
     region.inner = memory += attended;
-    region.scratch = memory + inner;
+    region.summed = memory += inner;
+    region.scratch = memory + summed;
     mdi_parallel(decoder_part, &region);
     return failed ? NOT_EXCHANGED : 0;
 }
