@@ -45,7 +45,8 @@ def products():
     dtype = chance.choice(FLOATS)
     inputs = chance.randint(1, 200) if format_ is None else chance.randint(1, 5) * 64
     outputs, rows = 2 * chance.randint(1, 70), chance.choice([1, 2, 3, 5, 7, 17, 33])
-    packed = PackedWeight.pack(weight(outputs, inputs, format_, dtype), gate=chance.choice(["none", "none", "silu", "tanh_gelu"]))
+    gate = chance.choice(["none", "none", "silu", "tanh_gelu"])
+    packed = PackedWeight.pack(weight(outputs, inputs, format_, dtype), gate=gate)
     x = torch.randn(rows, inputs, dtype=dtype)
     return product(packed, x, bias=torch.randn(outputs), residual=torch.randn(rows, packed.width, dtype=dtype))
 

@@ -174,6 +174,57 @@ def test_axes_of_positions_and_yarn_go_together(tmp_path: Path) -> None:
     assert relative_difference(logits_of(load_stages(path), prompt), theirs) < 1e-4
 
 
+def test_gemma_has_two_forms_of_config(tmp_path: Path) -> None:
+    """The older one is that of the files on the hub; transformers reads both, and saves the newer."""
+    older = {
+        **SIZES,
+        **GEMMA,
+        "num_hidden_layers": 7,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 2000,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_theta": 100000,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": True,
+    }
+    Gemma3TextConfig(**older).save_pretrained(tmp_path)
+    newer = json.loads((tmp_path / "config.json").read_text())
+    assert not {"rope_theta", "rope_scaling"} & newer.keys()
+    config = read_config(older)
+    assert config == read_config(newer)
+    assert [kind.window for kind in config.kinds] == [11, 11, 0, 11, 11, 0, 11]
+    assert [(rope.theta, rope.scaling and rope.scaling.factor) for rope in config.ropes] == [(1e5, 8), (2e3, None)]
+    assert (config.rotation_of(1), config.rotation_of(2)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is set, which is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set, which is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set, which is not supported"),
+        ({"hidden_activation": "gelu"}, "activation 'gelu' is not supported in the decoder"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar should be greater than 0"),
+        ({"sliding_window": None}, "sliding_window is missing"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters has 'rope_type', where full_attention and"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "RoPE scaling of type 'dynamic' is not supported",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "'linear' needs factor"),
+        (
+            {"rope_parameters": None, "rope_local_base_freq": 0.0},
+            "rope_parameters.sliding_attention.rope_theta should be greater than 0",
+        ),
+    ],
+)
+def test_what_is_not_computed_of_gemma_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = Gemma3TextConfig(**SIZES).to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    with pytest.raises(CheckpointError, match=f"^config.json: .*{message}"):
+        read_config(json.loads(json.dumps(config | changes)))
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
     [("mistral with a window", 131072), ("llama yarn", 2048), ("qwen3", 32768)],
@@ -206,6 +257,7 @@ def test_a_sequence_may_be_as_long_as_the_model_is_scaled_to(name: str, most: in
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not supported .models that write text end with"),
         ({"architectures": ["Qwen2Model"]}, "Qwen2Model is not supported .models that write text end with"),
         ({"architectures": ["Llama4ForCausalLM"]}, "architecture Llama4ForCausalLM is not supported; the closest"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not supported"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -96,9 +96,9 @@ class NativeLayers:
     ) -> Tensor:
         """Runs a part of the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into caches.
 
-        rotations: cosines and sines, float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as `attention.attend` has them.
-        shards: of what is added to hidden states. group: the other ranks, with which it is summed up; raises what the
-        exchange raises.
+        rotations: cosines and sines, float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as
+        `attention.attend` has them. shards: of what is added to hidden states. group: the other ranks, with which it is
+        summed up; raises what the exchange raises.
         """
         tables = [(cos.data_ptr(), sin.data_ptr()) for cos, sin in rotations]
         for index, (layer, weights, cache) in enumerate(zip(self._layers, self._kept, caches, strict=True)):

@@ -31,7 +31,7 @@ def compute(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """residual + RMSNorm over the last dimension, in float32, rounded once. weight: float32 [size]. residual: like x."""
+    """residual + RMSNorm of the last dimension, in float32, rounded once. residual: like x. weight: float32 [size]."""
     return _norm("rms_norm", x, weight, None, eps, residual)
 
 

@@ -159,9 +159,9 @@ def product(
     """residual + activation(x W^T + bias), rounded once: [rows, in] -> [rows, out] in the dtype of x.
 
     x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu,
-    quick_gelu, tanh_gelu or silu; a gate is a property of the weight. shards: parts of the inputs, whose sums are rounded,
-    then added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError for shards
-    that cut a group.
+    quick_gelu, tanh_gelu or silu; a gate is a property of the weight. shards: parts of the inputs, whose sums are
+    rounded, then added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError
+    for shards that cut a group.
     """
     out = x.new_empty(len(x), weight.width)
     if residual is not None:

@@ -50,8 +50,8 @@ class Decoder:
     ) -> None:
         """config: of the layers that the stage has: a rank's own (`rank_config`), whose tensors `get` gives.
 
-        embedding: [vocab_size, hidden_size], where the stage has it, not scaled yet. tied_head: the head's weight is the same; a rank's
-        head has some rows of it.
+        embedding: [vocab_size, hidden_size] as stored, where the stage has it. tied_head: the head's weight is the
+        same; a rank's head has some rows of it.
         """
         self.embedding = embedding
         self.embedding_scale = float(torch.tensor(config.embedding_scale).to(get.dtype))  # rounded as in transformers
@@ -85,10 +85,10 @@ class Decoder:
     ) -> Tensor:
         """Runs the stage's layers over a packed batch: [tokens, hidden_size] -> the same. Writes the cache.
 
-        Where kernels compute, one native call does it, with the same bits. rotations: by `ModelConfig.ropes`. group: the other ranks that compute the
-        stage, in the same step. shards: those that this rank has, or the parts in which one node adds up; needed in a
-        group. deepstack: of the stage's first layer and those after it; a native call then ends behind each layer that
-        adds some.
+        Where kernels compute, one native call does it, with the same bits. rotations: one for each of
+        `ModelConfig.ropes`. group: the other ranks that compute the stage, in the same step. shards: those that this
+        rank has, or the parts in which one node adds up; needed in a group. deepstack: of the stage's first layer and
+        those after it; a native call then ends behind each layer that adds some.
         """
         arguments = rotations, cache, layout, group, shards
         if deepstack is None:
