@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from testing.checkpoints import tiny_text_config
+from testing.checkpoints import tiny_gemma_config, tiny_text_config
 from testing.gguf_files import ARCHITECTURES, K_QUANTS, KINDS, dequantised, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -28,6 +28,7 @@ from mdi.core.errors import CheckpointError
 from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32, INT8_32_MINIMUMS, Quantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING
+from mdi.models.registry import read_config
 
 QUESTION = "What is at hand?"
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -127,16 +128,7 @@ def test_the_config_is_that_of_the_checkpoint(checkpoints: dict[str, Path], tmp_
         assert ours.experts == original.experts
 
 
-GEMMA = tiny_text_config(
-    "gemma3_text",
-    architectures=["Gemma3ForCausalLM"],
-    head_dim=32,
-    num_hidden_layers=7,
-    rope_local_base_freq=10000,
-    rope_scaling={"rope_type": "linear", "factor": 8.0},
-    sliding_window=16,
-    query_pre_attn_scalar=32,
-)
+GEMMA = tiny_gemma_config(num_hidden_layers=7, sliding_window_pattern=6)  # GGUF files have no other pattern
 
 
 def test_gemma_scales_positions_of_some_layers_only(tmp_path: Path) -> None:
@@ -154,19 +146,27 @@ def test_gemma_scales_positions_of_some_layers_only(tmp_path: Path) -> None:
 
 def test_gemma_27b_is_known_by_its_layers(tmp_path: Path) -> None:
     """Its scores are multiplied by (hidden_size / heads) ** -0.5; the file does not say so."""
-    path = write_random_checkpoint(tmp_path / "gemma", GEMMA | {"num_hidden_layers": 62, "query_pre_attn_scalar": 16})
-    ours = open_source(gguf_folder(write_gguf(path, tmp_path / "a.gguf", "F16"))).model_config
-    assert ours.query_scale == open_source(path).model_config.query_scale == (32 / 16) ** 0.5
-
-
-def test_what_is_not_computed_of_gemma_is_refused_by_name(tmp_path: Path) -> None:
     path = write_random_checkpoint(tmp_path / "gemma", GEMMA | {"num_hidden_layers": 1})
-    capped = write_gguf(path, tmp_path / "a.gguf", "F16", **{"gemma3.final_logit_softcapping": 30.0})
-    with pytest.raises(CheckpointError, match="final_logit_softcapping is set, which is not supported"):
-        gguf_folder(capped)
-    windowless = write_gguf(path, tmp_path / "b.gguf", "F16", **{"gemma3.attention.sliding_window": 0})
-    with pytest.raises(CheckpointError, match="sliding_window should be greater than or equal to 1"):
-        gguf_folder(windowless)
+    for layers, scale in ((61, 1.0), (62, (32 / 16) ** 0.5)):
+        file = write_gguf(path, tmp_path / f"{layers}.gguf", "F16", **{"gemma3.block_count": layers})
+        config = read_config(json.loads((gguf_folder(file) / "config.json").read_text()))
+        assert config.query_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping is set, which is not supported"),
+        ({"gemma3.attention.sliding_window": 0}, "sliding_window should be greater than or equal to 1"),
+    ],
+)
+def test_what_is_not_computed_of_gemma_is_refused_by_name(
+    entries: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_random_checkpoint(tmp_path / "gemma", GEMMA | {"num_hidden_layers": 1})
+    file = write_gguf(path, tmp_path / "a.gguf", "F16", **entries)
+    with pytest.raises(CheckpointError, match=message):
+        gguf_folder(file)
 
 
 def test_frequencies_of_llama_3_are_found_in_their_divisors(tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from testing.checkpoints import tiny_deepstack_config, tiny_deepstack_experts_config, tiny_text_config
+from testing.checkpoints import (
+    tiny_deepstack_config,
+    tiny_deepstack_experts_config,
+    tiny_gemma_config,
+    tiny_text_config,
+)
 from testing.gguf_files import write_gguf, write_mmproj
 from testing.llama_cpp import LlamaCpp
 
@@ -23,17 +28,7 @@ WHOLE_VOCABULARY = {"vocab_size": 264, "num_hidden_layers": 4}  # llama.cpp expe
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True}
 FAMILIES = {
     "qwen3_moe": tiny_text_config("qwen3_moe", **EXPERTS, vocab_size=259, head_dim=32, tie_word_embeddings=False),
-    "gemma3_text": tiny_text_config(
-        "gemma3_text",
-        architectures=["Gemma3ForCausalLM"],
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        num_hidden_layers=7,
-        rope_local_base_freq=10000,
-        rope_scaling={"rope_type": "linear", "factor": 8.0},
-        sliding_window=16,
-        vocab_size=259,
-    ),
+    "gemma3_text": tiny_gemma_config(num_hidden_layers=7, sliding_window_pattern=6, vocab_size=259),
     "qwen3_vl": tiny_deepstack_config(**WHOLE_VOCABULARY),
     "qwen3_vl_moe": tiny_deepstack_experts_config(**WHOLE_VOCABULARY),
 }

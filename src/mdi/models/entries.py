@@ -172,7 +172,7 @@ def decoder_ropes(
 ) -> tuple[RopeEntries, RopeEntries | None]:
     """The same of a decoder, and that of its layers with a window, where `rope_parameters` has one for each kind."""
     by_kind = part.get("rope_parameters")
-    if not isinstance(by_kind, dict) or SLIDING not in by_kind:
+    if not isinstance(by_kind, dict) or not by_kind.keys() & {FULL, SLIDING}:
         return rope_entries(part, default_theta, where), None
     theta, key = part.get("rope_theta", default_theta), f"{where}rope_parameters"
     full, sliding = (_rope(by_kind.get(kind) or {}, theta, f"{key}.{kind}") for kind in (FULL, SLIDING))
