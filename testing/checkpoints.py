@@ -117,7 +117,10 @@ def tiny_deepstack_experts_config(**text: Any) -> dict[str, Any]:
 
 
 def tiny_gemma_config(**overrides: Any) -> dict[str, Any]:
-    """The same as a Gemma 3, in the form of the larger ones on the hub: each third layer attends to all tokens."""
+    """The same as a Gemma 3, in the form of the larger ones on the hub: each third layer attends to all tokens.
+
+    Its head is not tied: random weights, whose embedding is scaled, would repeat the last token.
+    """
     gemma = {
         "architectures": ["Gemma3ForCausalLM"],
         "head_dim": 32,
@@ -126,6 +129,7 @@ def tiny_gemma_config(**overrides: Any) -> dict[str, Any]:
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "sliding_window": 16,
         "sliding_window_pattern": 3,
+        "tie_word_embeddings": False,
     }
     return tiny_text_config("gemma3_text", **gemma | overrides)
 

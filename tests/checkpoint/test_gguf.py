@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 256,
         "num_hidden_layers": 6,
         "sliding_window": 16,
+        "tie_word_embeddings": False,
     },
 }
 ROUTER = ".mlp.gate.weight"

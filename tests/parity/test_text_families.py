@@ -116,6 +116,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         | {
             "query_pre_attn_scalar": 24,
             "num_key_value_heads": 1,
+            "tie_word_embeddings": False,
             "layer_types": ["full_attention", "sliding_attention"] * 2,
             "rope_parameters": {
                 "full_attention": LINEAR,
