@@ -66,7 +66,9 @@ def test_calibrated_chunks_are_nearer_to_the_model_than_rounded_ones(text_only: 
     assert calibrated < 0.8 * rounded
 
 
-@pytest.mark.parametrize("config", [tiny_text_config(), tiny_gemma_config(tie_word_embeddings=True)], ids=["qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    "config", [tiny_text_config(), tiny_gemma_config(tie_word_embeddings=True)], ids=["qwen2", "gemma3"]
+)
 def test_products_are_calibrated_with_what_the_model_gives_them(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

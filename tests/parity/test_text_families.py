@@ -114,6 +114,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Gemma3ForCausalLM,
         GEMMA
         | {
+            "hidden_size": 96,  # whose root bfloat16 rounds
             "query_pre_attn_scalar": 24,
             "num_key_value_heads": 1,
             "tie_word_embeddings": False,
@@ -173,6 +174,21 @@ def test_axes_of_positions_and_yarn_go_together(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = oracle(**prompt.oracle_inputs(), use_cache=False).logits[0]
     assert relative_difference(logits_of(load_stages(path), prompt), theirs) < 1e-4
+
+
+def test_gemma_in_bfloat16_is_as_near_to_its_numbers_as_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config_class, model_class, changes = FAMILIES["gemma3 as the larger ones"]
+    oracle = model_class(config_class(**{**SIZES, **changes})).eval()
+    path, ids = saved(oracle, tmp_path), torch.tensor(TEXT)
+    [stage] = load_stages(path, dtype=torch.bfloat16)
+    ours = logits_of([stage], Prompt(TEXT))
+    with torch.no_grad():
+        exact = oracle(ids[None], use_cache=False).logits[0]
+        rounded = oracle.to(torch.bfloat16)
+        theirs = rounded(ids[None], use_cache=False).logits[0]
+        assert torch.equal(stage.embed(ids), rounded.model.embed_tokens(ids))
+    assert relative_difference(ours, exact) < 1.1 * relative_difference(theirs, exact) < 0.03
 
 
 def test_gemma_has_two_forms_of_config(tmp_path: Path) -> None:
