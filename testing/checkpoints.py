@@ -116,6 +116,24 @@ def tiny_deepstack_experts_config(**text: Any) -> dict[str, Any]:
     return made | {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
 
 
+def tiny_gemma_config(**overrides: Any) -> dict[str, Any]:
+    """The same as a Gemma 3, in the form of the larger ones on the hub: each third layer attends to all tokens.
+
+    Its head is not tied: random weights, whose embedding is scaled, would repeat the last token.
+    """
+    gemma = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": False,
+    }
+    return tiny_text_config("gemma3_text", **gemma | overrides)
+
+
 def tiny_text_config(family: str = "qwen2", /, **overrides: Any) -> dict[str, Any]:
     """The language model of `tiny_config` alone, as a text family's config. family: its model_type."""
     name = family.title().replace("_", "")

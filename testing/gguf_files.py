@@ -26,6 +26,7 @@ K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 ARCHITECTURES = {
+    "gemma3_text": "gemma3",
     "mistral": "llama",
     "qwen2_vl": "qwen2vl",
     "qwen2_5_vl": "qwen2vl",
@@ -60,11 +61,12 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, *, tensors_a_part: int =
     _add_config(writer, config.get("text_config", config), made)
     _add_tokenizer(writer, checkpoint)
     _replace(writer, entries)
-    if made.rope.scaling:
+    if made.rope.scaling and made.rope.scaling.kind == "llama3":
         writer.add_tensor("rope_freqs.weight", _divisors(config).numpy())
     for name, weight in _stacked(_weights(checkpoint, config)).items():
         if not name.startswith(VISUAL):
-            _add(writer, _name_in_file(name, writer.arch, made), _in_file_order(name, weight, config), kind)
+            stored = weight + made.norm_offset if name.endswith("norm.weight") else _in_file_order(name, weight, config)
+            _add(writer, _name_in_file(name, writer.arch, made), stored, kind)
     return min(path.parent.glob(f"{_written(writer, path).stem}*.gguf"))
 
 
@@ -165,6 +167,11 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any], made: ModelConf
     writer.add_vocab_size(made.vocab_size)
     if made.rope.sections:
         writer.add_rope_dimension_sections([*made.rope.sections, 0])
+    if made.rope.scaling and made.rope.scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(made.rope.scaling.factor)
+    if made.post_norms:
+        writer.add_sliding_window(config["sliding_window"])
     if made.experts:
         writer.add_expert_count(made.experts.count)
         writer.add_expert_used_count(made.experts.per_token)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing.checkpoints import tiny_text_config
+from testing.checkpoints import tiny_gemma_config, tiny_text_config
 from torch import Tensor
 
 from mdi.checkpoint import calibration
@@ -21,11 +23,11 @@ from mdi.checkpoint.source import Source, open_source
 from mdi.checkpoint.weights import RoundedWeights
 from mdi.core.batch import Batch, Slice
 from mdi.core.errors import CheckpointError, ConfigError
-from mdi.core.quantization import INT4, INT8, ModelQuantization
+from mdi.core.quantization import INT4, INT8, ModelQuantization, QuantizedTensor
 from mdi.layers.quantize import dequantize
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
-from mdi.models.decoder import LM_HEAD
+from mdi.models.decoder import EMBEDDING, LM_HEAD
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage, stage_specs
 
@@ -38,7 +40,10 @@ HELD_OUT = DEFAULT_TEXT.text[-SEQUENCE:]
 
 
 def logits(loaded: LoadedStage, text: str) -> Tensor:
-    ids = torch.tensor(list(text.encode()))[:SEQUENCE]  # the tokens of the tiny models are bytes
+    return logits_of(loaded, torch.tensor(list(text.encode()))[:SEQUENCE])  # the tokens of the tiny models are bytes
+
+
+def logits_of(loaded: LoadedStage, ids: Tensor) -> Tensor:
     stage = Stage(loaded, n_slots=1, sequence_length=SEQUENCE)
     batch = Batch(0, (Slice(0, 0, len(ids)),), text_positions(0, len(ids)))
     return stage.logits(batch, stage.embed(ids)).float()
@@ -59,6 +64,27 @@ def test_calibrated_chunks_are_nearer_to_the_model_than_rounded_ones(text_only: 
     rounded = divergence(exact, logits(load_chunk(chunk(source, None)), HELD_OUT))
     calibrated = divergence(exact, logits(load_chunk(chunk(source, SHORT)), HELD_OUT))
     assert calibrated < 0.8 * rounded
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_text_config(), tiny_gemma_config(tie_word_embeddings=True)], ids=["qwen2", "gemma3"]
+)
+def test_products_are_calibrated_with_what_the_model_gives_them(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to the head, where nothing is rounded on the way."""
+    source, read = open_source(write_random_checkpoint(tmp_path / "model", config)), dict[str, Tensor]()
+    weights = CalibratedWeights(source, SHORT, INT4_ALL)
+
+    def calibrate(names: Sequence[str], x: Tensor, _min_rows: int = 1) -> dict[str, QuantizedTensor]:
+        read[names[0]] = x
+        return {}
+
+    monkeypatch.setattr(weights, "calibrate", calibrate)
+    assert len(list(weights._parts)) == source.model_config.n_layers + 1
+    made = read[LM_HEAD][:SEQUENCE] @ source.tensor(EMBEDDING).T
+    exact = logits_of(load_source(source), SHORT.sequences(source)[0])
+    assert (made - exact).norm() < 1e-4 * exact.norm()
 
 
 def test_the_same_text_makes_the_same_weights_for_any_number_of_nodes_and_another_one_others(source: Source) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from testing.checkpoints import tiny_text_config
+from testing.checkpoints import tiny_gemma_config, tiny_text_config
 from testing.gguf_files import ARCHITECTURES, K_QUANTS, KINDS, dequantised, write_gguf
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ from mdi.core.errors import CheckpointError
 from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32, INT8_32_MINIMUMS, Quantization
 from mdi.layers.quantize import dequantize
 from mdi.models.decoder import EMBEDDING
+from mdi.models.registry import read_config
 
 QUESTION = "What is at hand?"
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -40,6 +42,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {  # five layers with a window, one without
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 256,
+        "num_hidden_layers": 6,
+        "sliding_window": 16,
         "tie_word_embeddings": False,
     },
 }
@@ -56,7 +65,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
     return {
-        name: write_random_checkpoint(folder / name, tiny_text_config(name, num_hidden_layers=2, **changes))
+        name: write_random_checkpoint(folder / name, tiny_text_config(name, **{"num_hidden_layers": 2, **changes}))
         for name, changes in FAMILIES.items()
     }
 
@@ -86,6 +95,8 @@ def test_tensors_are_those_that_were_written(
     for name, weight in written.items():
         assert source.spec(name).shape == tuple(weight.shape)
         expected = weight if weight.dim() == 1 or name.endswith(ROUTER) else dequantised(weight, kind)
+        if family == "gemma3_text" and weight.dim() == 1:
+            expected = (weight + 1) - 1  # as the converter adds it, and we take it away
         assert torch.equal(source.tensor(name), expected)
 
 
@@ -113,8 +124,50 @@ def test_the_config_is_that_of_the_checkpoint(checkpoints: dict[str, Path], tmp_
         for name in ("architecture", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "tied_embeddings", "qk_norm"):
             assert getattr(ours, name) == getattr(original, name), name
         assert ours.rms_eps == original.rms_eps
-        assert ours.rope.theta == original.rope.theta
+        assert (ours.ropes, ours.kinds) == (original.ropes, original.kinds)
+        assert ours.query_scale == original.query_scale
         assert ours.experts == original.experts
+
+
+GEMMA = tiny_gemma_config(num_hidden_layers=7, sliding_window_pattern=6)  # GGUF files have no other pattern
+
+
+def test_gemma_scales_positions_of_some_layers_only(tmp_path: Path) -> None:
+    """As the files of 4B and larger do."""
+    path = write_random_checkpoint(tmp_path / "gemma", GEMMA, dtype="bfloat16")
+    source = open_source(gguf_folder(write_gguf(path, tmp_path / "a.gguf", "BF16")))
+    ours, original = source.model_config, open_source(path).model_config
+    assert ours.ropes[0].scaling
+    assert ours.ropes[0].scaling.factor == 8
+    assert ours == replace(original, max_positions=ours.max_positions)
+    for name, weight in load_file(path / "model.safetensors").items():
+        assert torch.equal(source.tensor(name).bfloat16(), weight) or "norm" in name, name
+        assert torch.allclose(source.tensor(name), weight.float(), atol=1e-7), name
+
+
+def test_gemma_27b_is_known_by_its_layers(tmp_path: Path) -> None:
+    """Its scores are multiplied by (hidden_size / heads) ** -0.5; the file does not say so."""
+    path = write_random_checkpoint(tmp_path / "gemma", GEMMA | {"num_hidden_layers": 1})
+    for layers, scale in ((61, 1.0), (62, (32 / 16) ** 0.5)):
+        file = write_gguf(path, tmp_path / f"{layers}.gguf", "F16", **{"gemma3.block_count": layers})
+        config = read_config(json.loads((gguf_folder(file) / "config.json").read_text()))
+        assert config.query_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping is set, which is not supported"),
+        ({"gemma3.attention.sliding_window": 0}, "sliding_window should be greater than or equal to 1"),
+    ],
+)
+def test_what_is_not_computed_of_gemma_is_refused_by_name(
+    entries: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_random_checkpoint(tmp_path / "gemma", GEMMA | {"num_hidden_layers": 1})
+    file = write_gguf(path, tmp_path / "a.gguf", "F16", **entries)
+    with pytest.raises(CheckpointError, match=message):
+        gguf_folder(file)
 
 
 def test_frequencies_of_llama_3_are_found_in_their_divisors(tmp_path: Path) -> None:
@@ -303,7 +356,7 @@ def test_it_is_quantised_anew_where_that_is_asked_for(small: Path, quantization:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3' are not supported; supported: llama, qwen2, qwen2vl, qwen3"),
+        ({"general.architecture": "gemma2"}, "'gemma2' are not supported; supported: llama, qwen2, qwen2vl, qwen3"),
         ({"llama.expert_count": 8}, "model.gguf mixes 8 experts .* as Mixtral does: .* that are: qwen3moe, qwen3vlmoe"),
         ({"split.count": 3}, "model.gguf is part 1 of 3, not 1 of 1: keep the names"),
         ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken', which is not supported; supported: gpt-2"),

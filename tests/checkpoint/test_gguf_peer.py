@@ -1,4 +1,4 @@
-"""GGUF files of Qwen3-MoE and Qwen3-VL, and their towers: the answers are llama.cpp's on the same files."""
+"""GGUF files of Qwen3-MoE, Gemma 3 and Qwen3-VL, and their towers: the answers are llama.cpp's on the same files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from testing.checkpoints import tiny_deepstack_config, tiny_deepstack_experts_config, tiny_text_config
+from testing.checkpoints import (
+    tiny_deepstack_config,
+    tiny_deepstack_experts_config,
+    tiny_gemma_config,
+    tiny_text_config,
+)
 from testing.gguf_files import write_gguf, write_mmproj
 from testing.llama_cpp import LlamaCpp
 
@@ -23,9 +28,11 @@ WHOLE_VOCABULARY = {"vocab_size": 264, "num_hidden_layers": 4}  # llama.cpp expe
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True}
 FAMILIES = {
     "qwen3_moe": tiny_text_config("qwen3_moe", **EXPERTS, vocab_size=259, head_dim=32, tie_word_embeddings=False),
+    "gemma3_text": tiny_gemma_config(num_hidden_layers=7, sliding_window_pattern=6, vocab_size=259),
     "qwen3_vl": tiny_deepstack_config(**WHOLE_VOCABULARY),
     "qwen3_vl_moe": tiny_deepstack_experts_config(**WHOLE_VOCABULARY),
 }
+TEXT = ("qwen3_moe", "gemma3_text")
 MERGES: dict[str, Any] = {"tokenizer.ggml.merges": ["a b"]}  # llama.cpp expects some
 
 
@@ -48,7 +55,7 @@ def test_answers_are_those_of_llama_cpp(family: str, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / family, FAMILIES[family], seed=2)  # answers vary
     file = write_gguf(checkpoint, tmp_path / "model.gguf", "F32")
     their_file = write_gguf(checkpoint, tmp_path / "theirs.gguf", "F32", **MERGES)
-    mmproj = None if family == "qwen3_moe" else write_mmproj(checkpoint, tmp_path / "mmproj.gguf", "F32")
+    mmproj = None if family in TEXT else write_mmproj(checkpoint, tmp_path / "mmproj.gguf", "F32")
     images = [picture(tmp_path, seed) for seed in range(3)] if mmproj else []
     settings: dict[str, Any] = {"mmproj": mmproj, "media_dir": str(tmp_path)}
     with Engine(file, dtype="float32", **settings) as engine, LlamaCpp(their_file, mmproj) as peer:

@@ -100,6 +100,24 @@ def test_tokens_are_those_of_llama_cpp(prefix: bool, tmp_path: Path, monkeypatch
             assert tuple(made.encode(text, add_special_tokens=False).ids) == peer.tokens(text), text
 
 
+def test_the_end_of_a_turn_ends_answers_of_gemma(tmp_path: Path) -> None:
+    """Files need not name it. Spaces are as they are in the text: Gemma puts none before it."""
+    pieces, _ = trained()
+    place = len(pieces)
+    grown = entries(**{"tokenizer.ggml.add_space_prefix": False})
+    grown["tokenizer.ggml.tokens"] = [*pieces, "<end_of_turn>", "\n\n"]
+    grown["tokenizer.ggml.token_type"] += [3, 4]
+    grown["tokenizer.ggml.scores"] += [0.0, 0.0]
+    write_tokenizer(tmp_path, grown)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [2, place]}
+    made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = made.encode(" a\n\n  b<end_of_turn>", add_special_tokens=False).ids
+    assert ids[-1] == place
+    assert place + 1 in ids
+    assert made.decode(ids[:-1], skip_special_tokens=False) == " a\n\n  b"
+    assert made.decode(made.encode("a b").ids) == "a b"
+
+
 def test_without_scores_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no score for each piece"):
         write_tokenizer(tmp_path, entries(**{"tokenizer.ggml.scores": [0.0]}))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testing.checkpoints import tiny_text_config
+from testing.checkpoints import tiny_gemma_config, tiny_text_config
 from testing.oracle import Oracle
 
 from mdi import Engine, SamplingParams
@@ -28,6 +28,7 @@ LLAMA3 = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": LLAMA3, "tie_word_embeddings": False},
     "mistral": {"sliding_window": 20, "head_dim": 32},
+    "gemma3_text": tiny_gemma_config(query_pre_attn_scalar=24, pad_token_id=None),
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 2, "pad_token_id": None},
     "qwen3": {"head_dim": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
     "qwen3_moe": {
@@ -53,6 +54,7 @@ PARAMETERS = {
     "tinyllama-1.1b": 1_100_048_384,
     "mistral-7b": 7_248_023_552,
     "smollm3-3b": 3_075_098_624,
+    "gemma-3-1b": 999_885_952,
 }
 """As the hub counts them."""
 

@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,14 +182,32 @@ def test_a_group_that_is_not_finite_gives_no_number(kernels: Kernels, format_: Q
     assert made[[0, 1, 3, 5, 7, 8]].isfinite().all()
 
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "tanh_gelu": partial(functional.gelu, approximate="tanh"),
+}
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_swiglu_is_fused(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gate_kind", ["silu", "tanh_gelu"])
+def test_a_gate_is_fused(kernels: Kernels, gate_kind: str, dtype: torch.dtype) -> None:
     for inner, inputs in [(1, 3), (8, 40), (75, 130)]:
         weight, x, bias = random(2 * inner, inputs, dtype=dtype), random(9, inputs, dtype=dtype), random(2 * inner)
         gate, up = functional.linear(x.double(), weight.double(), bias.double()).chunk(2, dim=1)
-        exact = functional.silu(gate) * up
-        made = product(PackedWeight.pack(weight, swiglu=True, kernels=kernels), x, bias=bias)
+        exact = GATES[gate_kind](gate) * up
+        made = product(PackedWeight.pack(weight, gate=gate_kind, kernels=kernels), x, bias=bias)
         assert (made.double() - exact).abs().max() <= (EPSILON[dtype] + 1e-5) * exact.abs().max()
+
+
+@pytest.mark.parametrize("gate_kind", ["silu", "tanh_gelu"])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_gate_of_a_quantised_weight(kernels: Kernels, format_: Quantization, gate_kind: str) -> None:
+    """The product without a gate has been compared; with one it is fused with the same sums."""
+    weight, x, bias = quantized(format_, 2 * 37, 384), random(9, 384), random(2 * 37)
+    gate, up = product(PackedWeight.pack(weight, kernels=kernels), x, bias=bias).double().chunk(2, dim=1)
+    exact = GATES[gate_kind](gate) * up
+    made = product(PackedWeight.pack(weight, gate=gate_kind, kernels=kernels), x, bias=bias)
+    assert (made.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("kind", [*FLOATS, *FORMATS])

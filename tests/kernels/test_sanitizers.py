@@ -45,7 +45,8 @@ def products():
     dtype = chance.choice(FLOATS)
     inputs = chance.randint(1, 200) if format_ is None else chance.randint(1, 5) * 64
     outputs, rows = 2 * chance.randint(1, 70), chance.choice([1, 2, 3, 5, 7, 17, 33])
-    packed = PackedWeight.pack(weight(outputs, inputs, format_, dtype), swiglu=chance.random() < 0.3)
+    gate = chance.choice(["none", "none", "silu", "tanh_gelu"])
+    packed = PackedWeight.pack(weight(outputs, inputs, format_, dtype), gate=gate)
     x = torch.randn(rows, inputs, dtype=dtype)
     return product(packed, x, bias=torch.randn(outputs), residual=torch.randn(rows, packed.width, dtype=dtype))
 
@@ -91,7 +92,7 @@ def mixing():
     hidden, inner = (64 * chance.randint(1, 2),) * 2 if format_ else (chance.randint(1, 70), chance.randint(1, 40))
     count, rows = chance.randint(1, 9), chance.choice([1, 2, 3, 9, 20])
     router = PackedWeight.pack(torch.randn(count, hidden).to(dtype))
-    gate_up = [PackedWeight.pack(weight(2 * inner, hidden, format_, dtype), swiglu=True) for _ in range(count)]
+    gate_up = [PackedWeight.pack(weight(2 * inner, hidden, format_, dtype), gate="silu") for _ in range(count)]
     down = [PackedWeight.pack(weight(hidden, inner, format_, dtype)) for _ in range(count)]
     per_row, x = chance.randint(1, count), torch.randn(rows, hidden, dtype=dtype)
     return PackedExperts(router, gate_up, down, per_row=per_row, normalised=chance.random() < 0.5)(x, x)

@@ -82,7 +82,7 @@ def test_a_kernel_is_taken_flat() -> None:
     assert torch.allclose(product(x), x @ loaded["kernel.weight"].view(16, 40).T, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu", "tanh_gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu", "tanh_gelu", "swiglu", "geglu"])
 def test_both_layouts_have_the_same_activations(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, x = tensors(torch.float32), torch.randn(3, 40)
     made = load(loaded, {"q": 24, "k": 8}, 40, bias=True, activation=activation)

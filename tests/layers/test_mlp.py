@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ class Weights:
 
 
 def experts(kind: Kind, *, normalised: bool = True, router: Tensor | None = None) -> Experts:
-    sizes = {"count": COUNT, "per_token": PER_TOKEN}
+    sizes: dict[str, Any] = {"count": COUNT, "per_token": PER_TOKEN}
     return Experts(Weights(kind, router), "mlp", HIDDEN, INNER, **sizes, normalised=normalised)
 
 

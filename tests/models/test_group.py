@@ -23,7 +23,7 @@ from mdi.kernels import norms, vocabulary
 from mdi.kernels.threads import compute_threads, set_threads
 from mdi.layers import linear
 from mdi.layers.quantize import quantize
-from mdi.layers.rope import text_positions
+from mdi.layers.rope import RopeConfig, text_positions
 from mdi.models import decoder as decoders
 from mdi.models.config import ExpertsConfig, LayerKind, ModelConfig, StageSpec
 from mdi.models.decoder import EMBEDDING, LM_HEAD, Decoder
@@ -43,10 +43,15 @@ def config_of(**changes: Any) -> ModelConfig:
     """Four heads of 64 with two KV heads, an inner width of 512, two layers."""
     return replace(
         read_config(tiny_text_config(num_hidden_layers=2, hidden_size=128, intermediate_size=512)),
-        head_dim=64,
-        rope=read_config(tiny_text_config()).rope,
-        **changes,
+        **{"head_dim": 64, "rope": read_config(tiny_text_config()).rope, **changes},
     )
+
+
+def gemma_of(**changes: Any) -> ModelConfig:
+    """The same with the variants of Gemma 3."""
+    kinds = LayerKind(window=40, rope=RopeConfig("default", 100.0)), LayerKind()
+    variants = {"qkv_bias": False, "qk_norm": True, "activation": "geglu", "norm_offset": 0.5, "post_norms": True}
+    return config_of(**variants, embedding_scale=11.3, query_scale=0.7, kinds=kinds, **changes)
 
 
 @dataclass(frozen=True)
@@ -251,8 +256,10 @@ def test_shares_that_cut_the_query_heads_of_a_kv_head(name: str) -> None:
         config_of(kinds=(LayerKind(window=40), LayerKind(rotates=False)), tied_embeddings=False),
         config_of(experts=ExpertsConfig(5, 2, 256, True, (0, 1))),
         config_of(experts=ExpertsConfig(5, 2, 256, False, (1,))),
+        gemma_of(),
+        gemma_of(experts=ExpertsConfig(5, 2, 256, False, (1,))),
     ],
-    ids=["norms", "kinds", "experts", "some experts"],
+    ids=["norms", "kinds", "experts", "some experts", "gemma", "gemma with experts"],
 )
 @pytest.mark.parametrize("name", ["bfloat16", "int8"])
 def test_kinds_of_layers(config: ModelConfig, name: str) -> None:
@@ -264,15 +271,48 @@ def test_an_int8_cache(name: str) -> None:
     check(Model(config_of(n_heads=12), name), (2, 1), cache_dtype="int8")
 
 
-@pytest.mark.parametrize("experts", [None, ExpertsConfig(3, 2, 256, True, (1,))], ids=["plain", "experts"])
+@pytest.mark.parametrize(
+    "config",
+    [config_of(), config_of(experts=ExpertsConfig(3, 2, 256, True, (1,))), gemma_of()],
+    ids=["plain", "experts", "gemma"],
+)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
-def test_without_kernels(name: str, experts: ExpertsConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels(name: str, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torch(monkeypatch)
+    model = Model(config, name)
+    assert model.stage()._decoder._native is None
+    check(model, (1, 3))
+
+
+def use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes all, as on other devices."""
     for module in (linear, norms, vocabulary):
         monkeypatch.setattr(module, "library", lambda: None)
     monkeypatch.setattr(attention_kernels, "works_on", lambda _device: False)
-    model = Model(config_of(experts=experts), name)
-    assert model.stage()._decoder._native is None
-    check(model, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("float32", 1e-5), ("bfloat16", 0.02), ("float16", 0.003), ("int8", 0.05), ("int4", 0.05)]
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_kernels_compute_gemma_as_torch_does(
+    name: str, error: float, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With heads of 256 channels. error: of what torch rounds after each operation, and of activations in int8."""
+    model = Model(gemma_of(head_dim=256, vocab_size=300), name)
+    ids = (torch.arange(330) * 7) % 300
+    batch = Batch(0, (Slice(0, 0, 330),), text_positions(0, 330))
+
+    def made() -> tuple[Stage, Tensor]:
+        stage = model.stage(shards=shards)
+        return stage, stage.logits(batch, stage.embed(ids))
+
+    stage, ours = made()
+    assert stage._decoder._native is not None
+    use_torch(monkeypatch)
+    stage, theirs = made()
+    assert stage._decoder._native is None
+    assert (ours.double() - theirs.double()).norm() < error * theirs.double().norm()
 
 
 GREEDY = replace(SAMPLING, temperature=0.0, top_logprobs=0)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -52,6 +54,8 @@ LLAMA3 = {
 }
 EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA = {"head_dim": 32, "sliding_window": 11, "pad_token_id": None, "max_position_embeddings": 512}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -99,6 +103,27 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen2Config,
         Qwen2ForCausalLM,
         {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7}},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GEMMA | {"layer_types": [*["sliding_attention"] * 3, "full_attention"]},
+    ),
+    "gemma3 as the larger ones": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GEMMA
+        | {
+            "hidden_size": 96,  # whose root bfloat16 rounds
+            "query_pre_attn_scalar": 24,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
     ),
     "qwen2 with a window": (
         Qwen2Config,
@@ -151,6 +176,72 @@ def test_axes_of_positions_and_yarn_go_together(tmp_path: Path) -> None:
     assert relative_difference(logits_of(load_stages(path), prompt), theirs) < 1e-4
 
 
+def test_gemma_in_bfloat16_is_as_near_to_its_numbers_as_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config_class, model_class, changes = FAMILIES["gemma3 as the larger ones"]
+    oracle = model_class(config_class(**{**SIZES, **changes})).eval()
+    path, ids = saved(oracle, tmp_path), torch.tensor(TEXT)
+    [stage] = load_stages(path, dtype=torch.bfloat16)
+    ours = logits_of([stage], Prompt(TEXT))
+    with torch.no_grad():
+        exact = oracle(ids[None], use_cache=False).logits[0]
+        rounded = oracle.to(torch.bfloat16)
+        theirs = rounded(ids[None], use_cache=False).logits[0]
+        assert torch.equal(stage.embed(ids), rounded.model.embed_tokens(ids))
+    assert relative_difference(ours, exact) < 1.1 * relative_difference(theirs, exact) < 0.03
+
+
+def test_gemma_has_two_forms_of_config(tmp_path: Path) -> None:
+    """The older one is that of the files on the hub; transformers reads both, and saves the newer."""
+    older = {
+        **SIZES,
+        **GEMMA,
+        "num_hidden_layers": 7,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 2000,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_theta": 100000,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": True,
+    }
+    Gemma3TextConfig(**older).save_pretrained(tmp_path)
+    newer = json.loads((tmp_path / "config.json").read_text())
+    assert not {"rope_theta", "rope_scaling"} & newer.keys()
+    config = read_config(older)
+    assert config == read_config(newer)
+    assert [kind.window for kind in config.kinds] == [11, 11, 0, 11, 11, 0, 11]
+    assert [(rope.theta, rope.scaling and rope.scaling.factor) for rope in config.ropes] == [(1e5, 8), (2e3, None)]
+    assert (config.rotation_of(1), config.rotation_of(2)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is set, which is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set, which is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set, which is not supported"),
+        ({"hidden_activation": "gelu"}, "activation 'gelu' is not supported in the decoder"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar should be greater than 0"),
+        ({"sliding_window": None}, "sliding_window is missing"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters has 'rope_type', where full_attention and"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "RoPE scaling of type 'dynamic' is not supported",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "'linear' needs factor"),
+        (
+            {"rope_parameters": None, "rope_local_base_freq": 0.0},
+            "rope_parameters.sliding_attention.rope_theta should be greater than 0",
+        ),
+    ],
+)
+def test_what_is_not_computed_of_gemma_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = Gemma3TextConfig(**SIZES).to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    with pytest.raises(CheckpointError, match=f"^config.json: .*{message}"):
+        read_config(json.loads(json.dumps(config | changes)))
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
     [("mistral with a window", 131072), ("llama yarn", 2048), ("qwen3", 32768)],
@@ -183,6 +274,7 @@ def test_a_sequence_may_be_as_long_as_the_model_is_scaled_to(name: str, most: in
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not supported .models that write text end with"),
         ({"architectures": ["Qwen2Model"]}, "Qwen2Model is not supported .models that write text end with"),
         ({"architectures": ["Llama4ForCausalLM"]}, "architecture Llama4ForCausalLM is not supported; the closest"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not supported"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -27,11 +27,10 @@ from mdi.core.quantization import UNQUANTIZED, ModelQuantization, Quantization, 
 from mdi.layers.gptq import Compensation, quantize_with
 from mdi.layers.linear import Linear
 from mdi.layers.mlp import MLP
-from mdi.layers.norm import RMSNorm
 from mdi.layers.quantize import NotFiniteError, ScaleError
 from mdi.layers.rope import text_positions
 from mdi.models.config import StageSpec
-from mdi.models.decoder import EMBEDDING, FINAL_NORM, LAYERS, LM_HEAD, stem
+from mdi.models.decoder import EMBEDDING, FINAL_NORM, LAYERS, LM_HEAD, norm_of, stem
 from mdi.models.stage import Stage
 from mdi.models.weights import LoadedStage, format_of, load_stage, stage_specs
 
@@ -129,14 +128,14 @@ class CalibratedWeights:
         config, ids = self.source.model_config, self.text.sequences(self.source)
         slices = tuple(Slice(slot, 0, SEQUENCE) for slot in range(len(ids)))
         batch = Batch(0, slices, text_positions(0, SEQUENCE).repeat(1, len(ids)))
-        hidden = self.tensor(EMBEDDING)[ids.flatten()].float()
+        hidden = self.tensor(EMBEDDING)[ids.flatten()].float() * config.embedding_scale
         for index in range(config.n_layers):
             made: dict[str, QuantizedTensor] = {}
             stage = Stage(self._layer(index, made), n_slots=len(ids), sequence_length=SEQUENCE)
             hidden = stage.run(batch, hidden)
             del stage
             yield made | self._unread(index, made)
-        norm = RMSNorm(_Float32(self, {}), stem(FINAL_NORM), config.hidden_size, config.rms_eps)
+        norm = norm_of(config, _Float32(self, {}), stem(FINAL_NORM))
         yield self.calibrate([LM_HEAD], norm(hidden))
 
     def _layer(self, index: int, made: dict[str, QuantizedTensor]) -> LoadedStage:

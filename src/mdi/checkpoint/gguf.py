@@ -56,6 +56,15 @@ INNER = {
 }
 """Names of modules: in the file -> on the hub."""
 
+POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""The same of layers that normalise what attention and MLP add."""
+
+NORM = "norm.weight"  # how the names of norms end
+
 STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 """Tensors of all experts of a layer: in the file -> of each, on the hub."""
 
@@ -135,7 +144,8 @@ class GgufSource:
             parts = [part.floats() for part in self._stored(name)]
             if name == PATCHES:  # one kernel for either frame
                 return torch.stack(parts, 2)
-            return self._in_our_order(name, torch.cat(parts))
+            whole = self._in_our_order(name, torch.cat(parts))
+            return whole - self.model_config.norm_offset if name.endswith(NORM) else whole  # added in the file
 
     def quantized(self, name: str, quantization: Quantization) -> QuantizedTensor | None:
         with _damage_named(self.path / LINK):
@@ -160,8 +170,9 @@ class GgufSource:
         """What each tensor of the hub is made of. Raises CheckpointError for one that the model does not have."""
         model = read_parts(self._links)
         stored = [tensor for name, tensor in model.tensors.items() if name != FREQUENCIES]
-        found = {name: [part] for tensor in stored for name, part in _on_hub(tensor)} | self._tower
         config = self.model_config
+        inner = INNER | POST_NORMS if config.post_norms else INNER
+        found = {name: [part] for tensor in stored for name, part in _on_hub(tensor, inner)} | self._tower
         expected = stage_specs(config, StageSpec.everything(config), "float32")  # for the names alone
         if left_over := found.keys() - expected.keys():
             architecture = config.architecture
@@ -245,14 +256,17 @@ def _damage_named(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{name} is damaged or cut off ({kind}: {error}): download it again") from None
 
 
-def _on_hub(tensor: GgufTensor) -> list[tuple[str, GgufTensor]]:
-    """The tensors that a stored one is on the hub, by name: mostly itself, or one for each expert."""
+def _on_hub(tensor: GgufTensor, inner: dict[str, str]) -> list[tuple[str, GgufTensor]]:
+    """The tensors that a stored one is on the hub, by name: mostly itself, or one for each expert.
+
+    inner: names of a layer's modules.
+    """
     module, _, kind = tensor.name.rpartition(".")
     if module in OUTER:
         return [(f"{OUTER[module]}.{kind}", tensor)]
     layer, _, part = module.removeprefix("blk.").partition(".")
-    if module.startswith("blk.") and part in INNER:
-        return [(f"{LAYERS}{layer}.{INNER[part]}.{kind}", tensor)]
+    if module.startswith("blk.") and part in inner:
+        return [(f"{LAYERS}{layer}.{inner[part]}.{kind}", tensor)]
     if module.startswith("blk.") and part in STACKED and len(tensor.shape) == 3:
         experts = enumerate(tensor.stacked())
         return [(f"{LAYERS}{layer}{EXPERTS}{index}.{STACKED[part]}.{kind}", matrix) for index, matrix in experts]

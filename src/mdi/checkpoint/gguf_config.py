@@ -12,6 +12,7 @@ from mdi.checkpoint.gguf_file import GgufFile, GgufTensor
 from mdi.checkpoint.gguf_tower import tower_of
 from mdi.core.errors import CheckpointError
 from mdi.layers.rope import RopeScaling
+from mdi.models.entries import FULL
 from mdi.models.registry import family_of
 
 ARCHITECTURES = {
@@ -22,8 +23,10 @@ ARCHITECTURES = {
     "qwen3moe": "Qwen3MoeForCausalLM",
     "qwen3vl": "Qwen3ForCausalLM",
     "qwen3vlmoe": "Qwen3MoeForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
 }
 MIXTURES = ("qwen3moe", "qwen3vlmoe")
+GEMMA_3_27B_LAYERS = 62  # by which llama.cpp knows the one Gemma 3 with another scale of attention
 FREQUENCIES = "rope_freqs.weight"
 LLAMA3_POSITIONS = 8192
 MEDIA_TOKENS = {
@@ -48,6 +51,8 @@ def hub_config(model: GgufFile, mmproj: GgufFile | None = None) -> dict[str, Any
         )
     entry = _entries(model, kind)
     decoder = _decoder_config(model, entry) | _experts(model, kind, entry)
+    if kind == "gemma3":
+        decoder |= _gemma(entry, decoder)
     if mmproj is None:
         return _named(ARCHITECTURES[kind]) | decoder
     tower = tower_of(mmproj, kind)
@@ -111,6 +116,22 @@ def _decoder_config(model: GgufFile, entry: Callable[..., Any]) -> dict[str, Any
         "rope_parameters": _rope(entry, model.tensors.get(FREQUENCIES), head_dim),
         "tie_word_embeddings": "output.weight" not in model.tensors,
         "torch_dtype": "bfloat16",
+    }
+
+
+def _gemma(entry: Callable[..., Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3 has beside; of what files do not say, as llama.cpp computes it (`llama-model.cpp`)."""
+    by_width = decoder["num_hidden_layers"] == GEMMA_3_27B_LAYERS
+    return {
+        "query_pre_attn_scalar": decoder["hidden_size"] // decoder["num_attention_heads"]
+        if by_width
+        else decoder["head_dim"],
+        "sliding_window": entry("attention.sliding_window"),
+        "sliding_window_pattern": entry("attention.sliding_window_pattern", 6),
+        "rope_parameters": {FULL: decoder["rope_parameters"]},
+        "rope_local_base_freq": entry("rope.freq_base_swa", 10000.0),
+        "attn_logit_softcapping": entry("attn_logit_softcapping", 0.0),
+        "final_logit_softcapping": entry("final_logit_softcapping", 0.0),
     }
 
 

@@ -28,6 +28,7 @@ GPT2 = ("gpt-2", "default")
 DIGITS_APART = ("smollm",)
 NORMALISED = ("qwen2",)
 WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever its merges
+END_OF_TURN = "<end_of_turn>"  # Gemma's; files need not name it, as llama.cpp knows it by its text
 SPACE = "▁"  # of SentencePiece
 LONGEST_PIECE = 256  # characters; SentencePiece makes pieces of 16 unless told otherwise
 
@@ -82,6 +83,7 @@ def write_tokenizer(folder: Path, entries: Mapping[str, Any]) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
     ends = {entries[name] for key in ("eos", "eot") if (name := f"tokenizer.ggml.{key}_token_id") in entries}
+    ends |= {vocabulary.ids[END_OF_TURN]} if END_OF_TURN in vocabulary.of(CONTROL) else set()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)} if ends else {}))
 
 

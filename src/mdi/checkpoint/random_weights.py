@@ -95,33 +95,38 @@ def write_random_checkpoint(
     """Writes a folder that transformers loads like the hub's: weights, configs, tokenizer. Returns `path`.
 
     config: a config.json as on the hub.
-    std: of the matrices; by default 1/sqrt(inputs), which keeps activations near 1 at any width. Norms are
-    near 1 and biases near 0, none exactly, so that a forgotten one shows.
+    std: of the matrices; by default 1/sqrt(inputs), which keeps activations near 1 at any width. Norms scale by
+    about 1 and biases are near 0, none exactly, so that a forgotten one shows.
     shards: files the weights are spread over. count: called with the bytes of each tensor written. Needs memory for
     one tensor, whatever the model's size.
     """
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", {**config, "torch_dtype": dtype})
-    _write_weights(path, read_config(config), _RandomTensors(seed, std), dtype, shards, count)
+    made = read_config(config)
+    _write_weights(path, made, _RandomTensors(seed, std, 1 - made.norm_offset), dtype, shards, count)
     flat = {**config.get("text_config", {}), **config}
     _write_generation_config(path, flat)
     _write_tokenizer(path, flat)
-    if vision := read_config(config).vision:
-        _write_preprocessor_configs(path, vision)
+    if made.vision:
+        _write_preprocessor_configs(path, made.vision)
     return path
 
 
 class _RandomTensors:
-    """Random tensors cut from one repeated block of normal numbers: made as fast as memory is written."""
+    """Random tensors cut from one repeated block of normal numbers: made as fast as memory is written.
 
-    def __init__(self, seed: int, std: float | None) -> None:
+    norm: what the weights of norms are near.
+    """
+
+    def __init__(self, seed: int, std: float | None, norm: float) -> None:
         self.std = std
+        self.norm = norm
         self._generator = torch.Generator().manual_seed(seed)
         self._block = torch.randn(_BLOCK, generator=self._generator)
 
     def draw(self, name: str, spec: TensorSpec) -> Tensor:
         shape = spec.shape
-        center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0  # norms scale by about 1
+        center = self.norm if len(shape) == 1 and name.endswith("weight") else 0.0
         spread = 0.1 if len(shape) == 1 else self.std or 1 / math.sqrt(math.prod(shape[1:]))
         start, length = int(torch.randint(_BLOCK, (), generator=self._generator)), math.prod(shape)
         numbers = self._block[start : start + length]
@@ -165,7 +170,7 @@ def _split(specs: Specs, parts: int) -> list[Specs]:
 
 def _write_generation_config(path: Path, config: Mapping[str, Any]) -> None:
     """Greedy, as the instruct models are in effect (they ship top_k 1)."""
-    end, padding = config["eos_token_id"], config["bos_token_id"]
+    end, padding = _end_id(config), config["bos_token_id"]
     settings = {
         "bos_token_id": padding,
         "pad_token_id": padding,
@@ -233,6 +238,12 @@ def _byte_characters() -> dict[str, int]:
     return printable | dict(zip(alphabet[len(printable) :], others, strict=True))
 
 
+def _end_id(config: Mapping[str, Any]) -> int:
+    """Of several, the last: that of a turn."""
+    end = config["eos_token_id"]
+    return int(end[-1] if isinstance(end, list) else end)
+
+
 def _special_ids(config: Mapping[str, Any]) -> dict[str, int]:
     """Where the config puts the special tokens. <|im_start|> precedes <|im_end|>, as in Qwen."""
     keys = {
@@ -244,6 +255,7 @@ def _special_ids(config: Mapping[str, Any]) -> dict[str, int]:
         "<|image_pad|>": "image_token_id",
         "<|video_pad|>": "video_token_id",
     }
+    config = {**config, "eos_token_id": _end_id(config)}
     ids = {text: int(config[key]) for text, key in keys.items() if key in config}
     return dict(sorted((ids | {"<|im_start|>": ids["<|im_end|>"] - 1}).items(), key=lambda item: item[1]))
 

@@ -23,7 +23,8 @@ from mdi.kernels.packed import FLOATS, PackedWeight, packed_shards
 class LayerWeights:
     """What one layer computes with. Biases and norms are float32; None where it has none.
 
-    window, rotates: as `mdi.models.config.LayerKind` has them.
+    window: as `mdi.models.config.LayerKind` has it. rotation: index of what rotates queries and keys, of those that
+    `NativeLayers.forward` is given; None where nothing does.
     """
 
     qkv: PackedWeight
@@ -34,21 +35,23 @@ class LayerWeights:
     mlp_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
     window: int = 0
-    rotates: bool = True
+    rotation: int | None = 0
 
 
 WEIGHTS = ("qkv", "out", "gate_up", "down", "experts")
 SHARDS = ("out", "down", "expert_down")
-VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm")
+VECTORS = ("qkv_bias", "input_norm", "mlp_norm", "q_norm", "k_norm", "attention_post_norm", "mlp_post_norm")
 
 
 class Layer(ctypes.Structure):
     """`Layer` of `c/decoder.h`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in (*WEIGHTS, *VECTORS, "cache", "scales")),
-        *((name, c_int64) for name in ("window", "rotates")),
+        *((name, c_void_p) for name in (*WEIGHTS, *VECTORS, "cos", "sin", "cache", "scales")),
+        ("window", c_int64),
     )
 
 
@@ -61,7 +64,7 @@ class Step(ctypes.Structure):
     """`Step` of `c/decoder.h`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("layers", "hidden", "cos", "sin", "runs")),
+        *((name, c_void_p) for name in ("layers", "hidden", "runs")),
         *((name, c_int64) for name in ("n_layers", "n_runs", "rows", "slot_rows", "hidden_size")),
         *((name, c_int64) for name in ("heads", "kv_heads", "head_dim")),
         ("eps", c_float),
@@ -83,8 +86,7 @@ class NativeLayers:
     def forward(
         self,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
         runs: Tensor,
         caches: Sequence[Tensor],
         scales: Sequence[Tensor] = (),
@@ -95,13 +97,16 @@ class NativeLayers:
     ) -> Tensor:
         """Runs a part of the layers over a batch: [rows, hidden_size] -> the same. Writes keys and values into caches.
 
-        cos, sin: float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as `attention.attend` has them.
-        shards: of what is added to hidden states. group: the other ranks, with which it is summed up; raises what the
-        exchange raises.
+        rotations: cosines and sines, float32 [rows, head_dim / 2]. runs, and each layer's cache and scales: as
+        `attention.attend` has them. shards: of what is added to hidden states. group: the other ranks, with which it is
+        summed up; raises what the exchange raises.
         """
-        for index, cache in enumerate(caches):
-            self._layers[index].cache = cache.data_ptr()
-            self._layers[index].scales = scales[index].data_ptr() if scales else None
+        tables = [(cos.data_ptr(), sin.data_ptr()) for cos, sin in rotations]
+        for index, (layer, weights, cache) in enumerate(zip(self._layers, self._kept, caches, strict=True)):
+            layer.cache = cache.data_ptr()
+            layer.scales = scales[index].data_ptr() if scales else None
+            if weights.rotation is not None:
+                layer.cos, layer.sin = tables[weights.rotation]
         first, last, _ = part.indices(len(self._kept))
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         cut = {name: packed_shards(held) for name in SHARDS if (held := getattr(shards, name, None))}
@@ -109,8 +114,6 @@ class NativeLayers:
         step = Step(
             layers=ctypes.addressof(self._layers) + first * ctypes.sizeof(Layer),
             hidden=hidden.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
             runs=runs.data_ptr(),
             n_layers=last - first,
             n_runs=len(runs),
@@ -179,7 +182,7 @@ def _addresses(layer: LayerWeights) -> Layer:
     vectors = {name: getattr(layer, name) for name in VECTORS}
     addresses = {name: None if held is None else held.data_ptr() for name, held in vectors.items()}
     products = {"qkv": layer.qkv.address, "out": layer.out.address, **mlp}
-    return Layer(**products, **addresses, window=layer.window, rotates=layer.rotates)
+    return Layer(**products, **addresses, window=layer.window)
 
 
 @functools.cache

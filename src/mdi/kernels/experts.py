@@ -28,7 +28,7 @@ class Experts(ctypes.Structure):
 class PackedExperts:
     """The weights of a mixture of experts, as kernels are given them.
 
-    router: [experts, hidden_size]. gate_up, down: of each expert, the first with SwiGLU. per_row: experts that a row is
+    router: [experts, hidden_size]. gate_up, down: of each expert, the first with a gate. per_row: experts that a row is
     computed with. normalised: whether their shares add up to 1.
     """
 

@@ -18,7 +18,7 @@ class Norm(ctypes.Structure):
     """`Norm` of `c/norms.h`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "out", "weight", "bias")),
+        *((name, c_void_p) for name in ("x", "out", "weight", "bias", "residual")),
         *((name, c_int64) for name in ("rows", "size")),
         ("eps", c_float),
         ("dtype", c_int32),
@@ -30,9 +30,9 @@ def compute(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in FLOATS and library() is not None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in float32. weight: float32 [size]."""
-    return _norm("rms_norm", x, weight, None, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """residual + RMSNorm of the last dimension, in float32, rounded once. residual: like x. weight: float32 [size]."""
+    return _norm("rms_norm", x, weight, None, eps, residual)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -40,14 +40,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _norm("layer_norm", x, weight, bias, eps)
 
 
-def _norm(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def _norm(
+    kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+) -> Tensor:
     x = x.contiguous()
+    if residual is not None:
+        assert (residual.shape, residual.dtype) == (x.shape, x.dtype)
+        residual = residual.contiguous()
     out = x.new_empty(x.shape)
     call = Norm(
         x=x.data_ptr(),
         out=out.data_ptr(),
         weight=weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
         rows=x.numel() // len(weight),
         size=len(weight),
         eps=eps,

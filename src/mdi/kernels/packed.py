@@ -23,7 +23,7 @@ from mdi.kernels.library import Library, library
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT_KINDS = {8: 3, 4: 4}  # by bits
-ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2, "tanh_gelu": 3}
+ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2, "tanh_gelu": 3, "silu": 4}
 
 
 class Shards(ctypes.Structure):
@@ -71,18 +71,19 @@ def fastest() -> Kernels:
 class PackedWeight:
     """A weight [outputs, inputs] in the layout of this CPU's kernels.
 
-    quantization: None for float weights. swiglu: gate and up, one half of the outputs each, become one product.
+    quantization: None for float weights. gate: its activation, where gate and up are one half of the
+    outputs each, and become one product; or none.
     address: of the C structure, freed with this object.
     """
 
     kernels: Kernels
     shape: tuple[int, int]
     quantization: Quantization | None
-    swiglu: bool
+    gate: str
     address: int
 
     @staticmethod
-    def pack(weight: Tensor | QuantizedTensor, *, swiglu: bool = False, kernels: Kernels | None = None) -> PackedWeight:
+    def pack(weight: Tensor | QuantizedTensor, *, gate: str = "none", kernels: Kernels | None = None) -> PackedWeight:
         """A packed copy.
 
         Raises ValueError for numbers that are NaN, for inputs that are no multiple of the group, for an order of others
@@ -92,11 +93,12 @@ class PackedWeight:
         (kind, group, group_scales), arrays = _arrays(weight)
         pointers = [None if array is None else array.data_ptr() for array in arrays]
         (outputs, inputs), has_nan = weight.shape, c_int()
-        address = kernels.pack(outputs, inputs, kind, group, swiglu, group_scales, *pointers, ctypes.byref(has_nan))
+        flags = kind, group, ACTIVATIONS[gate], group_scales
+        address = kernels.pack(outputs, inputs, *flags, *pointers, ctypes.byref(has_nan))
         if not address:
             raise ValueError("there is no memory for its packed copy")
         quantization = weight.quantization if isinstance(weight, QuantizedTensor) else None
-        packed = PackedWeight(kernels, (outputs, inputs), quantization, swiglu, address)
+        packed = PackedWeight(kernels, (outputs, inputs), quantization, gate, address)
         weakref.finalize(packed, kernels.discard, address)
         if has_nan:
             raise ValueError("it has numbers that are NaN")
@@ -104,8 +106,8 @@ class PackedWeight:
 
     @property
     def width(self) -> int:
-        """Outputs of a product: half as many for SwiGLU."""
-        return self.shape[0] // 2 if self.swiglu else self.shape[0]
+        """Outputs of a product: half as many with a gate."""
+        return self.shape[0] if self.gate == "none" else self.shape[0] // 2
 
 
 def _arrays(weight: Tensor | QuantizedTensor) -> tuple[tuple[int, int, bool], tuple[Tensor | None, ...]]:
@@ -157,9 +159,9 @@ def product(
     """residual + activation(x W^T + bias), rounded once: [rows, in] -> [rows, out] in the dtype of x.
 
     x: float32, bfloat16 or float16. bias: float32 [outputs]. residual: [rows, out], like x. activation: none, gelu,
-    quick_gelu or tanh_gelu; SwiGLU is a property of the weight. shards: parts of the inputs, whose sums are rounded,
-    then added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError for shards
-    that cut a group.
+    quick_gelu, tanh_gelu or silu; a gate is a property of the weight. shards: parts of the inputs, whose sums are
+    rounded, then added in order. Quantised weights quantise x to int8, by row and group of inputs. Raises ValueError
+    for shards that cut a group.
     """
     out = x.new_empty(len(x), weight.width)
     if residual is not None:

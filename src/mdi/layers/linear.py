@@ -25,13 +25,16 @@ from mdi.layers.quantize import dequantize
 log = logging.getLogger(__name__)
 
 QUICK_GELU = 1.702
+GATES = {"swiglu": "silu", "geglu": "tanh_gelu"}
+"""Activations of products with a gate: that of the gate."""
 
 
 class Linear:
     """y = activation(x W^T + b), with the weight as it is stored: [out, in].
 
     activation: none, gelu, quick_gelu (x * sigmoid(1.702 x), arXiv:1606.08415), tanh_gelu (its approximation with a
-    tanh, in the same paper) or swiglu: the outputs are a gate and as many others, and y is silu(gate) * other.
+    tanh, in the same paper), or of a gate (arXiv:2002.05202): the outputs are a gate and as many others, and y is
+    silu(gate) * other (swiglu) or tanh_gelu(gate) * other (geglu).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
@@ -73,6 +76,9 @@ class Linear:
         if self.activation == "swiglu":
             gate, others = made.chunk(2, dim=-1)
             return functional.silu(gate).mul_(others)
+        if self.activation == "geglu":
+            gate, others = made.chunk(2, dim=-1)
+            return functional.gelu(gate, approximate="tanh").mul_(others)
         return made
 
     def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
@@ -85,7 +91,7 @@ class Linear:
             return self(x).add_(residual)
         partials = x.new_empty(shards.count, *residual.shape)
         self.partials(x, shards, partials)
-        return add_partials(residual, partials)
+        return add_partials(partials, residual)
 
     def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
         """The sums of each shard by itself, as `add_to` adds them up. out: contiguous [shards, rows, out]."""
@@ -97,9 +103,9 @@ class PackedLinear(Linear):
     """`Linear` with its weight packed for this CPU's kernels. Raises ValueError as `PackedWeight.pack`."""
 
     def __init__(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None, activation: str = "none") -> None:
-        self.packed = PackedWeight.pack(weight, swiglu=activation == "swiglu")
+        self.packed = PackedWeight.pack(weight, gate=GATES.get(activation, "none"))
         self.bias = None if bias is None else bias.float()
-        self.activation = "none" if activation == "swiglu" else activation
+        self.activation = "none" if activation in GATES else activation
 
     def __call__(self, x: Tensor) -> Tensor:
         return product(self.packed, x, bias=self.bias, activation=self.activation)
@@ -112,12 +118,12 @@ class PackedLinear(Linear):
         partial_products(self.packed, x, shards, out)
 
 
-def add_partials(residual: Tensor, partials: Tensor) -> Tensor:
-    """residual + the shards' sums, added in float32, in order, and rounded once. partials: [shards, *residual]."""
+def add_partials(partials: Tensor, residual: Tensor | None = None) -> Tensor:
+    """residual + the shards' sums, added in float32, in order, and rounded once. partials: [shards, rows, out]."""
     total = partials[0].float()
     for sums in partials[1:]:
         total = total + sums
-    return (total + residual).to(residual.dtype)
+    return (total if residual is None else total + residual).to(partials.dtype)
 
 
 @cache

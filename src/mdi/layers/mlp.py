@@ -1,4 +1,4 @@
-"""A decoder layer's MLP: SwiGLU (arXiv:2002.05202), or a mixture of experts that each are one."""
+"""A decoder layer's MLP: SwiGLU or GeGLU (arXiv:2002.05202), or a mixture of experts that each are one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class Product(Protocol):
 
 
 class MLP:
-    """down(silu(gate(x)) * up(x)). gate and up are one product: their weights are read in one pass."""
+    """down(activation(gate(x)) * up(x)). gate and up are one product: their weights are read in one pass."""
 
-    def __init__(self, get: GetTensor, name: str, hidden_size: int, inner_size: int) -> None:
-        """The tensors are `NAME.gate_proj.weight`, `NAME.up_proj.weight` and `NAME.down_proj.weight`."""
+    def __init__(
+        self, get: GetTensor, name: str, hidden_size: int, inner_size: int, activation: str = "swiglu"
+    ) -> None:
+        """activation: swiglu or geglu, as `Linear` has them.
+
+        The tensors are `NAME.gate_proj.weight`, `NAME.up_proj.weight` and `NAME.down_proj.weight`.
+        """
         gate_up = {f"{name}.gate_proj": inner_size, f"{name}.up_proj": inner_size}
-        self.gate_up = Linear.load(get, gate_up, hidden_size, activation="swiglu")
+        self.gate_up = Linear.load(get, gate_up, hidden_size, activation=activation)
         self.down = Linear.load(get, {f"{name}.down_proj": hidden_size}, inner_size)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ class Experts:
         count: int,
         per_token: int,
         normalised: bool,
+        activation: str = "swiglu",
     ) -> None:
         """normalised: whether the shares of a row's experts add up to 1.
 
@@ -73,7 +79,8 @@ class Experts:
         """
         self.per_token, self.normalised = per_token, normalised
         self.router = Linear.load(Unquantized(get, get.dtype), {f"{name}.gate": count}, hidden_size)
-        self.mlps = [MLP(get, f"{name}.experts.{index}", hidden_size, inner_size) for index in range(count)]
+        sizes = hidden_size, inner_size
+        self.mlps = [MLP(get, f"{name}.experts.{index}", *sizes, activation) for index in range(count)]
         self.packed = self._pack()
 
     def _pack(self) -> PackedExperts | None:
@@ -97,7 +104,7 @@ class Experts:
             return self._mixed(x).add_(residual).to(residual.dtype)
         partials = x.new_empty(shards.count, *x.shape)
         self.partials(x, shards, partials)
-        return add_partials(residual, partials)
+        return add_partials(partials, residual)
 
     def partials(self, x: Tensor, shards: InputShards, out: Tensor) -> None:
         """The sums over a row's experts for each shard. out: contiguous [shards, rows, hidden_size]."""

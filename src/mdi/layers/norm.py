@@ -12,17 +12,41 @@ from mdi.kernels import norms as kernels
 class RMSNorm:
     """Root mean square norm over the last dimension (arXiv:1910.07467)."""
 
-    def __init__(self, get: GetTensor, name: str, size: int, eps: float, dtype: str | None = None) -> None:
-        """dtype: of the weight; None is the stage's own."""
-        self.weight = get(f"{name}.weight", (size,), dtype)
-        self.exact = self.weight.float()
+    def __init__(
+        self,
+        get: GetTensor,
+        name: str,
+        size: int,
+        eps: float,
+        dtype: str | None = None,
+        *,
+        offset: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """dtype: of the weight; None is the stage's own.
+
+        offset, scale: the weight is (stored + offset) * scale, in float32, in which the norm is then computed.
+        """
+        stored = get(f"{name}.weight", (size,), dtype)
+        self.exact = (stored.float() + offset) * scale
+        self.weight = stored if (offset, scale) == (0, 1) else self.exact
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[.., size] -> the same."""
         if kernels.compute(x):
             return kernels.rms_norm(x, self.exact, self.eps)
-        normed = torch.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-        return normed.to(x.dtype)
+        return self._normed(x).to(x.dtype)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + y, rounded once where the norm is computed in float32. residual: like x."""
+        if kernels.compute(x):
+            return kernels.rms_norm(x, self.exact, self.eps, residual)
+        return (residual + self._normed(x)).to(residual.dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """In the weight's dtype."""
+        return torch.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class LayerNorm:

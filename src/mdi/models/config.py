@@ -12,10 +12,20 @@ from mdi.core.entries import check_ids
 from mdi.core.errors import CheckpointError
 from mdi.core.group import Rank
 from mdi.layers.rope import RopeConfig, RopeScaling
-from mdi.models.entries import CONFIG, DecoderEntries, MediaEntries, RopeEntries, TopEntries, rope_entries
+from mdi.models.entries import (
+    CONFIG,
+    FULL,
+    SLIDING,
+    DecoderEntries,
+    MediaEntries,
+    RopeEntries,
+    TopEntries,
+    decoder_ropes,
+)
 
-SLIDING = "sliding_attention"
-ATTENTION_KINDS = ("full_attention", SLIDING)
+ATTENTION_KINDS = (FULL, SLIDING)
+ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
+"""Of MLPs: in config.json, and as `Linear` has them."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,13 @@ class LayerKind:
     """How attention of some layers differs from that of others.
 
     window: the last tokens that one attends to, itself included (arXiv:2004.05150); 0 is all. rotates: queries and keys
-    are rotated by position; SmolLM3 leaves that out of each fourth layer (arXiv:2501.18795).
+    are rotated by position; SmolLM3 leaves that out of each fourth layer (arXiv:2501.18795). rope: how, where that is
+    not the model's.
     """
 
     window: int = 0
     rotates: bool = True
+    rope: RopeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,10 @@ class ModelConfig:
     qkv_bias: the products of queries, keys and values have biases. qk_norm: each head's queries and keys are
     normalised before they are rotated. norm_dtype: of the decoder's norms; None is the stage's dtype.
     tied_embeddings: the LM head's matrix is the embedding's. max_positions: tokens of a sequence. kinds: of each layer.
-    intermediate_size: inner width of an MLP, in layers without experts.
+    intermediate_size: inner width of an MLP, in layers without experts. activation: of MLPs, as `Linear` has it.
+    norm_offset: what is added to the stored weights of norms. post_norms: what attention and MLP add to hidden states
+    is normalised before. embedding_scale: what rows of the embedding are multiplied by, rounded to their dtype.
+    query_scale: what normalised queries are multiplied by, beside head_dim ** -0.5.
     """
 
     architecture: str
@@ -161,6 +176,11 @@ class ModelConfig:
     dtype: str
     kinds: tuple[LayerKind, ...]
     norm_dtype: str | None = None
+    activation: str = "swiglu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float = 1.0
     experts: ExpertsConfig | None = None
     vision: VisionConfig | None = None
     image_token_id: int | None = None
@@ -175,6 +195,16 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """How layers rotate: the model's way, then those that some have of their own."""
+        return tuple(dict.fromkeys((self.rope, *(kind.rope for kind in self.kinds if kind.rope))))
+
+    def rotation_of(self, layer: int) -> int | None:
+        """Index in `ropes` of how a layer rotates; None where it does not."""
+        kind = self.kinds[layer]
+        return self.ropes.index(kind.rope or self.rope) if kind.rotates else None
 
     def experts_of(self, layer: int) -> ExpertsConfig | None:
         """The experts of a layer; None where it has one MLP."""
@@ -212,7 +242,8 @@ class ModelConfig:
         content = {**defaults.entries, **part, **defaults.fixed_entries} if isinstance(part, dict) else part
         entries = DecoderEntries.read(content, CONFIG, where.removesuffix("."))
         head_dim = entries.head_dim or entries.hidden_size // entries.num_attention_heads
-        rope = rope_entries(part, defaults.rope_theta, where)
+        rope, sliding_rope = decoder_ropes(part, defaults.rope_theta, where)
+        most = entries.max_position_embeddings
         made = cls(
             architecture=top.architectures[0],
             hidden_size=entries.hidden_size,
@@ -223,13 +254,18 @@ class ModelConfig:
             intermediate_size=entries.intermediate_size,
             vocab_size=entries.vocab_size,
             rms_eps=entries.rms_norm_eps,
-            rope=_rope_config(rope, defaults, head_dim, entries.max_position_embeddings),
+            rope=_rope_config(rope, defaults, head_dim, most),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tied_embeddings=top.tie_word_embeddings or (vision is not None and entries.tie_word_embeddings),
             max_positions=_max_positions(entries, rope),
             dtype=_dtype(top, entries),
-            kinds=_layer_kinds(entries, unrotated_layers),
+            kinds=_layer_kinds(
+                entries,
+                unrotated_layers,
+                _rope_config(sliding_rope, defaults, head_dim, most) if sliding_rope else None,
+            ),
+            activation=ACTIVATIONS.get(entries.hidden_act, ""),
             experts=experts,
             vision=vision,
         )
@@ -373,7 +409,9 @@ def _attention_factor(entries: RopeEntries) -> float:
     return magnitude(factor)
 
 
-def _layer_kinds(entries: DecoderEntries, unrotated: Sequence[int]) -> tuple[LayerKind, ...]:
+def _layer_kinds(
+    entries: DecoderEntries, unrotated: Sequence[int], sliding_rope: RopeConfig | None
+) -> tuple[LayerKind, ...]:
     """Raises CheckpointError for kinds of attention that are not computed."""
     kinds = entries.attention_kinds
     if len(kinds) != entries.num_hidden_layers:
@@ -382,8 +420,11 @@ def _layer_kinds(entries: DecoderEntries, unrotated: Sequence[int]) -> tuple[Lay
         raise unusable(f"layers with {other} are not supported (layer_types)")
     if SLIDING in kinds and entries.sliding_window is None:
         raise unusable(f"layer_types has {SLIDING}, but sliding_window is missing")
-    windows = ((entries.sliding_window or 0) if kind == SLIDING else 0 for kind in kinds)
-    return tuple(LayerKind(window, layer not in unrotated) for layer, window in enumerate(windows))
+    slides = [kind == SLIDING for kind in kinds]
+    return tuple(
+        LayerKind((entries.sliding_window or 0) * slid, layer not in unrotated, sliding_rope if slid else None)
+        for layer, slid in enumerate(slides)
+    )
 
 
 def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
@@ -391,7 +432,7 @@ def _check_decoder(entries: DecoderEntries, config: ModelConfig) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(entries, name):
             raise unusable(f"{name} is set, which is not supported")
-    if entries.hidden_act != "silu":
+    if not config.activation:
         raise unusable(f"activation {entries.hidden_act!r} is not supported in the decoder")
     if config.n_heads % config.n_kv_heads:
         raise unusable(

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, Field
 from mdi.core.entries import Entries, TokenId
 
 CONFIG = "config.json"
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of attention
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
@@ -89,7 +90,7 @@ class DecoderEntries(Entries):
             return self.layer_types
         sliding = bool(self.use_sliding_window) and self.sliding_window is not None
         n_full = min(max(self.max_window_layers, 0), self.num_hidden_layers) if sliding else self.num_hidden_layers
-        return ["full_attention"] * n_full + ["sliding_attention"] * (self.num_hidden_layers - n_full)
+        return [FULL] * n_full + [SLIDING] * (self.num_hidden_layers - n_full)
 
 
 class ExpertsEntries(Entries):
@@ -163,6 +164,20 @@ class DeepstackVisionEntries(Entries):
 def rope_entries(part: Mapping[str, Any], default_theta: float, where: str = "") -> RopeEntries:
     """The rope of a decoder or tower: `rope_scaling` (older) before `rope_parameters`, as in transformers."""
     key = "rope_scaling" if part.get("rope_scaling") else "rope_parameters"
-    rope, theta = part.get(key) or {}, part.get("rope_theta", default_theta)
-    content = {"rope_theta": theta, **rope} if isinstance(rope, dict) else rope
-    return RopeEntries.read(content, CONFIG, f"{where}{key}")
+    return _rope(part.get(key) or {}, part.get("rope_theta", default_theta), f"{where}{key}")
+
+
+def decoder_ropes(
+    part: Mapping[str, Any], default_theta: float, where: str = ""
+) -> tuple[RopeEntries, RopeEntries | None]:
+    """The same of a decoder, and that of its layers with a window, where `rope_parameters` has one for each kind."""
+    by_kind = part.get("rope_parameters")
+    if not isinstance(by_kind, dict) or not by_kind.keys() & {FULL, SLIDING}:
+        return rope_entries(part, default_theta, where), None
+    theta, key = part.get("rope_theta", default_theta), f"{where}rope_parameters"
+    full, sliding = (_rope(by_kind.get(kind) or {}, theta, f"{key}.{kind}") for kind in (FULL, SLIDING))
+    return full, sliding
+
+
+def _rope(given: Any, theta: float, where: str) -> RopeEntries:
+    return RopeEntries.read({"rope_theta": theta, **given} if isinstance(given, dict) else given, CONFIG, where)

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from mdi.core.tensors import GetTensor
 from mdi.layers.rope import Grid
-from mdi.models import llama, mistral, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_moe, qwen3_vl, qwen3_vl_moe, smollm3
+from mdi.models import (
+    gemma3,
+    llama,
+    mistral,
+    qwen2,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3,
+    qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
+    smollm3,
+)
 from mdi.models.config import ModelConfig, VisionConfig, unusable
 
 
@@ -96,6 +108,7 @@ FAMILIES = {
     "MistralForCausalLM": Family(mistral.read_config, "mistral", "Mistral 7B, Mistral Nemo"),
     "MinistralForCausalLM": Family(mistral.read_config, "ministral", "Ministral 8B"),
     "SmolLM3ForCausalLM": Family(smollm3.read_config, "smollm3", "SmolLM3"),
+    "Gemma3ForCausalLM": Family(gemma3.read_config, "gemma3_text", "Gemma 3, text only (270M, 1B)"),
 }
 GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # how names of architectures with an LM head end
 REFUSED = ("per_layer_config", "transformers_weights")  # layers that differ, weights under another name

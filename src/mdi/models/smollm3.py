@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mdi.core.entries import Entries
-from mdi.models.config import SLIDING, DecoderDefaults, ModelConfig, unusable
-from mdi.models.entries import CONFIG
+from mdi.models.config import DecoderDefaults, ModelConfig, unusable
+from mdi.models.entries import CONFIG, FULL, SLIDING
 
 DEFAULTS = DecoderDefaults(rope_theta=2e6, n_kv_heads=4, sliding_window=None)  # transformers' SmolLM3Config
 
@@ -37,6 +37,6 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     entries = RotationEntries.read(config, CONFIG)
     unrotated = entries.unrotated
     slides = unrotated if entries.use_sliding_window and config.get("sliding_window") else []
-    types = [SLIDING if layer in slides else "full_attention" for layer in range(entries.num_hidden_layers)]
+    types = [SLIDING if layer in slides else FULL for layer in range(entries.num_hidden_layers)]
     content = {"tie_word_embeddings": True, **config, "layer_types": config.get("layer_types") or types}
     return ModelConfig.from_hf(content, defaults=DEFAULTS, unrotated_layers=unrotated)

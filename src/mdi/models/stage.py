@@ -61,7 +61,7 @@ class Stage:
         self._first_token = vocabulary_rows(config, rank).start
         self._decoder = loaded.decoder
         self._vision = loaded.vision
-        self._rope = DecoderRope(config.head_dim, config.rope, device)
+        self._ropes = [DecoderRope(config.head_dim, rope, device) for rope in config.ropes]
         self._cache = KVCache(
             n_layers=len(loaded.spec.layers),
             n_slots=n_slots,
@@ -166,11 +166,12 @@ class Stage:
         for edit in batch.edits:
             self._cache.apply(edit)
         layout = Layout.of(batch.slices, self.device)
-        rotation = self._rope(batch.positions.to(self.device))
+        positions = batch.positions.to(self.device)
+        rotations = [rope(positions) for rope in self._ropes]
         hidden = hidden.to(self.device)
         deepstack = batch.deepstack.to(self.device) if batch.deepstack else None
         return self._decoder.forward(
-            hidden, rotation, self._cache, layout, self.group, shards=self._shards, deepstack=deepstack
+            hidden, rotations, self._cache, layout, self.group, shards=self._shards, deepstack=deepstack
         )
 
     def _check(self, batch: Batch, hidden: Tensor) -> None:

@@ -1,7 +1,9 @@
 // A stage's decoder layers over a packed batch, in one parallel region: threads meet at barriers and are never woken up.
 //
 //   hidden -> norm -> q, k, v -> rotation, cache -> attention -> out + hidden
-//          -> norm -> gate, up (SwiGLU) -> down + hidden, or a mixture of experts + hidden
+//          -> norm -> gate, up (SwiGLU, GeGLU) -> down + hidden, or a mixture of experts + hidden
+//
+// Where a layer has norms of what is added to hidden, that is summed up and rounded by itself, then normalised and added.
 //
 // Where a group of ranks computes the stage, each adds up its own shards of what residuals are added to, and the calling
 // thread exchanges these sums with the other ranks; all then add them in the same order. Many rows go in pieces: while
@@ -21,6 +23,7 @@
 typedef struct {
     const Step *step;
     void *normed, *qkv, *attended, *inner;  // [rows][..] of the step's dtype
+    void *summed;                           // [rows][hidden_size]: what is normalised before it is added to hidden
     char *scratch;                          // of products and attention
     atomic_long *claimed;                   // [n_layers]
     int *failed;                            // what an exchange returned; written by one thread before a barrier
@@ -56,9 +59,20 @@ static void normalise(const Region *region, Rows rows, const float *weight, int 
     mdi_barrier();
 }
 
+// hidden + norm of what is summed up.
+static void add_normalised(const Region *region, Rows rows, const float *weight, int thread, int n_threads) {
+    const Step *step = region->step;
+    long size = step->hidden_size;
+    char *hidden = row_of(step, step->hidden, rows.first, size);
+    Norm norm = {.x = row_of(step, region->summed, rows.first, size), .out = hidden, .weight = weight, .residual = hidden,
+                 .rows = rows.last - rows.first, .size = size, .eps = step->eps, .dtype = step->dtype};
+    KERNEL(rms_norm_part)(&norm, thread, n_threads);
+    mdi_barrier();
+}
+
 static Product product_of(const Region *region, Rows rows, const Weight *weight, void *x, void *out) {
     const Step *step = region->step;
-    long outputs = weight->swiglu ? weight->outputs / 2 : weight->outputs;
+    long outputs = weight->outputs / (weight->gate ? 2 : 1);
     return (Product){.weight = weight, .x = row_of(step, x, rows.first, weight->inputs),
                      .out = row_of(step, out, rows.first, outputs), .rows = rows.last - rows.first, .dtype = step->dtype,
                      .scratch = region->scratch};
@@ -72,27 +86,40 @@ static void multiply(const Region *region, Rows rows, const Weight *weight, void
     mdi_barrier();
 }
 
-// Residual and all shards' sums, in order, rounded once: of LANES numbers at a time, a thread's part of the rows.
-INLINE void add_partials_as(const Step *step, const char *partials, long begin, long end, int dtype) {
+// Where sums go: those without a norm of their own to hidden, the residual included.
+static void *sum_of(const Region *region, const float *post_norm) { return post_norm ? region->summed : region->step->hidden; }
+static void *residual_of(const Region *region, const float *post_norm) { return post_norm ? NULL : region->step->hidden; }
+
+typedef struct {
+    const Step *step;
+    const void *partials, *residual;  // residual: or NULL
+    void *out;
+} Addition;
+
+// All shards' sums, in order, and the residual, rounded once: of LANES numbers at a time.
+INLINE void add_partials_as(const Addition *addition, long begin, long end, int dtype) {
+    const Step *step = addition->step;
     long size = step->rows * step->hidden_size;
     for (long at = begin; at < end; at += LANES) {
         int lanes = end - at < LANES ? (int)(end - at) : LANES;
-        vfloat total = vf_load_few_as(partials, at, lanes, dtype);
+        vfloat total = vf_load_few_as(addition->partials, at, lanes, dtype);
         for (long shard = 1; shard < step->n_shards; shard++)
-            total = vf_add(total, vf_load_few_as(partials, shard * size + at, lanes, dtype));
-        vf_store_few_as(step->hidden, at, vf_add(total, vf_load_few_as(step->hidden, at, lanes, dtype)), lanes, dtype);
+            total = vf_add(total, vf_load_few_as(addition->partials, shard * size + at, lanes, dtype));
+        if (addition->residual) total = vf_add(total, vf_load_few_as(addition->residual, at, lanes, dtype));
+        vf_store_few_as(addition->out, at, total, lanes, dtype);
     }
 }
 
-static void add_partials(const Step *step, const char *partials, Rows rows, int thread, int n_threads) {
-    long base = rows.first * step->hidden_size, size = (rows.last - rows.first) * step->hidden_size;
-    long vectors = (size + LANES - 1) / LANES;
-    long begin = vectors * thread / n_threads * LANES, end = vectors * (thread + 1) / n_threads * LANES;
-    if (end > size) end = size;
-    begin += base, end += base;
-    if (step->dtype == FLOAT32) add_partials_as(step, partials, begin, end, FLOAT32);
-    if (step->dtype == BFLOAT16) add_partials_as(step, partials, begin, end, BFLOAT16);
-    if (step->dtype == FLOAT16) add_partials_as(step, partials, begin, end, FLOAT16);
+// A thread's part of the rows.
+static void add_partials(const Addition *addition, Rows rows, int thread, int n_threads) {
+    const Step *step = addition->step;
+    long first = rows.first * step->hidden_size, last = rows.last * step->hidden_size;
+    long vectors = (last - first + LANES - 1) / LANES;
+    long begin = first + vectors * thread / n_threads * LANES, end = first + vectors * (thread + 1) / n_threads * LANES;
+    if (end > last) end = last;
+    if (step->dtype == FLOAT32) add_partials_as(addition, begin, end, FLOAT32);
+    if (step->dtype == BFLOAT16) add_partials_as(addition, begin, end, BFLOAT16);
+    if (step->dtype == FLOAT16) add_partials_as(addition, begin, end, FLOAT16);
 }
 
 // Sums of one product, [n_shards][rows][hidden_size]. Where all rows are exchanged at once, all products have the same.
@@ -114,26 +141,34 @@ static void send(const Region *region, int which, Rows rows, int thread) {
     if (thread == 0) exchange(region, in_pieces(region->step) ? SEND : SEND_AND_RECEIVE, which, rows);
 }
 
-// Adds all ranks' sums of these rows. Returns whether there is something to go on with.
-static int receive(const Region *region, int which, Rows rows, int thread, int n_threads) {
+// Of these rows, all ranks' sums. Returns whether there is something to go on with.
+static int receive(const Region *region, int which, Rows rows, const float *post_norm, int thread, int n_threads) {
     const Step *step = region->step;
-    if (!step->exchange) return 1;
     if (thread == 0 && in_pieces(step)) exchange(region, RECEIVE, which, rows);
     mdi_barrier();
     if (*region->failed) return 0;
-    add_partials(step, partials_of(step, which), rows, thread, n_threads);
+    Addition addition = {.step = step, .partials = partials_of(step, which), .residual = residual_of(region, post_norm),
+                         .out = sum_of(region, post_norm)};
+    add_partials(&addition, rows, thread, n_threads);
     mdi_barrier();
     return 1;
 }
 
-// To hidden states, or to what is sent to the other ranks: `receive` adds it.
-static void add_product(const Region *region, int which, Rows rows, const Weight *weight, void *x, const Shards *shards,
-                        int thread, int n_threads) {
+// Hidden states get what `sum_product` or `mix` summed up, where they have not got it yet. Returns as `receive` does.
+static int add_sums(const Region *region, int which, Rows rows, const float *post_norm, int thread, int n_threads) {
+    if (region->step->exchange && !receive(region, which, rows, post_norm, thread, n_threads)) return 0;
+    if (post_norm) add_normalised(region, rows, post_norm, thread, n_threads);
+    return 1;
+}
+
+static void sum_product(const Region *region, int which, Rows rows, const Weight *weight, void *x, const Shards *shards,
+                        const float *post_norm, int thread, int n_threads) {
     const Step *step = region->step;
-    Product product = product_of(region, rows, weight, x, step->exchange ? own_partials(step, which) : step->hidden);
+    void *out = step->exchange ? own_partials(step, which) : sum_of(region, post_norm);
+    Product product = product_of(region, rows, weight, x, out);
     product.shards = shards;
     if (step->exchange) product.shard_stride = step->rows * step->hidden_size;
-    else product.residual = product.out;
+    else product.residual = residual_of(region, post_norm);
     KERNEL(product_part)(&product, thread, n_threads);
     if (step->exchange) send(region, which, rows, thread);
     else mdi_barrier();
@@ -141,7 +176,7 @@ static void add_product(const Region *region, int which, Rows rows, const Weight
 
 static void rotate(const Region *region, const Layer *layer, int thread, int n_threads) {
     const Step *step = region->step;
-    Rotary rotary = {.heads = region->qkv, .cos = layer->rotates ? step->cos : NULL, .sin = step->sin,
+    Rotary rotary = {.heads = region->qkv, .cos = layer->cos, .sin = layer->sin,
                      .q_norm = layer->q_norm, .k_norm = layer->k_norm, .cache = layer->cache, .scales = layer->scales, .runs = step->runs,
                      .n_runs = step->n_runs, .rows = step->rows, .slot_rows = step->slot_rows, .n_heads = step->heads,
                      .kv_heads = step->kv_heads, .head_dim = step->head_dim, .eps = step->eps, .dtype = step->dtype,
@@ -169,10 +204,12 @@ static void attend(const Region *region, const Layer *layer, int thread, int n_t
     mdi_barrier();
 }
 
-static Mixture mixture_of(const Region *region, const Experts *experts) {
+static Mixture mixture_of(const Region *region, const Layer *layer) {
     const Step *step = region->step;
-    Mixture mixture = {.experts = experts, .x = region->normed, .residual = step->hidden, .out = step->hidden,
-                       .rows = step->rows, .dtype = step->dtype, .shards = step->expert_down, .scratch = region->scratch};
+    const float *post_norm = layer->mlp_post_norm;
+    Mixture mixture = {.experts = layer->experts, .x = region->normed, .residual = residual_of(region, post_norm),
+                       .out = sum_of(region, post_norm), .rows = step->rows, .dtype = step->dtype,
+                       .shards = step->expert_down, .scratch = region->scratch};
     if (!step->exchange) return mixture;
     mixture.out = own_partials(step, INNER);
     mixture.shard_stride = step->rows * step->hidden_size;
@@ -180,48 +217,56 @@ static Mixture mixture_of(const Region *region, const Experts *experts) {
 }
 
 // Experts read their weights once for all rows.
-static void mix(const Region *region, const Experts *experts, int thread, int n_threads) {
-    Mixture mixture = mixture_of(region, experts);
+static void mix(const Region *region, const Layer *layer, int thread, int n_threads) {
+    Mixture mixture = mixture_of(region, layer);
     KERNEL(mixture_part)(&mixture, thread, n_threads);
     if (region->step->exchange) send(region, INNER, all_rows(region->step), thread);
     else mdi_barrier();
 }
 
-static int add_attention(const Region *region, const Layer *layer, int thread, int n_threads) {
+// What the layer before this one, or the last one of all, still owes to hidden states.
+static int end_layer_before(const Region *region, const Layer *layer, Rows rows, int thread, int n_threads) {
+    if (layer == region->step->layers) return 1;
+    return add_sums(region, INNER, rows, layer[-1].mlp_post_norm, thread, n_threads);
+}
+
+static int attention_of_layer(const Region *region, const Layer *layer, int thread, int n_threads) {
     const Step *step = region->step;
     for (Rows rows = {0}; next_piece(step, &rows);) {
-        if (layer > step->layers && !receive(region, INNER, rows, thread, n_threads)) return 0;
+        if (!end_layer_before(region, layer, rows, thread, n_threads)) return 0;
         normalise(region, rows, layer->input_norm, thread, n_threads);
         multiply(region, rows, layer->qkv, region->normed, region->qkv, layer->qkv_bias, thread, n_threads);
     }
     rotate(region, layer, thread, n_threads);
     attend(region, layer, thread, n_threads);
     for (Rows rows = {0}; next_piece(step, &rows);)
-        add_product(region, ATTENTION, rows, layer->out, region->attended, step->out, thread, n_threads);
+        sum_product(region, ATTENTION, rows, layer->out, region->attended, step->out, layer->attention_post_norm, thread,
+                    n_threads);
     return 1;
 }
 
-static int add_mlp(const Region *region, const Layer *layer, int thread, int n_threads) {
+static int mlp_of_layer(const Region *region, const Layer *layer, int thread, int n_threads) {
     const Step *step = region->step;
     for (Rows rows = {0}; next_piece(step, &rows);) {
-        if (!receive(region, ATTENTION, rows, thread, n_threads)) return 0;
+        if (!add_sums(region, ATTENTION, rows, layer->attention_post_norm, thread, n_threads)) return 0;
         normalise(region, rows, layer->mlp_norm, thread, n_threads);
         if (layer->experts) continue;
         multiply(region, rows, layer->gate_up, region->normed, region->inner, NULL, thread, n_threads);
-        add_product(region, INNER, rows, layer->down, region->inner, step->down, thread, n_threads);
+        sum_product(region, INNER, rows, layer->down, region->inner, step->down, layer->mlp_post_norm, thread, n_threads);
     }
-    if (layer->experts) mix(region, layer->experts, thread, n_threads);
+    if (layer->experts) mix(region, layer, thread, n_threads);
     return 1;
 }
 
 static void decoder_part(void *context, int thread, int n_threads) {
     const Region *region = context;
     const Step *step = region->step;
-    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++) {
-        if (!add_attention(region, layer, thread, n_threads)) return;
-        if (!add_mlp(region, layer, thread, n_threads)) return;
+    const Layer *layer = step->layers, *end = layer + step->n_layers;
+    for (; layer < end; layer++) {
+        if (!attention_of_layer(region, layer, thread, n_threads)) return;
+        if (!mlp_of_layer(region, layer, thread, n_threads)) return;
     }
-    receive(region, INNER, all_rows(step), thread, n_threads);
+    end_layer_before(region, end, all_rows(step), thread, n_threads);
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -239,7 +284,7 @@ static size_t scratch_size(const Region *region) {
             size = larger(size, KERNEL(product_scratch)(&product, mdi_threads()));
         }
         if (!layer->experts) continue;
-        Mixture mixture = mixture_of(region, layer->experts);
+        Mixture mixture = mixture_of(region, layer);
         size = larger(size, KERNEL(mixture_scratch)(&mixture, mdi_threads()));
     }
     return size;
@@ -253,6 +298,13 @@ static long inner_width(const Step *step) {
     return widest;
 }
 
+// Whether some layer has norms of what is added to hidden.
+static int has_post_norms(const Step *step) {
+    for (const Layer *layer = step->layers; layer < step->layers + step->n_layers; layer++)
+        if (layer->attention_post_norm || layer->mlp_post_norm) return 1;
+    return 0;
+}
+
 static size_t row_bytes(const Step *step, long numbers) {
     return (step->rows * numbers * dtype_bytes(step->dtype) + 63) & ~(size_t)63;
 }
@@ -262,8 +314,9 @@ int KERNEL(decoder)(const Step *step) {
     Region region = {.step = step};
     size_t normed = row_bytes(step, step->hidden_size), attended = row_bytes(step, step->heads * step->head_dim);
     size_t qkv = row_bytes(step, (step->heads + 2 * step->kv_heads) * step->head_dim), inner = row_bytes(step, inner_width(step));
+    size_t summed = has_post_norms(step) ? normed : 0;
     size_t counters = (step->n_layers * sizeof(atomic_long) + 63) & ~(size_t)63;
-    char *memory = mdi_scratch(counters + normed + qkv + attended + inner + scratch_size(&region));
+    char *memory = mdi_scratch(counters + normed + qkv + attended + inner + summed + scratch_size(&region));
     if (!memory) return NO_MEMORY;
     int failed = 0;
     region.failed = &failed;
@@ -273,7 +326,8 @@ int KERNEL(decoder)(const Step *step) {
     region.qkv = memory += normed;
     region.attended = memory += qkv;
     region.inner = memory += attended;
-    region.scratch = memory + inner;
+    region.summed = memory += inner;
+    region.scratch = memory + summed;
     mdi_parallel(decoder_part, &region);
     return failed ? NOT_EXCHANGED : 0;
 }

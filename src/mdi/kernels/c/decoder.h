@@ -10,16 +10,16 @@ typedef struct {
     const float *qkv_bias;               // or NULL
     const float *input_norm, *mlp_norm;  // [hidden_size]
     const float *q_norm, *k_norm;        // [head_dim], or NULL
+    const float *attention_post_norm, *mlp_post_norm;  // [hidden_size]: of what is added to hidden; or NULL
+    const float *cos, *sin;              // [rows][head_dim / 2], or NULL: nothing is rotated
     void *cache;                         // [slots][slot_rows][2][kv_heads][head_dim]
     float *scales;                       // [slots][slot_rows][2][kv_heads], of an int8 cache
     int64_t window;                      // as `Attention` has it
-    int64_t rotates;                     // whether queries and keys are rotated
 } Layer;
 
 typedef struct {
     const Layer *layers;
     void *hidden;            // [rows][hidden_size]: what the layers get, then what they give
-    const float *cos, *sin;  // [rows][head_dim / 2]
     const Run *runs;
     int64_t n_layers, n_runs, rows, slot_rows, hidden_size, heads, kv_heads, head_dim;
     float eps;

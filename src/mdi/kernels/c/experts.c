@@ -1,7 +1,7 @@
 // A mixture of experts over rows: each row is multiplied with the weights of the few experts that its router chooses.
 //
 //   x -> router -> softmax, the highest `per_row` of each row -> rows copied, those of an expert together
-//     -> gate, up (SwiGLU) of all chosen experts at once -> down of all -> residual + sum of outputs times shares
+//     -> gate, up of all chosen experts at once -> down of all -> residual + sum of outputs times shares
 //
 // A row's experts are summed in float32 in the order of their shares, and of their numbers where shares are equal, then
 // rounded once; of shards, each shard's sum by itself: the bits of a row do not depend on the rows beside it. Weights of experts that no row chose are not read.

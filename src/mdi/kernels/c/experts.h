@@ -5,7 +5,7 @@
 
 typedef struct {
     const Weight *router;                   // [count, hidden_size], not quantised
-    const Weight *const *gate_up, *const *down;  // [count]: an expert's gate and up with SwiGLU, and its down product
+    const Weight *const *gate_up, *const *down;  // [count]: an expert's gate and up, with a gate, and its down product
     int64_t count, per_row;
     int32_t normalised;  // whether the shares of a row's experts add up to 1
 } Experts;

@@ -30,12 +30,19 @@ static void layer_norm_row(float *row, const float *weight, const float *bias, l
     scale_row(row, scale, weight, bias, size);
 }
 
+static void add_row(float *row, const Norm *norm, long from) {
+    float residual[norm->size];
+    widen_row(norm->residual, from, norm->dtype, norm->size, residual);
+    for (long i = 0; i < norm->size; i++) row[i] += residual[i];
+}
+
 INLINE void norm_part(const Norm *norm, int thread, int n_threads, int centred) {
     float row[norm->size];
     for (long r = norm->rows * thread / n_threads; r < norm->rows * (thread + 1) / n_threads; r++) {
         widen_row(norm->x, r * norm->size, norm->dtype, norm->size, row);
         if (centred) layer_norm_row(row, norm->weight, norm->bias, norm->size, norm->eps);
         else KERNEL(rms_norm_row)(row, norm->weight, norm->size, norm->eps);
+        if (norm->residual) add_row(row, norm, r * norm->size);
         narrow_row(row, norm->out, r * norm->size, norm->dtype, norm->size);
     }
 }

@@ -9,6 +9,7 @@ typedef struct {
     const void *x;              // [rows][size]
     void *out;                  // the same, perhaps the same memory
     const float *weight, *bias; // [size]; bias: of LayerNorm
+    const void *residual;       // like x, is added before all is rounded; or NULL; perhaps the memory of out
     int64_t rows, size;
     float eps;
     int32_t dtype;  // of x and out

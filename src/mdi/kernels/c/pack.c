@@ -25,7 +25,7 @@ static size_t panel_size(const Weight *weight) {
 
 // The row of the weight that is output n of a panel, or -1 behind the last one.
 static long source_row(const Weight *weight, long panel, int n) {
-    if (!weight->swiglu) return panel * PANEL + n < weight->outputs ? panel * PANEL + n : -1;
+    if (!weight->gate) return panel * PANEL + n < weight->outputs ? panel * PANEL + n : -1;
     long inner = weight->outputs / 2, row = panel * (PANEL / 2) + n % (PANEL / 2);
     if (row >= inner) return -1;
     return n < PANEL / 2 ? row : inner + row;
@@ -134,14 +134,14 @@ static void pack_part(void *context, int thread, int n_threads) {
     if (has_nan) __atomic_store_n(&packing->has_nan, 1, __ATOMIC_RELAXED);
 }
 
-Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
+Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int gate, int group_scales, const void *values,
                      const void *scales, const uint8_t *zeros, const void *minimums, const int32_t *order, int *has_nan) {
     Weight *weight = calloc(1, sizeof *weight);
     if (!weight) return NULL;
-    *weight = (Weight){.outputs = outputs, .inputs = inputs, .kind = kind, .group = group, .swiglu = swiglu,
+    *weight = (Weight){.outputs = outputs, .inputs = inputs, .kind = kind, .group = group, .gate = gate,
                        .group_scales = group_scales,
                        .offsets = minimums ? MINIMUMS : zeros ? ZEROS : NO_OFFSETS};
-    long in_panel = swiglu ? PANEL / 2 : PANEL, columns = swiglu ? outputs / 2 : outputs;
+    long in_panel = gate ? PANEL / 2 : PANEL, columns = gate ? outputs / 2 : outputs;
     weight->n_panels = (columns + in_panel - 1) / in_panel;
     weight->panel_size = panel_size(weight);
     weight->panels = mdi_allocate((size_t)weight->n_panels * weight->panel_size);

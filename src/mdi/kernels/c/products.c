@@ -55,20 +55,21 @@ INLINE vfloat activated(vfloat value, int activation) {
     if (activation == GELU) return vf_gelu(value);
     if (activation == QUICK_GELU) return vf_mul(value, vf_sigmoid(vf_mul(value, vf_set1(1.702f))));
     if (activation == TANH_GELU) return vf_tanh_gelu(value);
+    if (activation == SILU) return vf_mul(value, vf_sigmoid(value));
     return value;
 }
 
 // Writes one row of one panel. outputs: of the result. column: the panel's first one of these.
 INLINE void finish_row(const Product *product, void *out, const float *sums, long row, long column, long outputs, int dtype) {
-    int swiglu = product->weight->swiglu, vectors = swiglu ? PANEL_VECTORS / 2 : PANEL_VECTORS;
+    int gate = product->weight->gate, vectors = gate ? PANEL_VECTORS / 2 : PANEL_VECTORS;
     for (int v = 0; v < vectors && column < outputs; v++, column += LANES) {
         int lanes = outputs - column < LANES ? (int)(outputs - column) : LANES;
         vfloat value = vf_load(sums + v * LANES);
         if (product->bias) value = vf_add(value, vf_load_few_as(product->bias, column, lanes, FLOAT32));
-        if (swiglu) {
+        if (gate) {
             vfloat up = vf_load(sums + (vectors + v) * LANES);
             if (product->bias) up = vf_add(up, vf_load_few_as(product->bias, outputs + column, lanes, FLOAT32));
-            value = vf_mul(vf_mul(value, vf_sigmoid(value)), up);
+            value = vf_mul(activated(value, gate), up);
         }
         value = activated(value, product->activation);
         long index = row * outputs + column;
@@ -78,8 +79,8 @@ INLINE void finish_row(const Product *product, void *out, const float *sums, lon
 }
 
 static void finish(const Product *product, void *out, const float *sums, long panel, long first, long rows) {
-    int swiglu = product->weight->swiglu;
-    long column = panel * (swiglu ? PANEL / 2 : PANEL), outputs = product->weight->outputs / (swiglu ? 2 : 1);
+    int gate = product->weight->gate;
+    long column = panel * (gate ? PANEL / 2 : PANEL), outputs = product->weight->outputs / (gate ? 2 : 1);
     for (long r = 0; r < rows; r++, sums += PANEL) {
         if (product->dtype == FLOAT32) finish_row(product, out, sums, first + r, column, outputs, FLOAT32);
         if (product->dtype == BFLOAT16) finish_row(product, out, sums, first + r, column, outputs, BFLOAT16);

@@ -12,7 +12,7 @@
 //              [4][PANEL][4] bytes: byte i of step s has input 8 s + i in its low half and 8 s + 4 + i in its high half
 //
 // Inputs of a quantised weight may be stored in another order than activations come in: these are gathered.
-// For SwiGLU a panel has PANEL / 2 outputs of the gate and then the same ones of the other half.
+// With a gate (SwiGLU, GeGLU) a panel has PANEL / 2 outputs of the gate and then the same ones of the other half.
 #pragma once
 
 #include <stddef.h>
@@ -22,13 +22,13 @@
 
 enum { INT8 = 3, INT4 = 4 };  // kinds of weights, beside the dtypes of vector.h
 enum { NO_OFFSETS = 0, ZEROS = 1, MINIMUMS = 2 };  // of groups: (value - zero) * scale, or value * scale + minimum
-enum { NONE = 0, GELU = 1, QUICK_GELU = 2, TANH_GELU = 3 };
+enum { NONE = 0, GELU = 1, QUICK_GELU = 2, TANH_GELU = 3, SILU = 4 };
 
 typedef struct {
     long outputs, inputs;
     int kind;
     int group;          // inputs that share an activation scale; 0 for float weights
-    int swiglu;         // gate and up are interleaved
+    int gate;           // its activation, where gate and up are interleaved; NONE: there is no gate
     int group_scales;   // int8: scales per group, not per output
     int offsets;        // of groups: int4 may have zeros; int4, and int8 with scales per group, minimums
     long n_panels;
@@ -48,7 +48,7 @@ typedef struct {
 typedef struct {
     const Weight *weight;
     const void *x;         // [rows, inputs] of dtype
-    void *out;             // [rows, outputs], or [rows, outputs / 2] of SwiGLU
+    void *out;             // [rows, outputs], or [rows, outputs / 2] with a gate
     const float *bias;     // [outputs] or NULL
     const void *residual;  // like out, or NULL
     long rows;
@@ -61,7 +61,7 @@ typedef struct {
 
 // Packs a weight. values: row-major [outputs, inputs], int4 two to a byte; the rest: see QuantizedTensor.
 // Returns NULL where memory is short; *has_nan is set where a float value, a scale or a minimum is NaN.
-Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int swiglu, int group_scales, const void *values,
+Weight *KERNEL(pack)(long outputs, long inputs, int kind, int group, int gate, int group_scales, const void *values,
                      const void *scales, const uint8_t *zeros, const void *minimums, const int32_t *order, int *has_nan);
 void KERNEL(discard)(Weight *weight);
 

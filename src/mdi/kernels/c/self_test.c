@@ -48,13 +48,13 @@ static int alike(const void *a, const void *b, long count, int dtype) {
 }
 
 typedef struct {
-    int kind, group, group_scales, offsets, ordered, swiglu, activation;
+    int kind, group, group_scales, offsets, ordered, gate, activation;
 } Kind;
 
 // Whether both products are alike, and every row has the same bits alone.
 static int product_passes(const Kind *kind, const Weight *ours, const Weight *theirs, int dtype) {
     float x[PRODUCT_ROWS * INPUTS], bias[OUTPUTS], residual[N_OUT], out[N_OUT], expected[N_OUT], alone[OUTPUTS];
-    long width = kind->swiglu ? OUTPUTS / 2 : OUTPUTS, item = dtype_bytes(dtype);
+    long width = kind->gate ? OUTPUTS / 2 : OUTPUTS, item = dtype_bytes(dtype);
     int activation = kind->activation;
     fill(x, PRODUCT_ROWS * INPUTS, dtype, 1);
     fill(bias, OUTPUTS, FLOAT32, 2);
@@ -86,9 +86,9 @@ static int weight_passes(const Kind *kind) {
     const uint8_t *own_zeros = kind->offsets == ZEROS ? zeros : NULL;
     const float *own_minimums = kind->offsets == MINIMUMS ? minimums : NULL;
     const int32_t *places = kind->ordered ? order : NULL;
-    Weight *ours = KERNEL(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
+    Weight *ours = KERNEL(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->gate, kind->group_scales, values,
                                 scales, own_zeros, own_minimums, places, &has_nan);
-    Weight *theirs = SCALAR(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->swiglu, kind->group_scales, values,
+    Weight *theirs = SCALAR(pack)(OUTPUTS, INPUTS, kind->kind, kind->group, kind->gate, kind->group_scales, values,
                                   scales, own_zeros, own_minimums, places, &has_nan);
     if (ours && theirs)
         passes = product_passes(kind, ours, theirs, FLOAT32) && product_passes(kind, ours, theirs, BFLOAT16);
@@ -100,12 +100,12 @@ static int weight_passes(const Kind *kind) {
 static int products_pass(void) {
     const Kind kinds[] = {
         {.kind = FLOAT32},
-        {.kind = BFLOAT16, .swiglu = 1},
+        {.kind = BFLOAT16, .gate = SILU},
         {.kind = FLOAT16, .activation = QUICK_GELU},
         {.kind = INT8, .group = 64, .activation = TANH_GELU},
         {.kind = INT8, .group = 64, .group_scales = 1, .activation = GELU},
         {.kind = INT8, .group = 32, .group_scales = 1},
-        {.kind = INT4, .group = 32, .swiglu = 1},
+        {.kind = INT4, .group = 32, .gate = TANH_GELU},
         {.kind = INT8, .group = 32, .group_scales = 1, .offsets = MINIMUMS},
         {.kind = INT4, .group = 32, .offsets = ZEROS},
         {.kind = INT4, .group = 32, .offsets = MINIMUMS},
@@ -195,7 +195,10 @@ static int norms_pass(void) {
     fill(bias, INPUTS, FLOAT32, 8);
     for (int dtype = FLOAT32; dtype <= FLOAT16; dtype++) {
         fill(x, ROWS * INPUTS, dtype, 9);
-        Norm norm = {x, out, weight, bias, ROWS, INPUTS - 5, 1e-6f, dtype}, reference = norm;
+        Norm norm = {.x = x, .out = out, .weight = weight, .bias = bias, .rows = ROWS, .size = INPUTS - 5, .eps = 1e-6f,
+                     .dtype = dtype};
+        if (dtype == BFLOAT16) norm.residual = x;
+        Norm reference = norm;
         reference.out = expected;
         KERNEL(rms_norm)(&norm);
         SCALAR(rms_norm)(&reference);
