@@ -12,14 +12,16 @@ import pytest
 
 from mdi.kernels import build
 
-KERNELS = ("products", "attention", "experts", "norms", "rotary", "vocabulary", "pack", "pool", "memory")
+KERNELS = ("products", "attention", "experts", "decoder", "norms", "rotary", "vocabulary", "pack", "pool", "memory")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O0")
 PROGRAM = """
 import ctypes, random, sys
 from pathlib import Path
 import torch
+from mdi.core.group import InputShards, LayerShards, Rank
 from mdi.core.quantization import INT4, INT4_MINIMUMS, INT8, INT8_32, INT8_32_MINIMUMS
-from mdi.kernels import attention, experts, norms, packed, vocabulary
+from mdi.kernels import attention, decoder, experts, norms, packed, vocabulary
+from mdi.kernels.decoder import LayerWeights, NativeLayers
 from mdi.kernels.experts import PackedExperts
 from mdi.kernels.library import Library
 from mdi.kernels.packed import PackedWeight, product
@@ -27,7 +29,7 @@ from mdi.layers.quantize import quantize
 
 isa, path = sys.argv[1:]
 loaded = Library(isa, Path(path), ctypes.CDLL(path))
-for module in (attention, experts, norms, packed, vocabulary):
+for module in (attention, decoder, experts, norms, packed, vocabulary):
     module.library = lambda: loaded
 loaded.shared("set_threads", ctypes.c_int)(2)
 chance = random.Random(0)
@@ -98,6 +100,50 @@ def mixing():
     return PackedExperts(router, gate_up, down, per_row=per_row, normalised=chance.random() < 0.5)(x, x)
 
 
+class Group:
+    def __init__(self, rank):
+        self.rank = rank
+
+    def exchange(self, partials):
+        self.receive(partials, partials.shape[1])
+
+    def send(self, partials, rows):
+        assert partials[self.rank.first_shard : self.rank.last_shard, rows].isfinite().all()
+
+    def receive(self, partials, last_row):
+        for shard in set(range(self.rank.n_shards)) - set(self.rank.shards):
+            partials[shard, :last_row] = 0.5
+
+
+def layers():
+    dtype, kv_heads, dim = chance.choice(FLOATS), chance.randint(1, 2), 2 * chance.randint(1, 9)
+    heads, hidden, inner = kv_heads * chance.randint(1, 3), chance.randint(1, 70), chance.randint(2, 40)
+    width, qkv, rows, n_layers = heads * dim, (heads + 2 * kv_heads) * dim, chance.choice([1, 5, 288, 300, 577]), 2
+    mixed, post = chance.random() < 0.3, chance.random() < 0.5
+
+    def packed(outputs, inputs, **gate):
+        return PackedWeight.pack((torch.randn(outputs, inputs) / inputs**0.5).to(dtype), **gate)
+
+    def mlp():
+        gate_up = [packed(2 * inner, hidden, gate="silu") for _ in range(3)]
+        down, router = [packed(hidden, inner) for _ in range(3)], packed(3, hidden)
+        return PackedExperts(router, gate_up, down, per_row=2, normalised=True) if mixed else (gate_up[0], down[0])
+
+    def layer():
+        vectors = [torch.rand(size) for size in (qkv, hidden, hidden, dim, dim)]
+        posts = [torch.rand(hidden), torch.rand(hidden)] if post else [None, None]
+        return LayerWeights(packed(qkv, hidden), packed(hidden, width), mlp(), *vectors, *posts)
+
+    native = NativeLayers([layer() for _ in range(n_layers)], n_heads=heads, n_kv_heads=kv_heads, eps=1e-6)
+    caches = [torch.zeros(2, rows, 2, kv_heads, dim, dtype=dtype) for _ in range(n_layers)]
+    tables, runs = [tuple(torch.rand(2, rows, dim // 2))], torch.tensor([[0, 1, 0, rows]])
+    cut = InputShards((0, inner // 2, inner), 1)
+    shards = LayerShards(InputShards((0, width // 2, width), 1), None if mixed else cut, cut if mixed else None)
+    group = chance.choice([None, Group(Rank(0, 2, 3)), Group(Rank(1, 3, 4))])
+    given = {} if group is None and chance.random() < 0.5 else {"shards": shards}
+    return native.forward(torch.randn(rows, hidden, dtype=dtype), tables, runs, caches, group=group, **given)
+
+
 def drawing():
     rows, size = chance.randint(1, 4), chance.choice([1, 2, 7, 63, 65, 1031, 5000])
     logits = torch.randn(rows, size)
@@ -106,7 +152,7 @@ def drawing():
     return torch.cat((highest.flatten(), sums.flatten(), logits[0][ids]))
 
 
-for kernel in (products, attending, attending_fully, normalising, mixing, drawing):
+for kernel in (products, attending, attending_fully, normalising, mixing, layers, drawing):
     for _ in range(60 if kernel is products else 40):
         assert kernel().isfinite().all(), kernel
 print("done")
