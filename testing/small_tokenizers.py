@@ -56,8 +56,19 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 @cache
+def prefixless_tokenizer() -> Tokenizer:
+    """The same without a space before the text, but with <s>, as in Gemma."""
+    tokenizer = Tokenizer.from_str(byte_fallback_tokenizer().to_str())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@cache
 def metaspace_tokenizer() -> Tokenizer:
-    """The same pieces in a Unigram model behind a Metaspace pre-tokenizer, as in T5 and Gemma: it knows no bytes.
+    """The same pieces in a Unigram model behind a Metaspace pre-tokenizer, as in T5: it knows no bytes.
 
     <s> is put before every text.
     """

@@ -16,6 +16,7 @@ from testing.small_tokenizers import (
     byte_fallback_tokenizer,
     byte_level_tokenizer,
     metaspace_tokenizer,
+    prefixless_tokenizer,
     write_tokenizer,
 )
 from tokenizers import Tokenizer as Backend
@@ -205,6 +206,7 @@ You help.<|end|>
 KINDS: dict[str, Callable[[], Backend]] = {
     "byte-level": byte_level_tokenizer,
     "byte fallback": byte_fallback_tokenizer,
+    "byte fallback without a prefix": prefixless_tokenizer,
     "metaspace": metaspace_tokenizer,
 }
 

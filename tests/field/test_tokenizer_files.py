@@ -17,6 +17,7 @@ from testing.small_tokenizers import (
     byte_fallback_tokenizer,
     byte_level_tokenizer,
     metaspace_tokenizer,
+    prefixless_tokenizer,
     write_tokenizer,
 )
 from tokenizers import AddedToken
@@ -270,6 +271,7 @@ LENGTH = 24
 KINDS = {
     "byte-level": byte_level_tokenizer,
     "byte fallback": byte_fallback_tokenizer,
+    "byte fallback without a prefix": prefixless_tokenizer,
     "metaspace": metaspace_tokenizer,
 }
 PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -86,7 +86,8 @@ def attending_fully():
 def normalising():
     dtype, size = chance.choice(FLOATS), chance.randint(1, 140)
     x, scale, bias = torch.randn(chance.randint(1, 9), size, dtype=dtype), torch.rand(size), torch.rand(size)
-    return torch.cat([norms.rms_norm(x, scale, 1e-6), norms.layer_norm(x, scale, bias, 1e-6)])
+    residual = chance.choice([None, x])
+    return torch.cat([norms.rms_norm(x, scale, 1e-6, residual), norms.layer_norm(x, scale, bias, 1e-6)])
 
 
 def mixing():

@@ -121,11 +121,10 @@ def _decoder_config(model: GgufFile, entry: Callable[..., Any]) -> dict[str, Any
 
 def _gemma(entry: Callable[..., Any], decoder: dict[str, Any]) -> dict[str, Any]:
     """What Gemma 3 has beside; of what files do not say, as llama.cpp computes it (`llama-model.cpp`)."""
-    by_width = decoder["num_hidden_layers"] == GEMMA_3_27B_LAYERS
+    by_width = decoder["hidden_size"] // decoder["num_attention_heads"]
+    is_27b = decoder["num_hidden_layers"] == GEMMA_3_27B_LAYERS
     return {
-        "query_pre_attn_scalar": decoder["hidden_size"] // decoder["num_attention_heads"]
-        if by_width
-        else decoder["head_dim"],
+        "query_pre_attn_scalar": by_width if is_27b else decoder["head_dim"],
         "sliding_window": entry("attention.sliding_window"),
         "sliding_window_pattern": entry("attention.sliding_window_pattern", 6),
         "rope_parameters": {FULL: decoder["rope_parameters"]},

@@ -73,7 +73,7 @@ class Experts:
         normalised: bool,
         activation: str = "swiglu",
     ) -> None:
-        """normalised: whether the shares of a row's experts add up to 1.
+        """normalised: whether the shares of a row's experts add up to 1. activation: as of `MLP`.
 
         The tensors are `NAME.gate.weight` of the router and those of each MLP, which is called `NAME.experts.INDEX`.
         """
