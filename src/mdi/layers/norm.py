@@ -28,8 +28,9 @@ class RMSNorm:
         offset, scale: the weight is (stored + offset) * scale, in float32, in which the norm is then computed.
         """
         stored = get(f"{name}.weight", (size,), dtype)
-        self.exact = (stored.float() + offset) * scale
-        self.weight = stored if (offset, scale) == (0, 1) else self.exact
+        changed = (offset, scale) != (0, 1) and not stored.is_meta  # of those torch would import its compiler
+        self.exact = (stored.float() + offset) * scale if changed else stored.float()
+        self.weight = self.exact if changed else stored
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
