@@ -139,6 +139,7 @@ def test_an_image_is_encoded_again_when_its_node_comes_back(served: Served, alon
     assert served.status.restarts > losses
 
 
+@pytest.mark.slow
 def test_images_fail_alone_when_their_node_does_not_come_back(
     served: Served, alone: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

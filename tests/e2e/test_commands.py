@@ -89,7 +89,7 @@ def test_prepare_and_plan_agree(checkpoint: Path) -> None:
         assert re.search(rf"{role}\W+{re.escape(layers)}", shown.stdout)
 
 
-@pytest.mark.parametrize("split", [("--n-nodes", "2"), ("--shards", "2")])
+@pytest.mark.parametrize("split", [pytest.param(("--n-nodes", "2"), marks=pytest.mark.slow), ("--shards", "2")])
 def test_verify_finds_no_difference_to_transformers(split: tuple[str, str], checkpoint: Path, picture: Path) -> None:
     report = mdi("verify", checkpoint, "What is this?", "--image", picture, *split, "--max-tokens", "6")
     assert report.returncode == 0, report.stderr + report.stdout

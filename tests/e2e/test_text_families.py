@@ -70,7 +70,7 @@ def expected(checkpoint: Path) -> list[int]:
     return Oracle(checkpoint).answer(QUESTION)[: GREEDY.max_tokens]
 
 
-@pytest.mark.parametrize("n_nodes", [1, 3])
+@pytest.mark.parametrize("n_nodes", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_answers_are_those_of_transformers(checkpoint: Path, expected: list[int], n_nodes: int) -> None:
     with Engine(checkpoint, n_nodes=n_nodes, dtype="float32") as engine:
         answer = engine.chat([{"role": "user", "content": QUESTION}], GREEDY)

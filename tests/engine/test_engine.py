@@ -222,7 +222,9 @@ def test_many_threads_share_one_engine(engine: Engine) -> None:
 
 
 @pytest.mark.usefixtures("no_process_left")
-@pytest.mark.parametrize("n_nodes", [2, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n_nodes", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_any_number_of_nodes_gives_the_same_tokens(
     n_nodes: int, engine: Engine, tiny_checkpoint: Path, photograph: bytes
 ) -> None:
@@ -260,6 +262,7 @@ def test_a_corrupted_chunk_is_named_before_anything_runs(tiny_checkpoint: Path, 
         Engine(path, n_nodes=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_process_left")
 def test_chunks_of_another_dtype_or_plan_are_written_beside_those_that_are_there(
     tiny_checkpoint: Path, tmp_path: Path
@@ -337,7 +340,7 @@ def test_impossible_options_are_refused(tiny_checkpoint: Path, options: dict[str
         Engine(tiny_checkpoint, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_answers_over_nodes_as_on_one(dtype: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny"
     shutil.copytree(tiny_checkpoint, path, ignore=shutil.ignore_patterns("chunks"))
