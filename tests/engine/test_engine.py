@@ -390,3 +390,19 @@ def test_a_program_that_ends_without_closing_its_engine_ends_without_a_crash(tin
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_a_forked_process_ends_and_leaves_the_engine_alone(tiny_checkpoint: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from mdi import Engine, SamplingParams\n"
+        "engine = Engine(sys.argv[1], n_nodes=2)\n"
+        "if os.fork() == 0:\n"
+        "    sys.exit(3)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "print(len(engine.chat('Hello', SamplingParams(max_tokens=4, ignore_eos=True)).token_ids))\n"
+        "print(engine.recovery.recoveries)\n"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ["3", "4", "0"])

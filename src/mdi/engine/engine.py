@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -109,7 +110,7 @@ class Engine:
         self._loop = self._start_loop(config)
         grammars = Grammars(self._tokenizer, self._end_ids, self._vocab_size)
         self._preparation = Preparation(grammars, self._start, self._end)
-        atexit.register(self.close)  # threads that still compute crash the process while Python ends
+        atexit.register(self._close_in, os.getpid())  # threads that still compute crash a process while Python ends
 
     def submit(
         self,
@@ -236,12 +237,12 @@ class Engine:
         return self._loop.error
 
     def close(self) -> None:
-        """Ends running requests with ClosedError, and ends every node. Safe to call twice."""
+        """Ends running requests with ClosedError, and ends every node. Safe to call twice; called when Python ends."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_in)
         self._preparation.close()
         self._loop.close()
         self._cluster.close()
@@ -249,6 +250,11 @@ class Engine:
             left = list(self._requests)
         for request in left:
             request.stream.put(ClosedError("the engine was closed"))
+
+    def _close_in(self, process: int) -> None:
+        """A forked copy of the process has none of the engine's threads, and the nodes are not its own."""
+        if os.getpid() == process:
+            self.close()
 
     def __enter__(self) -> Engine:
         return self
