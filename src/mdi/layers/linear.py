@@ -73,12 +73,10 @@ class Linear:
             return functional.gelu(made, approximate="tanh")
         if self.activation == "quick_gelu":  # through SiLU, which is one pass
             return functional.silu(made.mul_(QUICK_GELU), inplace=True).mul_(1 / QUICK_GELU)
-        if self.activation == "swiglu":
+        if self.activation in GATES:
             gate, others = made.chunk(2, dim=-1)
-            return functional.silu(gate).mul_(others)
-        if self.activation == "geglu":
-            gate, others = made.chunk(2, dim=-1)
-            return functional.gelu(gate, approximate="tanh").mul_(others)
+            is_silu = self.activation == "swiglu"
+            return (functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")).mul_(others)
         return made
 
     def add_to(self, residual: Tensor, x: Tensor, shards: InputShards | None = None) -> Tensor:
